@@ -1,0 +1,62 @@
+"""A microbatch: the examples that go through the stages together.
+
+Axis letters: N examples, T positions (the longest example of the microbatch), padded on the right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One microbatch, the unit of accumulation, replay and resume.
+
+    Attributes:
+        index: number of the microbatch in the plan of its pass.
+        ids: the N example ids.
+        inputs: token ids ``[N, T]`` (int64, 0 where padded), or numbers ``[N, ...]`` (floating point).
+        mask: ``[N, T]`` bool, True at a token and False at padding; ``None`` without a token axis.
+        labels: targets. Of token data ``[N, T]`` int64 in HF's alignment (``labels[n, t]`` speaks of
+            token t, which position t-1 predicts); otherwise whatever the objective takes, N first.
+            ``None`` when the data has none.
+        loss_mask: ``[N, T]`` bool in the same alignment: which tokens count as targets. ``None`` for all.
+        drawn: labels drawn from the model in an earlier pass, ``[draws, N, ...]``, else ``None``.
+    """
+
+    index: int
+    ids: tuple[str, ...]
+    inputs: Tensor
+    mask: Tensor | None = None
+    labels: Tensor | None = None
+    loss_mask: Tensor | None = None
+    drawn: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """N, the number of examples."""
+        return len(self.ids)
+
+    def tokens(self) -> Tensor:
+        """Positions that are not padding, ``[N]`` int64; ones without a token axis."""
+        if self.mask is None:
+            return torch.ones(self.size, dtype=torch.int64)
+        return self.mask.sum(dim=1)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same microbatch with its tensors on ``device``."""
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        return replace(
+            self,
+            inputs=self.inputs.to(device),
+            mask=move(self.mask),
+            labels=move(self.labels),
+            loss_mask=move(self.loss_mask),
+            drawn=move(self.drawn),
+        )
