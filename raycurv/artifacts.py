@@ -1,0 +1,185 @@
+"""The files of a run: factors, eigenbases, corrected eigenvalues, IHVPs. One file each, checksummed.
+
+factors/NAME.safetensors     sum | sum.0, sum.1, …            count, rows
+eigen/NAME.safetensors       eigenvectors[.i], eigenvalues[.i]   outcome, seconds
+corrected/NAME.safetensors   lam, examples                     trace, mean, the bases' checksums
+ihvp/NAME.safetensors        full | left, right                query ids
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from raycurv.blocks import Block
+from raycurv.corrected import CorrectedSum
+from raycurv.curvature import BlockCurvature
+from raycurv.eigen import Eigenbasis
+from raycurv.errors import DamagedFile
+from raycurv.factors import FactorSum
+from raycurv.ihvp import BlockProducts
+from raycurv.store import Store
+from raycurv.tensorfile import TensorFile, open_tensors, write_tensors
+
+
+def factor_file(name: str) -> str:
+    """Where a factor's sum lies."""
+    return f"factors/{name}.safetensors"
+
+
+def eigen_file(name: str) -> str:
+    """Where a factor's eigenbasis lies."""
+    return f"eigen/{name}.safetensors"
+
+
+def corrected_file(block: str) -> str:
+    """Where a block's corrected eigenvalues lie."""
+    return f"corrected/{block}.safetensors"
+
+
+def ihvp_file(block: str) -> str:
+    """Where a block's IHVPs lie."""
+    return f"ihvp/{block}.safetensors"
+
+
+def _numbered(key: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    if len(tensors) == 1:
+        return {key: tensors[0]}
+    return {f"{key}.{i}": t for i, t in enumerate(tensors)}
+
+
+def _collected(file: TensorFile, key: str) -> tuple[Tensor, ...]:
+    if key in file.keys():
+        return (file.read(key),)
+    count = sum(k.startswith(f"{key}.") for k in file.keys())
+    return tuple(file.read(f"{key}.{i}") for i in range(count))
+
+
+def write_factor(store: Store, factor: FactorSum, dtype: torch.dtype) -> None:
+    """Write a factor's sum in ``dtype``, and its count."""
+    tensors = _numbered("sum", [t.to(dtype) for t in factor.tiles])
+    tensors["count"] = torch.tensor(factor.count)
+    tensors["rows"] = torch.tensor(factor.rows)
+    write_tensors(store, factor_file(factor.name), tensors, {"factor": factor.name})
+
+
+def read_factor(store: Store, name: str) -> FactorSum:
+    """Read a factor's sum, as float64."""
+    file = open_tensors(store, factor_file(name))
+    tiles = tuple(t.double() for t in _collected(file, "sum"))
+    return FactorSum(name, tiles, int(file.read("count")), int(file.read("rows")))
+
+
+def write_eigen(store: Store, factor: FactorSum, basis: Eigenbasis) -> None:
+    """Write a factor's eigenbasis, and the counts of the factor that it came from."""
+    tensors = _numbered("eigenvectors", basis.vectors) | _numbered("eigenvalues", basis.values)
+    metadata = {
+        "factor": factor.name,
+        "outcome": basis.outcome,
+        "seconds": repr(basis.seconds),
+        "count": str(factor.count),
+        "rows": str(factor.rows),
+    }
+    write_tensors(store, eigen_file(factor.name), tensors, metadata)
+
+
+def read_eigen(store: Store, name: str) -> Eigenbasis:
+    """Read a factor's eigenbasis."""
+    file = open_tensors(store, eigen_file(name))
+    return Eigenbasis(
+        _collected(file, "eigenvectors"),
+        _collected(file, "eigenvalues"),
+        file.metadata["outcome"],
+        float(file.metadata["seconds"]),
+    )
+
+
+def read_spectrum(store: Store, name: str) -> tuple[tuple[Tensor, ...], dict[str, str]]:
+    """A factor's eigenvalues, one ascending vector a tile, without its eigenvectors; and its notes."""
+    file = open_tensors(store, eigen_file(name))
+    return _collected(file, "eigenvalues"), file.metadata
+
+
+def basis_mark(store: Store, block: Block) -> str:
+    """A hash of the two eigenbases of a block: Λ is worth something in these alone."""
+    marks = []
+    for name in (block.input_factor, block.output_factor):
+        if store.exists(eigen_file(name)):
+            marks.append(open_tensors(store, eigen_file(name)).checksum)
+    return hashlib.blake2b("".join(marks).encode(), digest_size=16).hexdigest()
+
+
+def write_corrected(
+    store: Store, block: Block, corrected: CorrectedSum, dtype: torch.dtype, mark: str
+) -> None:
+    """Write a block's Λ in ``dtype``; trace and mean are of Λ as it was before it was rounded."""
+    lam = corrected.mean()
+    metadata = {
+        "block": block.name,
+        "trace": repr(float(lam.sum())),
+        "mean": repr(float(lam.mean())),
+        "bases": mark,
+    }
+    tensors = {"lam": lam.to(dtype), "examples": torch.tensor(corrected.examples)}
+    write_tensors(store, corrected_file(block.name), tensors, metadata)
+
+
+def corrected_notes(store: Store, block: Block) -> dict[str, str]:
+    """Trace, mean and bases of a block's Λ, without reading it."""
+    return open_tensors(store, corrected_file(block.name)).metadata
+
+
+def read_curvature(store: Store, block: Block, method: str, examples: int) -> BlockCurvature:
+    """A block's curvature as a run left it.
+
+    Args:
+        store: of the run.
+        method: ``ekfac``, ``kfac``, ``diagonal`` or ``identity``.
+        examples: of the run, for K-FAC's rows an example.
+
+    Raises:
+        DamagedFile: a file is truncated, or Λ was fitted in other bases than those that are there.
+    """
+    if method == "identity":
+        return BlockCurvature(block, Eigenbasis(), Eigenbasis(), None)
+    if method == "diagonal":
+        lam = open_tensors(store, corrected_file(block.name)).read("lam")
+        return BlockCurvature(block, Eigenbasis(), Eigenbasis(), lam)
+    right, left = read_eigen(store, block.input_factor), read_eigen(store, block.output_factor)
+    if method == "kfac":
+        rows = int(read_spectrum(store, block.output_factor)[1]["rows"])
+        lam = kfac_eigenvalues(left, right, rows / max(examples, 1))
+        return BlockCurvature(block, right, left, lam)
+    file = open_tensors(store, corrected_file(block.name))
+    if file.metadata["bases"] != basis_mark(store, block):
+        raise DamagedFile(
+            store.path(corrected_file(block.name)), "corrected eigenvalues fitted in the run's bases",
+            "ones of other bases", "Run the fit again: it refits what does not belong together.",
+        )  # fmt: skip
+    return BlockCurvature(block, right, left, file.read("lam"))
+
+
+def kfac_eigenvalues(left: Eigenbasis, right: Eigenbasis, rows_per_example: float) -> Tensor:
+    """K-FAC's Λ on EK-FAC's scale: ``rows · D_G ⊗ D_A``, a mean over examples, float64 ``[O, I]``.
+
+    A and G are means over rows; an example's gradient is a sum over its rows, whose second moment
+    under K-FAC's independence is rows times the product of theirs.
+    """
+    return rows_per_example * torch.outer(left.eigenvalues(), right.eigenvalues())
+
+
+def write_products(
+    store: Store, block: str, products: BlockProducts, queries: Sequence[str]
+) -> None:
+    """Write the IHVPs of a block."""
+    write_tensors(store, ihvp_file(block), products.tensors(), {"queries": json.dumps(queries)})
+
+
+def read_products(store: Store, block: str) -> tuple[BlockProducts, list[str]]:
+    """The IHVPs of a block and the ids of their queries."""
+    file = open_tensors(store, ihvp_file(block))
+    return BlockProducts(**file.read_all()), json.loads(file.metadata["queries"])

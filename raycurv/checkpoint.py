@@ -1,0 +1,374 @@
+"""A checkpoint: the tensors of a directory of safetensors files, each read into memory of its own.
+
+The files are never mapped: a private map reserves the size of the whole file, which fails on files
+larger than memory and defeats memory limits. Format: https://github.com/huggingface/safetensors
+(8 bytes of header length, a JSON header, then the tensors' bytes, little-endian, without holes).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raycurv.errors import UserError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+# The limit of the reference implementation: a larger header is a file of another kind.
+MAX_HEADER_BYTES = 100_000_000
+# Linux moves at most 2 GiB - 4 KiB a call; a smaller piece keeps a signal's delay short.
+PIECE_BYTES = 1 << 30
+# What a fingerprint looks at of each tensor: this many windows of this many bytes.
+WINDOWS, WINDOW_BYTES = 16, 4096
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies: ``nbytes`` bytes from byte ``offset`` of ``file``."""
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class Checkpoint:
+    """The tensors of a directory: ``model.safetensors``, or the files of its index.
+
+    Holds headers only (picklable, no open files); every header is checked against its file's size.
+
+    Raises:
+        UserError: no directory, no safetensors, an unreadable or incomplete index, an invalid
+            header, or a file that is shorter or longer than its header says.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self._entries: dict[str, Entry] = {}
+        for file, expected in _files(self.directory).items():
+            found = _read_header(self.directory / file)
+            absent = sorted(expected - found.keys())
+            if absent:
+                raise UserError(
+                    f"{self.directory / file}",
+                    f"tensor {absent[0]}, which {INDEX} places there",
+                    f"no such tensor ({len(absent)} of {len(expected)} absent)",
+                    "Copy the checkpoint again: its index and its files do not belong together.",
+                )
+            self._entries.update(found)
+
+    def keys(self) -> tuple[str, ...]:
+        """Names of the tensors as the files have them."""
+        return tuple(self._entries)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._entries
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of a tensor, from its header."""
+        return self._entries[key].shape
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Stored dtype of a tensor, from its header."""
+        return self._entries[key].dtype
+
+    def file(self, key: str) -> Path:
+        """The file that holds a tensor."""
+        return Path(self._entries[key].file)
+
+    def read(self, key: str) -> Tensor:
+        """One tensor, in its stored dtype, on the CPU, in memory of its own.
+
+        Raises:
+            UserError: the file ends inside the tensor, or cannot be opened.
+        """
+        entry = self._entries[key]
+        buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
+        if entry.nbytes:
+            _fill(entry.file, key, entry.offset, buffer.numpy().data)
+        return buffer.view(entry.dtype).view(entry.shape)
+
+    def fingerprint(self, keys: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
+        """Per tensor ``{"dtype", "shape", "hash"}``, the hash being of 64 KiB sampled from it.
+
+        Args:
+            keys: which tensors; all when ``None``.
+        """
+
+        def one(key: str) -> dict[str, Any]:
+            entry = self._entries[key]
+
+            def sample(start: int, length: int) -> bytes:
+                window = bytearray(length)
+                _fill(entry.file, key, entry.offset + start, memoryview(window))
+                return bytes(window)
+
+            return describe(entry.dtype, entry.shape, entry.nbytes, sample)
+
+        return {key: one(key) for key in sorted(self._entries if keys is None else keys)}
+
+
+def describe(
+    dtype: torch.dtype, shape: tuple[int, ...], nbytes: int, sample: Callable[[int, int], bytes]
+) -> dict[str, Any]:
+    """A tensor's fingerprint: dtype, shape and the blake2b-128 of bytes spread evenly over it.
+
+    Args:
+        sample: gives the bytes ``[start, start + length)`` of the tensor, row-major.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    if nbytes <= WINDOWS * WINDOW_BYTES:
+        digest.update(sample(0, nbytes) if nbytes else b"")
+    else:
+        for window in range(WINDOWS):
+            start = window * (nbytes - WINDOW_BYTES) // (WINDOWS - 1)
+            digest.update(sample(start, WINDOW_BYTES))
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": list(shape),
+        "hash": digest.hexdigest(),
+    }
+
+
+def describe_tensor(tensor: Tensor) -> dict[str, Any]:
+    """The fingerprint of a tensor in memory: equal to that of the same tensor in a file."""
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return describe(
+        tensor.dtype,
+        tuple(tensor.shape),
+        raw.nbytes,
+        lambda start, length: raw[start : start + length].tobytes(),
+    )
+
+
+def check_finite(tensor: Tensor, where: str) -> None:
+    """Raise a ``UserError`` that names ``where`` when a floating-point tensor has a NaN or Inf."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return
+    # aminmax carries NaN and Inf through and, unlike isfinite, makes no tensor of the same size.
+    low, high = torch.aminmax(tensor.float() if tensor.dtype.itemsize == 1 else tensor)
+    if not (math.isfinite(low.item()) and math.isfinite(high.item())):
+        raise UserError(
+            where,
+            "finite weights",
+            f"NaN or Inf (as {str(tensor.dtype).removeprefix('torch.')})",
+            "Use a checkpoint from before the training diverged, or a wider --dtype.",
+        )
+
+
+class Weight:
+    """One tensor of a checkpoint, not read yet, in the shape of what HF's loader asks for.
+
+    The loader takes ``weight[...]`` and then ``.to(device=…, dtype=…)``: reading waits for the
+    latter, so that no more than one tensor exists in its stored dtype at any time.
+    """
+
+    def __init__(self, key: str, weights: Weights) -> None:
+        self._key, self._weights = key, weights
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(self._weights.checkpoint.shape(self._key))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._weights.checkpoint.dtype(self._key)
+
+    def __getitem__(self, index: object) -> Weight:
+        assert index is Ellipsis, "a tensor of a checkpoint is read whole"
+        return self
+
+    def to(self, device: object = None, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor, read, cast, checked; on the device of its mapping, whatever is asked."""
+        return self._weights.load(self._key, dtype)
+
+
+class Weights(Mapping[str, Weight]):
+    """All tensors of a checkpoint as the lazy ``state_dict`` of HF's ``from_pretrained(None, …)``.
+
+    Attributes:
+        used: keys that were asked for, in that order.
+
+    Args:
+        device: where tensors go; the meta device reads nothing, and shows names and shapes only.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+        self.checkpoint, self.device = checkpoint, device
+        self.used: list[str] = []
+        self._keys = checkpoint.keys()
+        # HF's loader asks from several threads; one tensor at a time bounds the memory.
+        self._one_at_a_time = threading.Lock()
+
+    def __getitem__(self, key: str) -> Weight:
+        if key not in self.checkpoint:
+            raise KeyError(key)
+        return Weight(key, self)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def load(self, key: str, dtype: torch.dtype | None) -> Tensor:
+        """Read one tensor, cast it and check it.
+
+        Raises:
+            UserError: NaN or Inf (after the cast), or a file that ends early.
+        """
+        dtype = dtype or self.checkpoint.dtype(key)
+        with self._one_at_a_time:
+            self.used.append(key)
+            if self.device.type == "meta":
+                return torch.empty(self.checkpoint.shape(key), dtype=dtype, device="meta")
+            tensor = self.checkpoint.read(key).to(dtype)
+            check_finite(tensor, f"{self.checkpoint.file(key)}, tensor {key}")
+            return tensor.to(self.device)
+
+
+def _files(directory: Path) -> dict[str, set[str]]:
+    """File names of a checkpoint, each with the tensors that an index expects in it."""
+    if not directory.is_dir():
+        raise UserError(
+            f"checkpoint {directory}", "a directory", "none there", "Check the path of the model."
+        )
+    # The same preference as HF: one file wins over an index.
+    if (directory / SINGLE).is_file():
+        return {SINGLE: set()}
+    if not (directory / INDEX).is_file():
+        others = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+        raise UserError(
+            f"checkpoint {directory}",
+            f"{SINGLE} or {INDEX}",
+            f"neither, but {others[0]}" if others else "neither",
+            "Save the model again with save_pretrained, which writes safetensors.",
+        )
+    path = directory / INDEX
+    try:
+        placed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        files: dict[str, set[str]] = {}
+        for key, file in placed.items():
+            files.setdefault(str(file), set()).add(key)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            str(path),
+            'JSON with a "weight_map" from tensor to file',
+            f"{type(error).__name__}: {error}",
+            "Copy the checkpoint again.",
+        ) from error
+    for file in sorted(files):
+        if not (directory / file).is_file():
+            raise UserError(
+                str(path),
+                f"the file {file}, which it names for {min(files[file])}",
+                "no such file",
+                "Copy the rest of the checkpoint.",
+            )
+    return files
+
+
+def _read_header(path: Path) -> dict[str, Entry]:
+    """Entries of one safetensors file, its layout checked."""
+
+    def invalid(got: str) -> UserError:
+        return UserError(
+            str(path),
+            "a safetensors file",
+            got,
+            "Copy or download the file again; it may be incomplete or of another format.",
+        )
+
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8:
+            raise invalid(f"{size} bytes")
+        if length > MAX_HEADER_BYTES:
+            raise invalid(f"a header length of {length} bytes")
+        if 8 + length > size:
+            raise invalid(f"a file truncated inside its header ({size} bytes)")
+        raw = file.read(length)
+    start = 8 + length
+    entries: dict[str, Entry] = {}
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        for key, value in header.items():
+            shape = tuple(int(n) for n in value["shape"])
+            begin, end = (int(n) for n in value["data_offsets"])
+            if value["dtype"] not in DTYPES:
+                raise invalid(f"tensor {key} of the unknown dtype {value['dtype']}")
+            dtype = DTYPES[value["dtype"]]
+            if min((begin, *shape)) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
+                raise invalid(f"tensor {key} with {end - begin} bytes for shape {list(shape)}")
+            entries[key] = Entry(str(path), dtype, shape, start + begin, end - begin)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise invalid(f"an unreadable header ({type(error).__name__}: {error})") from error
+    at = start
+    for key, entry in sorted(entries.items(), key=lambda pair: (pair[1].offset, pair[1].nbytes)):
+        if entry.offset != at:
+            raise invalid(f"tensor {key} at byte {entry.offset} instead of {at}")
+        at += entry.nbytes
+        if at > size:
+            raise invalid(f"a file truncated inside tensor {key} ({size} bytes, {at} needed)")
+    if at != size:
+        raise invalid(f"{size - at} bytes after the last tensor")
+    return entries
+
+
+def _fill(file: str, key: str, offset: int, into: memoryview) -> None:
+    """Read ``len(into)`` bytes from ``offset``."""
+    try:
+        descriptor = os.open(file, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(
+            f"{file}, tensor {key}", "a readable file", str(error), "Check the path of the model."
+        ) from error
+    try:
+        done = 0
+        while done < len(into):
+            got = os.preadv(descriptor, [into[done : done + PIECE_BYTES]], offset + done)
+            if got == 0:
+                raise UserError(
+                    f"{file}, tensor {key}",
+                    f"{len(into)} bytes from byte {offset}",
+                    f"{done}: the file is truncated",
+                    "Copy or download the file again.",
+                )
+            done += got
+    finally:
+        os.close(descriptor)

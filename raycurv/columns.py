@@ -1,0 +1,253 @@
+"""Arrow columns of examples as numpy arrays, checked on the way.
+
+Every function that takes ``place``, which says where a row stands, raises ``UserError`` for the
+first row whose value is not of the kind that is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raycurv.errors import UserError
+
+Place: TypeAlias = Callable[[int], str]
+
+
+def strings(name: str, column: Any, place: Place) -> list[str]:
+    """Texts, one in every row."""
+    column = _decoded(column)
+    if not _is_string(column.type):
+        raise _wrong_type(name, column, place, "text")
+    if column.null_count:  # a dictionary may hold a null that its indices do not show
+        row = int(column.is_null().to_numpy(zero_copy_only=False).argmax())
+        raise UserError(place(row), f"text in `{name}`", "null", f"Fill in `{name}`.")
+    values: list[str] = column.to_pylist()
+    return values
+
+
+def ids(column: Any, place: Place) -> list[str | None]:
+    """Ids as strings; ``None`` where the row has none."""
+    column = _decoded(column)
+    if pa.types.is_integer(column.type):
+        column = column.cast(pa.large_string())
+    if not (_is_string(column.type) or pa.types.is_null(column.type)):
+        raise _wrong_type("id", column, place, "strings or whole numbers")
+    values: list[str | None] = column.to_pylist()
+    return values
+
+
+def integer_lists(name: str, column: Any, place: Place) -> list[np.ndarray | None]:
+    """Lists of whole numbers as int64 arrays; ``None`` where the row has none."""
+    what = "lists of whole numbers"
+    flat, offsets = _flattened(name, column, place, what)
+    if pa.types.is_floating(flat.type):
+        fractions = flat.to_numpy(zero_copy_only=False) % 1 != 0
+        at = int(fractions.argmax())  # the first one; 0 when all are whole, but still floats
+        got = f"{flat[at].as_py()!r} in a column of {column.type}"
+        raise UserError(place(_row_of(offsets, at)), what, got, f"Convert `{name}` to integers.")
+    if not (pa.types.is_integer(flat.type) or pa.types.is_null(flat.type)):
+        raise _wrong_type(name, column, place, what)
+    if flat.type == pa.uint64():
+        # What int64 cannot hold is beyond any vocabulary, and is to be named as such.
+        flat = pc.min_element_wise(flat, pa.scalar(2**63 - 1, pa.uint64()))
+    values = flat.cast(pa.int64()).to_numpy(zero_copy_only=False)
+    return _cut(column, values, offsets)
+
+
+def boolean_lists(name: str, column: Any, place: Place) -> list[np.ndarray | None]:
+    """Lists of booleans, or of zeros and ones, as bool arrays; ``None`` where the row has none."""
+    what = "lists of booleans, or of zeros and ones"
+    flat, offsets = _flattened(name, column, place, what)
+    kind = flat.type
+    if not (pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)):
+        raise _wrong_type(name, column, place, what)
+    values = flat.to_numpy(zero_copy_only=False)
+    if pa.types.is_integer(kind):
+        wrong = (values != 0) & (values != 1)
+        if wrong.any():
+            at = int(wrong.argmax())
+            row = _row_of(offsets, at)
+            raise UserError(place(row), what, str(values[at]), f"Correct `{name}`.")
+    return _cut(column, values.astype(bool), offsets)
+
+
+def numbers(
+    name: str, column: Any, place: Place, shape: tuple[int, ...] | None, exact_integers: bool
+) -> np.ndarray:
+    """Numbers of one shape in every row, nested to any depth.
+
+    Args:
+        shape: the shape of every row; ``None`` for that of the first row.
+        exact_integers: keep whole numbers as int64.
+
+    Returns:
+        ``[rows, *shape]``. float32 for 16 and 32-bit floats, 8 and 16-bit whole numbers and
+        booleans, which it holds exactly; float64 for wider ones.
+    """
+    rows = len(column)
+    column = _decoded(column)
+    if column.null_count:
+        missing = int(column.is_null().to_numpy(zero_copy_only=False).argmax())
+        raise UserError(place(missing), f"`{name}`, as in other rows", "none", f"Give `{name}`.")
+    found: list[int] = []
+    level, per_row = column, 1
+    while _is_list(level.type):
+        level = _large_list(level)
+        offsets = level.offsets.to_numpy()
+        lengths = np.diff(offsets)
+        depth = len(found)
+        if shape is not None and depth < len(shape):
+            wanted = shape[depth]
+        else:
+            wanted = int(lengths[0]) if len(lengths) else 0
+        ragged = lengths != wanted
+        if ragged.any():
+            at = int(ragged.argmax())
+            raise UserError(
+                place(at // per_row),
+                f"`{name}` of one shape in all examples ({wanted} numbers or lists on axis "
+                f"{depth}, as in the first example)",
+                f"{int(lengths[at])}",
+                "Pad or crop the inputs to one shape.",
+            )
+        level = level.values.slice(offsets[0], offsets[-1] - offsets[0])
+        found.append(wanted)
+        per_row *= wanted
+        if level.null_count:
+            at = int(level.is_null().to_numpy(zero_copy_only=False).argmax())
+            raise UserError(
+                place(at // max(per_row, 1)), f"numbers in `{name}`", "null", f"Correct `{name}`."
+            )
+        if per_row == 0:
+            raise UserError(
+                place(0), f"at least one number in `{name}`", "none", "Leave out empty examples."
+            )
+    kind = level.type
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
+        raise _wrong_type(name, column, place, "numbers or lists of numbers")
+    if shape is not None and tuple(found) != shape:
+        raise UserError(
+            place(0),
+            f"`{name}` of shape {list(shape)}, as in the first example",
+            f"shape {found}",
+            "Give all examples one shape.",
+        )
+    whole = pa.types.is_integer(kind) or pa.types.is_boolean(kind)
+    if whole and exact_integers:
+        dtype: Any = np.int64
+    elif kind.bit_width <= 16 or kind == pa.float32():
+        dtype = np.float32
+    else:
+        dtype = np.float64
+    values: np.ndarray = level.to_numpy(zero_copy_only=False).astype(dtype).reshape(rows, *found)
+    finite = np.isfinite(values)
+    if not finite.all():
+        at = int((~finite.reshape(rows, -1)).any(axis=1).argmax())
+        raise UserError(
+            place(at),
+            f"finite numbers in `{name}`",
+            str(values[at][~finite[at]].flat[0]),
+            "Correct it, or leave the example out of the data.",
+        )
+    return values
+
+
+def list_column(arrays: Sequence[np.ndarray | None], value_type: Any) -> Any:
+    """Flat arrays as one Arrow column of lists; null for ``None``."""
+    lengths = [0 if array is None else array.size for array in arrays]
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+    present = [array.reshape(-1) for array in arrays if array is not None]
+    flat = np.concatenate(present) if present else np.empty(0, np.int64)
+    absent = np.array([array is None for array in arrays], dtype=bool)
+    return pa.LargeListArray.from_arrays(
+        pa.array(offsets), pa.array(flat).cast(value_type), mask=pa.array(absent)
+    )
+
+
+def list_arrays(column: Any) -> list[np.ndarray | None]:
+    """The reverse of ``list_column``: views of the column's numbers; ``None`` for null."""
+    column = _large_list(column)
+    offsets = column.offsets.to_numpy()
+    values = column.values.slice(offsets[0], offsets[-1] - offsets[0])
+    return _cut(column, values.to_numpy(zero_copy_only=False), offsets - offsets[0])
+
+
+def _decoded(column: Any) -> Any:
+    """Without the encodings that say nothing about the values."""
+    if isinstance(column.type, pa.FixedShapeTensorType):
+        nested = column.to_numpy_ndarray()
+        flat = pa.array(np.ascontiguousarray(nested).reshape(-1))
+        for size in reversed(nested.shape[1:]):
+            flat = pa.FixedSizeListArray.from_arrays(flat, size)
+        return flat
+    if isinstance(column.type, pa.BaseExtensionType):
+        column = column.storage
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    return column
+
+
+def _is_string(kind: Any) -> bool:
+    return bool(
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    )
+
+
+def _is_list(kind: Any) -> bool:
+    tests = (
+        pa.types.is_list,
+        pa.types.is_large_list,
+        pa.types.is_fixed_size_list,
+        pa.types.is_list_view,
+        pa.types.is_large_list_view,
+    )
+    return any(test(kind) for test in tests)
+
+
+def _large_list(column: Any) -> Any:
+    """Any of Arrow's five kinds of lists as the one with 64-bit offsets."""
+    return column.cast(pa.large_list(column.type.value_type))
+
+
+def _flattened(name: str, column: Any, place: Place, what: str) -> tuple[Any, np.ndarray]:
+    """The values of all rows in one array, and where each row's begin in it ``[rows + 1]``."""
+    column = _decoded(column)
+    if pa.types.is_null(column.type):
+        column = column.cast(pa.large_list(pa.int64()))
+    if not _is_list(column.type):
+        raise _wrong_type(name, column, place, what)
+    column = _large_list(column)
+    offsets = column.offsets.to_numpy()
+    flat = column.values.slice(offsets[0], offsets[-1] - offsets[0])
+    offsets = offsets - offsets[0]
+    if flat.null_count:
+        at = int(pc.is_null(flat).to_numpy(zero_copy_only=False).argmax())
+        raise UserError(
+            place(_row_of(offsets, at)), f"{what} in `{name}`", "null", f"Correct `{name}`."
+        )
+    return flat, offsets
+
+
+def _row_of(offsets: np.ndarray, at: int) -> int:
+    return int(np.searchsorted(offsets, at, side="right")) - 1
+
+
+def _cut(column: Any, values: np.ndarray, offsets: np.ndarray) -> list[np.ndarray | None]:
+    bounds = offsets.tolist()
+    if not column.null_count:
+        return [values[a:b] for a, b in pairwise(bounds)]
+    valid = column.is_valid().to_pylist()
+    spans = zip(pairwise(bounds), valid, strict=True)
+    return [values[a:b] if here else None for (a, b), here in spans]
+
+
+def _wrong_type(name: str, column: Any, place: Place, wanted: str) -> UserError:
+    return UserError(
+        place(0), f"{wanted} in the column `{name}`", f"{column.type}", f"Convert `{name}`."
+    )

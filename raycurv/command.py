@@ -1,0 +1,37 @@
+"""Command lines made from the settings' dataclasses, and the exit codes of a job."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import tyro
+
+from raycurv.errors import RaycurvError, UserError
+
+Settings = TypeVar("Settings")
+
+
+def run_job(settings: type[Settings], job: Callable[[Settings], Any], name: str) -> None:
+    """Read the command line, run the job, and exit.
+
+    Exit code 0 when done, 2 for a user's mistake (one message, no traceback), 1 for anything else.
+    The last line of the output is JSON: status and where the results lie.
+    """
+    chosen = tyro.cli(
+        settings,
+        prog=name,
+        description=settings.__doc__,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    try:
+        store = job(chosen)
+    except UserError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except RaycurvError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    print(json.dumps({"status": "complete", "job": name, "out": store.root}))

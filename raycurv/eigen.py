@@ -1,0 +1,147 @@
+"""Factor -> eigenbasis.
+
+    A = Q_A D_A Q_Aᵀ,   G = Q_G D_G Q_Gᵀ        George et al. 2018 (arXiv:1806.03884), section 2
+
+The decomposition runs in float64 whatever the model's dtype: a failure is retried with jitter, then
+on the CPU, and is otherwise an error with the factor's name. Which of them happened is part of the
+result.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raycurv.errors import NumericalError
+
+# Relative to the mean eigenvalue; a few times float64's rounding at d = 10,000.
+_JITTER = 1e-10
+
+
+@dataclass(frozen=True)
+class Eigenbasis:
+    """Orthonormal eigenvectors of a factor, tile by tile, and its eigenvalues.
+
+    Attributes:
+        vectors: one ``[t, t]`` a tile, eigenvectors in its columns; empty for the identity.
+        values: one float64 ``[t]`` a tile, ascending, of the *mean* factor; empty for the identity.
+        outcome: ``ok``, ``jittered``, ``cpu``, ``clamped n``, ``zero``, or several joined by ``+``.
+        seconds: what the decomposition took.
+    """
+
+    vectors: tuple[Tensor, ...] = ()
+    values: tuple[Tensor, ...] = ()
+    outcome: str = "ok"
+    seconds: float = 0.0
+
+    @property
+    def tiles(self) -> tuple[int, ...]:
+        """Widths of the tiles."""
+        return tuple(int(q.shape[0]) for q in self.vectors)
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """``x Q`` along the last axis."""
+        return self._multiply(x, transpose=False)
+
+    def unrotate(self, x: Tensor) -> Tensor:
+        """``x Qᵀ`` along the last axis."""
+        return self._multiply(x, transpose=True)
+
+    def _multiply(self, x: Tensor, transpose: bool) -> Tensor:
+        if not self.vectors:
+            return x
+        # The basis may be stored in bf16; it multiplies in the precision of what it turns.
+        bases = (q.to(x.dtype).T if transpose else q.to(x.dtype) for q in self.vectors)
+        if len(self.vectors) == 1:
+            return x @ next(iter(bases))
+        parts = x.split(list(self.tiles), dim=-1)
+        return torch.cat([p @ q for p, q in zip(parts, bases, strict=True)], dim=-1)
+
+    def eigenvalues(self) -> Tensor:
+        """All tiles' eigenvalues in the order of the basis' columns, float64."""
+        return torch.cat(list(self.values))
+
+    def dense(self) -> Tensor:
+        """The whole basis as one float64 matrix."""
+        return torch.block_diag(*(q.double() for q in self.vectors))
+
+    def squared(self, dtype: torch.dtype) -> Tensor:
+        """``Q * Q``, tile by tile in one matrix."""
+        return torch.block_diag(*(q.to(dtype).square() for q in self.vectors))
+
+
+def effective_rank(values: Tensor) -> float:
+    """``exp(entropy of the normalised eigenvalues)`` (Roy & Vetterli 2007); 0 for a zero factor."""
+    total = values.sum()
+    if total <= 0:
+        return 0.0
+    p = values / total
+    return float(torch.exp(-torch.special.xlogy(p, p).sum()))
+
+
+def decompose(
+    name: str, tiles: Sequence[Tensor], store_dtype: torch.dtype, device: torch.device
+) -> Eigenbasis:
+    """Eigenvectors and eigenvalues of a factor.
+
+    Args:
+        name: the factor, for errors.
+        tiles: float64 symmetric ``[t, t]`` means, one a tile.
+        store_dtype: of the eigenvectors; eigenvalues stay float64.
+        device: where to try first.
+
+    Raises:
+        NumericalError: the factor is not finite, or every attempt failed.
+    """
+    started = time.perf_counter()
+    vectors, values, outcomes, clamped = [], [], [], 0
+    for i, tile in enumerate(tiles):
+        where = f"factor {name}" if len(tiles) == 1 else f"factor {name}, tile {i}"
+        if not torch.isfinite(tile).all():
+            raise NumericalError(
+                where, "finite values", "NaN or infinity",
+                "Run the first pass again in a wider --dtype.",
+            )  # fmt: skip
+        symmetric = (tile + tile.T) / 2
+        w, q, outcome = _eigh(where, symmetric, device)
+        # Rounding leaves eigenvalues a little below zero; only larger ones are worth a word.
+        negative = w < 0
+        worth = w < -1e-12 * w.abs().max()
+        clamped += int(worth.sum())
+        values.append(torch.where(negative, 0.0, w).cpu())
+        vectors.append(q.to(store_dtype).cpu().contiguous())
+        outcomes.append(outcome)
+    distinct = sorted(set(outcomes) - {"ok"})
+    if clamped:
+        distinct.append(f"clamped {clamped}")
+    if all(float(v.max()) == 0.0 for v in values):
+        distinct.append("zero")
+    return Eigenbasis(
+        tuple(vectors), tuple(values), "+".join(distinct) or "ok", time.perf_counter() - started
+    )
+
+
+def _eigh(where: str, symmetric: Tensor, device: torch.device) -> tuple[Tensor, Tensor, str]:
+    jitter = _JITTER * symmetric.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    jittered = symmetric + jitter * torch.eye(len(symmetric), dtype=symmetric.dtype)
+    attempts = [("ok", symmetric, device), ("jittered", jittered, device)]
+    if device.type != "cpu":
+        attempts.append(("cpu", symmetric, torch.device("cpu")))
+    causes = []
+    for outcome, matrix, where_to in attempts:
+        try:
+            w, q = torch.linalg.eigh(matrix.to(where_to))
+        except (torch.linalg.LinAlgError, RuntimeError) as error:
+            causes.append(f"{outcome}: {error}")
+            continue
+        if torch.isfinite(w).all() and torch.isfinite(q).all():
+            return w, q, outcome
+        causes.append(f"{outcome}: non-finite eigenvectors")
+    raise NumericalError(
+        where, "an eigendecomposition in float64", "; ".join(causes),
+        "Look at the factor's sum under factors/, or leave its blocks out with --blocks '!…'.",
+    )  # fmt: skip

@@ -1,0 +1,393 @@
+"""Influence: scores of every query against every training example, into a directory of results.
+
+    queries  -> IHVPs -> work/pass-000/ihvp/      as many queries as fit --query-memory
+    training examples · IHVPs -> scores/          streamed, a file a commit
+                                 self/            with --self
+
+Queries that do not fit together take several passes over the training examples; the products of a
+finished query pass are files, so a restart does not make them again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from raycurv.artifacts import ihvp_file, read_products, write_products
+from raycurv.blocks import Block
+from raycurv.corpus import Corpus, open_corpus
+from raycurv.curvature import Damping
+from raycurv.errors import UserError
+from raycurv.ihvp import BlockProducts, product_elements
+from raycurv.manifest import Manifest, continue_or_refuse
+from raycurv.model import Model, ModelSource, open_model
+from raycurv.objective import Objective, open_objective
+from raycurv.passes import CurvatureSource, QueryPass, ScorePass
+from raycurv.placement import cut_stages
+from raycurv.progress import Reporter
+from raycurv.rows import ExampleRows, ScoreRows, merge_top
+from raycurv.settings import DTYPES, InfluenceSettings, identity, parse_bytes
+from raycurv.sources import Source, fingerprint
+from raycurv.store import Store, open_store
+from raycurv.sweep import Feed, run_pass
+from raycurv.tables import footer
+from raycurv.tensorfile import whole
+from raycurv.workers import Workers
+
+
+def influence(
+    settings: InfluenceSettings,
+    queries: Source | None = None,
+    train: Source | None = None,
+    model: ModelSource | None = None,
+    objective: Objective | None = None,
+    reporter: Reporter | None = None,
+) -> Store:
+    """Score queries against training examples; gives the store of the results.
+
+    Args:
+        settings: of the job; without ``train`` (and ``settings.train``) only IHVPs are made.
+        queries, train: instead of the settings' paths, tables or rows in memory.
+        model: instead of the path that the fit recorded.
+        objective: instead of the name that the fit recorded.
+        reporter: shows progress; by default to the terminal.
+
+    Raises:
+        UserError: a mistake in settings, run, model or data; nothing that was computed is lost.
+    """
+    if queries is None:
+        queries = settings.queries
+    if train is None:
+        train = settings.train or None
+    settings.check(has_train=train is not None)
+    reporter = reporter or Reporter()
+    store = open_store(settings.out, "--out")
+    fitted = open_store(settings.run, "--run")
+    fit = read_fit(fitted)
+    blocks = tuple(Block(**b) for b in fitted.read_json("blocks.json"))
+    network = open_model(model if model is not None else fit.facts["model"])
+    check_model(fit, network, settings.run)
+    named = objective if objective is not None else fit.settings["objective"]
+    per_token = open_objective(named).per_token
+    if settings.per_token and not per_token:
+        raise UserError(
+            "--per-token", "an objective that is called on positions (causal-lm)", str(named),
+            "Leave --per-token out.",
+        )  # fmt: skip
+    cuts = cut_stages(network.unit_costs, settings.stages)
+    dtype = settings.dtype or fit.settings["dtype"]
+    prints = {"fit": _fit_mark(fit), "queries": fingerprint(queries)}
+    if train is not None:
+        prints["train"] = fingerprint(train)
+    manifest = continue_or_refuse(
+        store,
+        Manifest(
+            "influence",
+            {k: v for k, v in identity(settings).items() if k not in ("run", "queries", "train")}
+            | {"dtype": dtype},
+            prints,
+            {"run": fitted.root, "queries": settings.queries, "train": settings.train},
+        ),
+    )
+    if "scores" in manifest.complete:
+        reporter.say(f"complete: {store.root}")
+        return store
+    corpora = _Corpora(store, fitted, fit, network, settings)
+    with reporter.phase("examples", 1 if train is None else 2, "sources") as phase:
+        asked = corpora.open("queries", queries, "--queries", prints["queries"], None)
+        phase.advance(1)
+        training = None
+        if train is not None:
+            training = corpora.open(
+                "train", train, "--train", prints["train"], settings.max_examples
+            )
+            phase.advance(1)
+    workers = Workers(settings, network, named, cuts, DTYPES[dtype], fit.settings["seed"])
+    workers.assign(blocks)
+    source = CurvatureSource(
+        fitted,
+        fit.settings["method"],
+        int(fit.facts["examples"]),
+        Damping.parse(settings.damping),
+    )
+    job = _Influence(
+        settings, store, network, blocks, cuts, asked, training, source, DTYPES[dtype], manifest,
+        workers, reporter,
+    )  # fmt: skip
+    try:
+        job.run()
+    finally:
+        workers.close()
+    manifest.seconds = {
+        name: manifest.seconds.get(name, 0.0) + seconds
+        for name, seconds in reporter.seconds.items()
+    }
+    manifest.write(store)
+    reporter.summary(job.said(), {"results": store.root})
+    return store
+
+
+def read_fit(store: Store) -> Manifest:
+    """The manifest of a finished fit.
+
+    Raises:
+        UserError: no run there, another job's, or one that is not finished.
+    """
+    fit = Manifest.read(store)
+    if fit is None or fit.job != "fit":
+        raise UserError(
+            f"--run {store.root}", "a directory that fit.py made",
+            "no run.json" if fit is None else f"results of {fit.job}",
+            "Fit first: python jobs/fit.py --model … --data … --out RUN.",
+        )  # fmt: skip
+    if "tables" not in fit.complete:
+        raise UserError(
+            f"--run {store.root}", "a finished fit",
+            f"one that got as far as {', '.join(fit.complete) or 'its settings'}",
+            "Run the same fit again: it goes on where it stopped.",
+        )  # fmt: skip
+    return fit
+
+
+def check_model(fit: Manifest, network: Model, run: str) -> None:
+    """Refuse a model that is not the one that was fitted.
+
+    Raises:
+        UserError: a tensor differs.
+    """
+    here, there = network.fingerprint(), fit.fingerprints["model"]
+    changed = sorted(k for k in here.keys() | there.keys() if here.get(k) != there.get(k))
+    if changed:
+        raise UserError(
+            f"the model {network.name}", f"the one that {run} was fitted on",
+            f"{len(changed)} other tensors, the first {changed[0]}",
+            "Restore the checkpoint, or fit again into another directory.",
+        )  # fmt: skip
+
+
+def _fit_mark(fit: Manifest) -> dict[str, Any]:
+    return {"settings": fit.settings, "data": fit.fingerprints["data"]}
+
+
+@dataclass(frozen=True)
+class _Corpora:
+    """Finds the examples in the fit's directory, or stores them beside the results."""
+
+    store: Store
+    fitted: Store
+    fit: Manifest
+    network: Model
+    settings: InfluenceSettings
+
+    def open(
+        self, name: str, source: Source, flag: str, mark: Any, max_examples: int | None
+    ) -> Corpus:
+        settings, fit = self.settings, self.fit
+        same = mark == fit.fingerprints["data"] and all(
+            getattr(settings, key) == fit.settings[key] for key in ("max_length", "long")
+        )
+        if same and max_examples is None and fit.settings["max_examples"] is None:
+            return open_corpus(
+                self.fitted, "data", source, flag, self.network, settings, None, settings.seed
+            )
+        return open_corpus(
+            self.store, f"work/{name}", source, flag, self.network, settings, max_examples,
+            settings.seed,
+        )  # fmt: skip
+
+
+@dataclass
+class _Influence:
+    """One scoring under way."""
+
+    settings: InfluenceSettings
+    store: Store
+    network: Model
+    blocks: tuple[Block, ...]
+    cuts: Sequence[range]
+    queries: Corpus
+    train: Corpus | None
+    source: CurvatureSource
+    dtype: torch.dtype
+    manifest: Manifest
+    workers: Workers
+    reporter: Reporter
+
+    def said(self) -> str:
+        """What was done, in one line."""
+        if self.train is None:
+            return f"made the IHVPs of {len(self.queries):,} queries"
+        return f"scored {len(self.queries):,} queries against {len(self.train):,} examples"
+
+    def run(self) -> None:
+        groups = self._groups()
+        rank = self.settings.rank
+        self.manifest.facts |= {
+            "queries_scored": len(self.queries),
+            "examples": 0 if self.train is None else len(self.train),
+            "passes": len(groups),
+        }
+        self.reporter.say(
+            f"{len(self.queries):,} queries in {len(groups)} "
+            f"pass{'es' if len(groups) > 1 else ''} over "
+            f"{0 if self.train is None else len(self.train):,} training examples, "
+            f"rank {rank}, damping {self.source.damping}"
+        )
+        for number, group in enumerate(groups):
+            if f"pass {number}" in self.manifest.complete:
+                continue
+            self._query(number, group, len(groups))
+            if self.train is not None:
+                self._score(number, group, len(groups))
+            self._done(f"pass {number}")
+        if self.settings.ihvp:
+            self._collect_products(len(groups))
+        self.store.delete_directory("work")
+        self._done("scores")
+
+    def _done(self, phase: str) -> None:
+        self.manifest.complete.append(phase)
+        self.manifest.write(self.store)
+
+    def _groups(self) -> list[tuple[int, ...]]:
+        """Queries by pass: as many as keep every stage's products within ``--query-memory``."""
+        rank = self.settings.rank_number()
+        item = 8 if self.dtype == torch.float64 else 4
+        largest = 0
+        for units in self.cuts:
+            mine = (b for b in self.blocks if self.network.unit_of(b.name) in units)
+            largest = max(largest, sum(product_elements(rank, b.d_out, b.d_in) for b in mine))
+        memory = parse_bytes("--query-memory", self.settings.query_memory)
+        size = max(1, memory // (largest * item))
+        return [
+            tuple(range(i, min(i + size, len(self.queries))))
+            for i in range(0, len(self.queries), size)
+        ]
+
+    def _place(self, number: int) -> Store:
+        return self.store.inside(f"work/pass-{number:03d}")
+
+    def _label(self, what: str, number: int, passes: int) -> str:
+        return what if passes == 1 else f"{what}, pass {number + 1} of {passes}"
+
+    def _query(self, number: int, group: tuple[int, ...], passes: int) -> None:
+        place = self._place(number)
+        if all(whole(place, ihvp_file(block.name)) for block in self.blocks):
+            return
+        place.delete_directory("work")
+        plan = self.queries.plan(self.settings.batch_tokens)
+        wanted = set(group)
+        mine = [tuple(n for n in members if n in wanted) for members in plan]
+        work = QueryPass(
+            self.source,
+            tuple(self.queries.ids[n] for n in group),
+            self.settings.rank_number(),
+            self.settings.seed,
+            place,
+        )
+        run_pass(
+            self.workers.stages(self.blocks),
+            work,
+            Feed(
+                [members for members in mine if members],
+                self.queries.reader(self.dtype),
+                self.queries.lengths,
+            ),
+            ExampleRows(place, None),
+            place,
+            self.reporter,
+            self._label("queries: IHVPs", number, passes),
+            self.settings.commit_seconds,
+        )
+
+    def _score(self, number: int, group: tuple[int, ...], passes: int) -> None:
+        assert self.train is not None
+        settings = self.settings
+        ids = [self.queries.ids[n] for n in group]
+        work = ScorePass(
+            self.source,
+            self._place(number),
+            len(group),
+            settings.per_block,
+            settings.per_token,
+            settings.self_influence and number == 0,
+            f"scores-{number:03d}",
+        )
+        sink = ScoreRows(
+            self.store,
+            f"part-{number:03d}",
+            ids,
+            self.train,
+            self.dtype == torch.float64,
+            settings.per_block,
+            settings.per_token,
+            settings.top_k,
+            self._notes(),
+        )
+        self._sweep_leftovers(f"part-{number:03d}", work.name)
+        names = run_pass(
+            self.workers.stages(self.blocks),
+            work,
+            Feed(
+                self.train.plan(settings.batch_tokens),
+                self.train.reader(self.dtype),
+                self.train.lengths,
+            ),
+            sink,
+            self.store,
+            self.reporter,
+            self._label("scores", number, passes),
+            settings.commit_seconds,
+        )
+        if settings.top_k is not None:
+            merge_top(
+                self.store,
+                [n for n in names if n.startswith("work/top/")],
+                ids,
+                settings.top_k,
+                self._notes(),
+                f"scores/part-{number:03d}-top.parquet",
+            )
+
+    def _sweep_leftovers(self, part: str, work: str) -> None:
+        """Files that no commit speaks of were written by a run that then died: they do not count."""
+        commit = self.store.read_json(f"work/{work}/commit.json")
+        known = set() if commit is None else set(commit["rows"])
+        for directory in ("scores", "self", "work/top"):
+            for name in self.store.names(directory, ".parquet"):
+                if name.startswith(f"{directory}/{part}-") and name not in known:
+                    self.store.delete(name)
+
+    def _collect_products(self, passes: int) -> None:
+        """``ihvp/``: every block's products of all passes in one file."""
+        pool = self.workers.tasks()
+        places = [self._place(number) for number in range(passes)]
+        missing = [b.name for b in self.blocks if not whole(self.store, ihvp_file(b.name))]
+        with self.reporter.phase("IHVPs", len(missing), "blocks") as phase:
+            arguments = [(places, self.store, name) for name in missing]
+            for _ in pool.map(join_products, arguments):
+                phase.advance(1)
+
+    def _notes(self) -> dict[str, str]:
+        said = identity(self.settings) | {"fit": self.source.store.root}
+        return footer(said, blocks=[block.name for block in self.blocks])
+
+
+def join_products(places: Sequence[Store], out: Store, block: str) -> None:
+    """Put the IHVPs of a block from several passes into one file."""
+    parts = [read_products(place, block) for place in places]
+    joined = {
+        key: torch.cat([products.tensors()[key] for products, _ in parts])
+        for key in parts[0][0].tensors()
+    }
+    write_products(out, block, BlockProducts(**joined), [q for _, ids in parts for q in ids])
+
+
+def block_order(notes: dict[bytes, bytes]) -> list[str]:
+    """Names of the blocks in ``block_scores``, from a table's footer."""
+    names: list[str] = json.loads(notes[b"raycurv.blocks"])
+    return names

@@ -1,0 +1,300 @@
+"""Reading a run and its scores: the tables, the curvature of a block, and what to do with them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from torch import Tensor, nn
+
+from raycurv.artifacts import ihvp_file, read_curvature, read_products
+from raycurv.blocks import Block
+from raycurv.curvature import BlockCurvature
+from raycurv.errors import UserError
+from raycurv.fitting import fit as run_fit
+from raycurv.influence import influence as run_influence
+from raycurv.influence import read_fit
+from raycurv.manifest import Manifest
+from raycurv.objective import Objective
+from raycurv.progress import Reporter
+from raycurv.settings import FitSettings, InfluenceSettings
+from raycurv.sources import Source
+from raycurv.store import Store, open_store
+from raycurv.tables import iterate_directory, read_directory, scores_schema
+
+Model = str | os.PathLike[str] | Callable[[], nn.Module]
+
+
+def fit(
+    model: Model,
+    data: Source | os.PathLike[str],
+    out: str | os.PathLike[str],
+    objective: str | Objective = "causal-lm",
+    quiet: bool = False,
+    **settings: Any,
+) -> Run:
+    """Fit the curvature of a model on a data set; the same call continues a run that stopped.
+
+    Args:
+        model: directory with an HF checkpoint, ``package.module:factory``, or a callable that
+            returns an ``nn.Module``.
+        data: path or glob of Parquet, JSONL or Arrow, a ``pyarrow.Table``, or a list of dicts.
+        out: the run directory.
+        objective: its name, or an object with its three methods.
+        quiet: show no progress.
+        **settings: the fields of :class:`raycurv.FitSettings`; ``address="none"`` runs without Ray.
+
+    Raises:
+        UserError: a mistake in settings, model or data.
+    """
+    chosen = FitSettings(
+        model=_named(model),
+        data=_named(data),
+        out=os.fspath(out),
+        objective=objective if isinstance(objective, str) else type(objective).__name__,
+        **settings,
+    )
+    store = run_fit(
+        chosen,
+        model=None if isinstance(model, (str, os.PathLike)) else model,
+        data=None if isinstance(data, (str, os.PathLike)) else data,
+        objective=None if isinstance(objective, str) else objective,
+        reporter=Reporter(quiet),
+    )
+    made = Run(store)
+    made._model = None if isinstance(model, (str, os.PathLike)) else model
+    made._objective = None if isinstance(objective, str) else objective
+    return made
+
+
+def open_run(out: str | os.PathLike[str]) -> Run:
+    """The run that a fit left in a directory (``raycurv.open``).
+
+    Raises:
+        UserError: no finished fit there.
+    """
+    return Run(open_store(out, "--run"))
+
+
+def _named(source: Any) -> str:
+    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else "in memory"
+
+
+class Run:
+    """A finished fit.
+
+    Attributes:
+        manifest: what ``run.json`` says.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._model: Callable[[], nn.Module] | None = None
+        self._objective: Objective | None = None
+        self.manifest: Manifest = read_fit(store)
+
+    def __repr__(self) -> str:
+        said = self.manifest
+        return (
+            f"<raycurv run {self._store.root}: {said.settings['method']}, "
+            f"{said.facts['examples']:,} examples>"
+        )
+
+    @property
+    def path(self) -> str:
+        """The run directory."""
+        return self._store.root
+
+    def blocks(self) -> pa.Table:
+        """One row a block: shape, trace, mean eigenvalue, effective ranks, outcome."""
+        return read_directory(self._store, "tables/blocks")
+
+    def spectrum(self) -> pa.Table:
+        """One row an eigenvalue of a factor, largest first."""
+        return read_directory(self._store, "tables/spectrum")
+
+    def examples(self) -> pa.Table:
+        """One row a training example: tokens, loss, squared gradient norm."""
+        return read_directory(self._store, "tables/examples")
+
+    def block_names(self) -> list[str]:
+        """Names of the blocks, in the model's order."""
+        return [b["name"] for b in self._store.read_json("blocks.json")]
+
+    def curvature(self, block: str) -> BlockCurvature:
+        """The curvature of one block: ``apply``, ``diagonal``, ``eigenvalues``, ``dense``.
+
+        Raises:
+            UserError: no block of that name.
+        """
+        for said in self._store.read_json("blocks.json"):
+            if said["name"] == block:
+                return read_curvature(
+                    self._store,
+                    Block(**said),
+                    self.manifest.settings["method"],
+                    int(self.manifest.facts["examples"]),
+                )
+        raise UserError(
+            f"block {block!r}", "one of the run's blocks", "no such name",
+            f"There are {', '.join(self.block_names()[:5])}, …",
+        )  # fmt: skip
+
+    def influence(
+        self,
+        queries: Source | os.PathLike[str],
+        train: Source | os.PathLike[str],
+        out: str | os.PathLike[str],
+        quiet: bool = False,
+        **settings: Any,
+    ) -> Scores:
+        """Score every query against every training example.
+
+        Args:
+            queries, train: as ``data`` of :func:`fit`.
+            out: where the results go.
+            quiet: show no progress.
+            **settings: the fields of :class:`raycurv.InfluenceSettings`.
+
+        Raises:
+            UserError: a mistake in settings or data.
+        """
+        store = self._influence(queries, train, out, quiet, settings)
+        return Scores(store)
+
+    def ihvp(
+        self,
+        queries: Source | os.PathLike[str],
+        out: str | os.PathLike[str],
+        quiet: bool = False,
+        **settings: Any,
+    ) -> Products:
+        """Make the queries' inverse-Hessian-vector products, one file a block below ``out/ihvp``."""
+        store = self._influence(queries, None, out, quiet, settings | {"ihvp": True})
+        return Products(store)
+
+    def _influence(
+        self, queries: Any, train: Any, out: Any, quiet: bool, settings: dict[str, Any]
+    ) -> Store:
+        settings = {k: str(v) if k in ("rank", "damping") else v for k, v in settings.items()}
+        chosen = InfluenceSettings(
+            run=self._store.root,
+            queries=_named(queries),
+            train="" if train is None else _named(train),
+            out=os.fspath(out),
+            **settings,
+        )
+        return run_influence(
+            chosen,
+            queries=None if isinstance(queries, (str, os.PathLike)) else queries,
+            train=None if isinstance(train, (str, os.PathLike)) else train,
+            model=self._model,
+            objective=self._objective,
+            reporter=Reporter(quiet),
+        )
+
+
+class Scores:
+    """Influence scores in a directory (``raycurv.open_scores``).
+
+    A positive score means that training on the example lowers the query's measurement.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        said = Manifest.read(store)
+        if said is None or said.job != "influence" or "scores" not in said.complete:
+            raise UserError(
+                store.root, "finished scores of influence.py", "none",
+                "Run influence.py, or the same command again if it was stopped.",
+            )  # fmt: skip
+        self.manifest: Manifest = said
+
+    @property
+    def path(self) -> str:
+        """The directory."""
+        return self._store.root
+
+    def table(self) -> pa.Table:
+        """All rows: ``query_id``, ``train_id``, ``score`` and what else was asked for."""
+        double = self.manifest.settings["dtype"] == "float64"
+        return read_directory(self._store, "scores", scores_schema(double, False, False))
+
+    def self_influence(self) -> pa.Table:
+        """``id`` and ``score`` of every training example against itself (with ``--self``)."""
+        return read_directory(self._store, "self")
+
+    def top(self, query_id: str, k: int = 5) -> pa.Table:
+        """The k training examples of the highest scores on a query, highest first.
+
+        Raises:
+            UserError: no such query.
+        """
+        parts = [t.filter(pc.equal(t["query_id"], query_id)) for t in self._parts()]
+        mine = pa.concat_tables([p for p in parts if len(p)]) if any(map(len, parts)) else None
+        if mine is None:
+            raise UserError(
+                f"query {query_id!r}", "one of the queries that were scored", "no such id",
+                "See table()['query_id'].unique().",
+            )  # fmt: skip
+        order = pc.sort_indices(mine, [("score", "descending")])
+        return mine.take(order[:k])
+
+    def matrix(self) -> tuple[np.ndarray[Any, Any], list[str], list[str]]:
+        """``scores [Q, N]``, the query ids and the training ids, in the order they were read.
+
+        Raises:
+            UserError: with ``--top-k`` only some scores were kept.
+        """
+        if self.manifest.settings["top_k"] is not None:
+            raise UserError(
+                self.path, "all scores", f"the {self.manifest.settings['top_k']} at either end",
+                "Run influence.py without --top-k into another directory.",
+            )  # fmt: skip
+        table = self.table().select(["query_id", "train_id", "score"])
+        queries = pc.unique(table["query_id"])
+        trains = pc.unique(table["train_id"])
+        matrix = np.empty((len(queries), len(trains)), table["score"].type.to_pandas_dtype())
+        q = pc.index_in(table["query_id"], value_set=queries).to_numpy()
+        n = pc.index_in(table["train_id"], value_set=trains).to_numpy()
+        matrix[q, n] = table["score"].to_numpy()
+        return matrix, queries.to_pylist(), trains.to_pylist()
+
+    def _parts(self) -> Iterator[pa.Table]:
+        yield from iterate_directory(self._store, "scores")
+
+
+class Products:
+    """Inverse-Hessian-vector products in a directory."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    @property
+    def path(self) -> str:
+        """The directory."""
+        return self._store.root
+
+    def block(self, name: str) -> tuple[Tensor, list[str]]:
+        """The products of one block as ``[Q, O, I]``, and the ids of their queries.
+
+        Raises:
+            UserError: no such block.
+        """
+        if not self._store.exists(ihvp_file(name)):
+            raise UserError(f"block {name!r}", "a block with IHVPs", "no such file", "")
+        products, queries = read_products(self._store, name)
+        return products.dense(), queries
+
+
+def open_scores(out: str | os.PathLike[str]) -> Scores:
+    """The scores that influence.py left in a directory.
+
+    Raises:
+        UserError: none there.
+    """
+    return Scores(open_store(out, "--out"))
