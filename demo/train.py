@@ -15,10 +15,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import torch
 import tyro
+from tokenizer import BOS, EOS, VOCAB_SIZE, byte_tokenizer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from tokenizer import BOS, EOS, VOCAB_SIZE, byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 IGNORED = -100  # cross_entropy's own: a target that no loss is taken of
 
@@ -35,9 +36,9 @@ class Settings:
     """Decoder blocks."""
     width: int = 192
     """Size of the hidden state, a multiple of 32 (a head's size)."""
-    batch: int = 8
+    batch: int = 4
     """Passages a step."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     """AdamW's, at its peak."""
     weight_decay: float = 0.1
     """AdamW's, on matrices."""
@@ -171,13 +172,23 @@ def save(model: LlamaForCausalLM, directory: Path, max_length: int) -> None:
     part = directory.with_name(directory.name + ".part")
     for old in (part, directory):
         shutil.rmtree(old, ignore_errors=True)
+    disable_progress_bar()  # a bar for one small file would only break up the output
     model.save_pretrained(part)
     byte_tokenizer(max_length).save_pretrained(part)
     part.rename(directory)
 
 
 def read_texts(path: Path) -> list[str]:
-    """The texts of a file that passages.py wrote."""
+    """The texts of a file that passages.py wrote.
+
+    Raises:
+        SystemExit: there is no such file.
+    """
+    if not path.is_file():
+        raise SystemExit(
+            f"{path}: expected passages, got no such file. "
+            "Run passages.py with the same --out first."
+        )
     return pq.read_table(path, columns=["text"]).column("text").to_pylist()
 
 
@@ -196,11 +207,12 @@ def main(settings: Settings) -> None:
         flush=True,
     )
     train(model, rows, settings)
+    sample = torch.linspace(0, len(rows) - 1, 64).long()
     directory = settings.out / "model"
     save(model, directory, max_length)
     print(
         f"held-out passages: {bits_per_byte(model, held_out_rows):.2f} bits per byte; "
-        f"training passages: {bits_per_byte(model, rows.take(torch.arange(64))):.2f}"
+        f"training passages: {bits_per_byte(model, rows.take(sample)):.2f}"
     )
     print(directory)
 

@@ -59,9 +59,11 @@ def connect(address: str | None) -> bool:
         ray.init(address=address, **quiet)
     except ConnectionError as error:
         raise UserError(
-            f"--address {address}", "a running Ray cluster", str(error),
-            "Start one with `ray start --head`, or leave --address out for a Ray of this job's own.",
-        ) from error  # fmt: skip
+            f"--address {address}",
+            "a running Ray cluster",
+            str(error),
+            "Start one with `ray start --head`, or leave --address out for a Ray of its own.",
+        ) from error
     return True
 
 
@@ -74,9 +76,11 @@ def _check_answers(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
     except OSError as error:
         raise UserError(
-            f"--address {address}", "a Ray cluster that answers", str(error),
+            f"--address {address}",
+            "a Ray cluster that answers",
+            str(error),
             "Check the address with `ray status --address`, or use --address local.",
-        ) from error  # fmt: skip
+        ) from error
 
 
 class OnRay:
@@ -129,9 +133,11 @@ class OnRay:
             raise
         except RayActorError as error:
             raise RaycurvError(
-                "a stage's actor", "to live to the end of the pass", f"it died ({error})",
+                "a stage's actor",
+                "to live to the end of the pass",
+                f"it died ({error})",
                 "Run the same command again: it goes on from the last commit.",
-            ) from error  # fmt: skip
+            ) from error
 
     def map(
         self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]

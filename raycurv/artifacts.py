@@ -1,4 +1,4 @@
-"""The files of a run: factors, eigenbases, corrected eigenvalues, IHVPs. One file each, checksummed.
+"""The files of a run: factors, eigenbases, corrected eigenvalues, IHVPs. Checksummed.
 
 factors/NAME.safetensors     sum | sum.0, sum.1, …            count, rows
 eigen/NAME.safetensors       eigenvectors[.i], eigenvalues[.i]   outcome, seconds
@@ -53,9 +53,9 @@ def _numbered(key: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
 
 
 def _collected(file: TensorFile, key: str) -> tuple[Tensor, ...]:
-    if key in file.keys():
+    if key in file.names:
         return (file.read(key),)
-    count = sum(k.startswith(f"{key}.") for k in file.keys())
+    count = sum(k.startswith(f"{key}.") for k in file.names)
     return tuple(file.read(f"{key}.{i}") for i in range(count))
 
 
@@ -99,7 +99,7 @@ def read_eigen(store: Store, name: str) -> Eigenbasis:
 
 
 def read_spectrum(store: Store, name: str) -> tuple[tuple[Tensor, ...], dict[str, str]]:
-    """A factor's eigenvalues, one ascending vector a tile, without its eigenvectors; and its notes."""
+    """A factor's eigenvalues, one ascending vector a tile, and its file's metadata."""
     file = open_tensors(store, eigen_file(name))
     return _collected(file, "eigenvalues"), file.metadata
 
@@ -157,9 +157,11 @@ def read_curvature(store: Store, block: Block, method: str, examples: int) -> Bl
     file = open_tensors(store, corrected_file(block.name))
     if file.metadata["bases"] != basis_mark(store, block):
         raise DamagedFile(
-            store.path(corrected_file(block.name)), "corrected eigenvalues fitted in the run's bases",
-            "ones of other bases", "Run the fit again: it refits what does not belong together.",
-        )  # fmt: skip
+            store.path(corrected_file(block.name)),
+            "corrected eigenvalues fitted in the run's bases",
+            "ones of other bases",
+            "Run the fit again: it refits what does not belong together.",
+        )
     return BlockCurvature(block, right, left, file.read("lam"))
 
 

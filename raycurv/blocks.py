@@ -183,7 +183,7 @@ def input_rows(
 
 
 def output_rows(block: Block, g: Tensor, examples: int, rows: int) -> Tensor:
-    """A gradient with respect to a module's output as rows ``[N, T, O]``, aligned with its input's."""
+    """A gradient of a module's output as rows ``[N, T, O]``, aligned with those of its input."""
     if block.kind == CONV2D:
         return g.flatten(2).transpose(1, 2)
     return g.reshape(examples, rows, g.shape[-1])
@@ -195,7 +195,8 @@ def _check_examples(block: Block, x: Tensor, examples: int, axes: int) -> None:
             f"block {block.name}",
             f"an input whose first of {axes} or more axes is the {examples} examples",
             f"shape {tuple(x.shape)}",
-            f"Rows that mix examples have no per-example gradient: leave it out with --blocks '!{block.name}'.",
+            "Rows that mix examples have no per-example gradient: leave it out with "
+            f"--blocks '!{block.name}'.",
         )
 
 

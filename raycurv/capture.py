@@ -1,4 +1,4 @@
-"""Hooks that capture every block's inputs and output gradients: the only file that touches autograd.
+"""Hooks that capture every block's inputs and output gradients.
 
 Weights are frozen, so no weight gradient is ever computed; the exact per-example gradient of a
 block is the sum of ``g aᵀ`` over its captured rows.
@@ -121,9 +121,13 @@ class Capture:
         geometry: object = None
         if isinstance(module, nn.Conv2d):
             geometry = (
-                module.kernel_size, module.stride, module.padding, module.dilation,
-                module.groups, module.padding_mode,
-            )  # fmt: skip
+                module.kernel_size,
+                module.stride,
+                module.padding,
+                module.dilation,
+                module.groups,
+                module.padding_mode,
+            )
         linear = block.kind != "conv2d"
         tensors = tuple(
             (c.x.data_ptr(), c.x.shape, c.x.stride(), c.version, c.x.dtype, c.start) for c in calls
@@ -174,7 +178,8 @@ class Capture:
                     f"block {block.name}",
                     "an input that is not changed after the layer has read it",
                     "a tensor that an in-place operation has changed since",
-                    f"Make that operation out of place, or leave the block out: --blocks '!{block.name}'.",
+                    "Make that operation out of place, or leave the block out: "
+                    f"--blocks '!{block.name}'.",
                 )
             a = input_rows(block, self._modules[block.name], call.x, batch.size, call.positions)
             if block.bias:
@@ -226,9 +231,11 @@ def _hook(capture: weakref.ref[Capture], name: str) -> Any:
         x = args[0] if args else next(iter(kwargs.values()))
         if not isinstance(x, Tensor) or not isinstance(output, Tensor):
             raise UserError(
-                f"block {name}", "a module that maps one tensor to one tensor",
-                f"{type(x).__name__} to {type(output).__name__}", f"Leave it out: --blocks '!{name}'.",
-            )  # fmt: skip
+                f"block {name}",
+                "a module that maps one tensor to one tensor",
+                f"{type(x).__name__} to {type(output).__name__}",
+                f"Leave it out: --blocks '!{name}'.",
+            )
         start, positions = record.span or (None, None)
         if record.span is None and record.batch.mask is not None:
             positions = record.batch.mask.shape[1]

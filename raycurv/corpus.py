@@ -1,12 +1,12 @@
 """The examples of a run as they lie in its directory: tokenised once, read in windows by each pass.
 
-    data/part-00000.parquet      the examples, 4,096 a file
-    data/corpus.json             how many, their lengths' sum, the hash of their source
+data/part-00000.parquet      the examples, 4,096 a file
+data/corpus.json             how many, their lengths' sum, the hash of their source
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -236,4 +236,3 @@ class DrawnLabels:
             ]
             self._held = (part, arrays)
         return [self._held[1][n - part * PART] for n in members]
-

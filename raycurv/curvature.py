@@ -51,9 +51,11 @@ class Damping:
             value = math.nan
         if not math.isfinite(value) or value < 0:
             raise UserError(
-                "--damping", "a number of at least 0, or abs:NUMBER", repr(text),
+                "--damping",
+                "a number of at least 0, or abs:NUMBER",
+                repr(text),
                 "0.1 adds a tenth of a block's mean eigenvalue; abs:1e-6 adds 1e-6 to every block.",
-            )  # fmt: skip
+            )
         return cls(value, absolute)
 
     def __str__(self) -> str:
@@ -138,10 +140,11 @@ class BlockCurvature:
         lam = setting.of(mean)
         if lam == 0.0 and not bool((self.lam_OI > 0).all()):
             raise UserError(
-                f"block {self.block.name}", "a positive damping, or corrected eigenvalues above 0",
+                f"block {self.block.name}",
+                "a positive damping, or corrected eigenvalues above 0",
                 f"damping {setting} and {int((self.lam_OI <= 0).sum())} zeros in Λ",
                 "Give --damping a positive value.",
-            )  # fmt: skip
+            )
         return lambda eigenvalues: 1.0 / (eigenvalues + lam)
 
     def _check(self, x: Tensor) -> None:
@@ -149,9 +152,11 @@ class BlockCurvature:
         if x.ndim < 2 or tuple(x.shape[-2:]) != wanted:
             bias = " (the last column is the bias)" if self.block.bias else ""
             raise UserError(
-                f"block {self.block.name}", f"a tensor of shape [..., {wanted[0]}, {wanted[1]}]{bias}",
-                f"{tuple(x.shape)}", "Give the block's gradient as one matrix.",
-            )  # fmt: skip
+                f"block {self.block.name}",
+                f"a tensor of shape [..., {wanted[0]}, {wanted[1]}]{bias}",
+                f"{tuple(x.shape)}",
+                "Give the block's gradient as one matrix.",
+            )
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 A uniform number is a hash of (seed, example id, position of the target, draw, component), so the
 same example gets the same number in any microbatch, on any stage, replica or restart.
 
-    h   = mix(mix(mix(mix(seed, id), position), draw), component)        splitmix64, Steele et al. 2014
+    h   = mix(mix(mix(mix(seed, id), position), draw), component)   splitmix64, Steele et al. 2014
     u   = (top 52 bits of h + 1/2) / 2**52                                in (0, 1), float64
-    y   = min { v : sum_{w <= v} p_w >= u * sum_w p_w }                   inverse CDF, summed in float64
+    y   = min { v : sum_{w <= v} p_w >= u * sum_w p_w }              inverse CDF, summed in float64
 
 Axis letters: R rows, V classes, K components.
 """

@@ -67,11 +67,13 @@ class Eigenbasis:
 
     def dense(self) -> Tensor:
         """The whole basis as one float64 matrix."""
-        return torch.block_diag(*(q.double() for q in self.vectors))
+        whole: Tensor = torch.block_diag(*(q.double() for q in self.vectors))
+        return whole
 
     def squared(self, dtype: torch.dtype) -> Tensor:
         """``Q * Q``, tile by tile in one matrix."""
-        return torch.block_diag(*(q.to(dtype).square() for q in self.vectors))
+        whole: Tensor = torch.block_diag(*(q.to(dtype).square() for q in self.vectors))
+        return whole
 
 
 def effective_rank(values: Tensor) -> float:
@@ -103,9 +105,11 @@ def decompose(
         where = f"factor {name}" if len(tiles) == 1 else f"factor {name}, tile {i}"
         if not torch.isfinite(tile).all():
             raise NumericalError(
-                where, "finite values", "NaN or infinity",
+                where,
+                "finite values",
+                "NaN or infinity",
                 "Run the first pass again in a wider --dtype.",
-            )  # fmt: skip
+            )
         symmetric = (tile + tile.T) / 2
         w, q, outcome = _eigh(where, symmetric, device)
         # Rounding leaves eigenvalues a little below zero; only larger ones are worth a word.
@@ -135,13 +139,15 @@ def _eigh(where: str, symmetric: Tensor, device: torch.device) -> tuple[Tensor, 
     for outcome, matrix, where_to in attempts:
         try:
             w, q = torch.linalg.eigh(matrix.to(where_to))
-        except (torch.linalg.LinAlgError, RuntimeError) as error:
+        except RuntimeError as error:
             causes.append(f"{outcome}: {error}")
             continue
         if torch.isfinite(w).all() and torch.isfinite(q).all():
             return w, q, outcome
         causes.append(f"{outcome}: non-finite eigenvectors")
     raise NumericalError(
-        where, "an eigendecomposition in float64", "; ".join(causes),
+        where,
+        "an eigendecomposition in float64",
+        "; ".join(causes),
         "Look at the factor's sum under factors/, or leave its blocks out with --blocks '!…'.",
-    )  # fmt: skip
+    )

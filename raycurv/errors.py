@@ -30,7 +30,7 @@ class UserError(RaycurvError, ValueError):
 
 
 class NumericalError(RaycurvError):
-    """A computation whose result cannot be trusted (non-finite values, a decomposition that fails)."""
+    """A computation whose result cannot be trusted (not finite, or a failed decomposition)."""
 
 
 class DamagedFile(RaycurvError):

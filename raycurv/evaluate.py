@@ -35,7 +35,7 @@ class Evaluated:
         gradients: one a draw, with respect to the hidden states, of their shape; each holds for
             every example the gradient of that example's own number.
         loss: of the data's own labels, summed over tokens, ``[N]``; ``None`` without labels.
-        drawn: labels that were drawn here, ``[D, N, ...]``; ``None`` if they were given or not drawn.
+        drawn: labels that were drawn here, ``[D, N, ...]``; ``None`` if given or not drawn.
     """
 
     gradients: tuple[Tensor, ...]
@@ -144,10 +144,11 @@ def _by_slices(
 ) -> Evaluated:
     if hidden.ndim < 3 or batch.mask is None:
         raise UserError(
-            "the objective", "token data and hidden states [examples, positions, width]",
+            "the objective",
+            "token data and hidden states [examples, positions, width]",
             f"hidden states of shape {tuple(hidden.shape)}",
             "A per-token objective needs a token axis: choose another --objective.",
-        )  # fmt: skip
+        )
     count = hidden.shape[1]
     labels_NT, counts_NT = _shifted(batch)
     loss = torch.zeros(batch.size, dtype=torch.float64, device=hidden.device)
@@ -226,6 +227,8 @@ def _check_losses(losses: Tensor, batch: Batch, what: str) -> None:
     if not finite.all():
         n = int((~finite).nonzero()[0])
         raise UserError(
-            f"example {batch.ids[n]!r}", f"a finite {what}", str(float(losses[n])),
+            f"example {batch.ids[n]!r}",
+            f"a finite {what}",
+            str(float(losses[n])),
             "Leave the example out, or run the model in a wider --dtype.",
-        )  # fmt: skip
+        )

@@ -147,6 +147,8 @@ def _check_finite(captured: Captured) -> None:
         if not finite.all():
             example = captured.batch.ids[int((~finite).nonzero()[0])]
             raise NumericalError(
-                f"factor {name}, example {example!r}", "finite inputs and gradients",
-                "NaN or infinity", "Leave the example out, or run the model in a wider --dtype.",
-            )  # fmt: skip
+                f"factor {name}, example {example!r}",
+                "finite inputs and gradients",
+                "NaN or infinity",
+                "Leave the example out, or run the model in a wider --dtype.",
+            )

@@ -39,7 +39,6 @@ from raycurv.model import Model, ModelSource, open_model
 from raycurv.objective import Objective, open_objective
 from raycurv.passes import CorrectedPass, CovariancePass, LossPass
 from raycurv.placement import cut_stages, eigh_cost, longest_first
-from raycurv.pool import Pool
 from raycurv.progress import Reporter
 from raycurv.rows import ExampleRows, write_drawn, write_examples
 from raycurv.settings import DTYPES, FitSettings, identity
@@ -349,9 +348,7 @@ class _Fit:
             for block in self.blocks
             if self.network.unit_of(block.name) in units
         }
-        write_blocks(
-            self.store, self.blocks, stages, self.method, len(self.corpus), self._notes()
-        )
+        write_blocks(self.store, self.blocks, stages, self.method, len(self.corpus), self._notes())
         if self.method in ("ekfac", "kfac"):
             write_spectrum(self.store, self._factors(), self._notes())
 

@@ -36,7 +36,7 @@ def rotate_before(
 
 
 def example_gradients(a: Tensor, g: Tensor) -> Tensor:
-    """``[N, O, I]`` from ``a [N, T, I]`` and ``g [N, T, O]``, or ``a [N, T, S, I]`` when grouped."""
+    """``[N, O, I]`` from ``a [N, T, I]`` and ``g [N, T, O]``, or a grouped ``a [N, T, S, I]``."""
     if a.ndim == 3:
         return torch.bmm(g.transpose(1, 2), a)
     examples, _, groups, width = a.shape

@@ -75,9 +75,11 @@ def influence(
     per_token = open_objective(named).per_token
     if settings.per_token and not per_token:
         raise UserError(
-            "--per-token", "an objective that is called on positions (causal-lm)", str(named),
+            "--per-token",
+            "an objective that is called on positions (causal-lm)",
+            str(named),
             "Leave --per-token out.",
-        )  # fmt: skip
+        )
     cuts = cut_stages(network.unit_costs, settings.stages)
     dtype = settings.dtype or fit.settings["dtype"]
     prints = {"fit": _fit_mark(fit), "queries": fingerprint(queries)}
@@ -115,9 +117,19 @@ def influence(
         Damping.parse(settings.damping),
     )
     job = _Influence(
-        settings, store, network, blocks, cuts, asked, training, source, DTYPES[dtype], manifest,
-        workers, reporter,
-    )  # fmt: skip
+        settings,
+        store,
+        network,
+        blocks,
+        cuts,
+        asked,
+        training,
+        source,
+        DTYPES[dtype],
+        manifest,
+        workers,
+        reporter,
+    )
     try:
         job.run()
     finally:
@@ -140,16 +152,18 @@ def read_fit(store: Store) -> Manifest:
     fit = Manifest.read(store)
     if fit is None or fit.job != "fit":
         raise UserError(
-            f"--run {store.root}", "a directory that fit.py made",
+            f"--run {store.root}",
+            "a directory that fit.py made",
             "no run.json" if fit is None else f"results of {fit.job}",
             "Fit first: python jobs/fit.py --model … --data … --out RUN.",
-        )  # fmt: skip
+        )
     if "tables" not in fit.complete:
         raise UserError(
-            f"--run {store.root}", "a finished fit",
+            f"--run {store.root}",
+            "a finished fit",
             f"one that got as far as {', '.join(fit.complete) or 'its settings'}",
             "Run the same fit again: it goes on where it stopped.",
-        )  # fmt: skip
+        )
     return fit
 
 
@@ -163,10 +177,11 @@ def check_model(fit: Manifest, network: Model, run: str) -> None:
     changed = sorted(k for k in here.keys() | there.keys() if here.get(k) != there.get(k))
     if changed:
         raise UserError(
-            f"the model {network.name}", f"the one that {run} was fitted on",
+            f"the model {network.name}",
+            f"the one that {run} was fitted on",
             f"{len(changed)} other tensors, the first {changed[0]}",
             "Restore the checkpoint, or fit again into another directory.",
-        )  # fmt: skip
+        )
 
 
 def _fit_mark(fit: Manifest) -> dict[str, Any]:
@@ -195,9 +210,15 @@ class _Corpora:
                 self.fitted, "data", source, flag, self.network, settings, None, settings.seed
             )
         return open_corpus(
-            self.store, f"work/{name}", source, flag, self.network, settings, max_examples,
+            self.store,
+            f"work/{name}",
+            source,
+            flag,
+            self.network,
+            settings,
+            max_examples,
             settings.seed,
-        )  # fmt: skip
+        )
 
 
 @dataclass
@@ -354,7 +375,7 @@ class _Influence:
             )
 
     def _sweep_leftovers(self, part: str, work: str) -> None:
-        """Files that no commit speaks of were written by a run that then died: they do not count."""
+        """Drop files that no commit speaks of: the run that wrote them died before it counted."""
         commit = self.store.read_json(f"work/{work}/commit.json")
         known = set() if commit is None else set(commit["rows"])
         for directory in ("scores", "self", "work/top"):

@@ -64,9 +64,11 @@ class Manifest:
         keys = ("job", "settings", "fingerprints", "facts", "complete", "seconds")
         if any(key not in said for key in keys):
             raise UserError(
-                store.path(NAME), "a run.json of raycurv", "another file of that name",
+                store.path(NAME),
+                "a run.json of raycurv",
+                "another file of that name",
                 "Give another --out.",
-            )  # fmt: skip
+            )
         return cls(**{key: said[key] for key in keys})
 
 
@@ -82,9 +84,11 @@ def continue_or_refuse(store: Store, wanted: Manifest) -> Manifest:
         return wanted
     if there.job != wanted.job:
         raise UserError(
-            f"--out {store.root}", f"a new directory, or one of this job ({wanted.job})",
-            f"one of the job {there.job}", "Give another --out.",
-        )  # fmt: skip
+            f"--out {store.root}",
+            f"a new directory, or one of this job ({wanted.job})",
+            f"one of the job {there.job}",
+            "Give another --out.",
+        )
     differences = [
         f"--{key.replace('_', '-')} was {there.settings.get(key)!r} and is now {value!r}"
         for key, value in wanted.settings.items()
@@ -94,9 +98,11 @@ def continue_or_refuse(store: Store, wanted: Manifest) -> Manifest:
         differences += _differences(key, there.fingerprints.get(key, {}), value)
     if differences:
         raise UserError(
-            f"--out {store.root}", "a new directory, or the run that it holds", "; ".join(differences),
+            f"--out {store.root}",
+            "a new directory, or the run that it holds",
+            "; ".join(differences),
             "Give another --out, or the settings of the run that is there.",
-        )  # fmt: skip
+        )
     return there
 
 

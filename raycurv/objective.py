@@ -79,17 +79,21 @@ class Classification:
         labels = _labels(batch, "a class number an example")
         if outputs.ndim != 2:
             raise UserError(
-                "classification", "outputs of shape [examples, classes]", f"{tuple(outputs.shape)}",
+                "classification",
+                "outputs of shape [examples, classes]",
+                f"{tuple(outputs.shape)}",
                 "Choose another --objective, or let the model return one row of logits an example.",
-            )  # fmt: skip
+            )
         labels = labels.long()
         outside = (labels < 0) | (labels >= outputs.shape[1])
         if outside.any():
             n = int(outside.nonzero()[0])
             raise UserError(
-                f"example {batch.ids[n]!r}", f"a class from 0 to {outputs.shape[1] - 1}",
-                f"label {int(labels[n])}", "Correct the label, or give the model that class.",
-            )  # fmt: skip
+                f"example {batch.ids[n]!r}",
+                f"a class from 0 to {outputs.shape[1] - 1}",
+                f"label {int(labels[n])}",
+                "Correct the label, or give the model that class.",
+            )
         logits = outputs if outputs.dtype == torch.float64 else outputs.float()
         return F.cross_entropy(logits, labels, reduction="none")
 
@@ -110,9 +114,11 @@ class Regression:
         f, y = outputs.flatten(1), labels.reshape(labels.shape[0], -1)
         if f.shape != y.shape:
             raise UserError(
-                "regression", f"labels of shape {tuple(f.shape)}, as the outputs",
-                f"{tuple(y.shape)}", "Make labels and outputs of one size.",
-            )  # fmt: skip
+                "regression",
+                f"labels of shape {tuple(f.shape)}, as the outputs",
+                f"{tuple(y.shape)}",
+                "Make labels and outputs of one size.",
+            )
         return 0.5 * (y.to(f.dtype) - f).square().sum(dim=1)
 
     def measurement(self, outputs: Tensor, batch: Batch) -> Tensor:
@@ -121,15 +127,18 @@ class Regression:
     def sample(self, outputs: Tensor, batch: Batch, uniform: Uniform) -> Tensor:
         f = outputs.flatten(1)
         noise = torch.special.ndtri(uniform(f.shape[1]))
-        return (f.double() + noise).reshape(outputs.shape)
+        drawn: Tensor = (f.double() + noise).reshape(outputs.shape)
+        return drawn
 
 
 def _labels(batch: Batch, wanted: str) -> Tensor:
     if batch.labels is None:
         raise UserError(
-            f"example {batch.ids[0]!r}", f"a label ({wanted})", "none",
+            f"example {batch.ids[0]!r}",
+            f"a label ({wanted})",
+            "none",
             "Add a column `labels` to the data.",
-        )  # fmt: skip
+        )
     return batch.labels
 
 
@@ -153,16 +162,20 @@ def open_objective(name: str | Objective) -> Objective:
     module, colon, attribute = name.partition(":")
     if not colon:
         raise UserError(
-            "--objective", ", ".join(_SHIPPED) + " or package.module:Name", repr(name),
+            "--objective",
+            ", ".join(_SHIPPED) + " or package.module:Name",
+            repr(name),
             "Name an objective that ships with raycurv, or your own as package.module:Name.",
-        )  # fmt: skip
+        )
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(
-            f"--objective {name}", "an importable class or instance", str(error),
+            f"--objective {name}",
+            "an importable class or instance",
+            str(error),
             "Check the spelling, and that the module is on the Python path of every worker.",
-        ) from error  # fmt: skip
+        ) from error
     return _checked(name, found() if isinstance(found, type) else found)
 
 
@@ -172,8 +185,10 @@ def _checked(name: str, objective: object) -> Objective:
     ]
     if missing:
         raise UserError(
-            f"--objective {name}", "loss, measurement, sample and per_token",
-            f"no {', '.join(missing)}", "See raycurv.objective.Objective for the three methods.",
-        )  # fmt: skip
+            f"--objective {name}",
+            "loss, measurement, sample and per_token",
+            f"no {', '.join(missing)}",
+            "See raycurv.objective.Objective for the three methods.",
+        )
     assert isinstance(objective, Objective)
     return objective

@@ -236,7 +236,9 @@ class ScoreGatherer:
     """Pairwise scores and self-influence from the same gradients."""
 
     def __init__(self, pairwise: PairwiseScores, own: SelfScores | None) -> None:
-        self._parts = [pairwise] if own is None else [pairwise, own]
+        self._parts: list[PairwiseScores | SelfScores] = [pairwise]
+        if own is not None:
+            self._parts.append(own)
 
     def add(self, draws: Sequence[Captured]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}

@@ -243,9 +243,7 @@ class ScoreRows:
                 example = order[n]
                 length = self._train.lengths[self._members[example]]
                 lists.append(self._tokens[example][q, :length])
-            columns["token_scores"] = pa.array(lists, pa.list_(pa.float64())).cast(
-                pa.list_(number)
-            )
+            columns["token_scores"] = pa.array(lists, pa.list_(pa.float64())).cast(pa.list_(number))
         return pa.table(columns, schema=self._schema)
 
     def _rows(self, scores_NQ: Array) -> tuple[Array, Array]:
@@ -271,7 +269,7 @@ def merge_top(
     notes: dict[str, str],
     into: str,
 ) -> None:
-    """One file with each query's k highest and k lowest rows, highest first, from those of parts."""
+    """One file with each query's k highest and k lowest rows, highest first."""
     value_set = pa.array(list(queries), pa.string())
     best: pa.Table | None = None
     for name in names:

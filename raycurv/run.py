@@ -140,9 +140,11 @@ class Run:
                     int(self.manifest.facts["examples"]),
                 )
         raise UserError(
-            f"block {block!r}", "one of the run's blocks", "no such name",
+            f"block {block!r}",
+            "one of the run's blocks",
+            "no such name",
             f"There are {', '.join(self.block_names()[:5])}, …",
-        )  # fmt: skip
+        )
 
     def influence(
         self,
@@ -173,7 +175,7 @@ class Run:
         quiet: bool = False,
         **settings: Any,
     ) -> Products:
-        """Make the queries' inverse-Hessian-vector products, one file a block below ``out/ihvp``."""
+        """Make the queries' inverse-Hessian-vector products, a file a block in ``out/ihvp``."""
         store = self._influence(queries, None, out, quiet, settings | {"ihvp": True})
         return Products(store)
 
@@ -209,9 +211,11 @@ class Scores:
         said = Manifest.read(store)
         if said is None or said.job != "influence" or "scores" not in said.complete:
             raise UserError(
-                store.root, "finished scores of influence.py", "none",
+                store.root,
+                "finished scores of influence.py",
+                "none",
                 "Run influence.py, or the same command again if it was stopped.",
-            )  # fmt: skip
+            )
         self.manifest: Manifest = said
 
     @property
@@ -238,9 +242,11 @@ class Scores:
         mine = pa.concat_tables([p for p in parts if len(p)]) if any(map(len, parts)) else None
         if mine is None:
             raise UserError(
-                f"query {query_id!r}", "one of the queries that were scored", "no such id",
+                f"query {query_id!r}",
+                "one of the queries that were scored",
+                "no such id",
                 "See table()['query_id'].unique().",
-            )  # fmt: skip
+            )
         order = pc.sort_indices(mine, [("score", "descending")])
         return mine.take(order[:k])
 
@@ -252,9 +258,11 @@ class Scores:
         """
         if self.manifest.settings["top_k"] is not None:
             raise UserError(
-                self.path, "all scores", f"the {self.manifest.settings['top_k']} at either end",
+                self.path,
+                "all scores",
+                f"the {self.manifest.settings['top_k']} at either end",
                 "Run influence.py without --top-k into another directory.",
-            )  # fmt: skip
+            )
         table = self.table().select(["query_id", "train_id", "score"])
         queries = pc.unique(table["query_id"])
         trains = pc.unique(table["train_id"])

@@ -143,15 +143,18 @@ def _token_scores(
     calls, rest = divmod(a.shape[1], tokens)
     if a.ndim == 4 or rest:
         raise UserError(
-            f"block {block.name}", f"rows that are the {tokens} positions of the examples",
-            f"{a.shape[1]} rows", f"Leave out --per-token, or the block: --blocks '!{block.name}'.",
-        )  # fmt: skip
+            f"block {block.name}",
+            f"rows that are the {tokens} positions of the examples",
+            f"{a.shape[1]} rows",
+            f"Leave out --per-token, or the block: --blocks '!{block.name}'.",
+        )
     if products.full is None:
         assert products.left is not None and products.right is not None
         terms = _projected(products.left, products.right, a, g)
     else:
         terms = torch.stack([((g @ whole) * a).sum(dim=2) for whole in products.full], dim=2)
-    return terms.double().unflatten(1, (calls, tokens)).sum(dim=1).transpose(1, 2)
+    by_call: Tensor = terms.double().unflatten(1, (calls, tokens))
+    return by_call.sum(dim=1).transpose(1, 2)
 
 
 class SelfScores:

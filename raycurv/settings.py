@@ -101,9 +101,21 @@ class FitSettings(Execution, Reading):
 
     # What a result means: a change is refused on the same directory.
     IDENTITY = (
-        "model", "data", "blocks", "method", "fisher", "objective", "draws", "seed", "dtype",
-        "store_dtype", "max_length", "long", "max_factor_dim", "max_examples",
-    )  # fmt: skip
+        "model",
+        "data",
+        "blocks",
+        "method",
+        "fisher",
+        "objective",
+        "draws",
+        "seed",
+        "dtype",
+        "store_dtype",
+        "max_length",
+        "long",
+        "max_factor_dim",
+        "max_examples",
+    )
 
     def check(self, in_memory: bool = False) -> None:
         super().check()
@@ -113,9 +125,11 @@ class FitSettings(Execution, Reading):
         _positive("draws", self.draws)
         if self.fisher == "empirical" and self.draws != 1:
             raise UserError(
-                "--draws", "1 with --fisher empirical, whose labels are the data's own",
-                str(self.draws), "Leave --draws out, or use --fisher sampled.",
-            )  # fmt: skip
+                "--draws",
+                "1 with --fisher empirical, whose labels are the data's own",
+                str(self.draws),
+                "Leave --draws out, or use --fisher sampled.",
+            )
         for flag in ("max_length", "max_factor_dim", "max_examples"):
             if getattr(self, flag) is not None:
                 _positive(flag, getattr(self, flag))
@@ -143,7 +157,7 @@ class InfluenceSettings(Execution, Reading):
     rank: str = "32"
     """Rank that IHVPs are truncated to, or `full`."""
     query_memory: str = "2GiB"
-    """Memory of a stage for IHVPs; as many queries share a pass over the training examples as fit."""
+    """Memory of a stage for IHVPs; as many queries share a pass over the training data as fit."""
     top_k: int | None = None
     """Keep only each query's k highest and k lowest scores."""
     per_block: bool = False
@@ -161,9 +175,22 @@ class InfluenceSettings(Execution, Reading):
     dtype: DtypeName | None = None
     """Of the model's computation; by default the fit's."""
     IDENTITY = (
-        "run", "queries", "train", "damping", "rank", "seed", "dtype", "max_length", "long",
-        "max_examples", "top_k", "per_block", "per_token", "self_influence", "ihvp",
-    )  # fmt: skip
+        "run",
+        "queries",
+        "train",
+        "damping",
+        "rank",
+        "seed",
+        "dtype",
+        "max_length",
+        "long",
+        "max_examples",
+        "top_k",
+        "per_block",
+        "per_token",
+        "self_influence",
+        "ihvp",
+    )
 
     def check(self, has_train: bool = True) -> None:
         """Refuse what cannot work; without training examples only IHVPs are made."""

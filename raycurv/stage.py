@@ -159,7 +159,7 @@ class Stage:
             state: dict[str, Tensor] = {}
             for name in names:
                 file = open_tensors(store, name)
-                for key in file.keys():
+                for key in file.names:
                     if key.rpartition("/")[0] in owners:
                         state[key] = file.read(key)
             self._gatherer.load(state)

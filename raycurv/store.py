@@ -1,4 +1,4 @@
-"""A directory of results, on a local disk or an object store: a file is there whole or not at all."""
+"""A directory of results, on a disk or an object store: a file is there whole or not at all."""
 
 from __future__ import annotations
 

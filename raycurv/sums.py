@@ -72,9 +72,11 @@ class RunningSum:
         total = self.part.double() if self.master is None else self.master + self.part
         if not torch.isfinite(total).all():
             raise NumericalError(
-                where, "a finite sum", "NaN or infinity",
+                where,
+                "a finite sum",
+                "NaN or infinity",
                 "Run the model in a wider --dtype, or look for the example that overflows.",
-            )  # fmt: skip
+            )
         return total.clone() if total is self.part else total
 
     def state(self) -> dict[str, Tensor]:

@@ -118,9 +118,7 @@ def run_pass(
             if done < len(feed.plan):
                 stale = sums
                 sums = [f"{place}/{done:07d}/stage-{s}.safetensors" for s in range(pool.stages)]
-                for handle in [
-                    pool.call(s, "commit", store, name) for s, name in enumerate(sums)
-                ]:
+                for handle in [pool.call(s, "commit", store, name) for s, name in enumerate(sums)]:
                     pool.get(handle)
                 _write_commit(store, place, feed.plan, done, rows, sums, finished=False)
                 for name in stale:

@@ -157,6 +157,8 @@ def iterate_directory(store: Store, directory: str) -> Iterator[pa.Table]:
 
 def _damaged(store: Store, name: str, error: Exception) -> DamagedFile:
     return DamagedFile(
-        store.path(name), "a whole Parquet file", str(error),
+        store.path(name),
+        "a whole Parquet file",
+        str(error),
         "Delete the file and run the command again: only what is missing is computed.",
-    )  # fmt: skip
+    )

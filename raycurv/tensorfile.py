@@ -39,7 +39,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     if not flat.numel():
         return memoryview(b"")
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def write_tensors(
@@ -91,7 +91,8 @@ class TensorFile:
         joined = json.dumps(self._checksums, sort_keys=True).encode()
         return hashlib.blake2b(joined, digest_size=16).hexdigest()
 
-    def keys(self) -> tuple[str, ...]:
+    @property
+    def names(self) -> tuple[str, ...]:
         """Names of the tensors."""
         return tuple(self._entries)
 
@@ -106,10 +107,10 @@ class TensorFile:
         data = np.empty(end - begin, dtype=np.uint8)
         with self.store.open(self.name) as file:
             file.seek(self._start + begin)
-            got = file.readinto(memoryview(data)) if len(data) else 0
+            got = file.readinto(data.data) if len(data) else 0
         if got != len(data):
             raise _damaged(self.store, self.name, f"{len(data)} bytes of {key}", f"{got}")
-        if hashlib.blake2b(data, digest_size=16).hexdigest() != self._checksums[key]:
+        if hashlib.blake2b(data.data, digest_size=16).hexdigest() != self._checksums[key]:
             raise _damaged(
                 self.store, self.name, f"{key} with the checksum in the header", "another"
             )
@@ -158,6 +159,8 @@ def whole(store: Store, name: str) -> bool:
 
 def _damaged(store: Store, name: str, expected: str, got: str) -> DamagedFile:
     return DamagedFile(
-        store.path(name), expected, got,
+        store.path(name),
+        expected,
+        got,
         "Delete the file and run the command again: only what is missing is computed.",
-    )  # fmt: skip
+    )
