@@ -21,9 +21,9 @@ class Batch:
         inputs: token ids ``[N, T]`` (int64, 0 where padded), or numbers ``[N, ...]``.
         mask: ``[N, T]`` bool, True at a token and False at padding; ``None`` without a token axis.
         labels: targets. Of token data ``[N, T]`` int64 in HF's alignment (``labels[n, t]`` speaks
-            of token t, which position t-1 predicts); otherwise whatever the objective takes, N first.
-            ``None`` when the data has none.
-        loss_mask: ``[N, T]`` bool in the same alignment: which tokens are targets. ``None`` for all.
+            of token t, which position t-1 predicts); otherwise whatever the objective takes, N
+            first. ``None`` when the data has none.
+        loss_mask: ``[N, T]`` bool, so aligned: which tokens are targets. ``None`` for all.
         drawn: labels drawn from the model in an earlier pass, ``[draws, N, ...]``, else ``None``.
     """
 

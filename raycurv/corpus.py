@@ -22,7 +22,7 @@ from raycurv.examples import (
     examples_to_table,
     loss_terms,
     read_examples,
-    require_loss_terms,
+    no_loss_terms,
     table_to_examples,
 )
 from raycurv.microbatch import make_batch, padding_share, plan_microbatches
@@ -31,6 +31,7 @@ from raycurv.settings import Reading
 from raycurv.sources import Source
 from raycurv.store import Store
 from raycurv.tables import read_rows, read_table, write_table
+from raycurv.tokenizer import LazyTokenizer
 
 PART = 4096
 WINDOW = 1024
@@ -46,6 +47,7 @@ class Corpus:
         ids: of every example, in order.
         lengths: tokens of every example (1 without a token axis).
         terms: how many examples have a loss term.
+        tokenizer: what tokenised them; empty for data without text.
     """
 
     store: Store
@@ -53,6 +55,7 @@ class Corpus:
     ids: tuple[str, ...]
     lengths: tuple[int, ...]
     terms: int
+    tokenizer: dict[str, Any]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -137,9 +140,10 @@ def open_corpus(
             write_table(store, _part_name(directory, part), examples_to_table(buffer))
             buffer.clear()
 
+    tokenizer = None if model.tokenizer_dir is None else LazyTokenizer(model.tokenizer_dir)
     for example in read_examples(
         source,
-        tokenizer=model.tokenizer_dir,
+        tokenizer=tokenizer,
         vocab_size=model.vocab_size,
         max_positions=model.max_positions,
         max_length=reading.max_length,
@@ -154,14 +158,15 @@ def open_corpus(
         terms += loss_terms(example) > 0
         if len(buffer) == PART:
             flush()
-    last = list(buffer)
     flush()
     if not terms:
-        require_loss_terms(last, flag)
+        raise no_loss_terms(flag, len(ids))
     index = pa.table({"id": ids, "tokens": pa.array(lengths, pa.int32())})
     write_table(store, f"{directory}/index.parquet", index)
-    store.write_json(f"{directory}/corpus.json", {"examples": len(ids), "with_loss": terms})
-    return Corpus(store, directory, tuple(ids), tuple(lengths), terms)
+    described = {} if tokenizer is None else tokenizer.describe()
+    said = {"examples": len(ids), "with_loss": terms, "tokenizer": described}
+    store.write_json(f"{directory}/corpus.json", said)
+    return Corpus(store, directory, tuple(ids), tuple(lengths), terms, described)
 
 
 def _stored(store: Store, directory: str) -> Corpus | None:
@@ -184,6 +189,7 @@ def _stored(store: Store, directory: str) -> Corpus | None:
         tuple(index["id"].to_pylist()),
         tuple(index["tokens"].to_pylist()),
         said["with_loss"],
+        said["tokenizer"],
     )
 
 

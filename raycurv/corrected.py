@@ -3,8 +3,8 @@
     Λ[o, i] = mean over examples (and draws) of (Q_Gᵀ ∇W Q_A)[o, i]²
 
 George et al. 2018 (arXiv:1806.03884), equation 7; ∇W is the exact gradient, summed over an
-example's tokens. In the identity basis the same sum is the diagonal of the Fisher. Whatever the orthonormal
-basis, ΣΛ is the mean squared gradient norm.
+example's tokens. In the identity basis the same sum is the diagonal of the Fisher. Whatever the
+orthonormal basis, ΣΛ is the mean squared gradient norm.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ __all__ = [
     "load_tokenizer",
     "loss_terms",
     "read_examples",
-    "require_loss_terms",
+    "no_loss_terms",
     "table_to_examples",
 ]
 
@@ -99,21 +99,12 @@ def loss_terms(example: Example) -> int:
     return int(np.count_nonzero(example.loss_mask[1:]))
 
 
-def require_loss_terms(examples: Iterable[Example], where: str = "data") -> None:
-    """Checks that at least one example has a loss term; reads no further than to the first.
-
-    Raises:
-        UserError: none has, so that every loss, gradient and score would be 0.
-    """
-    count = 0
-    for example in examples:
-        if loss_terms(example):
-            return
-        count += 1
-    raise UserError(
+def no_loss_terms(where: str, examples: int) -> UserError:
+    """The mistake of data in which every loss, gradient and score would be 0."""
+    return UserError(
         where,
         "at least one example with a loss term (a target after its first token)",
-        f"{count} examples without any",
+        f"{examples} examples without any",
         "Give examples of two or more tokens, and a `loss_mask` or `labels` that leave some of "
         "them as targets; with --long truncate the targets may have been cut off.",
     )

@@ -157,6 +157,7 @@ class _Fit:
         self.manifest.facts |= {
             "examples": len(self.corpus),
             "tokens": self.corpus.tokens,
+            "tokenizer": self.corpus.tokenizer,
             "examples_without_loss": without,
         }
         self._layout()

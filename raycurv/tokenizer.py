@@ -96,6 +96,24 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     return HuggingFaceTokenizer(tokenizer)
 
 
+class LazyTokenizer:
+    """A model directory's tokenizer, loaded when the first text is met, and described if it was."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self._directory = directory
+        self._loaded: Tokenizer | None = None
+
+    def encode(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
+        """Token ids of each text."""
+        if self._loaded is None:
+            self._loaded = load_tokenizer(self._directory)
+        return self._loaded.encode(texts, special=special)
+
+    def describe(self) -> dict[str, Any]:
+        """What a run records; empty when no text was met."""
+        return {} if self._loaded is None else self._loaded.describe()
+
+
 def affixes(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """The special tokens that a tokenizer puts before and after a text, such as BOS and EOS.
 

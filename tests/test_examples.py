@@ -18,8 +18,8 @@ from raycurv.examples import (
     examples_to_table,
     fingerprint,
     loss_terms,
+    no_loss_terms,
     read_examples,
-    require_loss_terms,
     table_to_examples,
 )
 
@@ -648,21 +648,12 @@ TERMS: list[tuple[Example, int]] = [
 @pytest.mark.parametrize("example,terms", TERMS)
 def test_the_first_token_has_no_loss_term(example: Example, terms: int) -> None:
     assert loss_terms(example) == terms
-    if terms:
-        require_loss_terms([TERMS[0][0], example])
-    else:
-        with pytest.raises(UserError) as caught:
-            require_loss_terms([TERMS[0][0], example], "--train")
-        assert caught.value.where == "--train"
-        assert "2 examples" in caught.value.got
 
 
-def test_one_loss_term_is_enough_to_stop_looking() -> None:
-    def examples() -> Iterator[Example]:
-        yield TERMS[1][0]
-        raise AssertionError("read past the first loss term")
-
-    require_loss_terms(examples())
+def test_data_without_a_loss_term_is_counted_in_the_message() -> None:
+    mistake = no_loss_terms("--train", 2)
+    assert mistake.where == "--train"
+    assert "2 examples" in mistake.got
 
 
 def test_labels_of_minus_100_are_no_loss_terms() -> None:
