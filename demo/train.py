@@ -189,7 +189,8 @@ def read_texts(path: Path) -> list[str]:
             f"{path}: expected passages, got no such file. "
             "Run passages.py with the same --out first."
         )
-    return pq.read_table(path, columns=["text"]).column("text").to_pylist()
+    texts: list[str] = pq.read_table(path, columns=["text"]).column("text").to_pylist()
+    return texts
 
 
 def main(settings: Settings) -> None:

@@ -21,11 +21,12 @@ _CONNECT_SECONDS = 5.0
 class StageActor:
     """A stage behind the transport: what comes in is unpacked, what goes out is packed."""
 
-    def __init__(self, spec: StageSpec) -> None:
-        self._stage = Stage(spec)
+    def build(self, spec: StageSpec) -> int:
+        """Build the stage; gives the process id.
 
-    def ready(self) -> int:
-        """The process id, once the weights are loaded."""
+        Not in the constructor: of what that raises, Ray hands on the text alone.
+        """
+        self._stage = Stage(spec)
         return os.getpid()
 
     def call(self, method: str, *args: Any) -> Any:
@@ -112,9 +113,10 @@ class OnRay:
             max_task_retries=0,
             scheduling_strategy="SPREAD",
         )(StageActor)
-        self._actors = [remote.remote(spec) for spec in specs]
-        for actor in self._actors:
-            self.get(actor.ready.remote())
+        self._actors = [remote.remote() for _ in specs]
+        built = [actor.build.remote(spec) for actor, spec in zip(self._actors, specs, strict=True)]
+        for handle in built:
+            self.get(handle)
 
     def call(self, stage: int, method: str, *args: Any, returns: int = 1) -> Any:
         packed = tuple(a if isinstance(a, ray.ObjectRef) else pack(a) for a in args)

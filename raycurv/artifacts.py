@@ -26,6 +26,27 @@ from raycurv.store import Store
 from raycurv.tensorfile import TensorFile, open_tensors, write_tensors
 
 
+def read_blocks(store: Store) -> tuple[Block, ...]:
+    """The blocks of a run, with their input factors.
+
+    Raises:
+        DamagedFile: ``blocks.json`` is gone, or not what a fit wrote.
+    """
+    name = "blocks.json"
+    said = store.read_json(name)
+    try:
+        blocks = tuple(Block(**b) for b in said)
+        inputs = {f"{block.name}.input" for block in blocks}
+        if not {block.input_factor for block in blocks} <= inputs:
+            raise TypeError("an input factor of no block")
+        return blocks
+    except TypeError as error:
+        raise DamagedFile(
+            store.path(name), "the blocks of a run", "nothing" if said is None else str(error),
+            f"Run the fit again, without a {name} there: it makes a new one.",
+        ) from error  # fmt: skip
+
+
 def factor_file(name: str) -> str:
     """Where a factor's sum lies."""
     return f"factors/{name}.safetensors"
@@ -70,8 +91,10 @@ def write_factor(store: Store, factor: FactorSum, dtype: torch.dtype) -> None:
 def read_factor(store: Store, name: str) -> FactorSum:
     """Read a factor's sum, as float64."""
     file = open_tensors(store, factor_file(name))
-    tiles = tuple(t.double() for t in _collected(file, "sum"))
-    return FactorSum(name, tiles, int(file.read("count")), int(file.read("rows")))
+    stored = _collected(file, "sum")
+    tiles = tuple(t.double() for t in stored)
+    rows = int(file.read("rows"))
+    return FactorSum(name, tiles, int(file.read("count")), rows, stored[0].dtype)
 
 
 def write_eigen(store: Store, factor: FactorSum, basis: Eigenbasis) -> None:
@@ -142,8 +165,19 @@ def read_curvature(store: Store, block: Block, method: str, examples: int) -> Bl
         examples: of the run, for K-FAC's rows an example.
 
     Raises:
-        DamagedFile: a file is truncated, or Λ was fitted in other bases than those that are there.
+        DamagedFile: a file is gone or truncated, or Λ was fitted in other bases than those that are
+            there.
     """
+    try:
+        return _curvature(store, block, method, examples)
+    except FileNotFoundError as error:
+        raise DamagedFile(
+            f"{store.root}, block {block.name}", "eigenbases and eigenvalues", str(error),
+            "Run the fit again: it makes what is missing.",
+        ) from error  # fmt: skip
+
+
+def _curvature(store: Store, block: Block, method: str, examples: int) -> BlockCurvature:
     if method == "identity":
         return BlockCurvature(block, Eigenbasis(), Eigenbasis(), None)
     if method == "diagonal":

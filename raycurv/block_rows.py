@@ -14,6 +14,9 @@ from raycurv.eigen import effective_rank
 from raycurv.store import Store
 from raycurv.tables import BLOCKS, SPECTRUM, write_table
 
+BLOCKS_FILE = "tables/blocks/part-00000.parquet"
+SPECTRUM_FILE = "tables/spectrum/part-00000.parquet"
+
 
 def write_blocks(
     store: Store,
@@ -28,9 +31,7 @@ def write_blocks(
     ``trace`` is ΣΛ; of K-FAC rows an example · tr A · tr G; null for the identity.
     """
     rows = [_row(store, b, stages[b.name], method, examples) for b in blocks]
-    write_table(
-        store, "tables/blocks/part-00000.parquet", pa.Table.from_pylist(rows, schema=BLOCKS), notes
-    )
+    write_table(store, BLOCKS_FILE, pa.Table.from_pylist(rows, schema=BLOCKS), notes)
 
 
 def _row(store: Store, block: Block, stage: int, method: str, examples: int) -> dict[str, Any]:
@@ -96,4 +97,4 @@ def write_spectrum(
                     schema=SPECTRUM,
                 )
             )
-    write_table(store, "tables/spectrum/part-00000.parquet", pa.concat_tables(parts), notes)
+    write_table(store, SPECTRUM_FILE, pa.concat_tables(parts), notes)

@@ -167,7 +167,9 @@ def input_rows(
     Args:
         x: the captured input; its first axis is the examples, or examples x positions flattened.
         examples: N.
-        tokens: positions that went through, when the microbatch has a token axis.
+        tokens: positions that went through, when the microbatch has a token axis. Where the input
+            has further axes (heads, say), the rows of all positions stand together for each place
+            on those: row ``e * tokens + t``.
 
     Raises:
         UserError: the first axis is not the examples, so that rows cannot be told apart.
@@ -176,17 +178,46 @@ def input_rows(
         assert isinstance(module, nn.Conv2d)
         _check_examples(block, x, examples, 4)
         return _patches(module, x)
-    if tokens is not None and x.shape[0] == examples * tokens:
-        return x.reshape(examples, -1, x.shape[-1])
-    _check_examples(block, x, examples, 2)
-    return x.reshape(examples, -1, x.shape[-1])
+    _check_examples(block, _split(x, examples, tokens), examples, 2)
+    return _rows(x, x, examples, tokens)
 
 
-def output_rows(block: Block, g: Tensor, examples: int, rows: int) -> Tensor:
-    """A gradient of a module's output as rows ``[N, T, O]``, aligned with those of its input."""
+def output_rows(block: Block, g: Tensor, x: Tensor, examples: int, tokens: int | None) -> Tensor:
+    """A gradient of a module's output as rows ``[N, T, O]``, aligned with those of its input x."""
     if block.kind == CONV2D:
         return g.flatten(2).transpose(1, 2)
-    return g.reshape(examples, rows, g.shape[-1])
+    return _rows(g, x, examples, tokens)
+
+
+def rows_are_positions(block: Block, x: Tensor, examples: int, tokens: int, rows: int) -> bool:
+    """Whether the rows of an input are ``tokens`` positions, once or several times over."""
+    if block.kind == CONV2D:
+        return rows == tokens
+    return _position_axis(_split(x, examples, tokens), tokens) is not None
+
+
+def _split(x: Tensor, examples: int, tokens: int | None) -> Tensor:
+    """Examples and positions as two axes, where they were flattened into one."""
+    if tokens is not None and x.shape[0] == examples * tokens:
+        return x.reshape(examples, tokens, *x.shape[1:])
+    return x
+
+
+def _rows(values: Tensor, x: Tensor, examples: int, tokens: int | None) -> Tensor:
+    values, x = _split(values, examples, tokens), _split(x, examples, tokens)
+    axis = None if tokens is None else _position_axis(x, tokens)
+    if axis is not None:
+        values = values.movedim(axis, -2)
+    return values.reshape(examples, -1, values.shape[-1])
+
+
+def _position_axis(x: Tensor, tokens: int) -> int | None:
+    """The axis of ``tokens`` positions; of several so long the one with the widest stride.
+
+    Hidden states are [N, T, d]: cut into heads, they keep that order in memory when transposed.
+    """
+    fitting = [axis for axis in range(1, x.ndim - 1) if x.shape[axis] == tokens]
+    return max(fitting, key=x.stride, default=None)
 
 
 def _check_examples(block: Block, x: Tensor, examples: int, axes: int) -> None:

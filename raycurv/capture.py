@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from raycurv.batch import Batch
-from raycurv.blocks import Block, input_rows, output_rows
+from raycurv.blocks import Block, input_rows, output_rows, rows_are_positions
 from raycurv.errors import RaycurvError, UserError
 
 
@@ -184,7 +184,7 @@ class Capture:
             a = input_rows(block, self._modules[block.name], call.x, batch.size, call.positions)
             if block.bias:
                 a = torch.cat([a, a.new_ones((*a.shape[:-1], 1))], dim=-1)
-            mask = _row_mask(batch, call.start, a.shape[1])
+            mask = _row_mask(block, batch, call, a.shape[1])
             if mask is None:
                 live += a.shape[0] * a.shape[1]
             else:
@@ -205,21 +205,23 @@ class Capture:
             if draw not in call.g:
                 parts.append(call.x.new_zeros((batch.size, rows, block.d_out)))
                 continue
-            g = output_rows(block, call.g[draw], batch.size, rows)
-            mask = _row_mask(batch, call.start, rows)
+            g = output_rows(block, call.g[draw], call.x, batch.size, call.positions)
+            mask = _row_mask(block, batch, call, rows)
             if mask is not None and not mask.all():
                 g = g * mask[..., None].to(g.dtype)
             parts.append(g)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _row_mask(batch: Batch, start: int | None, rows: int) -> Tensor | None:
+def _row_mask(block: Block, batch: Batch, call: _Call, rows: int) -> Tensor | None:
     """Which rows of a call are tokens: ``[N, rows]``, or ``None`` when rows are not positions."""
-    if batch.mask is None:
+    if batch.mask is None or call.positions is None:
         return None
-    if start is not None:
-        return batch.mask[:, start : start + rows]
-    return batch.mask if batch.mask.shape[1] == rows else None
+    if not rows_are_positions(block, call.x, batch.size, call.positions, rows):
+        return None
+    start = call.start or 0
+    mask = batch.mask[:, start : start + call.positions]
+    return mask.repeat(1, rows // call.positions)
 
 
 def _hook(capture: weakref.ref[Capture], name: str) -> Any:

@@ -21,8 +21,8 @@ from raycurv.examples import (
     Example,
     examples_to_table,
     loss_terms,
-    read_examples,
     no_loss_terms,
+    read_examples,
     table_to_examples,
 )
 from raycurv.microbatch import make_batch, padding_share, plan_microbatches

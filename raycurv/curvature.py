@@ -86,7 +86,7 @@ class BlockCurvature:
     def eigenvalues(self) -> Tensor:
         """Λ ``[O, I]``, a mean over examples; ones for the identity."""
         if self.lam_OI is None:
-            return torch.ones(self.block.d_out, self.block.d_in)
+            return torch.ones(self.block.d_out, self.block.d_in, dtype=torch.float64)
         return self.lam_OI
 
     def apply(self, x: Tensor, f: SpectralFunction) -> Tensor:

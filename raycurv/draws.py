@@ -40,7 +40,11 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 def _mix(state: Tensor, field: Tensor | int) -> Tensor:
     """One splitmix64 step that folds ``field`` into ``state`` (int64, broadcast)."""
-    x = state + (field + 1) * _GOLDEN
+    step = (field + 1) * _GOLDEN
+    if isinstance(step, int):
+        # Python's integers do not wrap, and torch refuses those that int64 cannot hold.
+        step = (step + 2**63) % 2**64 - 2**63
+    x = state + step
     x = (x ^ _shift_right(x, 30)) * _MIX_1
     x = (x ^ _shift_right(x, 27)) * _MIX_2
     return x ^ _shift_right(x, 31)

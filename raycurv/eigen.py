@@ -86,7 +86,11 @@ def effective_rank(values: Tensor) -> float:
 
 
 def decompose(
-    name: str, tiles: Sequence[Tensor], store_dtype: torch.dtype, device: torch.device
+    name: str,
+    tiles: Sequence[Tensor],
+    store_dtype: torch.dtype,
+    device: torch.device,
+    sum_dtype: torch.dtype = torch.float64,
 ) -> Eigenbasis:
     """Eigenvectors and eigenvalues of a factor.
 
@@ -95,6 +99,8 @@ def decompose(
         tiles: float64 symmetric ``[t, t]`` means, one a tile.
         store_dtype: of the eigenvectors; eigenvalues stay float64.
         device: where to try first.
+        sum_dtype: that the factor was summed in. Eigenvalues below zero by more than that dtype's
+            rounding (``d eps max|w|``) are counted in the outcome; all are clamped.
 
     Raises:
         NumericalError: the factor is not finite, or every attempt failed.
@@ -112,11 +118,9 @@ def decompose(
             )
         symmetric = (tile + tile.T) / 2
         w, q, outcome = _eigh(where, symmetric, device)
-        # Rounding leaves eigenvalues a little below zero; only larger ones are worth a word.
-        negative = w < 0
-        worth = w < -1e-12 * w.abs().max()
-        clamped += int(worth.sum())
-        values.append(torch.where(negative, 0.0, w).cpu())
+        rounding = len(w) * torch.finfo(sum_dtype).eps * w.abs().max()
+        clamped += int((w < -rounding).sum())
+        values.append(w.clamp_min(0.0).cpu())
         vectors.append(q.to(store_dtype).cpu().contiguous())
         outcomes.append(outcome)
     distinct = sorted(set(outcomes) - {"ok"})

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -33,8 +33,8 @@ __all__ = [
     "fingerprint",
     "load_tokenizer",
     "loss_terms",
-    "read_examples",
     "no_loss_terms",
+    "read_examples",
     "table_to_examples",
 ]
 

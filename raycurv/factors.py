@@ -31,12 +31,14 @@ class FactorSum:
         tiles: float64 sums of ``a aᵀ`` or ``g gᵀ``, one ``[t, t]`` a tile.
         count: how many rows (times groups) were summed.
         rows: rows of one draw that were not padding: tokens x calls, or output positions.
+        dtype: that it was summed (or stored) in, whichever is coarser.
     """
 
     name: str
     tiles: tuple[Tensor, ...]
     count: int
     rows: int
+    dtype: torch.dtype = torch.float64
 
     def mean(self) -> tuple[Tensor, ...]:
         """The factor itself; zeros when no row entered it."""
@@ -123,6 +125,7 @@ class FactorSums:
                 tuple(self._sums[f"{name}#{i}"].value(f"factor {name}") for i in range(len(tiles))),
                 self._count[name],
                 self._rows[name],
+                self._dtype,
             )
 
     def state(self) -> dict[str, Tensor]:
@@ -143,8 +146,9 @@ def _check_finite(captured: Captured) -> None:
     tensors: list[tuple[str, Tensor]] = list(captured.inputs.items())
     tensors += [(f"{name}.output", g) for name, g in captured.gradients.items() if g is not None]
     for name, tensor in tensors:
-        finite = torch.isfinite(tensor).flatten(1).all(dim=1)
-        if not finite.all():
+        # One number tells: a sum of finite numbers that overflows has squares that do so, too.
+        if not torch.isfinite(tensor.sum()):
+            finite = torch.isfinite(tensor.square()).flatten(1).all(dim=1)
             example = captured.batch.ids[int((~finite).nonzero()[0])]
             raise NumericalError(
                 f"factor {name}, example {example!r}",

@@ -14,6 +14,7 @@ command continues a run that stopped anywhere, and mends one that lost a file.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,13 +27,15 @@ from raycurv.artifacts import (
     corrected_notes,
     eigen_file,
     factor_file,
+    read_blocks,
     read_factor,
     write_eigen,
 )
-from raycurv.block_rows import write_blocks, write_spectrum
+from raycurv.block_rows import BLOCKS_FILE, SPECTRUM_FILE, write_blocks, write_spectrum
 from raycurv.blocks import Block, choose_blocks
 from raycurv.corpus import Corpus, DrawnLabels, open_corpus
 from raycurv.eigen import decompose
+from raycurv.errors import DamagedFile
 from raycurv.evaluate import Target
 from raycurv.manifest import Manifest, continue_or_refuse
 from raycurv.model import Model, ModelSource, open_model
@@ -90,7 +93,7 @@ def fit(
             "fit",
             _settings_of_result(settings),
             {"model": network.fingerprint(), "data": fingerprint(source)},
-            {"model": settings.model, "data": settings.data},
+            {"model": _lasting(settings.model), "data": settings.data},
         ),
     )
     with reporter.phase("examples", 1, "sources") as phase:
@@ -118,6 +121,11 @@ def fit(
 def _settings_of_result(settings: FitSettings) -> dict[str, Any]:
     # Model and data are compared by what they hold, not by where they lie.
     return {k: v for k, v in identity(settings).items() if k not in ("model", "data")}
+
+
+def _lasting(model: str) -> str:
+    # Who reads the run later may stand in another directory.
+    return os.path.abspath(os.path.expanduser(model)) if os.path.isdir(model) else model
 
 
 @dataclass
@@ -168,7 +176,8 @@ class _Fit:
             self._corrected()
         elif not self._examples_there():
             self._examples_by(LossPass(), "losses")
-        self._tables()
+        if not self._tables_there():
+            self._tables()
         self.store.delete_directory("work")
         if self.method in ("ekfac", "kfac") and not settings.keep_sums:
             self.store.delete_directory("factors")
@@ -179,11 +188,18 @@ class _Fit:
             self.manifest.complete.append(phase)
         self.manifest.write(self.store)
 
+    def _mending(self) -> None:
+        """Take back that the fit is finished: something is about to be computed again."""
+        if "tables" in self.manifest.complete:
+            self.manifest.complete.remove("tables")
+            self.manifest.write(self.store)
+
     # Which blocks read the same tensor
 
     def _layout(self) -> None:
         said = self.store.read_json("blocks.json")
         if said is None:
+            self._mending()
             with self.reporter.phase("layout", len(self.cuts), "stages") as phase:
                 pool = self.workers.stages(self.blocks)
                 read = self.corpus.reader(DTYPES[self.settings.dtype])
@@ -198,7 +214,13 @@ class _Fit:
             self.store.write_json("blocks.json", [dataclasses.asdict(b) for b in self.blocks])
             self._done("layout")
         else:
-            self.blocks = tuple(Block(**b) for b in said)
+            there = read_blocks(self.store)
+            if {dataclasses.replace(b, input_factor="") for b in there} != set(self.blocks):
+                raise DamagedFile(
+                    self.store.path("blocks.json"), "the blocks of the model", "others",
+                    "Delete it and run the command again.",
+                )  # fmt: skip
+            self.blocks = there
         self.workers.assign(self.blocks)
 
     def _factors(self) -> dict[str, tuple[Block, str]]:
@@ -233,7 +255,7 @@ class _Fit:
             self.settings.max_factor_dim,
             torch.float64 if double else torch.float32,
         )
-        names = self._pass(work, "first pass: A and G", bool(missing))
+        names = self._pass(work, "first pass: A and G", missing)
         self._keep_labels(names)
         if last:
             self._write_examples(names)
@@ -245,12 +267,25 @@ class _Fit:
         if self._target == "sampled" and not labels.complete(len(self.corpus)):
             write_drawn(self.store, names, labels)
 
-    def _pass(self, work: Pass, label: str, gathers: bool) -> list[str]:
-        """Run a pass over all examples; gives the files of its rows."""
-        commit = self.store.read_json(f"work/{work.name}/commit.json")
-        if commit is not None and commit["finished"] and gathers:
-            # A result of a finished pass has gone since: it has to run again.
-            self.store.delete_directory(f"work/{work.name}")
+    def _pass(self, work: Pass, label: str, gathers: frozenset[str]) -> list[str]:
+        """Run a pass over all examples, from its last commit if that is of use; gives the files of
+        its rows.
+
+        Args:
+            gathers: names of what the stages shall sum up.
+        """
+        self._mending()
+        place = f"work/{work.name}"
+        commit = self.store.read_json(f"{place}/commit.json")
+        begun = self.store.read_json(f"{place}/gathers.json")
+        if commit is not None and (
+            # A result of a finished pass, or of a sum that was left out, has gone since.
+            (commit["finished"] and gathers) or begun is None or not gathers <= set(begun)
+        ):
+            self.store.delete_directory(place)
+            commit = None
+        if commit is None:
+            self.store.write_json(f"{place}/gathers.json", sorted(gathers))
         drawn = None
         if work.target == "sampled":
             labels = DrawnLabels(self.store)
@@ -281,16 +316,17 @@ class _Fit:
             if not whole(self.store, eigen_file(name))
         }
         if missing:
+            self._mending()
             order = longest_first(missing)
             device = self.workers.device
-            arguments = [
-                (self.store, name, self.store_dtype, device, self.settings.keep_sums)
-                for name in order
-            ]
+            arguments = [(self.store, name, self.store_dtype, device) for name in order]
             pool = self.workers.tasks()
             with self.reporter.phase("eigendecompositions", len(order), "factors") as phase:
                 for place, outcome in pool.map(decompose_factor, arguments):
                     phase.advance(1)
+                    if not self.settings.keep_sums:
+                        # Not in the task: Ray may run that twice.
+                        self.store.delete(factor_file(order[place]))
                     if outcome != "ok":
                         self.reporter.say(f"factor {order[place]}: {outcome}")
         self._done("eigen")
@@ -312,25 +348,33 @@ class _Fit:
                 self.method == "diagonal",
                 self.store_dtype,
             )
-            self._examples_by(work, "second pass: Λ", bool(missing))
+            # Sums of squares in other bases than those that are there are of no use.
+            marked = (f"{b.name} {self._mark(b)}" for b in self.blocks if b.name in missing)
+            self._examples_by(work, "second pass: Λ", frozenset(marked))
         self._done("corrected")
 
     def _corrected_there(self, block: Block) -> bool:
         name = corrected_file(block.name)
         if not whole(self.store, name):
             return False
-        mark = "" if self.method == "diagonal" else basis_mark(self.store, block)
-        return corrected_notes(self.store, block)["bases"] == mark
+        return corrected_notes(self.store, block)["bases"] == self._mark(block)
+
+    def _mark(self, block: Block) -> str:
+        return "" if self.method == "diagonal" else basis_mark(self.store, block)
 
     # Tables
 
     def _examples_there(self) -> bool:
         names = self.store.names("tables/examples", ".parquet")
-        return sum(read_rows(self.store, n) for n in names) == len(self.corpus)
+        try:
+            return sum(read_rows(self.store, n) for n in names) == len(self.corpus)
+        except DamagedFile:
+            return False
 
-    def _examples_by(self, work: Pass, label: str, gathers: bool = False) -> None:
+    def _examples_by(self, work: Pass, label: str, gathers: frozenset[str] = frozenset()) -> None:
         names = self._pass(work, label, gathers)
-        self._keep_labels(names)
+        if work.target == "sampled":
+            self._keep_labels(names)
         self._write_examples(names)
         self.store.delete_directory(f"work/{work.name}")
 
@@ -341,6 +385,15 @@ class _Fit:
 
     def _notes(self) -> dict[str, str]:
         return footer(identity(self.settings))
+
+    def _tables_there(self) -> bool:
+        names = [BLOCKS_FILE, SPECTRUM_FILE] if self.method in ("ekfac", "kfac") else [BLOCKS_FILE]
+        try:
+            return "tables" in self.manifest.complete and all(
+                read_rows(self.store, name) > 0 for name in names
+            )
+        except (DamagedFile, FileNotFoundError):
+            return False
 
     def _tables(self) -> None:
         stages = {
@@ -354,13 +407,9 @@ class _Fit:
             write_spectrum(self.store, self._factors(), self._notes())
 
 
-def decompose_factor(
-    store: Store, name: str, store_dtype: torch.dtype, device: str, keep_sums: bool
-) -> str:
+def decompose_factor(store: Store, name: str, store_dtype: torch.dtype, device: str) -> str:
     """Read a factor's sum, decompose it, write its eigenbasis; gives the outcome."""
     factor = read_factor(store, name)
-    basis = decompose(name, factor.mean(), store_dtype, torch.device(device))
+    basis = decompose(name, factor.mean(), store_dtype, torch.device(device), factor.dtype)
     write_eigen(store, factor, basis)
-    if not keep_sums:
-        store.delete(factor_file(name))
     return basis.outcome

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from raycurv.artifacts import ihvp_file, read_products, write_products
+from raycurv.artifacts import ihvp_file, read_blocks, read_products, write_products
 from raycurv.blocks import Block
 from raycurv.corpus import Corpus, open_corpus
 from raycurv.curvature import Damping
-from raycurv.errors import UserError
+from raycurv.errors import DamagedFile, UserError
 from raycurv.ihvp import BlockProducts, product_elements
 from raycurv.manifest import Manifest, continue_or_refuse
 from raycurv.model import Model, ModelSource, open_model
@@ -30,11 +30,11 @@ from raycurv.passes import CurvatureSource, QueryPass, ScorePass
 from raycurv.placement import cut_stages
 from raycurv.progress import Reporter
 from raycurv.rows import ExampleRows, ScoreRows, merge_top
-from raycurv.settings import DTYPES, InfluenceSettings, identity, parse_bytes
+from raycurv.settings import DTYPES, IN_MEMORY, InfluenceSettings, identity, parse_bytes
 from raycurv.sources import Source, fingerprint
 from raycurv.store import Store, open_store
-from raycurv.sweep import Feed, run_pass
-from raycurv.tables import footer
+from raycurv.sweep import Feed, last_commit, run_pass
+from raycurv.tables import footer, read_rows
 from raycurv.tensorfile import whole
 from raycurv.workers import Workers
 
@@ -68,8 +68,8 @@ def influence(
     store = open_store(settings.out, "--out")
     fitted = open_store(settings.run, "--run")
     fit = read_fit(fitted)
-    blocks = tuple(Block(**b) for b in fitted.read_json("blocks.json"))
-    network = open_model(model if model is not None else fit.facts["model"])
+    blocks = read_blocks(fitted)
+    network = open_model(model if model is not None else _fitted_model(fit, settings.run))
     check_model(fit, network, settings.run)
     named = objective if objective is not None else fit.settings["objective"]
     per_token = open_objective(named).per_token
@@ -96,8 +96,11 @@ def influence(
         ),
     )
     if "scores" in manifest.complete:
-        reporter.say(f"complete: {store.root}")
-        return store
+        if _forget_damaged(store, manifest, blocks if settings.ihvp else ()):
+            reporter.say("some results are gone or damaged: making them again")
+        else:
+            reporter.say(f"complete: {store.root}")
+            return store
     corpora = _Corpora(store, fitted, fit, network, settings)
     with reporter.phase("examples", 1 if train is None else 2, "sources") as phase:
         asked = corpora.open("queries", queries, "--queries", prints["queries"], None)
@@ -184,6 +187,33 @@ def check_model(fit: Manifest, network: Model, run: str) -> None:
         )
 
 
+def _fitted_model(fit: Manifest, run: str) -> str:
+    """Where the model of a fit lies; a callable that :func:`raycurv.fit` was given lies nowhere."""
+    model: str = fit.facts["model"]
+    if model == IN_MEMORY:
+        raise UserError(
+            f"--run {run}", "a fit whose model has a path or a name", "one of a callable in memory",
+            "Call raycurv.fit with the same arguments again: its run knows the model.",
+        )  # fmt: skip
+    return model
+
+
+def _forget_damaged(store: Store, manifest: Manifest, products: Sequence[Block]) -> bool:
+    """Take back that passes are finished whose files are gone or of another length."""
+    files: dict[str, dict[str, int]] = manifest.facts["files"]
+    damaged = [
+        name
+        for name, sizes in files.items()
+        if any(store.size(file) != size for file, size in sizes.items())
+    ]
+    if not damaged and all(whole(store, ihvp_file(block.name)) for block in products):
+        return False
+    manifest.facts["files"] = {n: sizes for n, sizes in files.items() if n not in damaged}
+    manifest.complete.remove("scores")
+    manifest.write(store)
+    return True
+
+
 def _fit_mark(fit: Manifest) -> dict[str, Any]:
     return {"settings": fit.settings, "data": fit.fingerprints["data"]}
 
@@ -258,23 +288,36 @@ class _Influence:
             f"{0 if self.train is None else len(self.train):,} training examples, "
             f"rank {rank}, damping {self.source.damping}"
         )
+        self._sweep_leftovers(groups)
         for number, group in enumerate(groups):
-            if f"pass {number}" in self.manifest.complete:
+            if _span(group) in self._finished:
                 continue
             self._query(number, group, len(groups))
-            if self.train is not None:
-                self._score(number, group, len(groups))
-            self._done(f"pass {number}")
+            files = [] if self.train is None else self._score(number, group, len(groups))
+            self._finished[_span(group)] = self._sizes(files)
+            self.manifest.write(self.store)
         if self.settings.ihvp:
-            self._collect_products(len(groups))
+            self._collect_products(groups)
         self.store.delete_directory("work")
-        self._done("scores")
-
-    def _done(self, phase: str) -> None:
-        self.manifest.complete.append(phase)
+        self.manifest.complete.append("scores")
         self.manifest.write(self.store)
 
-    def _groups(self) -> list[tuple[int, ...]]:
+    @property
+    def _finished(self) -> dict[str, dict[str, int]]:
+        """Finished passes: the span of their queries -> their files, with their bytes."""
+        found: dict[str, dict[str, int]] = self.manifest.facts.setdefault("files", {})
+        return found
+
+    def _sizes(self, files: Sequence[str]) -> dict[str, int]:
+        sizes = {}
+        for name in files:
+            size = self.store.size(name)
+            if size is None or read_rows(self.store, name) < 0:
+                raise DamagedFile(self.store.path(name), "a finished file", "none", "Run it again.")
+            sizes[name] = size
+        return sizes
+
+    def _groups(self) -> list[range]:
         """Queries by pass: as many as keep every stage's products within ``--query-memory``."""
         rank = self.settings.rank_number()
         item = 8 if self.dtype == torch.float64 else 4
@@ -284,22 +327,29 @@ class _Influence:
             largest = max(largest, sum(product_elements(rank, b.d_out, b.d_in) for b in mine))
         memory = parse_bytes("--query-memory", self.settings.query_memory)
         size = max(1, memory // (largest * item))
-        return [
-            tuple(range(i, min(i + size, len(self.queries))))
-            for i in range(0, len(self.queries), size)
-        ]
+        # What is finished stays; the rest is dealt out anew, for stages or memory may have changed.
+        finished = [tuple(map(int, name.split("-"))) for name in sorted(self._finished)]
+        groups, at = [], 0
+        for start, stop in [*finished, (len(self.queries), len(self.queries))]:
+            groups += [range(i, min(i + size, start)) for i in range(at, start, size)]
+            groups += [range(start, stop)] if start < stop else []
+            at = stop
+        return groups
 
-    def _place(self, number: int) -> Store:
-        return self.store.inside(f"work/pass-{number:03d}")
+    def _place(self, group: range) -> Store:
+        return self.store.inside(f"work/pass-{_span(group)}")
 
     def _label(self, what: str, number: int, passes: int) -> str:
         return what if passes == 1 else f"{what}, pass {number + 1} of {passes}"
 
-    def _query(self, number: int, group: tuple[int, ...], passes: int) -> None:
-        place = self._place(number)
+    def _query(self, number: int, group: range, passes: int) -> None:
+        place = self._place(group)
         if all(whole(place, ihvp_file(block.name)) for block in self.blocks):
             return
-        place.delete_directory("work")
+        commit = place.read_json("work/queries/commit.json")
+        if commit is not None and commit["finished"]:
+            # A product of a finished pass has gone since: it has to run again.
+            place.delete_directory("work")
         plan = self.queries.plan(self.settings.batch_tokens)
         wanted = set(group)
         mine = [tuple(n for n in members if n in wanted) for members in plan]
@@ -325,22 +375,22 @@ class _Influence:
             self.settings.commit_seconds,
         )
 
-    def _score(self, number: int, group: tuple[int, ...], passes: int) -> None:
+    def _score(self, number: int, group: range, passes: int) -> list[str]:
         assert self.train is not None
         settings = self.settings
         ids = [self.queries.ids[n] for n in group]
         work = ScorePass(
             self.source,
-            self._place(number),
+            self._place(group),
             len(group),
             settings.per_block,
             settings.per_token,
-            settings.self_influence and number == 0,
-            f"scores-{number:03d}",
+            settings.self_influence and group.start == 0,
+            self._work(group),
         )
         sink = ScoreRows(
             self.store,
-            f"part-{number:03d}",
+            f"part-{_span(group)}",
             ids,
             self.train,
             self.dtype == torch.float64,
@@ -349,7 +399,6 @@ class _Influence:
             settings.top_k,
             self._notes(),
         )
-        self._sweep_leftovers(f"part-{number:03d}", work.name)
         names = run_pass(
             self.workers.stages(self.blocks),
             work,
@@ -364,30 +413,45 @@ class _Influence:
             self._label("scores", number, passes),
             settings.commit_seconds,
         )
-        if settings.top_k is not None:
-            merge_top(
-                self.store,
-                [n for n in names if n.startswith("work/top/")],
-                ids,
-                settings.top_k,
-                self._notes(),
-                f"scores/part-{number:03d}-top.parquet",
-            )
+        if settings.top_k is None:
+            return names
+        top = f"scores/part-{_span(group)}-top.parquet"
+        merge_top(
+            self.store,
+            [n for n in names if n.startswith("work/top/")],
+            ids,
+            settings.top_k,
+            self._notes(),
+            top,
+        )
+        return [*(n for n in names if not n.startswith("work/top/")), top]
 
-    def _sweep_leftovers(self, part: str, work: str) -> None:
-        """Drop files that no commit speaks of: the run that wrote them died before it counted."""
-        commit = self.store.read_json(f"work/{work}/commit.json")
-        known = set() if commit is None else set(commit["rows"])
+    def _work(self, group: range) -> str:
+        return f"scores-{_span(group)}"
+
+    def _sweep_leftovers(self, groups: Sequence[range]) -> None:
+        """Files that no commit speaks of were written by a run that then died: forget them."""
+        if self.train is None:
+            return
+        known = {name for files in self._finished.values() for name in files}
+        plan = self.train.plan(self.settings.batch_tokens)
+        for group in groups:
+            commit = last_commit(self.store, f"work/{self._work(group)}", plan)
+            known |= set() if commit is None else set(commit["rows"])
         for directory in ("scores", "self", "work/top"):
             for name in self.store.names(directory, ".parquet"):
-                if name.startswith(f"{directory}/{part}-") and name not in known:
+                if name not in known:
                     self.store.delete(name)
 
-    def _collect_products(self, passes: int) -> None:
+    def _collect_products(self, groups: Sequence[range]) -> None:
         """``ihvp/``: every block's products of all passes in one file."""
-        pool = self.workers.tasks()
-        places = [self._place(number) for number in range(passes)]
         missing = [b.name for b in self.blocks if not whole(self.store, ihvp_file(b.name))]
+        if not missing:
+            return
+        for number, group in enumerate(groups):
+            self._query(number, group, len(groups))
+        pool = self.workers.tasks()
+        places = [self._place(group) for group in groups]
         with self.reporter.phase("IHVPs", len(missing), "blocks") as phase:
             arguments = [(places, self.store, name) for name in missing]
             for _ in pool.map(join_products, arguments):
@@ -396,6 +460,11 @@ class _Influence:
     def _notes(self) -> dict[str, str]:
         said = identity(self.settings) | {"fit": self.source.store.root}
         return footer(said, blocks=[block.name for block in self.blocks])
+
+
+def _span(group: range) -> str:
+    """Names a pass by the queries it serves: a name never means others after a restart."""
+    return f"{group.start:06d}-{group.stop:06d}"
 
 
 def join_products(places: Sequence[Store], out: Store, block: str) -> None:

@@ -10,11 +10,17 @@ from typing import Any
 
 import torch
 
-from raycurv.errors import UserError
+from raycurv.errors import DamagedFile, UserError
 from raycurv.store import Store
 from raycurv.tables import SCHEMA_VERSION
 
 NAME = "run.json"
+
+# What the jobs put into a directory. Without a run.json these names belong to somebody else.
+_OURS = (
+    "blocks.json", "data", "labels", "factors", "eigen", "corrected", "tables", "scores", "self",
+    "ihvp", "work",
+)  # fmt: skip
 
 
 @dataclass
@@ -58,11 +64,17 @@ class Manifest:
     @classmethod
     def read(cls, store: Store) -> Manifest | None:
         """What a directory says of itself; ``None`` when there is no ``run.json``."""
-        said = store.read_json(NAME)
+        try:
+            said = store.read_json(NAME)
+        except DamagedFile as error:
+            raise DamagedFile(
+                error.where, error.expected, error.got,
+                "Restore it, or give another directory: what it said cannot be made again.",
+            ) from error  # fmt: skip
         if said is None:
             return None
         keys = ("job", "settings", "fingerprints", "facts", "complete", "seconds")
-        if any(key not in said for key in keys):
+        if not isinstance(said, dict) or any(key not in said for key in keys):
             raise UserError(
                 store.path(NAME),
                 "a run.json of raycurv",
@@ -75,12 +87,22 @@ class Manifest:
 def continue_or_refuse(store: Store, wanted: Manifest) -> Manifest:
     """The directory's manifest if it is the same run, ``wanted`` if the directory is new.
 
+    A directory in which nothing was computed yet counts as new: after a mistake in the data, say,
+    the corrected data are other data.
+
     Raises:
-        UserError: it holds another run; names everything that differs.
+        UserError: it holds another run (names everything that differs) or files of somebody else,
+            or cannot be written.
     """
     there = Manifest.read(store)
     if there is None:
-        wanted.write(store)
+        others = [name for name in _OURS if store.there(name)]
+        if others:
+            raise UserError(
+                f"--out {store.root}", f"a new directory, or one with a {NAME}",
+                f"one that holds {', '.join(others)} and no {NAME}", "Give another --out.",
+            )  # fmt: skip
+        _begin(store, wanted)
         return wanted
     if there.job != wanted.job:
         raise UserError(
@@ -96,6 +118,12 @@ def continue_or_refuse(store: Store, wanted: Manifest) -> Manifest:
     ]
     for key, value in wanted.fingerprints.items():
         differences += _differences(key, there.fingerprints.get(key, {}), value)
+    if differences and not _computed(store, there):
+        store.delete_directory("data")
+        store.delete_directory("work")
+        store.delete("blocks.json")
+        _begin(store, wanted)
+        return wanted
     if differences:
         raise UserError(
             f"--out {store.root}",
@@ -104,6 +132,27 @@ def continue_or_refuse(store: Store, wanted: Manifest) -> Manifest:
             "Give another --out, or the settings of the run that is there.",
         )
     return there
+
+
+def _begin(store: Store, wanted: Manifest) -> None:
+    try:
+        wanted.write(store)
+    except OSError as error:
+        raise UserError(
+            f"--out {store.root}", "a directory that can be written", str(error),
+            "Give another --out, or correct its permissions.",
+        ) from error  # fmt: skip
+
+
+def _computed(store: Store, there: Manifest) -> bool:
+    """Whether the directory holds more than examples and the layout of the model."""
+    passes = [
+        name
+        for name in store.names("work")
+        if not name.startswith(("work/queries/", "work/train/"))
+        and not name.endswith("/gathers.json")
+    ]
+    return bool(passes) or any(phase != "layout" for phase in there.complete)
 
 
 def _differences(what: str, there: Any, here: Any) -> list[str]:

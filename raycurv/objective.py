@@ -8,6 +8,8 @@ Axis letters: N examples, T positions, V classes, D outputs.
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
@@ -167,16 +169,21 @@ def open_objective(name: str | Objective) -> Objective:
             repr(name),
             "Name an objective that ships with raycurv, or your own as package.module:Name.",
         )
+    # Where a script lives in jobs/, the working directory is not on the path; as for `python -m`.
+    folder = os.getcwd()
+    if folder not in sys.path:
+        sys.path.append(folder)
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        made = found() if isinstance(found, type) else found
+    except Exception as error:  # the user's module raises whatever it does
         raise UserError(
             f"--objective {name}",
             "an importable class or instance",
-            str(error),
+            f"{type(error).__name__}: {error}",
             "Check the spelling, and that the module is on the Python path of every worker.",
         ) from error
-    return _checked(name, found() if isinstance(found, type) else found)
+    return _checked(name, made)
 
 
 def _checked(name: str, objective: object) -> Objective:

@@ -11,8 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from torch import Tensor, nn
 
-from raycurv.artifacts import ihvp_file, read_curvature, read_products
-from raycurv.blocks import Block
+from raycurv.artifacts import ihvp_file, read_blocks, read_curvature, read_products
 from raycurv.curvature import BlockCurvature
 from raycurv.errors import UserError
 from raycurv.fitting import fit as run_fit
@@ -21,7 +20,7 @@ from raycurv.influence import read_fit
 from raycurv.manifest import Manifest
 from raycurv.objective import Objective
 from raycurv.progress import Reporter
-from raycurv.settings import FitSettings, InfluenceSettings
+from raycurv.settings import IN_MEMORY, FitSettings, InfluenceSettings
 from raycurv.sources import Source
 from raycurv.store import Store, open_store
 from raycurv.tables import iterate_directory, read_directory, scores_schema
@@ -81,7 +80,7 @@ def open_run(out: str | os.PathLike[str]) -> Run:
 
 
 def _named(source: Any) -> str:
-    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else "in memory"
+    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else IN_MEMORY
 
 
 class Run:
@@ -123,7 +122,7 @@ class Run:
 
     def block_names(self) -> list[str]:
         """Names of the blocks, in the model's order."""
-        return [b["name"] for b in self._store.read_json("blocks.json")]
+        return [block.name for block in read_blocks(self._store)]
 
     def curvature(self, block: str) -> BlockCurvature:
         """The curvature of one block: ``apply``, ``diagonal``, ``eigenvalues``, ``dense``.
@@ -131,11 +130,11 @@ class Run:
         Raises:
             UserError: no block of that name.
         """
-        for said in self._store.read_json("blocks.json"):
-            if said["name"] == block:
+        for found in read_blocks(self._store):
+            if found.name == block:
                 return read_curvature(
                     self._store,
-                    Block(**said),
+                    found,
                     self.manifest.settings["method"],
                     int(self.manifest.facts["examples"]),
                 )
@@ -182,7 +181,8 @@ class Run:
     def _influence(
         self, queries: Any, train: Any, out: Any, quiet: bool, settings: dict[str, Any]
     ) -> Store:
-        settings = {k: str(v) if k in ("rank", "damping") else v for k, v in settings.items()}
+        numbers = ("rank", "damping", "query_memory")
+        settings = {k: str(v) if k in numbers else v for k, v in settings.items()}
         chosen = InfluenceSettings(
             run=self._store.root,
             queries=_named(queries),

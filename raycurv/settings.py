@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from numbers import Integral
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 import tyro
@@ -17,6 +18,8 @@ from raycurv.curvature import Damping
 from raycurv.errors import UserError
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+# Stands for the path of a model or of data that a Python caller holds.
+IN_MEMORY = "in memory"
 DtypeName = Literal["float32", "bfloat16", "float64"]
 Blocks = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 
@@ -47,6 +50,7 @@ class Execution:
         Raises:
             UserError: naming the flag.
         """
+        _check_types(self)
         for flag in ("stages", "batch_tokens", "logits_chunk"):
             _positive(flag, getattr(self, flag))
         if not self.commit_seconds > 0:
@@ -238,9 +242,33 @@ def parse_bytes(flag: str, text: str) -> int:
         value = float(number) * units[text[len(number) :]]
     except (ValueError, KeyError):
         value = math.nan
-    if not value > 0:
+    if not 0 < value < math.inf:
         raise UserError(flag, "a size such as 2GiB or 500MB", repr(text), "")
     return int(value)
+
+
+def _check_types(settings: Any) -> None:
+    """What the command line's parser checks of its strings, for values that come from Python."""
+    hints = get_type_hints(type(settings))
+    for name in (field.name for field in dataclasses.fields(settings)):
+        value, options = getattr(settings, name), get_args(hints[name])
+        flag = f"--{name.replace('_', '-')}"
+        optional = type(None) in options
+        if value is None and optional:
+            continue
+        choices = [
+            c for o in (hints[name], *options) if get_origin(o) is Literal for c in get_args(o)
+        ]
+        if choices and value not in choices:
+            raise UserError(flag, f"one of {', '.join(choices)}", repr(value), "")
+        if int in (hints[name], *options) and not _is_whole(value):
+            raise UserError(flag, "a whole number", repr(value), "")
+        if name == "blocks" and isinstance(value, str):
+            raise UserError(flag, "a list of globs", repr(value), f"Give [{value!r}].")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _given(settings: Any, *names: str) -> None:

@@ -89,6 +89,16 @@ class Store:
         info = self._place[0].get_file_info(self.path(name))
         return bool(info.type == fs.FileType.File)
 
+    def there(self, name: str) -> bool:
+        """Whether there is a file or a directory of that name."""
+        info = self._place[0].get_file_info(self.path(name))
+        return bool(info.type != fs.FileType.NotFound)
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file, ``None`` when there is none."""
+        info = self._place[0].get_file_info(self.path(name))
+        return int(info.size) if info.type == fs.FileType.File else None
+
     def names(self, directory: str = "", ending: str = "") -> list[str]:
         """Names of the files below a directory, sorted."""
         selector = fs.FileSelector(self.path(directory), allow_not_found=True, recursive=True)
@@ -136,8 +146,11 @@ def open_store(out: str | os.PathLike[str], flag: str) -> Store:
         UserError: a relative path inside a submitted job, whose working directory is thrown away.
     """
     text = os.fspath(out)
-    if not text:
-        raise UserError(flag, "a directory", "nothing", "Give an absolute path or a URI.")
+    if text.startswith("~"):
+        text = os.path.expanduser(text)
+    if not text.rpartition("://")[2].strip("/") and text != "/":
+        got = repr(text) if text else "nothing"
+        raise UserError(flag, "a directory", got, "Give an absolute path or a URI.")
     if "://" in text or os.path.isabs(text):
         return Store(text)
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:

@@ -88,7 +88,7 @@ def run_pass(
         The names of all files that the sink wrote, in order.
     """
     place = f"work/{work.name}"
-    before = _last_commit(store, place, feed.plan)
+    before = last_commit(store, place, feed.plan)
     done = before["done"] if before else 0
     rows: list[str] = before["rows"] if before else []
     finished = before is not None and before["finished"]
@@ -178,9 +178,8 @@ def _collect(pool: Pool, m: int, results: dict[int, list[Any]]) -> tuple[int, li
     return m, [pool.get(handle) for handle in reversed(results.pop(m))]
 
 
-def _last_commit(
-    store: Store, place: str, plan: Sequence[tuple[int, ...]]
-) -> dict[str, Any] | None:
+def last_commit(store: Store, place: str, plan: Sequence[tuple[int, ...]]) -> dict[str, Any] | None:
+    """What a pass's last commit says, if it is of this plan and its files are there."""
     said = store.read_json(f"{place}/commit.json")
     if said is None or said["microbatches"] != len(plan) or said["plan"] != _plan_mark(plan):
         return None

@@ -1,11 +1,13 @@
 """The Parquet tables: their columns, and how files of them are written and read.
 
-Footers carry ``raycurv.schema`` (the version below) and ``raycurv.run`` (the run's settings as
-JSON). Pages carry checksums, which are verified when raycurv reads.
+Footers carry ``raycurv.schema`` (the version below), ``raycurv.run`` (the run's settings as JSON)
+and ``raycurv.checksum``, a hash of the whole file with zeros in the place of the hash, which is
+verified when raycurv reads.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,6 +19,11 @@ from raycurv.errors import DamagedFile
 from raycurv.store import Store
 
 SCHEMA_VERSION = "1"
+
+_CHECKSUM = "raycurv.checksum"
+_ZEROS = b"0" * 32
+# As Thrift writes a string of 32 bytes behind its name.
+_MARK = _CHECKSUM.encode() + bytes([0x18, 32])
 
 BLOCKS = pa.schema(
     [
@@ -102,14 +109,30 @@ def write_table(
     if notes is not None:
         table = table.replace_schema_metadata(dict(notes))
     sink = pa.BufferOutputStream()
-    pq.write_table(
-        table,
-        sink,
-        compression="zstd",
-        write_page_checksum=True,
-        row_group_size=row_group_size,
-    )
-    store.write(name, [sink.getvalue()])
+    with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
+        writer.write_table(table, row_group_size=row_group_size)
+        writer.add_key_value_metadata({_CHECKSUM: _ZEROS.decode()})
+    data = sink.getvalue()
+    at = _checksum_place(data)
+    assert at is not None and bytes(data[at : at + len(_ZEROS)]) == _ZEROS
+    checksum = _checksum(data, at)
+    store.write(name, [data[:at], checksum, data[at + len(_ZEROS) :]])
+
+
+def _checksum_place(data: pa.Buffer) -> int | None:
+    """Where the checksum stands in the footer: behind its name and its length."""
+    footer = int.from_bytes(data[-8:-4], "little") + 8
+    tail = max(0, len(data) - footer)
+    found = bytes(data[tail:]).rfind(_MARK)
+    at = tail + found + len(_MARK)
+    return at if found >= 0 and at + len(_ZEROS) <= len(data) else None
+
+
+def _checksum(data: pa.Buffer, at: int) -> bytes:
+    digest = hashlib.blake2b(digest_size=len(_ZEROS) // 2)
+    for part in (data[:at], _ZEROS, data[at + len(_ZEROS) :]):
+        digest.update(part)
+    return digest.hexdigest().encode()
 
 
 def read_table(store: Store, name: str, columns: Sequence[str] | None = None) -> pa.Table:
@@ -117,15 +140,18 @@ def read_table(store: Store, name: str, columns: Sequence[str] | None = None) ->
 
     Raises:
         FileNotFoundError: no such file.
-        DamagedFile: truncated, or a page that does not match its checksum.
+        DamagedFile: truncated, or it does not match its checksum.
     """
     with store.open(name) as file:
-        try:
-            return pq.ParquetFile(file, page_checksum_verification=True).read(
-                columns=None if columns is None else list(columns)
-            )
-        except (pa.ArrowException, OSError) as error:
-            raise _damaged(store, name, error) from error
+        data = file.read_buffer()
+    at = _checksum_place(data)
+    if at is None or bytes(data[at : at + len(_ZEROS)]) != _checksum(data, at):
+        raise _damaged(store, name, ValueError("a file that does not match its checksum"))
+    table = pq.ParquetFile(pa.BufferReader(data)).read(
+        columns=None if columns is None else list(columns)
+    )
+    said = table.schema.metadata
+    return table.replace_schema_metadata({k: v for k, v in said.items() if k != _CHECKSUM.encode()})
 
 
 def read_rows(store: Store, name: str) -> int:
@@ -137,7 +163,7 @@ def read_rows(store: Store, name: str) -> int:
     with store.open(name) as file:
         try:
             return int(pq.ParquetFile(file).metadata.num_rows)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise _damaged(store, name, error) from error
 
 

@@ -1,7 +1,7 @@
 """safetensors files that carry their own checksums: a truncated or damaged one is found, not used.
 
 The file is an ordinary safetensors file. Its metadata hold, beside what the writer gives, a
-blake2b hash of every tensor's bytes under ``checksums``.
+blake2b hash of every tensor's bytes under ``checksums``, and one of the header itself.
 """
 
 from __future__ import annotations
@@ -34,6 +34,15 @@ _NAMES = {
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
+# Where the checksum of the header stands among those of the tensors.
+_HEADER = "__header__"
+
+
+def _header_checksum(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
+    said = json.dumps([entries, dict(metadata)], sort_keys=True).encode()
+    return hashlib.blake2b(said, digest_size=16).hexdigest()
+
+
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor, without a copy when it is contiguous and on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
@@ -63,6 +72,7 @@ def write_tensors(
         checksums[key] = hashlib.blake2b(data, digest_size=16).hexdigest()
         chunks.append(data)
         offset += data.nbytes
+    checksums[_HEADER] = _header_checksum(header, metadata)
     header["__metadata__"] = {**metadata, "checksums": json.dumps(checksums)}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
@@ -136,11 +146,16 @@ def open_tensors(store: Store, name: str) -> TensorFile:
             header = json.loads(bytes(file.read(min(length, size))))
             metadata = header.pop("__metadata__")
             checksums = json.loads(metadata.pop("checksums"))
+            if checksums.pop(_HEADER) != _header_checksum(header, metadata):
+                raise ValueError("a header that does not match its checksum")
+            if checksums.keys() != header.keys():
+                raise ValueError("checksums of other tensors")
             expected = 8 + length + max((e["data_offsets"][1] for e in header.values()), default=0)
-        except (struct.error, ValueError, KeyError, TypeError, pa.ArrowInvalid) as error:
-            raise _damaged(
-                store, name, "a safetensors header with checksums", str(error)
-            ) from error
+        except (
+            struct.error, ValueError, KeyError, TypeError, AttributeError, pa.ArrowInvalid,
+        ) as error:  # fmt: skip
+            got = f"{type(error).__name__}: {error}"
+            raise _damaged(store, name, "a safetensors header with checksums", got) from error
     if size != expected:
         raise _damaged(store, name, f"{expected} bytes", f"{size} bytes")
     return TensorFile(store, name, metadata, header, checksums, 8 + length)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from raycurv.blocks import Block
+from raycurv.errors import UserError
 from raycurv.model import Model
 from raycurv.pool import InProcess, Pool
 from raycurv.settings import Execution
@@ -46,14 +47,24 @@ class Workers:
     @property
     def device(self) -> str:
         """Where stages and decompositions compute."""
-        if self._settings.device != "auto":
-            return self._settings.device
+        wanted = self._settings.device
+        if wanted == "cpu":
+            return wanted
+        there = "cuda" if self._gpus() else "cpu"
+        if wanted == "cuda" and there != wanted:
+            raise UserError(
+                "--device cuda", "a GPU", "none",
+                "Leave --device out, or choose a cluster that has GPUs.",
+            )  # fmt: skip
+        return there
+
+    def _gpus(self) -> int:
         if self._settings.address == "none":
-            return "cuda" if torch.cuda.is_available() else "cpu"
+            return torch.cuda.device_count()
         self.tasks()
         from raycurv.actors import cluster_gpus
 
-        return "cuda" if cluster_gpus() else "cpu"
+        return cluster_gpus()
 
     def tasks(self) -> Pool:
         """The pool, with or without stages."""

@@ -9,6 +9,7 @@ import sys
 import sysconfig
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -97,18 +98,18 @@ TEXTS = {
 
 
 @pytest.fixture(scope="module")
-def saved_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> object:
+def saved_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     directory = tmp_path_factory.mktemp("tokenizer")
     tokenizer.byte_tokenizer(256).save_pretrained(directory)
     return AutoTokenizer.from_pretrained(directory, local_files_only=True)
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_ids_are_bos_and_the_bytes(saved_tokenizer: object, name: str) -> None:
+def test_ids_are_bos_and_the_bytes(saved_tokenizer: Any, name: str) -> None:
     text = TEXTS[name]
-    ids = saved_tokenizer(text, verbose=False)["input_ids"]  # type: ignore[operator]
+    ids = saved_tokenizer(text, verbose=False)["input_ids"]
     assert ids == [tokenizer.BOS, *text.encode()]
-    assert saved_tokenizer.decode(ids, skip_special_tokens=True) == text  # type: ignore[attr-defined]
+    assert saved_tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
 def test_every_byte_has_an_id_of_its_own() -> None:

@@ -1,0 +1,213 @@
+"""Jobs as a person runs them, in this process or in one of their own, and what to run them on."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import Tensor, nn
+
+from raycurv.command import run_job
+from raycurv.fitting import fit
+from raycurv.influence import influence
+from raycurv.settings import FitSettings, InfluenceSettings
+
+ROOT = Path(__file__).resolve().parent.parent
+JOBS: dict[str, tuple[Any, Callable[..., Any]]] = {
+    "fit.py": (FitSettings, fit),
+    "influence.py": (InfluenceSettings, influence),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended: its exit code, and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run_here(job: str, flags: Sequence[Any]) -> Outcome:
+    """The job's ``main`` in this process, which is quick."""
+    settings, work = JOBS[job]
+    out, err = io.StringIO(), io.StringIO()
+    code = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [job, *map(str, flags)])
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                run_job(settings, work, job)
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else 1
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def environment(**more: str) -> dict[str, str]:
+    """For a job of its own: one thread, no cluster but its own."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
+    return kept | {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"} | more
+
+
+def start(
+    job: str, flags: Sequence[Any], errors: IO[str] | int = subprocess.PIPE, **more: str
+) -> subprocess.Popen[str]:
+    """The job as a process of its own, its working directory being that of the tests."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "jobs" / job), *map(str, flags)],
+        cwd=Path(__file__).parent,
+        env=environment(**more),
+        stdout=subprocess.PIPE if errors == subprocess.PIPE else subprocess.DEVNULL,
+        stderr=errors,
+        text=True,
+    )
+
+
+def run(job: str, flags: Sequence[Any], seconds: float = 120.0, **more: str) -> Outcome:
+    """The job as a process of its own, to its end."""
+    process = start(job, flags, **more)
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        raise
+    return Outcome(process.returncode, out, err)
+
+
+def flags_of(settings: Mapping[str, Any]) -> list[str]:
+    """``{"batch_tokens": 8, "self": True}`` as ``--batch-tokens 8 --self``."""
+    flags: list[str] = []
+    for name, value in settings.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            flags.append(flag)
+        elif isinstance(value, (list, tuple)):
+            flags += [text for one in value for text in (flag, str(one))]
+        elif value is not False and value is not None:
+            flags += [flag, str(value)]
+    return flags
+
+
+# Models and data
+
+
+def save_llama(folder: Path, tokenizer: bool = True, layers: int = 2, **config: Any) -> Path:
+    """A tiny byte-level language model as Hugging Face saves it."""
+    # Jobs that need no language model find their factories here, and need not wait for these.
+    from byte_tokenizer import VOCAB, save_byte_tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    chosen = {
+        "vocab_size": VOCAB,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 32,
+    }
+    LlamaForCausalLM(LlamaConfig(**(chosen | config))).save_pretrained(folder)
+    if tokenizer:
+        save_byte_tokenizer(folder)
+    return folder
+
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "dog", "run", "to", "sea"]
+
+
+def texts(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Short texts with ids, of two to five words."""
+    rng = np.random.default_rng(seed)
+    return [
+        {"id": f"text {n}", "text": " ".join(rng.choice(WORDS, rng.integers(2, 6)))[:30]}
+        for n in range(count)
+    ]
+
+
+def classified(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows of five numbers with one of three classes."""
+    rng = np.random.default_rng(seed)
+    return [
+        {"id": f"row {n}", "inputs": rng.normal(size=5).tolist(), "labels": int(rng.integers(3))}
+        for n in range(count)
+    ]
+
+
+def classifier() -> nn.Module:
+    """A network of three layers, which three stages may hold; the middle one has no bias."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(5, 7),
+        nn.Tanh(),
+        nn.Linear(7, 6, bias=False),
+        nn.Tanh(),
+        nn.Linear(6, 3),
+    )
+
+
+class Dead(nn.Module):
+    """A network with a branch whose output is multiplied by zero, and one that nothing uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 6)
+        self.silenced = nn.Linear(5, 6)
+        self.unused = nn.Linear(5, 6)
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.unused(x)
+        hidden: Tensor = self.last(torch.tanh(self.first(x) + 0.0 * self.silenced(x)))
+        return hidden
+
+
+def dead() -> nn.Module:
+    """A :class:`Dead` network, always the same."""
+    torch.manual_seed(1)
+    return Dead()
+
+
+class NotFinite:
+    """An objective whose loss of one class is infinite."""
+
+    per_token = False
+
+    def loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        values = outputs.square().sum(dim=1)
+        return torch.where(batch.labels == 1, values * float("inf"), values)
+
+    def measurement(self, outputs: Tensor, batch: Any) -> Tensor:
+        return self.loss(outputs, batch)
+
+    def sample(self, outputs: Tensor, batch: Any, uniform: Any) -> Tensor:
+        return torch.zeros(len(outputs), dtype=torch.int64)
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Rows as a Parquet file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(list(rows)), path)
+    return path
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file below a folder: when it was written, and its bytes."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

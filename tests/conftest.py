@@ -1,0 +1,83 @@
+"""What the numerical tests share: one thread, and each case fitted once for all that ask."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dense import Truth
+from networks import Case, save_checkpoint
+
+import raycurv
+
+torch.set_num_threads(1)
+
+
+class Fits:
+    """Runs, scores and dense truths by case and settings, made when first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._made: dict[Any, Any] = {}
+
+    def source(self, case: Case) -> Any:
+        """What ``raycurv.fit`` takes as the model: a directory, or the callable."""
+        if not case.checkpoint:
+            return case.network
+        folder = self._folder / f"model-{case.name.replace(' ', '-')}"
+        return str(self._once(("model", case.name), lambda: save_checkpoint(case, folder)))
+
+    def run(self, case: Case, **settings: Any) -> raycurv.Run:
+        """The case's run with these settings on top of its own."""
+        chosen = self._settings(case, settings)
+        key = ("run", case.name, *sorted(chosen.items()))
+        return self._once(
+            key,
+            lambda: raycurv.fit(
+                self.source(case), list(case.data), self.place(), objective=case.objective,
+                quiet=True, **chosen,
+            ),
+        )  # fmt: skip
+
+    def scores(
+        self, case: Case, fit: dict[str, Any] | None = None, **settings: Any
+    ) -> raycurv.Scores:
+        """Scores of the case's queries on its data, under the run that ``fit`` asks for."""
+        chosen = {"address": "none", "rank": "full"} | settings
+        key = ("scores", case.name, *sorted((fit or {}).items()), None, *sorted(chosen.items()))
+        run = self.run(case, **(fit or {}))
+        return self._once(
+            key,
+            lambda: run.influence(
+                list(case.queries), list(case.data), self.place(), quiet=True, **chosen
+            ),
+        )
+
+    def truth(self, case: Case) -> Truth:
+        """The dense truth of the case, from plain autograd."""
+        return self._once(("truth", case.name), lambda: Truth(case))
+
+    def place(self) -> str:
+        """A directory that nothing was written to yet."""
+        return str(self._folder / f"out-{len(self._made)}-{len(list(self._folder.iterdir()))}")
+
+    def _settings(self, case: Case, settings: dict[str, Any]) -> dict[str, Any]:
+        own = {
+            "address": "none",
+            "dtype": "float64",
+            "keep_sums": True,
+            "batch_tokens": case.batch_tokens,
+        }
+        return own | dict(case.settings) | settings
+
+    def _once(self, key: Any, make: Any) -> Any:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+
+@pytest.fixture(scope="session")
+def fits(tmp_path_factory: pytest.TempPathFactory) -> Fits:
+    return Fits(tmp_path_factory.mktemp("fits"))

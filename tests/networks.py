@@ -1,0 +1,337 @@
+"""Tiny networks and data as cases: each is there for one thing that can go wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+VOCAB = 23
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, its data, and how to fit it.
+
+    Attributes:
+        name: of the case.
+        network: makes the module, the same weights each time.
+        data: rows as ``raycurv.fit`` takes them.
+        objective: its name.
+        settings: of the fit, beside those of every case.
+        checkpoint: whether raycurv reads the network from an HF directory.
+        batch_tokens: small, so that the data makes several microbatches.
+        queries: the rows that ask; the first three by default.
+    """
+
+    name: str
+    network: Callable[[], nn.Module]
+    data: tuple[dict[str, Any], ...]
+    objective: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    checkpoint: bool = False
+    batch_tokens: int = 4
+
+    @property
+    def queries(self) -> tuple[dict[str, Any], ...]:
+        return self.data[:3]
+
+    @property
+    def draws(self) -> int:
+        return int(self.settings.get("draws", 1))
+
+    @property
+    def empirical(self) -> bool:
+        return self.settings.get("fisher") == "empirical"
+
+
+def save_checkpoint(case: Case, folder: Path) -> Path:
+    """Save a case's HF network where raycurv can read it."""
+    case.network().save_pretrained(folder)
+    return folder
+
+
+# Data
+
+
+def vectors(count: int, width: int, labels: str, seed: int = 0) -> tuple[dict[str, Any], ...]:
+    """Rows of normal numbers; ``labels`` is ``classes`` or ``numbers`` (three of them)."""
+    return arrays(count, (width,), labels, seed)
+
+
+def arrays(
+    count: int, shape: Sequence[int], labels: str, seed: int = 0
+) -> tuple[dict[str, Any], ...]:
+    """As :func:`vectors`, of any shape."""
+    rng = np.random.default_rng(seed)
+    return tuple(
+        {
+            "id": f"row {n}",
+            "inputs": rng.normal(size=shape).tolist(),
+            "labels": int(rng.integers(3)) if labels == "classes" else rng.normal(size=3).tolist(),
+        }
+        for n in range(count)
+    )
+
+
+def sentences(lengths: Sequence[int], masked: bool, seed: int = 0) -> tuple[dict[str, Any], ...]:
+    """Token rows of these lengths; in ``masked`` ones prompts and some others are no targets."""
+    rng = np.random.default_rng(seed)
+    rows: list[dict[str, Any]] = []
+    for n, length in enumerate(lengths):
+        row: dict[str, Any] = {
+            "id": f"sentence {n}",
+            "input_ids": rng.integers(VOCAB, size=length).tolist(),
+        }
+        if masked:
+            prompt = n % 3  # the head of the sentence is a prompt
+            row["loss_mask"] = [t >= prompt for t in range(length)]
+            own = [int(y) for y in row["input_ids"]]
+            row["labels"] = [-100 if (t + n) % 5 == 4 else own[t] for t in range(length)]
+        rows.append(row)
+    return tuple(rows)
+
+
+# Networks
+
+
+def _seeded(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    def network() -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            return make().eval()
+
+    return network
+
+
+def _mlp() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4, bias=False), nn.Tanh(), nn.Linear(4, 3)
+    )
+
+
+def _deep() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 6), nn.Sigmoid(), nn.Linear(6, 5, bias=False),
+        nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3),
+    )  # fmt: skip
+
+
+def _in_place() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(5, 6), nn.ReLU(inplace=True), nn.Linear(6, 6), nn.ReLU(inplace=True),
+        nn.Linear(6, 3),
+    )  # fmt: skip
+
+
+class Twice(nn.Module):
+    """One layer called twice in a forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Linear(4, 4)
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.shared(torch.tanh(self.shared(x)))))
+
+
+class Mixer(nn.Module):
+    """Causal attention whose q, k and v read one tensor, q and v with a bias and k without."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.q = nn.Linear(width, width)
+        self.k = nn.Linear(width, width, bias=False)
+        self.v = nn.Linear(width, width)
+        self.o = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        weights = (q @ k.transpose(1, 2)).masked_fill(later, -torch.inf).softmax(dim=2)
+        return x + self.o(weights @ v)
+
+
+class Heads(nn.Module):
+    """One layer on each of two heads: its input has an axis between positions and width."""
+
+    def __init__(self, width: int, first: bool) -> None:
+        super().__init__()
+        self.first = first
+        self.each = nn.Linear(width // 2, width // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = x.unflatten(2, (2, -1))
+        if self.first:  # [N, H, T, d]
+            return x + torch.tanh(self.each(heads.transpose(1, 2))).transpose(1, 2).flatten(2)
+        return x + torch.tanh(self.each(heads)).flatten(2)
+
+
+class Again(nn.Module):
+    """One layer at two depths."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.layer(torch.tanh(self.layer(x))))
+
+
+class Flat(nn.Module):
+    """A layer that sees positions of all examples in one axis."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.layer(x.flatten(0, 1))).view_as(x)
+
+
+def language_model(*middle: Callable[[int], nn.Module], width: int = 6) -> nn.Module:
+    """Embedding, some modules, a head over the vocabulary."""
+    return nn.Sequential(
+        nn.Embedding(VOCAB, width), *(make(width) for make in middle), nn.Linear(width, VOCAB)
+    )
+
+
+class MeanPool(nn.Module):
+    """A row of channels from an image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(dim=(2, 3))
+
+
+def _conv(**options: Any) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        first = nn.Conv2d(4, 8, **options)
+        return nn.Sequential(first, nn.ReLU(inplace=True), nn.Conv2d(8, 3, 2), MeanPool())
+
+    return make
+
+
+def shaken(module: nn.Module) -> nn.Module:
+    """Fresh HF weights are so small that attention is flat: a wrong mask would hardly show."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return module
+
+
+def _llama(layers: int = 2) -> nn.Module:
+    # Importing it takes seconds, which tests without a checkpoint need not wait for.
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=8, intermediate_size=12, num_hidden_layers=layers,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32,
+    )  # fmt: skip
+    return shaken(AutoModelForCausalLM.from_config(config))
+
+
+def _gpt2() -> nn.Module:
+    from transformers import AutoModelForCausalLM, GPT2Config
+
+    config = GPT2Config(vocab_size=VOCAB, n_embd=6, n_layer=1, n_head=2, n_positions=32)
+    return shaken(AutoModelForCausalLM.from_config(config))
+
+
+# Lengths that differ, one token among them: an example without any loss term.
+LENGTHS = (5, 2, 7, 1, 4, 7)
+TOKENS = {"batch_tokens": 14}
+NO_EMBEDDING = {"blocks": ("!0",)}
+
+CONVOLUTIONS: dict[str, dict[str, Any]] = {
+    "stride": {"kernel_size": 3, "stride": 2, "padding": 1},
+    "rectangle": {"kernel_size": (1, 3), "stride": (2, 1), "padding": (0, 2), "bias": False},
+    "same dilated": {"kernel_size": 3, "padding": "same", "dilation": 2},
+    "same even": {"kernel_size": 2, "padding": "same", "bias": False},
+    "valid": {"kernel_size": 2, "padding": "valid"},
+    "circular": {"kernel_size": 3, "padding": (1, 2), "padding_mode": "circular"},
+    "reflect": {"kernel_size": 3, "padding": 1, "padding_mode": "reflect", "stride": 2},
+    "groups": {"kernel_size": 3, "padding": 1, "stride": 2, "groups": 2},
+    "depthwise": {"kernel_size": 2, "groups": 4, "bias": False},
+    "groups circular": {"kernel_size": 2, "padding": 1, "groups": 2, "padding_mode": "circular"},
+}
+
+MLP = Case("mlp", _seeded(_mlp), vectors(9, 5, "classes"), "classification")
+DEEP = Case("deep", _seeded(_deep), vectors(9, 5, "classes"), "classification")
+IN_PLACE = Case("relu in place", _seeded(_in_place), vectors(9, 5, "classes"), "classification")
+REGRESSION = Case("regression", _seeded(_mlp), vectors(9, 5, "numbers"), "regression")
+LLAMA = Case(
+    "llama", _seeded(_llama), sentences(LENGTHS, True), "causal-lm", checkpoint=True, **TOKENS
+)
+LLAMA_4 = Case(
+    "llama of four layers", _seeded(lambda: _llama(4)), sentences((5, 2, 7, 1, 4, 7, 3, 6), False),
+    "causal-lm", checkpoint=True, **TOKENS,
+)  # fmt: skip
+MIXER = Case(
+    "q/k/v",
+    _seeded(lambda: language_model(Mixer)),
+    sentences(LENGTHS, False),
+    "causal-lm",
+    NO_EMBEDDING,
+    **TOKENS,
+)
+
+CASES: tuple[Case, ...] = (
+    MLP,
+    REGRESSION,
+    Case("mlp, two draws", MLP.network, MLP.data, "classification", {"draws": 2}),
+    Case("mlp, empirical", MLP.network, MLP.data, "classification", {"fisher": "empirical"}),
+    IN_PLACE,
+    Case("layer called twice", _seeded(Twice), vectors(7, 4, "classes"), "classification"),
+    LLAMA,
+    Case(
+        "llama with its head",
+        LLAMA.network,
+        LLAMA.data,
+        "causal-lm",
+        {"blocks": ("model.layers.1.mlp.*", "lm_head"), "draws": 2, "logits_chunk": 2 * VOCAB},
+        checkpoint=True,
+        **TOKENS,
+    ),
+    Case("gpt2", _seeded(_gpt2), LLAMA.data, "causal-lm", checkpoint=True, **TOKENS),
+    MIXER,
+    Case(
+        "q/k/v, empirical",
+        MIXER.network,
+        sentences(LENGTHS, True),
+        "causal-lm",
+        NO_EMBEDDING | {"fisher": "empirical"},
+        **TOKENS,
+    ),
+    *(
+        Case(
+            name,
+            _seeded(lambda make=make: language_model(make, Mixer)),
+            sentences(LENGTHS, False),
+            "causal-lm",
+            NO_EMBEDDING,
+            **TOKENS,
+        )
+        for name, make in (
+            ("tokens, layer called twice", Again),
+            ("tokens, flattened positions", Flat),
+            ("tokens, heads behind positions", lambda width: Heads(width, first=False)),
+            ("tokens, heads before positions", lambda width: Heads(width, first=True)),
+        )
+    ),
+    *(
+        Case(
+            f"conv2d {name}",
+            _seeded(_conv(**options)),
+            arrays(5, (4, 5, 6), "classes"),
+            "classification",
+            {"blocks": ("0",)},
+        )
+        for name, options in CONVOLUTIONS.items()
+    ),
+)

@@ -1,0 +1,694 @@
+"""Claims about stopping and going on: nothing finished is lost or redone, no damage goes unseen.
+
+What must be equal is equal bit for bit: same process, one thread, float64.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from commands import classified, classifier, flags_of, run_here, snapshot, start, write_rows
+from safetensors.torch import load_file
+
+import raycurv
+from raycurv import DamagedFile, RaycurvError, fitting
+from raycurv.artifacts import read_eigen
+from raycurv.stage import Stage
+from raycurv.store import Store
+from raycurv.tables import read_rows, read_table
+
+torch.set_num_threads(1)
+
+ROWS = classified(23)
+QUERIES = ROWS[:5]
+# Between runs that add in another order, float64; max |difference| over max |reference|.
+CLOSE = 1e-10
+
+FIT: dict[str, Any] = {
+    "objective": "classification",
+    "address": "none",
+    "dtype": "float64",
+    "batch_tokens": 4,
+    "quiet": True,
+}
+INFLUENCE: dict[str, Any] = {
+    "address": "none",
+    "rank": "full",
+    "batch_tokens": 4,
+    "per_block": True,
+    "self_influence": True,
+    "ihvp": True,
+    "query_memory": 2500,  # two queries a pass
+    "quiet": True,
+}
+
+
+def fit(out: Path, **settings: Any) -> raycurv.Run:
+    return raycurv.fit(classifier, ROWS, out, **(FIT | settings))
+
+
+def score(fitted: raycurv.Run, out: Path, **settings: Any) -> raycurv.Scores:
+    return fitted.influence(QUERIES, ROWS, out, **(INFLUENCE | settings))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[raycurv.Run, raycurv.Scores]:
+    """A fit and scores that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    fitted = fit(folder / "run")
+    return fitted, score(fitted, folder / "scores")
+
+
+def tables(folder: Path) -> dict[str, pa.Table]:
+    """Every table below a directory without the times that it took, rows in one order."""
+    found = {}
+    for name in ("tables/blocks", "tables/spectrum", "tables/examples", "scores", "self"):
+        files = sorted((folder / name).glob("*.parquet"))
+        if files:
+            table = pa.concat_tables([pq.read_table(f) for f in files])
+            table = table.replace_schema_metadata(None)
+            table = table.drop([c for c in table.column_names if c == "eigh_seconds"])
+            keys = [c for c in ("query_id", "train_id", "id") if c in table.column_names]
+            found[name] = table.sort_by([(k, "ascending") for k in keys]) if keys else table
+    return found
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the artefacts below a directory."""
+    found = {}
+    for path in sorted(folder.rglob("*.safetensors")):
+        for key, tensor in load_file(path).items():
+            found[f"{path.relative_to(folder)}/{key}"] = tensor
+    return found
+
+
+def assert_same(folder: Path, reference: Path) -> None:
+    """The results of two directories are equal bit for bit, and no more lies there than that."""
+    a, b = tables(folder), tables(reference)
+    assert a.keys() == b.keys() and a
+    for name in a:
+        assert a[name].equals(b[name]), name
+    x, y = tensors(folder), tensors(reference)
+    assert x.keys() == y.keys() and x
+    for name in x:
+        assert torch.equal(x[name], y[name]), name
+    assert not (folder / "work").exists()
+    assert not list(folder.rglob("*.part"))
+
+
+def assert_close(folder: Path, reference: Path) -> None:
+    """The numbers of two directories agree, whatever the order of additions was."""
+    a, b = tables(folder), tables(reference)
+    assert a.keys() == b.keys() and a
+    for name in a:
+        assert a[name].num_rows == b[name].num_rows
+        for column in b[name].column_names:
+            mine, theirs = (t[name][column].to_pylist() for t in (a, b))
+            if column == "stage":
+                continue
+            if isinstance(theirs[0], float) or column == "block_scores":
+                x, y = np.array(mine), np.array(theirs)
+                assert np.abs(x - y).max() <= CLOSE * np.abs(y).max(), (name, column)
+            else:
+                assert mine == theirs, (name, column)
+
+
+def changed(before: dict[str, tuple[int, bytes]], folder: Path) -> set[str]:
+    """Which files were written, deleted or made since a snapshot; run.json apart."""
+    after = snapshot(folder)
+    names = {n for n in before.keys() | after.keys() if before.get(n) != after.get(n)}
+    return names - {"run.json"}
+
+
+# Damage
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip(path: Path, where: float = 0.5) -> None:
+    """One bit of a byte in the middle, or at that share of the file."""
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * where)] ^= 0x10
+    path.write_bytes(data)
+
+
+def delete(path: Path) -> None:
+    path.unlink()
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+# A file, and the only files that a rerun may write when its length gives the damage away.
+REMADE = {
+    "eigen/0.input.safetensors": {"tables/blocks", "tables/spectrum"},
+    "eigen/2.output.safetensors": {"tables/blocks", "tables/spectrum"},
+    "corrected/2.safetensors": {"tables"},
+    "labels/part-00000.parquet": {"tables/blocks", "tables/spectrum"},
+    "data/part-00000.parquet": {"data"},
+    "data/index.parquet": {"data"},
+    "data/corpus.json": {"data"},
+    "blocks.json": {"tables/blocks", "tables/spectrum"},
+    "tables/blocks/part-00000.parquet": {"tables/spectrum"},
+    "tables/spectrum/part-00000.parquet": {"tables/blocks"},
+    "tables/examples/part-00000.parquet": {"tables/blocks", "tables/spectrum"},
+}
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, delete])
+@pytest.mark.parametrize("name", REMADE)
+def test_a_rerun_remakes_the_file_that_is_damaged_and_no_other(
+    name: str,
+    damage: Callable[[Path], None],
+    whole: tuple[raycurv.Run, raycurv.Scores],
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "run"
+    fit(out)
+    damage(out / name)
+    before = snapshot(out)
+    if name.endswith(".json") and damage is not delete:
+        with pytest.raises(DamagedFile, match="Delete it and run the command again") as caught:
+            fit(out)
+        assert caught.value.where.endswith(name)
+        assert not changed(before, out)
+        delete(out / name)
+    fit(out)
+    written = changed(before, out)
+    assert name in written
+    allowed = tuple(REMADE[name])
+    assert {n for n in written if n != name and not n.startswith(allowed)} == set()
+    assert_same(out, Path(whole[0].path))
+
+
+def test_a_damaged_run_json_is_named_and_never_guessed(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    fit(out)
+    truncate(out / "run.json")
+    before = snapshot(out)
+    with pytest.raises(DamagedFile, match="Restore it, or give another directory") as caught:
+        fit(out)
+    assert caught.value.where.endswith("run.json")
+    (out / "run.json").unlink()
+    with pytest.raises(raycurv.UserError, match=r"no run\.json"):
+        fit(out)
+    assert snapshot(out).items() <= before.items()
+
+
+def test_blocks_of_another_shape_are_not_believed(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    fit(out)
+    text = (out / "blocks.json").read_text()
+    for wrong in (
+        text.replace('"d_out": 6', '"d_out": 7'),
+        text.replace('"2.input"', '"3.input"'),
+        text.replace('"kind"', '"kinb"'),
+    ):
+        assert wrong != text
+        (out / "blocks.json").write_text(wrong)
+        with pytest.raises(DamagedFile, match=r"blocks\.json"):
+            fit(out)
+    (out / "blocks.json").write_text(text)
+    fit(out)
+
+
+# What reads a file whose content is damaged: the file, and another that then has to be made again.
+READERS = {
+    "labels/part-00000.parquet": "corrected/0.safetensors",
+    "data/part-00000.parquet": "corrected/0.safetensors",
+    "eigen/2.input.safetensors": "corrected/2.safetensors",
+    "eigen/2.output.safetensors": "tables/spectrum/part-00000.parquet",
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_flipped_bit_is_found_when_the_file_is_read(
+    name: str, whole: tuple[raycurv.Run, raycurv.Scores], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    fit(out)
+    original = (out / name).read_bytes()
+    delete(out / READERS[name])
+    # Behind the header, which would give the damage away at once.
+    flip(out / name, {"eigen": 0.95, "label": 0.05}.get(name[:5], 0.5))
+    assert (out / name).read_bytes() != original
+    with pytest.raises(DamagedFile, match="Delete the file and run the command again") as caught:
+        fit(out)
+    assert caught.value.where.endswith(name)
+    delete(out / name)
+    fit(out)
+    assert_same(out, Path(whole[0].path))
+
+
+@pytest.mark.parametrize("name", ["blocks", "spectrum", "examples"])
+def test_a_flipped_bit_in_a_table_is_found_when_it_is_read(name: str, tmp_path: Path) -> None:
+    fitted = fit(tmp_path / "run")
+    (path,) = (tmp_path / "run" / "tables" / name).iterdir()
+    flip(path, 0.1)
+    with pytest.raises(DamagedFile, match="Delete the file and run the command again"):
+        getattr(fitted, name)()
+    delete(path)
+    table = getattr(fit(tmp_path / "run"), name)()
+    assert table.num_rows > 0
+
+
+def test_no_flipped_bit_of_a_table_goes_unseen(
+    whole: tuple[raycurv.Run, raycurv.Scores], tmp_path: Path
+) -> None:
+    good = (Path(whole[0].path) / "tables" / "blocks" / "part-00000.parquet").read_bytes()
+    path = tmp_path / "table.parquet"
+    store = Store(str(tmp_path))
+    for at in range(0, len(good), 7):
+        path.write_bytes(good[:at] + bytes([good[at] ^ (1 << at % 8)]) + good[at + 1 :])
+        with pytest.raises(DamagedFile):
+            read_table(store, "table.parquet")
+    for length in range(0, len(good), 31):
+        path.write_bytes(good[:length])
+        with pytest.raises(DamagedFile):
+            read_table(store, "table.parquet")
+        with pytest.raises(DamagedFile):
+            read_rows(store, "table.parquet")
+    path.write_bytes(good)
+    assert read_table(store, "table.parquet").num_rows == read_rows(store, "table.parquet") == 3
+
+
+def test_no_flipped_bit_of_an_artefact_goes_unseen(
+    whole: tuple[raycurv.Run, raycurv.Scores], tmp_path: Path
+) -> None:
+    good = (Path(whole[0].path) / "eigen" / "2.input.safetensors").read_bytes()
+    path = tmp_path / "eigen" / "2.input.safetensors"
+    path.parent.mkdir()
+    store = Store(str(tmp_path))
+    unseen = []
+    for at in range(0, len(good), 3):
+        path.write_bytes(good[:at] + bytes([good[at] ^ (1 << at % 8)]) + good[at + 1 :])
+        try:
+            read_eigen(store, "2.input")
+            unseen.append(at)
+        except DamagedFile as error:
+            assert error.where.endswith("2.input.safetensors")
+    # Only what pads the header with blanks says nothing.
+    assert all(good[at : at + 1] == b" " for at in unseen)
+    path.write_bytes(good)
+    read_eigen(store, "2.input")
+
+
+SCORE_FILES = ["scores", "self", "ihvp"]
+
+
+@pytest.mark.parametrize("damage", [truncate, delete])
+@pytest.mark.parametrize("kind", SCORE_FILES)
+def test_a_rerun_makes_damaged_scores_again(
+    kind: str,
+    damage: Callable[[Path], None],
+    whole: tuple[raycurv.Run, raycurv.Scores],
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "scores"
+    score(whole[0], out)
+    files = sorted((out / kind).iterdir())
+    damage(files[-1])
+    before = snapshot(out)
+    score(whole[0], out)
+    written = changed(before, out)
+    assert f"{kind}/{files[-1].name}" in written
+    # A pass makes its files together; those of other passes stay.
+    stay = {n for n in before if n.startswith("scores/part-000000") and kind != "self"}
+    assert not written & stay and (stay or kind == "self")
+    assert_same(out, Path(whole[1].path))
+
+
+def test_a_flipped_bit_in_scores_is_found_when_they_are_read_and_a_rerun_mends_it(
+    whole: tuple[raycurv.Run, raycurv.Scores], tmp_path: Path
+) -> None:
+    scores = score(whole[0], tmp_path / "scores")
+    path = sorted((tmp_path / "scores" / "scores").iterdir())[1]
+    flip(path, 0.1)
+    with pytest.raises(DamagedFile, match="Delete the file and run the command again") as caught:
+        scores.table()
+    assert caught.value.where.endswith(path.name)
+    delete(path)
+    score(whole[0], tmp_path / "scores")
+    assert_same(tmp_path / "scores", Path(whole[1].path))
+
+
+# A rerun of what is finished
+
+
+@pytest.mark.parametrize("method", ["ekfac", "kfac", "diagonal", "identity"])
+def test_a_rerun_of_what_is_finished_does_nothing(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted = fit(tmp_path / "run", method=method)
+    score(fitted, tmp_path / "scores")
+    before = snapshot(tmp_path / "run"), snapshot(tmp_path / "scores")
+
+    def refuse(*args: Any) -> None:
+        raise AssertionError("a stage was built")
+
+    monkeypatch.setattr(Stage, "__init__", refuse)
+    score(fit(tmp_path / "run", method=method), tmp_path / "scores")
+    assert not changed(before[0], tmp_path / "run")
+    assert not changed(before[1], tmp_path / "scores")
+    with pytest.raises(AssertionError, match="a stage was built"):
+        fit(tmp_path / "other", method=method)
+
+
+def test_seconds_of_phases_are_kept_over_a_rerun(tmp_path: Path) -> None:
+    def seconds() -> dict[str, float]:
+        said: dict[str, float] = json.loads((tmp_path / "run" / "run.json").read_text())["seconds"]
+        return said
+
+    fit(tmp_path / "run")
+    first = seconds()
+    fit(tmp_path / "run")
+    assert first.keys() == seconds().keys() and all(seconds()[k] >= first[k] for k in first)
+
+
+# A stop at every point
+
+
+class Stop(Exception):
+    """What the injector raises; nothing in raycurv knows it."""
+
+
+class StopAt:
+    """Counts the calls of a function, and raises at one of them."""
+
+    def __init__(self, inner: Callable[..., Any], at: int, after: bool = False) -> None:
+        self.inner, self.at, self.after, self.calls = inner, at, after, 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        if self.calls == self.at and not self.after:
+            raise Stop
+        result = self.inner(*args, **kwargs)
+        if self.calls == self.at:
+            raise Stop
+        return result
+
+
+POINTS: dict[str, tuple[Any, str]] = {
+    "a write": (Store, "write"),
+    "a deletion": (Store, "delete"),
+    "a deletion of a directory": (Store, "delete_directory"),
+    "a backward": (Stage, "backward"),
+    "a stage's commit": (Stage, "commit"),
+    "a decomposition": (fitting, "decompose_factor"),
+}
+
+
+def stopped(point: str, at: int, after: bool, job: Callable[[], Any]) -> bool:
+    """Whether the job was stopped at the n-th call of the point; if not, it has fewer."""
+    owner, name = POINTS[point]
+    stop = StopAt(getattr(owner, name), at, after)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, lambda *args, **kwargs: stop(*args, **kwargs))
+        try:
+            job()
+        except Stop:
+            return True
+    return False
+
+
+FINISHED = ("eigen/", "corrected/", "labels/", "data/", "ihvp/")
+
+
+def each_stop(
+    point: str, after: bool, step: int, job: Callable[[Path], Any], folder: Path
+) -> Iterator[Path]:
+    """Directories, each of a job that was stopped at another call and then went on to its end."""
+    at = 1
+    while True:
+        out = folder / f"{at}"
+        if not stopped(point, at, after, lambda out=out: job(out)):
+            break
+        before = snapshot(out)
+        job(out)
+        rewritten = changed(before, out) & before.keys()
+        # An example's data and what is finished stay; a corpus that was half written does not.
+        kept = [n for n in rewritten if n.startswith(FINISHED)]
+        assert not kept or "data/corpus.json" not in before, (at, kept)
+        yield out
+        at += step
+
+
+STOPS = [
+    ("a write", False, 1e-9, 4),
+    ("a write", True, 1e-9, 9),
+    ("a write", False, 300.0, 3),
+    ("a deletion", False, 1e-9, 7),
+    ("a deletion of a directory", True, 300.0, 1),
+    ("a backward", False, 300.0, 7),
+    ("a backward", True, 1e-9, 7),
+    ("a stage's commit", True, 1e-9, 6),
+    ("a decomposition", False, 300.0, 2),
+    ("a decomposition", True, 300.0, 2),
+]
+
+
+@pytest.mark.parametrize(("point", "after", "commit_seconds", "step"), STOPS)
+def test_a_fit_that_stopped_anywhere_ends_as_if_it_had_not(
+    point: str,
+    after: bool,
+    commit_seconds: float,
+    step: int,
+    whole: tuple[raycurv.Run, raycurv.Scores],
+    tmp_path: Path,
+) -> None:
+    def job(out: Path) -> None:
+        fit(out, stages=2, commit_seconds=commit_seconds)
+
+    reference = tmp_path / "reference"
+    fit(reference, stages=2)
+    count = 0
+    for out in each_stop(point, after, step, job, tmp_path):
+        assert_same(out, reference)
+        count += 1
+    assert count >= 3
+    assert_close(reference, Path(whole[0].path))
+
+
+@pytest.mark.parametrize(
+    ("top_k", "point", "after", "commit_seconds", "step"),
+    [
+        (None, "a write", False, 1e-9, 9),
+        (None, "a write", True, 300.0, 3),
+        (None, "a deletion", True, 1e-9, 5),
+        (None, "a deletion of a directory", False, 300.0, 1),
+        (None, "a backward", False, 300.0, 6),
+        (2, "a write", False, 1e-9, 11),
+        (2, "a write", False, 300.0, 3),
+    ],
+)
+def test_scores_that_stopped_anywhere_end_as_if_they_had_not(
+    top_k: int | None,
+    point: str,
+    after: bool,
+    commit_seconds: float,
+    step: int,
+    whole: tuple[raycurv.Run, raycurv.Scores],
+    tmp_path: Path,
+) -> None:
+    def job(out: Path) -> None:
+        score(whole[0], out, top_k=top_k, commit_seconds=commit_seconds)
+
+    job(tmp_path / "reference")
+    count = 0
+    for out in each_stop(point, after, step, job, tmp_path):
+        assert_same(out, tmp_path / "reference")
+        count += 1
+    assert count >= 1
+
+
+@pytest.mark.parametrize("at", [2, 5, 8, 12])
+def test_stages_and_batches_may_change_between_a_stop_and_a_rerun(
+    at: int, whole: tuple[raycurv.Run, raycurv.Scores], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    assert stopped("a backward", at, False, lambda: fit(out, commit_seconds=1e-9))
+    fit(out, stages=3, batch_tokens=4, commit_seconds=1e-9)
+    assert_close(out, Path(whole[0].path))
+    out = tmp_path / "again"
+    assert stopped("a backward", at, False, lambda: fit(out, commit_seconds=1e-9, stages=2))
+    fit(out, stages=1, batch_tokens=7)
+    assert_close(out, Path(whole[0].path))
+
+
+@pytest.mark.parametrize("at", [1, 4, 9, 18])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"stages": 3},
+        {"batch_tokens": 9},
+        {"query_memory": 4000},
+        {"query_memory": "1GiB", "batch_tokens": 3},
+        {"query_memory": 1},
+    ],
+    ids=str,
+)
+def test_stages_batches_and_memory_may_change_while_scoring(
+    at: int,
+    changes: dict[str, Any],
+    whole: tuple[raycurv.Run, raycurv.Scores],
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "scores"
+    assert stopped("a backward", at, False, lambda: score(whole[0], out, commit_seconds=1e-9))
+    score(whole[0], out, **changes)
+    assert_close(out, Path(whole[1].path))
+
+
+def test_a_second_loss_while_the_first_is_mended_is_mended_too(
+    whole: tuple[raycurv.Run, raycurv.Scores], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    fit(out)
+    delete(out / "eigen" / "0.input.safetensors")
+    assert stopped("a backward", 4, False, lambda: fit(out, commit_seconds=1e-9))
+    assert commits(out, "covariance") == 3
+    delete(out / "eigen" / "2.output.safetensors")
+    assert stopped("a backward", 2, False, lambda: fit(out, commit_seconds=1e-9))
+    delete(out / "corrected" / "4.safetensors")
+    fit(out)
+    assert_same(out, Path(whole[0].path))
+
+
+def test_a_run_that_is_being_mended_is_not_finished(
+    whole: tuple[raycurv.Run, raycurv.Scores], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    fit(out)
+    delete(out / "corrected" / "4.safetensors")
+    assert stopped("a backward", 2, False, lambda: fit(out))
+    with pytest.raises(raycurv.UserError, match="a finished fit"):
+        raycurv.open(out)
+    fit(out)
+    assert raycurv.open(out).blocks().num_rows == 3
+
+
+def test_eigenvalues_of_other_bases_are_fitted_again(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    fit(out)
+    right = tensors(out)
+    # The same factor's basis of a run on other data: whole, but not this run's.
+    other = tmp_path / "other"
+    raycurv.fit(classifier, classified(9, seed=5), other, **FIT)
+    name = "eigen/2.input.safetensors"
+    (out / name).write_bytes((other / name).read_bytes())
+    with pytest.raises(DamagedFile, match="other bases"):
+        raycurv.open(out).curvature("2")
+    fit(out)
+    found = tensors(out)
+    assert not torch.equal(
+        found["corrected/2.safetensors/lam"], right["corrected/2.safetensors/lam"]
+    )
+    # Any orthonormal basis is valid: the trace stays.
+    torch.testing.assert_close(
+        found["corrected/2.safetensors/lam"].sum(), right["corrected/2.safetensors/lam"].sum()
+    )
+    raycurv.open(out).curvature("2")
+
+
+# kill -9
+
+
+def kill_when(job: str, flags: Sequence[str], ready: Callable[[], bool]) -> None:
+    """Start a job, and kill it as soon as the moment has come."""
+    # Not a pipe: processes of Ray's that outlive the job for a while would hold it open.
+    with tempfile.TemporaryFile("w+") as errors:
+        _kill_when(start(job, flags, errors), errors, ready)
+
+
+def _kill_when(process: Any, errors: IO[str], ready: Callable[[], bool]) -> None:
+    try:
+        until = time.monotonic() + 90
+        while not ready():
+            assert process.poll() is None, errors.seek(0) or errors.read()
+            assert time.monotonic() < until, "the moment did not come"
+            time.sleep(0.001)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+
+
+def commits(out: Path, name: str) -> int:
+    """Microbatches done, as a pass's last commit says."""
+    try:
+        return int(json.loads((out / "work" / name / "commit.json").read_bytes())["done"])
+    except FileNotFoundError:
+        return 0
+
+
+MOMENTS: dict[str, Callable[[Path], bool]] = {
+    "in the first pass": lambda out: commits(out, "covariance") >= 3,
+    "in the decompositions": lambda out: (out / "eigen").exists(),
+    "in the second pass": lambda out: commits(out, "corrected") >= 3,
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Flags of a fit of 120 rows, and the run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("killed")
+    write_rows(folder / "rows.parquet", classified(120))
+    settings = {
+        "model": "commands:classifier",
+        "data": folder / "rows.parquet",
+        "objective": "classification",
+        "dtype": "float64",
+        "batch_tokens": 2,
+        "stages": 2,
+        "commit_seconds": 1e-9,
+    }
+    whole = settings | {"out": folder / "whole", "address": "none"}
+    assert run_here("fit.py", flags_of(whole)).code == 0
+    return {"settings": settings, "whole": folder / "whole"}
+
+
+def test_a_process_that_was_killed_again_and_again_ends_as_if_it_had_not_been(
+    files: dict[str, Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    flags = flags_of(files["settings"] | {"out": out, "address": "none"})
+    for moment in MOMENTS.values():
+        kill_when("fit.py", flags, lambda moment=moment: moment(out))
+        assert not (out / "tables" / "blocks").exists()
+    assert run_here("fit.py", flags).code == 0
+    assert_same(out, files["whole"])
+
+
+def test_a_driver_on_ray_that_was_killed_goes_on_without_ray(
+    files: dict[str, Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    settings = files["settings"] | {"out": out}
+    kill_when(
+        "fit.py",
+        flags_of(settings | {"address": "local"}),
+        lambda: MOMENTS["in the second pass"](out),
+    )
+    finished = snapshot(out / "eigen")
+    assert finished
+    assert run_here("fit.py", flags_of(settings | {"address": "none", "stages": 3})).code == 0
+    assert not changed(finished, out / "eigen")
+    assert_close(out, files["whole"])
+
+
+def test_only_mistakes_of_raycurvs_own_are_shown_without_a_traceback() -> None:
+    assert issubclass(DamagedFile, RaycurvError) and not issubclass(DamagedFile, raycurv.UserError)
