@@ -13,6 +13,7 @@ Exit code 1 when a case in float64 falls short of the target.
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import os
 import platform
@@ -135,7 +136,9 @@ def run_raycurv(
         "device": "cpu",
     }
     fitted: dict[str, Any] = {"fisher": "empirical", "dtype": case.dtype}
-    examples, asked = train.dicts("t"), queries.dicts("q")
+    # Backwards: one BLAS adding the same rows in the same order agrees bit for bit, which would say
+    # little of how far rounding carries.
+    examples, asked = train.dicts("t")[::-1], queries.dicts("q")
     run = raycurv.fit(model, examples, place / "fit-ekfac", **fitted, **how)
     kfac = raycurv.fit(model, examples, place / "fit-kfac", method="kfac", **fitted, **how)
     seconds = {f"fit: {phase}": taken for phase, taken in run.manifest.seconds.items()}
@@ -174,7 +177,8 @@ def run_raycurv(
 def in_order(made: raycurv.Scores) -> NDArray[Any]:
     """``scores [Q, N]`` in the order of the ids."""
     matrix_QN, queries, trains = made.matrix()
-    return matrix_QN[np.argsort(queries)][:, np.argsort(trains)]
+    ordered: NDArray[Any] = matrix_QN[np.argsort(queries)][:, np.argsort(trains)]
+    return ordered
 
 
 def run_kronfluence(
@@ -295,6 +299,11 @@ def compare(
             other["low_random"],
             other["full"],
         ),
+        "low_theirs": Scores.of(
+            f"kronfluence default rank {settings.rank} against its own `use_full_svd=True`",
+            other["low_random"],
+            other["low"],
+        ),
         "kfac": Scores.of(
             f"K-FAC full-rank pairwise, raycurv's times {rows:g} rows an example",
             mine["kfac"] * rows,
@@ -371,6 +380,21 @@ def processor() -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
+def source_state() -> str:
+    """Commit of raycurv, whether files differ from it, and a digest of its modules as they lie."""
+    digest = hashlib.blake2b(digest_size=6)
+    for path in sorted(Path(raycurv.__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    said = subprocess.run(
+        ["git", "-C", HERE, "describe", "--always", "--dirty=, with uncommitted changes"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    commit = said.stdout.strip() or "not a git checkout"
+    return f"{commit}; blake2b of its modules {digest.hexdigest()}"
+
+
 def command_line(settings: Settings) -> str:
     """The command, with every flag that is not at its default, and no path of this machine."""
     plain = Settings(settings.kronfluence_python)
@@ -383,7 +407,7 @@ def command_line(settings: Settings) -> str:
     return " ".join([start, *flags])
 
 
-def report(settings: Settings, loss: float, outcomes: list[Outcome]) -> str:
+def report(settings: Settings, state: str, loss: float, outcomes: list[Outcome]) -> str:
     """The result file."""
     ours, theirs = outcomes[0].ours.versions, outcomes[0].theirs.versions
     shape = Shape()
@@ -396,6 +420,7 @@ def report(settings: Settings, loss: float, outcomes: list[Outcome]) -> str:
         f"- versions: raycurv {ours['raycurv']} (torch {ours['torch']}, transformers "
         f"{ours['transformers']}), kronfluence {theirs['kronfluence']} (torch {theirs['torch']}, "
         f"transformers {theirs['transformers']}), Python {platform.python_version()}",
+        f"- raycurv's source: {state}",
         f"- machine: {processor()}; {settings.threads} thread, no GPU",
         f"- model: Llama-shaped, hidden {shape.hidden}, feed-forward {shape.intermediate}, "
         f"{shape.layers} layers, {shape.heads} heads on {shape.key_value_heads} key-value heads, "
@@ -404,7 +429,8 @@ def report(settings: Settings, loss: float, outcomes: list[Outcome]) -> str:
         f"{settings.length} tokens, Python's standard library",
         f"- both: empirical Fisher, loss summed over tokens, eager attention, "
         f"{settings.batch} examples a batch, λ = 0.1 · mean(Λ) a block "
-        f"(kronfluence: `damping_factor=None`); raycurv in {settings.stages} stages",
+        f"(kronfluence: `damping_factor=None`); raycurv in {settings.stages} stages, without "
+        f"Ray, reading the training examples in reverse",
         f"- target: Pearson of at least {TARGET} for Λ in every block and for full-rank and self "
         f"scores, in float64: **{'reached' if reached else 'MISSED'}**",
         "",
@@ -418,6 +444,7 @@ def report(settings: Settings, loss: float, outcomes: list[Outcome]) -> str:
 
 def main(settings: Settings) -> int:
     """Make the model, run all cases, print and write the report; gives the exit code."""
+    state = source_state()
     torch.set_num_threads(settings.threads)
     sequences = read_sequences(settings.train, settings.queries, settings.length, settings.seed)
     with TemporaryDirectory() as directory:
@@ -429,7 +456,7 @@ def main(settings: Settings) -> int:
             place.mkdir()
             outcomes.append(compare(settings, case, model, sequences, place))
             print("\n".join(case_lines(outcomes[-1], every_block=False)), flush=True)
-    text = report(settings, loss, outcomes)
+    text = report(settings, state, loss, outcomes)
     settings.results.mkdir(parents=True, exist_ok=True)
     path = settings.results / f"{settings.date}-kronfluence.md"
     path.write_text(text)

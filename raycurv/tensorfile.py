@@ -124,6 +124,9 @@ class TensorFile:
             raise _damaged(
                 self.store, self.name, f"{key} with the checksum in the header", "another"
             )
+        if not len(data):
+            # Without strides there is no view as another dtype.
+            return torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]])
         flat = torch.from_numpy(data).view(_DTYPES[entry["dtype"]])
         return flat.reshape(entry["shape"])
 

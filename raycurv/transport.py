@@ -38,6 +38,9 @@ def pack(value: Any) -> Any:
 def unpack(value: Any) -> Any:
     """The inverse of :func:`pack`; the tensors own their memory."""
     if isinstance(value, Packed):
+        if not value.data.size:
+            # Without strides there is no view as another dtype.
+            return torch.empty(value.shape, dtype=value.dtype)
         flat = torch.from_numpy(np.array(value.data, copy=True))
         return flat.view(value.dtype).reshape(value.shape)
     return _inside(value, unpack)

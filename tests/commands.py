@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -55,14 +56,15 @@ def run_here(job: str, flags: Sequence[Any]) -> Outcome:
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
-def environment(**more: str) -> dict[str, str]:
-    """For a job of its own: one thread, no cluster but its own."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
-    return kept | {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"} | more
+def environment(**more: str | None) -> dict[str, str]:
+    """For a job of its own: one thread, no cluster but its own; ``None`` unsets a variable."""
+    own = {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": None}
+    wanted = dict(os.environ) | own | more
+    return {name: value for name, value in wanted.items() if value is not None}
 
 
 def start(
-    job: str, flags: Sequence[Any], errors: IO[str] | int = subprocess.PIPE, **more: str
+    job: str, flags: Sequence[Any], errors: IO[str] | int = subprocess.PIPE, **more: str | None
 ) -> subprocess.Popen[str]:
     """The job as a process of its own, its working directory being that of the tests."""
     return subprocess.Popen(
@@ -75,7 +77,7 @@ def start(
     )
 
 
-def run(job: str, flags: Sequence[Any], seconds: float = 120.0, **more: str) -> Outcome:
+def run(job: str, flags: Sequence[Any], seconds: float = 120.0, **more: str | None) -> Outcome:
     """The job as a process of its own, to its end."""
     process = start(job, flags, **more)
     try:
@@ -179,6 +181,59 @@ def dead() -> nn.Module:
     """A :class:`Dead` network, always the same."""
     torch.manual_seed(1)
     return Dead()
+
+
+class Infinite(Dead):
+    """A network with a branch that sees infinities, and that nothing uses."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.unused(x + float("inf"))
+        hidden: Tensor = self.last(torch.tanh(self.first(x) + self.silenced(x)))
+        return hidden
+
+
+def infinite() -> nn.Module:
+    """An :class:`Infinite` network, always the same."""
+    torch.manual_seed(1)
+    return Infinite()
+
+
+def overflowing() -> nn.Module:
+    """Weights that float64 holds and float32 does not."""
+    network = classifier().double()
+    with torch.no_grad():
+        network[0].weight[0, 0] = 1e300
+    return network
+
+
+class Deadly(nn.Linear):
+    """A layer that ends its process."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return x
+
+
+def deadly() -> nn.Module:
+    """A network whose second layer ends its process."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 4), Deadly(4, 3))
+
+
+class Squares:
+    """An objective of one's own: half the squared distance to the class, one-hot."""
+
+    per_token = False
+
+    def loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        wanted = nn.functional.one_hot(batch.labels, outputs.shape[1]).to(outputs.dtype)
+        return 0.5 * (outputs - wanted).square().sum(dim=1)
+
+    def measurement(self, outputs: Tensor, batch: Any) -> Tensor:
+        return self.loss(outputs, batch)
+
+    def sample(self, outputs: Tensor, batch: Any, uniform: Any) -> Tensor:
+        return (uniform(1)[:, 0] * outputs.shape[1]).long()
 
 
 class NotFinite:

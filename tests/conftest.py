@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ class Fits:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._made: dict[Any, Any] = {}
+        self._numbers = count()
 
     def source(self, case: Case) -> Any:
         """What ``raycurv.fit`` takes as the model: a directory, or the callable."""
@@ -61,7 +63,7 @@ class Fits:
 
     def place(self) -> str:
         """A directory that nothing was written to yet."""
-        return str(self._folder / f"out-{len(self._made)}-{len(list(self._folder.iterdir()))}")
+        return str(self._folder / f"out-{next(self._numbers)}")
 
     def _settings(self, case: Case, settings: dict[str, Any]) -> dict[str, Any]:
         own = {

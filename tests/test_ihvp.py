@@ -144,8 +144,8 @@ WIDE = Case(
 
 @pytest.mark.parametrize("rank", [4, 8])
 def test_a_truncated_ihvp_is_nearly_the_optimal_truncation(fits, rank: int) -> None:
-    # Two power steps and eight spare columns: the error is within 1 % of the smallest there is,
-    # and so are the singular values that are kept.
+    # Two power steps and eight spare columns: the error is within 1e-3 of the smallest there is,
+    # and so are the singular values that are kept (measured: 4e-7).
     run, truth = fits.run(WIDE), fits.truth(WIDE)
     made = products(fits, run, WIDE, rank=rank)
     for name in run.block_names():
@@ -157,8 +157,8 @@ def test_a_truncated_ihvp_is_nearly_the_optimal_truncation(fits, rank: int) -> N
             assert torch.linalg.matrix_rank(got) == rank
             smallest = torch.linalg.norm(whole - (u[:, :rank] * s[:rank]) @ vh[:rank])
             error = torch.linalg.norm(whole - got)
-            assert smallest * (1 - 1e-9) <= error <= smallest * 1.01
-            assert worst(torch.linalg.svdvals(got)[:rank], s[:rank]) < 0.01
+            assert smallest * (1 - 1e-9) <= error <= smallest * 1.001
+            assert worst(torch.linalg.svdvals(got)[:rank], s[:rank]) < 1e-3
             assert error > 1e-3 * torch.linalg.norm(whole), "nothing was cut off"
 
 

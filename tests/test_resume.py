@@ -27,6 +27,7 @@ from raycurv.artifacts import read_eigen
 from raycurv.stage import Stage
 from raycurv.store import Store
 from raycurv.tables import read_rows, read_table
+from raycurv.tensorfile import open_tensors, write_tensors
 
 torch.set_num_threads(1)
 
@@ -305,6 +306,29 @@ def test_no_flipped_bit_of_an_artefact_goes_unseen(
     assert all(good[at : at + 1] == b" " for at in unseen)
     path.write_bytes(good)
     read_eigen(store, "2.input")
+
+
+def test_artefacts_hold_tensors_of_every_kind_as_safetensors_does(tmp_path: Path) -> None:
+    held = {
+        f"{dtype} {name}": shape(torch.arange(12).reshape(3, 4).to(dtype))
+        for dtype in (
+            torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32,
+            torch.uint8, torch.bool,
+        )
+        for name, shape in {
+            "plain": lambda t: t,
+            "turned": lambda t: t.T,
+            "one": lambda t: t[0, 0],
+            "empty": lambda t: t[:0],
+        }.items()
+    }  # fmt: skip
+    write_tensors(Store(str(tmp_path)), "all.safetensors", held, {"note": "Λ"})
+    file = open_tensors(Store(str(tmp_path)), "all.safetensors")
+    for found in (file.read_all(), load_file(tmp_path / "all.safetensors")):
+        assert found.keys() == held.keys()
+        for name, tensor in held.items():
+            assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+    assert file.metadata == {"note": "Λ"}
 
 
 SCORE_FILES = ["scores", "self", "ihvp"]
@@ -644,9 +668,9 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Flags of a fit of 120 rows, and the run that nothing disturbed."""
+    """Flags of a fit of 60 rows, and the run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("killed")
-    write_rows(folder / "rows.parquet", classified(120))
+    write_rows(folder / "rows.parquet", classified(60))
     settings = {
         "model": "commands:classifier",
         "data": folder / "rows.parquet",

@@ -1,0 +1,121 @@
+"""Claims about the code's own shape: who imports whom, and how long a file may be."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = {path.stem: path for path in sorted((ROOT / "raycurv").glob("*.py"))}
+
+# Vocabulary and mathematics: functions of tensors. They know no files, no cluster, no model library.
+MATHEMATICS = (
+    "batch", "blocks", "capture", "corrected", "curvature", "draws", "eigen", "errors", "evaluate",
+    "factors", "gradients", "ihvp", "objective", "placement", "schedule", "scores", "sums", "tiles",
+)  # fmt: skip
+FOREIGN = {"pyarrow", "ray", "rich", "safetensors", "transformers", "tyro"}
+MOST_LINES = 600
+
+
+def imported(path: Path, everywhere: bool = True) -> set[str]:
+    """Modules that a file imports; without ``everywhere``, only those at its top level."""
+    tree = ast.parse(path.read_text())
+    nodes = ast.walk(tree) if everywhere else iter(tree.body)
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: a relative import"
+            module = node.module or ""
+            found |= {f"{module}.{a.name}" if module == "raycurv" else module for a in node.names}
+    return found
+
+
+def packages(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imported(path)}
+
+
+def own(path: Path, everywhere: bool = True) -> set[str]:
+    """The files of raycurv that a file imports."""
+    names = {n.split(".")[1] for n in imported(path, everywhere) if n.startswith("raycurv.")}
+    return names & FILES.keys()
+
+
+@pytest.mark.parametrize("name", MATHEMATICS)
+def test_mathematics_knows_tensors_and_mathematics_alone(name: str) -> None:
+    assert not packages(FILES[name]) & FOREIGN
+    assert own(FILES[name]) <= set(MATHEMATICS)
+
+
+def test_ray_is_imported_in_one_file() -> None:
+    assert [name for name, path in FILES.items() if "ray" in packages(path)] == ["actors"]
+
+
+def test_only_what_starts_ray_imports_the_file_that_does() -> None:
+    assert {name for name, path in FILES.items() if "actors" in own(path)} == {"workers"}
+
+
+def test_nothing_imports_the_jobs_or_the_tests() -> None:
+    for path in FILES.values():
+        assert not packages(path) & {"jobs", "tests", "commands", "pytest"}
+
+
+def test_jobs_import_raycurv_alone() -> None:
+    jobs = sorted((ROOT / "jobs").glob("*.py"))
+    assert {"fit.py", "influence.py"} <= {path.name for path in jobs}
+    for path in jobs:
+        assert packages(path) == {"raycurv"}
+
+
+def cycle(graph: dict[str, set[str]]) -> list[str]:
+    """A ring of imports, or nothing."""
+    done: set[str] = set()
+
+    def follow(name: str, trail: tuple[str, ...]) -> list[str]:
+        if name in trail:
+            return [*trail[trail.index(name) :], name]
+        if name in done:
+            return []
+        for other in sorted(graph[name]):
+            found = follow(other, (*trail, name))
+            if found:
+                return found
+        done.add(name)
+        return []
+
+    for name in graph:
+        found = follow(name, ())
+        if found:
+            return found
+    return []
+
+
+def test_imports_point_one_way() -> None:
+    graph = {name: own(path) for name, path in FILES.items() if name != "__init__"}
+    assert cycle(graph) == []
+    assert cycle(graph | {"errors": {"run"}})[0] == "errors"
+
+
+def test_a_file_fits_on_a_few_pages() -> None:
+    long = {}
+    for path in FILES.values():
+        written = [line for line in path.read_text().splitlines() if line.strip()]
+        if len(written) > MOST_LINES:
+            long[path.name] = len(written)
+    assert long == {}
+
+
+def test_a_job_without_ray_or_a_language_model_waits_for_neither() -> None:
+    code = (
+        "import sys; import raycurv, raycurv.fitting, raycurv.influence, raycurv.command; "
+        "print(sorted({'ray', 'transformers'} & sys.modules.keys()))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert found.stdout.strip() == "[]"
