@@ -81,7 +81,7 @@ def fit(
     store = open_store(settings.out, "--out")
     network = open_model(model if model is not None else settings.model)
     named = objective if objective is not None else settings.objective
-    open_objective(named)
+    per_token = open_objective(named).per_token
     blocks = choose_blocks(
         network.skeleton(), settings.blocks, network.default_scope, network.tied_head
     )
@@ -102,7 +102,9 @@ def fit(
         )
         phase.advance(1)
     workers = Workers(settings, network, named, cuts, DTYPES[settings.dtype], settings.seed)
-    job = _Fit(settings, store, network, blocks, cuts, corpus, manifest, workers, reporter)
+    job = _Fit(
+        settings, store, network, per_token, blocks, cuts, corpus, manifest, workers, reporter
+    )
     try:
         job.run()
     finally:
@@ -135,6 +137,7 @@ class _Fit:
     settings: FitSettings
     store: Store
     network: Model
+    per_token: bool
     blocks: tuple[Block, ...]
     cuts: Sequence[range]
     corpus: Corpus
@@ -295,7 +298,7 @@ class _Fit:
             self.corpus.reader(DTYPES[self.settings.dtype], drawn),
             self.corpus.lengths,
         )
-        lengths = self.corpus.lengths if self.network.token_inputs else None
+        lengths = self.corpus.lengths if self.per_token else None
         return run_pass(
             self.workers.stages(self.blocks),
             work,

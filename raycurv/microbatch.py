@@ -71,8 +71,8 @@ def make_batch(
         index: number of the microbatch in its plan.
         examples: all of tokens, or all of numbers of one shape; at least one.
         dtype: floating-point type of inputs and labels that are numbers.
-        drawn: labels drawn from the model, per example ``[draws, T_n]`` for tokens, otherwise
-            ``[draws, ...]``; whole numbers become int64, others ``dtype``.
+        drawn: labels drawn from the model, per example ``[draws, T_n]`` where each token has one,
+            otherwise ``[draws, ...]``; whole numbers become int64, others ``dtype``.
 
     Returns:
         Of tokens: padded on the right with 0, ``mask`` True at tokens. ``labels`` are ``None`` when
@@ -121,11 +121,7 @@ def _token_batch(
     )
     drawn_ = None
     if drawn is not None:
-        padded = np.zeros((len(drawn[0]), *shape), np.result_type(*drawn))
-        for n, drawn_KT in enumerate(drawn):
-            assert drawn_KT.shape[1] == len(tokens[n]), f"labels drawn for another {ids[n]}"
-            padded[:, n, : drawn_KT.shape[1]] = drawn_KT
-        drawn_ = _numbers(padded, dtype)
+        drawn_ = _numbers(_stacked(drawn, [len(ids_T) for ids_T in tokens]), dtype)
     return Batch(
         index,
         ids,
@@ -135,6 +131,17 @@ def _token_batch(
         loss_mask=torch.from_numpy(loss_mask_NT) if masked else None,
         drawn=drawn_,
     )
+
+
+def _stacked(drawn: Sequence[np.ndarray], lengths: Sequence[int]) -> np.ndarray:
+    """``[draws, N, T]`` where every example's labels are one a token, else ``[draws, N, ...]``."""
+    by_token = all(y.shape[1:] == (t,) for y, t in zip(drawn, lengths, strict=True))
+    if not by_token:
+        return np.stack(drawn, axis=1)
+    padded = np.zeros((len(drawn[0]), len(drawn), max(lengths)), np.result_type(*drawn))
+    for n, y_KT in enumerate(drawn):
+        padded[:, n, : lengths[n]] = y_KT
+    return padded
 
 
 def _there(array: np.ndarray | None) -> np.ndarray:

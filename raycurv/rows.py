@@ -25,7 +25,8 @@ class ExampleRows:
 
     Args:
         store: of the run.
-        lengths: tokens of every example, to cut padding off drawn labels; ``None`` for numbers.
+        lengths: tokens of every example, to cut padding off labels drawn for each; ``None`` where
+            labels are not one a token.
     """
 
     def __init__(self, store: Store, lengths: Sequence[int] | None) -> None:

@@ -132,7 +132,7 @@ class Stage:
         """
         record = Record(batch.to(self._device))
         with torch.no_grad(), self._capture.recording(record):
-            out = self._segment.forward(record.batch, self._entering(hidden, False))
+            out = self._segment.forward(record.batch, _own(self._entering(hidden, False)))
             if self._segment.last:
                 self._head(record, out[:, :1] if out.ndim > 2 else out, 0)
         return out, self._capture.discover(record)
@@ -172,7 +172,7 @@ class Stage:
         entered = self._entering(hidden, differentiates)
         record = Record(batch)
         with torch.set_grad_enabled(differentiates), self._capture.recording(record):
-            left = self._segment.forward(batch, entered)
+            left = self._segment.forward(batch, _own(entered))
         if differentiates:
             self._open[batch.index] = _Open(record, entered, left)
         return left.detach()
@@ -275,6 +275,12 @@ class Stage:
     def _slice_positions(self, batch: Batch, hidden: Tensor) -> int:
         classes = self.spec.model.vocab_size or hidden.shape[-1]
         return max(1, self.spec.logits_chunk // (batch.size * classes))
+
+
+def _own(entered: Tensor | None) -> Tensor | None:
+    # A layer may change its input in place, which neither a leaf of the graph nor the tensor that
+    # the stage before put out would bear.
+    return None if entered is None else entered.clone()
 
 
 def stage_specs(

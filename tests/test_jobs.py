@@ -54,14 +54,14 @@ class Made:
             "batch_tokens": 128,
         }
 
-    def fit(self, out: str, **settings: Any) -> raycurv.Run:
+    def fit(self, out: str, /, **settings: Any) -> raycurv.Run:
         """Another fit, in this process."""
         chosen = self.fit_flags | {"out": self.folder / out} | settings
         outcome = run_here("fit.py", flags_of(chosen))
         assert outcome.code == 0, outcome.err
         return raycurv.open(self.folder / out)
 
-    def influence(self, out: str, **settings: Any) -> Path:
+    def influence(self, out: str, /, **settings: Any) -> Path:
         """Other scores, in this process; gives their folder."""
         chosen = self.influence_flags | {"out": self.folder / out} | settings
         outcome = run_here("influence.py", flags_of(chosen))
@@ -274,7 +274,7 @@ def test_duckdb_and_pandas_read_the_tables_as_pyarrow_does(made: Made) -> None:
     for folder in (made.run / "tables" / "blocks", made.run / "tables" / "examples",
                    made.run / "tables" / "spectrum", made.scores / "scores"):  # fmt: skip
         table = parquet(folder)
-        (count,) = duckdb.sql(f"select count(*) from '{folder}/*.parquet'").fetchone() or (0,)
+        ((count,),) = duckdb.sql(f"select count(*) from '{folder}/*.parquet'").fetchall()
         assert count == table.num_rows > 0
         frame = pd.concat([pd.read_parquet(file) for file in sorted(folder.glob("*.parquet"))])
         assert list(frame.columns) == table.column_names and len(frame) == table.num_rows
@@ -352,7 +352,7 @@ def test_queries_in_several_passes_score_as_in_one(
         f"passes-{memory}", run=double.path, query_memory=memory, self=True, ihvp=True
     )
     passes = {file.name.rpartition("-")[0] for file in (more / "scores").iterdir()}
-    assert len(passes) == (ASKED if memory == 1 else 3), passes
+    assert len(passes) == (ASKED if memory == 1 else 2), passes
     assert raycurv.open_scores(more).matrix()[1:] == raycurv.open_scores(one).matrix()[1:]
     assert relative(matrix(more), matrix(one)) < CLOSE_64
     assert parquet(more / "self").num_rows == COUNT
@@ -411,13 +411,13 @@ def test_curvature_of_a_block_makes_the_products_that_the_job_writes(
     # Under an overwhelming damping the product is the gradient over that damping.
     gradients = flat.block(name)[0] * 1e12
     block = double.curvature(name)
-    lam = 0.1 * block.eigenvalues().mean()
+    lam = 0.1 * block.eigenvalues.mean()
     expected = torch.stack([block.apply(g, lambda e: 1 / (e + lam)) for g in gradients])
     assert relative(got, expected) < 1e-6
     dense = block.dense()
     assert dense.shape == (16 * 24, 16 * 24)
     assert relative(dense, dense.T) < CLOSE_64
-    torch.testing.assert_close(torch.trace(dense), block.eigenvalues().sum())
+    torch.testing.assert_close(torch.trace(dense), block.eigenvalues.sum())
 
 
 def test_a_sample_is_the_same_for_a_seed_and_another_for_another(made: Made) -> None:
@@ -544,7 +544,7 @@ def test_wide_factors_are_cut_into_tiles_that_the_tables_show(made: Made) -> Non
 
 
 def test_prompts_and_completions_are_scored_on_the_completion(made: Made, tmp_path: Path) -> None:
-    rows = [{"id": "a", "prompt": "the cat ", "completion": "sat on"}] * 1
+    rows = [{"id": "a", "prompt": "the cat ", "completion": "sat on"}]
     prompts = write_rows(tmp_path / "prompts.parquet", rows)
     text = write_rows(tmp_path / "text.parquet", [{"id": "a", "text": "the cat sat on"}])
     by_prompt = matrix(made.influence("by-prompt", queries=prompts))

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {path.stem: path for path in sorted((ROOT / "raycurv").glob("*.py"))}
 
-# Vocabulary and mathematics: functions of tensors. They know no files, no cluster, no model library.
+# Vocabulary and mathematics: functions of tensors, without files, clusters or model libraries.
 MATHEMATICS = (
     "batch", "blocks", "capture", "corrected", "curvature", "draws", "eigen", "errors", "evaluate",
     "factors", "gradients", "ihvp", "objective", "placement", "schedule", "scores", "sums", "tiles",
