@@ -174,21 +174,17 @@ def test_a_numerical_failure_in_an_actor_arrives_as_itself(cluster: None, tmp_pa
     assert str(here.value) == str(caught.value)
 
 
-def test_a_mistake_in_an_actor_ends_a_job_with_2_and_a_failure_with_1(
-    cluster: None, tmp_path: Path
-) -> None:
-    data = write_rows(tmp_path / "rows.parquet", ROWS)
-    for model, code, says in (("overflowing", 2, "finite weights"), ("infinite", 1, "unused")):
-        flags = {
-            "model": f"commands:{model}",
-            "data": data,
-            "objective": "classification",
-            "out": tmp_path / model,
-            "address": "local",
-        }
-        outcome = run_here("fit.py", flags_of(flags))
-        assert (outcome.code, outcome.out) == (code, "")
-        assert says in outcome.err and "Traceback" not in outcome.err
+def test_a_mistake_in_an_actor_ends_a_job_with_2(cluster: None, tmp_path: Path) -> None:
+    flags = {
+        "model": "commands:overflowing",
+        "data": write_rows(tmp_path / "rows.parquet", ROWS),
+        "objective": "classification",
+        "out": tmp_path / "run",
+        "address": "local",
+    }
+    outcome = run_here("fit.py", flags_of(flags))
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "finite weights" in outcome.err and "Traceback" not in outcome.err
 
 
 def test_the_death_of_an_actor_is_named_and_ends_with_1(cluster: None, tmp_path: Path) -> None:
@@ -201,7 +197,8 @@ def test_the_death_of_an_actor_is_named_and_ends_with_1(cluster: None, tmp_path:
     }
     begun = time.monotonic()
     outcome = run_here("fit.py", flags_of(flags))
-    assert (outcome.code, outcome.out) == (1, "")
+    # Ray itself may tell of the death on the output.
+    assert outcome.code == 1 and '"complete"' not in outcome.out
     assert "a stage's actor" in outcome.err and "Run the same command again" in outcome.err
     assert "Traceback" not in outcome.err
     assert time.monotonic() - begun < 60
@@ -315,14 +312,15 @@ def test_a_local_ray_of_the_default_kind_starts_though_an_address_is_set(tmp_pat
         "out": tmp_path / "run",
         "dtype": "float64",
         "batch_tokens": 4,
-        "stages": 2,
+        "method": "diagonal",
         "address": "local",
     }
     outcome = run("fit.py", flags_of(flags), RAY_ADDRESS="127.0.0.1:1", RAY_AUTH_MODE=None)
     assert outcome.code == 0, outcome.err
     assert json.loads(outcome.out.splitlines()[-1])["status"] == "complete"
     here = raycurv.fit(
-        classifier, ROWS, tmp_path / "here", address="none", **FIT | {"objective": Squares()}
-    )
+        classifier, ROWS, tmp_path / "here", address="none", method="diagonal",
+        **FIT | {"objective": Squares()},
+    )  # fmt: skip
     there = raycurv.open(tmp_path / "run")
     assert relative(there.blocks()["trace"], here.blocks()["trace"]) < CLOSE
