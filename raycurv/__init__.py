@@ -1,11 +1,11 @@
 """raycurv: curvature of neural networks on Ray, with influence scores in Parquet."""
 
-from raycurv.curvature import BlockCurvature, Damping
+from raycurv.driver.settings import FitSettings, InfluenceSettings
 from raycurv.errors import DamagedFile, NumericalError, RaycurvError, UserError
-from raycurv.objective import CausalLM, Classification, Objective, Regression
+from raycurv.mathematics.curvature import BlockCurvature, Damping
+from raycurv.mathematics.objective import CausalLM, Classification, Objective, Regression
 from raycurv.run import Products, Run, Scores, fit, open_scores
 from raycurv.run import open_run as open
-from raycurv.settings import FitSettings, InfluenceSettings
 
 __all__ = [
     "BlockCurvature",

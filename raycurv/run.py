@@ -11,19 +11,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from torch import Tensor, nn
 
-from raycurv.artifacts import ihvp_file, read_blocks, read_curvature, read_products
-from raycurv.curvature import BlockCurvature
+from raycurv.data.sources import Source
+from raycurv.driver.fitting import fit as run_fit
+from raycurv.driver.influence import influence as run_influence
+from raycurv.driver.influence import read_fit
+from raycurv.driver.progress import Reporter
+from raycurv.driver.settings import IN_MEMORY, FitSettings, InfluenceSettings
 from raycurv.errors import UserError
-from raycurv.fitting import fit as run_fit
-from raycurv.influence import influence as run_influence
-from raycurv.influence import read_fit
-from raycurv.manifest import Manifest
-from raycurv.objective import Objective
-from raycurv.progress import Reporter
-from raycurv.settings import IN_MEMORY, FitSettings, InfluenceSettings
-from raycurv.sources import Source
-from raycurv.store import Store, open_store
-from raycurv.tables import iterate_directory, read_directory, scores_schema
+from raycurv.files.artifacts import ihvp_file, read_blocks, read_curvature, read_products
+from raycurv.files.manifest import Manifest
+from raycurv.files.store import Store, open_store
+from raycurv.files.tables import iterate_directory, read_directory, scores_schema
+from raycurv.mathematics.curvature import BlockCurvature
+from raycurv.mathematics.objective import Objective
 
 Model = str | os.PathLike[str] | Callable[[], nn.Module]
 

@@ -20,10 +20,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from raycurv.command import run_job
-from raycurv.fitting import fit
-from raycurv.influence import influence
-from raycurv.settings import FitSettings, InfluenceSettings
+from raycurv.driver.command import run_job
+from raycurv.driver.fitting import fit
+from raycurv.driver.influence import influence
+from raycurv.driver.settings import FitSettings, InfluenceSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 JOBS: dict[str, tuple[Any, Callable[..., Any]]] = {

@@ -12,10 +12,10 @@ from networks import MIXER, Mixer
 from torch import Tensor, nn
 
 from raycurv.batch import Batch
-from raycurv.blocks import Block, choose_blocks, describe_block
-from raycurv.capture import Capture, Captured, Record
 from raycurv.errors import NumericalError, RaycurvError, UserError
-from raycurv.factors import FactorSums
+from raycurv.mathematics.blocks import Block, choose_blocks, describe_block
+from raycurv.mathematics.capture import Capture, Captured, Record
+from raycurv.mathematics.factors import FactorSums
 
 DOUBLE = torch.float64
 

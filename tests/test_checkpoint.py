@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from raycurv.checkpoint import (
+from raycurv.errors import UserError
+from raycurv.models.checkpoint import (
     Checkpoint,
     Weights,
     check_finite,
     describe_tensor,
 )
-from raycurv.errors import UserError
 
 torch.set_num_threads(1)
 
@@ -65,7 +65,7 @@ def test_a_checkpoint_survives_pickling(folder: Path) -> None:
 
 
 def test_reading_in_pieces_changes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raycurv.checkpoint.PIECE_BYTES", 7)
+    monkeypatch.setattr("raycurv.models.checkpoint.PIECE_BYTES", 7)
     assert torch.equal(Checkpoint(folder).read("f64"), TENSORS["f64"])
 
 

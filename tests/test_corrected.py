@@ -11,7 +11,7 @@ import torch
 from dense import worst
 from networks import CASES, LLAMA, MIXER, MLP, REGRESSION, Case
 
-from raycurv.eigen import Eigenbasis
+from raycurv.mathematics.eigen import Eigenbasis
 
 # Sums of some dozen float64 products; the basis is taken as it is stored.
 EXACT = 1e-10
@@ -84,7 +84,7 @@ def test_sum_of_eigenvalues_is_the_same_in_any_orthonormal_basis(
         return Eigenbasis((q.to(dtype),), (torch.ones(len(q), dtype=torch.float64),))
 
     fitted = fits.run(case).blocks().to_pylist()
-    monkeypatch.setattr("raycurv.fitting.decompose", elsewhere)
+    monkeypatch.setattr("raycurv.driver.fitting.decompose", elsewhere)
     run = fits.run(case, commit_seconds=1e6)  # a run of its own
     truth = fits.truth(case)
     for before, after in zip(fitted, run.blocks().to_pylist(), strict=True):
@@ -122,7 +122,7 @@ def test_the_order_of_multiplication_does_not_change_the_numbers(
         calls.append(shape)
         return before
 
-    monkeypatch.setattr("raycurv.gradients.rotate_before", chosen)
+    monkeypatch.setattr("raycurv.mathematics.gradients.rotate_before", chosen)
     run = fits.run(case, commit_seconds=2e6 + before)
     for name in run.block_names():
         want = fits.truth(case).corrected(name, *bases(run, name))

@@ -14,9 +14,9 @@ from test_objectives import numbers
 from torch import nn
 
 import raycurv
-from raycurv.blocks import Block
-from raycurv.curvature import BlockCurvature, Damping
-from raycurv.eigen import Eigenbasis
+from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.curvature import BlockCurvature, Damping
+from raycurv.mathematics.eigen import Eigenbasis
 
 # Products of matrices of some dozen columns in float64.
 EXACT = 1e-10

@@ -9,10 +9,10 @@ import pytest
 import torch
 from dense import worst
 
-from raycurv.eigen import Eigenbasis, decompose, effective_rank
 from raycurv.errors import NumericalError
-from raycurv.gradients import rotate_before
-from raycurv.tiles import LARGEST_EIGH, tile_widths
+from raycurv.mathematics.eigen import Eigenbasis, decompose, effective_rank
+from raycurv.mathematics.gradients import rotate_before
+from raycurv.mathematics.tiles import LARGEST_EIGH, tile_widths
 
 CPU = torch.device("cpu")
 EXACT = 1e-12  # float64, a dozen columns

@@ -11,17 +11,17 @@ import pyarrow.parquet as pq
 import pytest
 from byte_tokenizer import BOS, EOS, VOCAB, byte_ids, save_byte_tokenizer
 
-from raycurv.errors import UserError
-from raycurv.examples import (
+from raycurv.data.examples import (
     EXAMPLES_SCHEMA,
     Example,
     examples_to_table,
-    fingerprint,
     loss_terms,
     no_loss_terms,
-    read_examples,
     table_to_examples,
 )
+from raycurv.data.reading import read_examples
+from raycurv.data.sources import fingerprint
+from raycurv.errors import UserError
 
 FORMATS = ("list", "table", "parquet", "jsonl", "arrow")
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from raycurv.data.examples import Example
+from raycurv.data.microbatch import make_batch, padding_share, plan_microbatches
 from raycurv.errors import UserError
-from raycurv.examples import Example
-from raycurv.microbatch import make_batch, padding_share, plan_microbatches
 
 SEEDS = range(20)
 

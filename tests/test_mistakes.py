@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 
 import raycurv
 from raycurv import UserError
-from raycurv.store import open_store
+from raycurv.files.store import open_store
 
 torch.set_num_threads(1)
 

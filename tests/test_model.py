@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from raycurv.batch import Batch
 from raycurv.errors import UserError
-from raycurv.factory import FactoryModel
-from raycurv.hf import HFModel
-from raycurv.model import Model, Segment, open_model
+from raycurv.models.factory import FactoryModel
+from raycurv.models.hf import HFModel
+from raycurv.models.model import Model, Segment, open_model
 
 torch.set_num_threads(1)
 

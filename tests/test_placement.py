@@ -8,7 +8,7 @@ from itertools import combinations, pairwise
 import pytest
 
 from raycurv.errors import UserError
-from raycurv.placement import cut_stages, eigh_cost, longest_first
+from raycurv.stages.placement import cut_stages, eigh_cost, longest_first
 
 
 def smallest_largest(costs: list[float], stages: int) -> float:

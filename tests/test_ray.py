@@ -30,11 +30,11 @@ from commands import (
 
 import raycurv
 from raycurv import NumericalError, UserError, errors
-from raycurv.actors import OnRay
 from raycurv.batch import Batch
-from raycurv.model import open_model
-from raycurv.stage import StageSpec
-from raycurv.transport import Packed, pack, unpack
+from raycurv.models.model import open_model
+from raycurv.stages.actors import OnRay
+from raycurv.stages.stage import StageSpec
+from raycurv.stages.transport import Packed, pack, unpack
 
 torch.set_num_threads(1)
 

@@ -22,12 +22,13 @@ from commands import classified, classifier, flags_of, run_here, snapshot, start
 from safetensors.torch import load_file
 
 import raycurv
-from raycurv import DamagedFile, RaycurvError, fitting
-from raycurv.artifacts import read_eigen
-from raycurv.stage import Stage
-from raycurv.store import Store
-from raycurv.tables import read_rows, read_table
-from raycurv.tensorfile import open_tensors, write_tensors
+from raycurv import DamagedFile, RaycurvError
+from raycurv.driver import fitting
+from raycurv.files.artifacts import read_eigen
+from raycurv.files.store import Store
+from raycurv.files.tables import read_rows, read_table
+from raycurv.files.tensorfile import open_tensors, write_tensors
+from raycurv.stages.stage import Stage
 
 torch.set_num_threads(1)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from raycurv.schedule import Operation, pipelined
+from raycurv.stages.schedule import Operation, pipelined
 
 
 def check(stages: int, microbatches: list[int], operations: list[Operation]) -> list[int]:

@@ -15,7 +15,7 @@ from test_ihvp import WIDE, fit_settings
 from torch import Tensor
 
 import raycurv
-from raycurv.gradients import example_gradients
+from raycurv.mathematics.gradients import example_gradients
 
 # Dot products of dense solves in float64.
 EXACT = 1e-9
@@ -141,7 +141,9 @@ def test_scores_are_exact_in_a_cut_basis(fits, case: Case) -> None:
 def test_low_rank_scores_are_those_of_the_truncated_ihvp(
     fits, through_gradients: bool, per_token: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raycurv.scores.score_through_gradients", lambda *_: through_gradients)
+    monkeypatch.setattr(
+        "raycurv.mathematics.scores.score_through_gradients", lambda *_: through_gradients
+    )
     run = fits.run(WIDE)
     made = run.ihvp(list(WIDE.queries), fits.place(), quiet=True, address="none", rank=4)
     want = torch.zeros(len(WIDE.queries), len(WIDE.data), dtype=torch.float64)

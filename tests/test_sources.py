@@ -10,8 +10,8 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
+from raycurv.data.sources import fingerprint, open_parts
 from raycurv.errors import UserError
-from raycurv.sources import fingerprint, open_parts
 
 TEXTS = [f"text {i}" for i in range(2500)]
 TABLE = pa.table({"text": TEXTS, "other": list(range(2500))})

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from raycurv.errors import NumericalError
-from raycurv.sums import RunningSum, load_nested, nested_state
+from raycurv.mathematics.sums import RunningSum, load_nested, nested_state
 
 ADDITIONS = 40_000
 # A float32 part of at most 32 additions has a relative error of 32 roundings of 6e-8 at the worst.

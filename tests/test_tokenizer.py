@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from byte_tokenizer import BOS, EOS, VOCAB, byte_ids, save_byte_tokenizer
 
+from raycurv.data.tokenizer import affixes, load_tokenizer
 from raycurv.errors import UserError
-from raycurv.tokenizer import affixes, load_tokenizer
 
 TEMPLATES = {
     "$A": ([], []),

@@ -1,0 +1,1 @@
+"""Examples from Parquet, JSONL and Arrow, tokenised and packed into microbatches."""

@@ -1,0 +1,152 @@
+"""Examples: what one row of the data becomes, numbered, named and tokenised.
+
+``examples_to_table`` and ``table_to_examples`` keep them in Parquet, so that later passes and
+restarts see the same tokens without the source.
+
+Alignment is Hugging Face's: ``labels[t]`` and ``loss_mask[t]`` speak of token t as a target, which
+position t-1 predicts. T tokens have T-1 loss terms at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from raycurv.data import columns
+from raycurv.errors import UserError
+
+NOT_A_TARGET = -100
+VOCABULARY_LIMIT = 2**31  # token ids are kept as int32
+
+EXAMPLES_SCHEMA = pa.schema(
+    [
+        pa.field("index", pa.int64(), nullable=False),
+        pa.field("id", pa.large_string(), nullable=False),
+        pa.field("input_ids", pa.large_list(pa.int32())),
+        # Numbers keep their width, so that what comes back is what went in.
+        pa.field("inputs_float32", pa.large_list(pa.float32())),
+        pa.field("inputs_float64", pa.large_list(pa.float64())),
+        pa.field("inputs_shape", pa.large_list(pa.int64())),
+        pa.field("labels_int64", pa.large_list(pa.int64())),
+        pa.field("labels_float64", pa.large_list(pa.float64())),
+        pa.field("labels_shape", pa.large_list(pa.int64())),
+        pa.field("loss_mask", pa.large_list(pa.bool_())),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example. T tokens, or an array of numbers.
+
+    Attributes:
+        index: its number among the examples of its data, from 0 without gaps.
+        id: its name, unique in its data.
+        input_ids: ``[T]`` int32, T at least 1; ``None`` for numbers.
+        inputs: float32 or float64, of one shape in all examples; ``None`` for tokens.
+        labels: of tokens ``[T]`` int64, -100 where a token is no target; of numbers int64 ``[]``
+            (a class) or float64 ``[]`` or ``[D]`` (a regression). ``None`` when the data has none.
+        loss_mask: ``[T]`` bool, which tokens are targets, False wherever the label is -100;
+            ``None`` for all.
+    """
+
+    index: int
+    id: str
+    input_ids: np.ndarray | None = None
+    inputs: np.ndarray | None = None
+    labels: np.ndarray | None = None
+    loss_mask: np.ndarray | None = None
+
+    @property
+    def length(self) -> int:
+        """T, the number of tokens; 1 without a token axis."""
+        return 1 if self.input_ids is None else len(self.input_ids)
+
+
+def loss_terms(example: Example) -> int:
+    """How many terms the example's loss has: its targets after the first token; 1 for numbers."""
+    if example.input_ids is None:
+        return 1
+    if example.loss_mask is None:
+        return len(example.input_ids) - 1
+    return int(np.count_nonzero(example.loss_mask[1:]))
+
+
+def no_loss_terms(where: str, examples: int) -> UserError:
+    """The mistake of data in which every loss, gradient and score would be 0."""
+    return UserError(
+        where,
+        "at least one example with a loss term (a target after its first token)",
+        f"{examples} examples without any",
+        "Give examples of two or more tokens, and a `loss_mask` or `labels` that leave some of "
+        "them as targets; with --long truncate the targets may have been cut off.",
+    )
+
+
+def examples_to_table(examples: Sequence[Example]) -> Any:
+    """Examples as a ``pyarrow.Table`` of ``EXAMPLES_SCHEMA``; nothing is lost, not even dtypes."""
+
+    def of_dtype(arrays: list[np.ndarray | None], dtype: Any) -> list[np.ndarray | None]:
+        return [None if a is None or a.dtype != dtype else a for a in arrays]
+
+    def shapes(arrays: list[np.ndarray | None]) -> list[np.ndarray | None]:
+        return [None if a is None else np.array(a.shape, np.int64) for a in arrays]
+
+    inputs = [example.inputs for example in examples]
+    labels = [example.labels for example in examples]
+    lists = {
+        "input_ids": [example.input_ids for example in examples],
+        "inputs_float32": of_dtype(inputs, np.float32),
+        "inputs_float64": of_dtype(inputs, np.float64),
+        "inputs_shape": shapes(inputs),
+        "labels_int64": of_dtype(labels, np.int64),
+        "labels_float64": of_dtype(labels, np.float64),
+        "labels_shape": shapes(labels),
+        "loss_mask": [example.loss_mask for example in examples],
+    }
+    arrays = {
+        "index": pa.array([example.index for example in examples], pa.int64()),
+        "id": pa.array([example.id for example in examples], pa.large_string()),
+    }
+    for name, values in lists.items():
+        arrays[name] = columns.list_column(values, EXAMPLES_SCHEMA.field(name).type.value_type)
+    return pa.Table.from_arrays(
+        [arrays[name] for name in EXAMPLES_SCHEMA.names], schema=EXAMPLES_SCHEMA
+    )
+
+
+def table_to_examples(table: Any) -> list[Example]:
+    """The reverse of ``examples_to_table``. Arrays are read-only views of the table's memory."""
+    examples: list[Example] = []
+    for batch in table.to_batches():
+        index, id = batch.column("index").to_pylist(), batch.column("id").to_pylist()
+        cells = {
+            field.name: columns.list_arrays(batch.column(field.name))
+            for field in EXAMPLES_SCHEMA
+            if pa.types.is_large_list(field.type)
+        }
+
+        def shaped(name: str, wide: str, narrow: str, i: int, cells: Any = cells) -> Any:
+            shape = cells[f"{name}_shape"][i]
+            if shape is None:
+                return None
+            flat = cells[f"{name}_{wide}"][i]
+            flat = cells[f"{name}_{narrow}"][i] if flat is None else flat
+            return flat.reshape(shape)
+
+        for i in range(batch.num_rows):
+            examples.append(
+                Example(
+                    index[i],
+                    id[i],
+                    cells["input_ids"][i],
+                    shaped("inputs", "float64", "float32", i),
+                    shaped("labels", "float64", "int64", i),
+                    cells["loss_mask"][i],
+                )
+            )
+    return examples

@@ -1,0 +1,155 @@
+"""Microbatches: which examples go together, and how they are packed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raycurv.batch import Batch
+from raycurv.data.examples import NOT_A_TARGET, Example
+from raycurv.errors import UserError
+
+
+def plan_microbatches(
+    lengths: Sequence[int], batch_tokens: int, window: int = 1024
+) -> list[tuple[int, ...]]:
+    """Which examples go through the stages together.
+
+    Within each window of consecutive examples those of like length share a microbatch, longest
+    first, so that little is padding. The microbatches of a window stand together in the plan, so
+    that no more than one window of examples need be held.
+
+    Args:
+        lengths: tokens of every example; 1 each without a token axis.
+        batch_tokens: N * T_max of a microbatch, padding included. A single example that is longer
+            gets a microbatch of its own.
+        window: how many consecutive examples are sorted together.
+
+    Returns:
+        The example numbers of each microbatch; every number from 0 to ``len(lengths) - 1`` once.
+
+    Raises:
+        UserError: ``batch_tokens`` or ``window`` is below 1.
+    """
+    for flag, value in (("--batch-tokens", batch_tokens), ("window", window)):
+        if value < 1:
+            raise UserError(flag, "a number from 1 on", str(value), "Leave it out for the default.")
+    plan: list[tuple[int, ...]] = []
+    for start in range(0, len(lengths), window):
+        members = range(start, min(start + window, len(lengths)))
+        longest_first = sorted(members, key=lambda n: -lengths[n])  # sorted() is stable
+        at = 0
+        while at < len(longest_first):
+            size = max(1, batch_tokens // max(1, lengths[longest_first[at]]))
+            plan.append(tuple(longest_first[at : at + size]))
+            at += size
+    return plan
+
+
+def padding_share(lengths: Sequence[int], plan: Iterable[Sequence[int]]) -> float:
+    """The share of a plan's positions that are padding, from 0 to 1; 0 for an empty plan."""
+    real = padded = 0
+    for members in plan:
+        own = [lengths[n] for n in members]
+        real += sum(own)
+        padded += len(own) * max(own, default=0)
+    return 1.0 - real / padded if padded else 0.0
+
+
+def make_batch(
+    index: int,
+    examples: Sequence[Example],
+    dtype: torch.dtype,
+    drawn: Sequence[np.ndarray] | None = None,
+) -> Batch:
+    """Packs examples into one microbatch.
+
+    Args:
+        index: number of the microbatch in its plan.
+        examples: all of tokens, or all of numbers of one shape; at least one.
+        dtype: floating-point type of inputs and labels that are numbers.
+        drawn: labels drawn from the model, per example ``[draws, T_n]`` where each token has one,
+            otherwise ``[draws, ...]``; whole numbers become int64, others ``dtype``.
+
+    Returns:
+        Of tokens: padded on the right with 0, ``mask`` True at tokens. ``labels`` are ``None`` when
+        no example has any (the tokens are their own targets); an example without labels among
+        others that have them gets its tokens. ``loss_mask`` is ``None`` when no example has one and
+        no label is -100; otherwise False at padding and at labels of -100, which become 0.
+        Of numbers: no masks; ``labels`` int64 ``[N]`` or ``dtype`` ``[N, ...]``.
+    """
+    assert examples, "a microbatch of no examples"
+    ids = tuple(example.id for example in examples)
+    if examples[0].input_ids is None:
+        inputs = np.stack([_there(example.inputs) for example in examples])
+        labels = None
+        if examples[0].labels is not None:
+            labels = _numbers(np.stack([_there(example.labels) for example in examples]), dtype)
+        drawn_ = None if drawn is None else _numbers(np.stack(drawn, axis=1), dtype)
+        return Batch(index, ids, torch.from_numpy(inputs).to(dtype), labels=labels, drawn=drawn_)
+    return _token_batch(index, ids, examples, dtype, drawn)
+
+
+def _token_batch(
+    index: int,
+    ids: tuple[str, ...],
+    examples: Sequence[Example],
+    dtype: torch.dtype,
+    drawn: Sequence[np.ndarray] | None,
+) -> Batch:
+    tokens = [_there(example.input_ids) for example in examples]
+    shape = (len(tokens), max(len(ids_T) for ids_T in tokens))
+    inputs_NT = np.zeros(shape, np.int64)
+    labels_NT = np.zeros(shape, np.int64)
+    mask_NT = np.zeros(shape, bool)
+    loss_mask_NT = np.zeros(shape, bool)
+    for n, (example, ids_T) in enumerate(zip(examples, tokens, strict=True)):
+        here = (n, slice(0, len(ids_T)))
+        inputs_NT[here] = ids_T
+        mask_NT[here] = True
+        loss_mask_NT[here] = True if example.loss_mask is None else example.loss_mask
+        labels_T = ids_T if example.labels is None else example.labels
+        loss_mask_NT[here] &= labels_T != NOT_A_TARGET
+        # A place that is no target still has to be one that a head can look up.
+        labels_NT[here] = np.where(labels_T == NOT_A_TARGET, 0, labels_T)
+    labelled = any(example.labels is not None for example in examples)
+    masked = bool((loss_mask_NT != mask_NT).any()) or any(
+        example.loss_mask is not None for example in examples
+    )
+    drawn_ = None
+    if drawn is not None:
+        drawn_ = _numbers(_stacked(drawn, [len(ids_T) for ids_T in tokens]), dtype)
+    return Batch(
+        index,
+        ids,
+        torch.from_numpy(inputs_NT),
+        mask=torch.from_numpy(mask_NT),
+        labels=torch.from_numpy(labels_NT) if labelled else None,
+        loss_mask=torch.from_numpy(loss_mask_NT) if masked else None,
+        drawn=drawn_,
+    )
+
+
+def _stacked(drawn: Sequence[np.ndarray], lengths: Sequence[int]) -> np.ndarray:
+    """``[draws, N, T]`` where every example's labels are one a token, else ``[draws, N, ...]``."""
+    by_token = all(y.shape[1:] == (t,) for y, t in zip(drawn, lengths, strict=True))
+    if not by_token:
+        return np.stack(drawn, axis=1)
+    padded = np.zeros((len(drawn[0]), len(drawn), max(lengths)), np.result_type(*drawn))
+    for n, y_KT in enumerate(drawn):
+        padded[:, n, : lengths[n]] = y_KT
+    return padded
+
+
+def _there(array: np.ndarray | None) -> np.ndarray:
+    assert array is not None, "examples of one microbatch must be of one kind"
+    return array
+
+
+def _numbers(values: np.ndarray, dtype: torch.dtype) -> Tensor:
+    """Whole numbers as int64, others in ``dtype``."""
+    whole = np.issubdtype(values.dtype, np.integer)
+    return torch.from_numpy(values).to(torch.int64 if whole else dtype)

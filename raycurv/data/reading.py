@@ -1,0 +1,464 @@
+"""Rows of a source -> examples: tokenised, checked, cut to length, sampled and numbered."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from raycurv.data import columns
+from raycurv.data.examples import NOT_A_TARGET, VOCABULARY_LIMIT, Example
+from raycurv.data.parts import Part, Rows
+from raycurv.data.sources import Source, open_parts
+from raycurv.data.tokenizer import Tokenizer, affixes, load_tokenizer
+from raycurv.errors import UserError
+
+# In order of preference; each with the columns that it takes.
+INPUT_COLUMNS = (("input_ids",), ("prompt", "completion"), ("text",), ("inputs",))
+OPTIONAL_COLUMNS = ("id", "labels", "loss_mask")
+
+
+def read_examples(
+    source: Source,
+    *,
+    tokenizer: Tokenizer | str | Path | None,
+    vocab_size: int | None,
+    max_positions: int | None,
+    max_length: int | None = None,
+    long: Literal["error", "truncate", "split"] = "error",
+    max_examples: int | None = None,
+    seed: int = 0,
+    token_inputs: bool | None = None,
+) -> Iterator[Example]:
+    """Reads, tokenises, checks and numbers the examples of a source, in its order.
+
+    Streams: what stays in memory is one chunk of rows, and 16 bytes for every id.
+
+    The columns are ``input_ids``; ``prompt`` and ``completion``; ``text``; or ``inputs``: the first
+    of these that is there. Optional are ``id`` (otherwise the path below the data's root and the
+    0-based row, ``sub/file.parquet:17``, and the row alone of a table in memory), ``labels`` and
+    ``loss_mask``. A prompt and its completion are tokenised apart; the tokenizer's special tokens
+    stand before the prompt and after the completion, and the targets are the completion's tokens
+    with those after it, as they would be of a text.
+
+    Args:
+        source: see ``raycurv.data.sources.open_parts``.
+        tokenizer: for text; or the model directory that has one, loaded when text is met.
+        vocab_size: of the model; ``None`` for a model without token ids.
+        max_positions: the longest example that the model takes, in tokens; ``None`` for any.
+        max_length: the longest example wanted, in tokens.
+        long: what to do with a longer one: ``error``, ``truncate`` (its end is cut off), or
+            ``split`` (pieces ``id#0``, ``id#1``, ...).
+        max_examples: read a sample of this many rows, drawn by ``seed`` and id alone, so that it
+            does not depend on the data's order. A row that is then split counts once.
+        token_inputs: whether the model takes tokens (``True``) or numbers (``False``); ``None``
+            when not known.
+
+    Raises:
+        UserError: for the source, at once; for what is in it, when the iterator gets there.
+    """
+    for flag, value in (("--max-length", max_length), ("--max-examples", max_examples)):
+        if value is not None and value < 1:
+            raise UserError(flag, "a number from 1 on", str(value), "Leave it out for no limit.")
+    if long not in ("error", "truncate", "split"):
+        raise UserError("--long", "error, truncate or split", repr(long), "Choose one of them.")
+    reader = _Reader(
+        open_parts(source),
+        tokenizer,
+        vocab_size,
+        max_positions,
+        max_length,
+        long,
+        max_examples,
+        seed,
+        token_inputs,
+    )
+    return reader.examples(str(source) if isinstance(source, (str, Path)) else "data")
+
+
+@dataclass
+class _Reader:
+    """One reading of a source: its settings, and what its examples must agree on."""
+
+    parts: list[Part]
+    tokenizer: Tokenizer | str | Path | None
+    vocab_size: int | None
+    max_positions: int | None
+    max_length: int | None
+    long: str
+    max_examples: int | None
+    seed: int
+    token_inputs: bool | None
+
+    seen: set[bytes] = field(default_factory=set)
+    kind: tuple[str, ...] | None = None
+    shape: tuple[int, ...] | None = None
+    labelled: bool | None = None
+    labels_shape: tuple[int, ...] | None = None
+    classes: bool | None = None
+    affixed: bool = False
+    before: list[int] = field(default_factory=list)
+    after: list[int] = field(default_factory=list)
+
+    def examples(self, where: str) -> Iterator[Example]:
+        sample = None if self.max_examples is None else self._sample(self.max_examples)
+        index = first = 0
+        for part, kind, rows in self._rows():
+            count = len(rows.numbers)
+            if sample is not None:
+                begin, end = np.searchsorted(sample, [first, first + count])
+                rows = rows.take(sample[begin:end] - first)
+            first += count
+            if not len(rows.numbers):
+                continue
+            ids = _ids(part, rows)
+            if sample is None:
+                self._check_unique(ids, rows)
+            make = self._of_numbers if kind == ("inputs",) else self._of_tokens
+            for example in make(kind, rows, ids):
+                yield replace(example, index=index)
+                index += 1
+        if not index:
+            files = f"{len(self.parts)} file{'s' if len(self.parts) > 1 else ''}"
+            raise UserError(
+                where,
+                "at least one example",
+                "none in " + (files if self.parts[0].name else self.parts[0].location),
+                "Check that the data is complete.",
+            )
+
+    # Rows and their ids
+
+    def _rows(self) -> Iterator[tuple[Part, tuple[str, ...], Rows]]:
+        for part in self.parts:
+            found = part.columns()
+            if found is None:
+                continue
+            kind = self._kind(part, found)
+            for rows in part.read(kind, OPTIONAL_COLUMNS):
+                yield part, kind, rows
+
+    def _kind(self, part: Part, found: Sequence[str]) -> tuple[str, ...]:
+        """The columns of inputs that this part has, and the model takes."""
+        usable = [
+            kind
+            for kind in INPUT_COLUMNS
+            if self.token_inputs is None or self.token_inputs == (kind != ("inputs",))
+        ]
+        kind = next((kind for kind in usable if set(kind) <= set(found)), None)
+        if kind is None:
+            model = {None: "", True: ", for a model of tokens", False: ", for a model of numbers"}
+            raise UserError(
+                part.location,
+                "a column "
+                + " or ".join(" + ".join(f"`{c}`" for c in kind) for kind in usable)
+                + model[self.token_inputs],
+                "the columns " + ", ".join(f"`{name}`" for name in found),
+                "Rename the column that holds the inputs.",
+            )
+        if kind == ("inputs",) and "loss_mask" in found:
+            raise UserError(
+                part.location,
+                "`loss_mask` beside tokens only",
+                "`loss_mask` beside `inputs`",
+                "Leave out the column: numbers have no tokens to mask.",
+            )
+        if self.kind is not None and (self.kind == ("inputs",)) != (kind == ("inputs",)):
+            raise UserError(
+                part.location,
+                f"inputs like those of the files before it ({' + '.join(self.kind)})",
+                " + ".join(kind),
+                "Give tokens and numbers as data of their own.",
+            )
+        twice = [name for name in (*kind, *OPTIONAL_COLUMNS) if list(found).count(name) > 1]
+        if twice:
+            raise UserError(
+                part.location, f"one column `{twice[0]}`", "several", "Rename all but one."
+            )
+        self.kind = kind
+        return kind
+
+    def _named_rows(self) -> Iterator[tuple[Rows, list[str]]]:
+        """Only what names the rows, for passes that need no more."""
+        for part in self.parts:
+            if part.columns() is not None:
+                for rows in part.read((), ("id",)):
+                    yield rows, _ids(part, rows)
+
+    def _sample(self, size: int) -> np.ndarray:
+        """Which rows to read: those of the ``size`` smallest hashes, ascending."""
+        largest: list[tuple[int, int]] = []
+        first = 0
+        for rows, ids in self._named_rows():
+            self._check_unique(ids, rows)
+            for ordinal, id in enumerate(ids, start=first):
+                entry = (-int.from_bytes(_hash(f"{self.seed} {id}"), "big"), -ordinal)
+                if len(largest) < size:
+                    heapq.heappush(largest, entry)
+                elif entry > largest[0]:
+                    heapq.heapreplace(largest, entry)
+            first += len(ids)
+        return np.sort(np.array([-ordinal for _, ordinal in largest], dtype=np.int64))
+
+    def _check_unique(self, ids: Sequence[str], rows: Rows) -> None:
+        for i, id in enumerate(ids):
+            digest = _hash(id)
+            if digest in self.seen:
+                raise self._twice(id, rows.place(i))
+            self.seen.add(digest)
+
+    def _twice(self, id: str, place: str) -> UserError:
+        # Only hashes were kept, so the first place is looked up again.
+        places = (r.place(ids.index(id)) for r, ids in self._named_rows() if id in ids)
+        first = next((one for one in places if one != place), "a piece of a split example")
+        return UserError(
+            f"example {id!r}",
+            "an id of its own for every example",
+            f"the same id in {first} and in {place}",
+            "Make the ids unique, or leave out the column `id` to have the examples named after "
+            "their files and rows.",
+        )
+
+    # Tokens
+
+    def _of_tokens(
+        self, kind: tuple[str, ...], rows: Rows, ids: Sequence[str]
+    ) -> Iterator[Example]:
+        def place(i: int) -> str:
+            return f"example {ids[i]!r} ({rows.place(i)})"
+
+        tokens, targets = self._tokens(kind, rows, place)
+        for i, ids_T in enumerate(tokens):
+            if not len(ids_T):
+                raise UserError(place(i), "at least one token", "none", "Leave out empty examples.")
+        self._check_vocabulary("input_ids", tokens, place, kind)
+        nothing: list[np.ndarray | None] = [None] * len(ids)
+        labels, masks = nothing, nothing
+        if "labels" in rows.columns:
+            labels = columns.integer_lists("labels", rows.columns["labels"], place)
+            self._check_lengths("labels", labels, tokens, place)
+            self._check_vocabulary("labels", labels, place, kind)
+        if "loss_mask" in rows.columns:
+            masks = columns.boolean_lists("loss_mask", rows.columns["loss_mask"], place)
+            self._check_lengths("loss_mask", masks, tokens, place)
+        for i, (ids_T, labels_T) in enumerate(zip(tokens, labels, strict=True)):
+            targets_T = _both(masks[i], targets[i])
+            if labels_T is not None and (labels_T == NOT_A_TARGET).any():
+                targets_T = _both(targets_T, labels_T != NOT_A_TARGET)
+            example = Example(0, ids[i], ids_T.astype(np.int32), None, labels_T, targets_T)
+            yield from self._fitted(example, place(i), rows.place(i))
+
+    def _tokens(
+        self, kind: tuple[str, ...], rows: Rows, place: columns.Place
+    ) -> tuple[list[np.ndarray], list[np.ndarray | None]]:
+        """Each row's token ids (int64), and which of them are targets (``None`` for all)."""
+        if kind == ("input_ids",):
+            lists = columns.integer_lists("input_ids", rows.columns["input_ids"], place)
+            return [ids_T for ids_T in lists if ids_T is not None], [None] * len(lists)
+        texts = [columns.strings(name, rows.columns[name], place) for name in kind]
+        if kind == ("text",):
+            encoded = self._tokenizer(kind).encode(texts[0], special=True)
+            return [np.array(ids, np.int64) for ids in encoded], [None] * len(encoded)
+        tokenizer = self._tokenizer(kind)
+        prompts, completions = (tokenizer.encode(t, special=False) for t in texts)
+        tokens: list[np.ndarray] = []
+        targets: list[np.ndarray | None] = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            ids = [*self.before, *prompt, *completion, *self.after]
+            targets_T = np.arange(len(ids)) >= len(self.before) + len(prompt)
+            tokens.append(np.array(ids, np.int64))
+            targets.append(targets_T)
+        return tokens, targets
+
+    def _tokenizer(self, kind: tuple[str, ...]) -> Tokenizer:
+        if self.tokenizer is None:
+            raise UserError(
+                "data",
+                "a tokenizer, since the data is text",
+                f"none beside the column `{kind[0]}`",
+                "Give a model directory that has its tokenizer, or give the data as `input_ids`.",
+            )
+        if isinstance(self.tokenizer, (str, Path)):
+            self.tokenizer = load_tokenizer(self.tokenizer)
+        if len(kind) == 2 and not self.affixed:
+            self.before, self.after = affixes(self.tokenizer)
+            self.affixed = True
+        return self.tokenizer
+
+    def _check_vocabulary(
+        self,
+        name: str,
+        lists: Sequence[np.ndarray | None],
+        place: columns.Place,
+        kind: tuple[str, ...],
+    ) -> None:
+        size = VOCABULARY_LIMIT if self.vocab_size is None else self.vocab_size
+        present = [ids_T for ids_T in lists if ids_T is not None]
+        flat = np.concatenate(present) if present else np.empty(0, np.int64)
+        # One look at all rows, since nearly always all is well.
+        if not flat.size or (flat.min() >= 0 and flat.max() < size):
+            return
+        for i, ids_T in enumerate(lists):
+            if ids_T is None:
+                continue
+            wrong = (ids_T < 0) | (ids_T >= size)
+            if name == "labels":
+                wrong &= ids_T != NOT_A_TARGET
+            if wrong.any():
+                at = int(wrong.argmax())
+                remedy = "Tokenise the data with the model's own tokenizer."
+                if name == "input_ids" and kind != ("input_ids",):
+                    remedy = "This is not the model's tokenizer: save the right one beside it."
+                elif self.vocab_size is None:
+                    remedy = f"Correct `{name}`."
+                also = f", or {NOT_A_TARGET} for no target" if name == "labels" else ""
+                raise UserError(
+                    place(i),
+                    f"token ids from 0 to {size - 1} in `{name}` (a vocabulary of {size}){also}",
+                    f"{ids_T[at]} at position {at}",
+                    remedy,
+                )
+
+    def _check_lengths(
+        self,
+        name: str,
+        lists: Sequence[np.ndarray | None],
+        tokens: Sequence[np.ndarray],
+        place: columns.Place,
+    ) -> None:
+        for i, (values_T, ids_T) in enumerate(zip(lists, tokens, strict=True)):
+            if values_T is not None and len(values_T) != len(ids_T):
+                raise UserError(
+                    place(i),
+                    f"`{name}` of {len(ids_T)} entries, one a token",
+                    f"{len(values_T)}",
+                    f"Align `{name}` with the tokens: entry t speaks of token t (no shift); beside "
+                    "text, the tokenizer's special tokens count too.",
+                )
+
+    def _fitted(self, example: Example, where: str, place: str) -> Iterator[Example]:
+        """The example within the limit of length: itself, its beginning, or its pieces."""
+        limits = [limit for limit in (self.max_length, self.max_positions) if limit is not None]
+        if not limits or example.length <= min(limits):
+            yield example
+            return
+        limit = min(limits)
+        if self.long == "error":
+            own = limit == self.max_positions
+            whose = "the model's positions" if own else "--max-length"
+            remedy = "Give --long truncate or --long split"
+            if not own:
+                most = "" if self.max_positions is None else f" (the model takes {max(limits)})"
+                remedy += f", or a larger --max-length{most}"
+            raise UserError(
+                where,
+                f"at most {limit} tokens ({whose})",
+                f"{example.length} tokens",
+                remedy + ".",
+            )
+        if self.long == "truncate":
+            yield _slice(example, example.id, 0, limit)
+            return
+        for k, begin in enumerate(range(0, example.length, limit)):
+            piece = _slice(example, f"{example.id}#{k}", begin, begin + limit)
+            digest = _hash(piece.id)
+            if digest in self.seen:
+                raise self._twice(piece.id, f"piece {k} of {place}")
+            self.seen.add(digest)
+            yield piece
+
+    # Numbers
+
+    def _of_numbers(
+        self, kind: tuple[str, ...], rows: Rows, ids: Sequence[str]
+    ) -> Iterator[Example]:
+        def place(i: int) -> str:
+            return f"example {ids[i]!r} ({rows.place(i)})"
+
+        column = rows.columns["inputs"]
+        inputs = columns.numbers("inputs", column, place, self.shape, exact_integers=False)
+        if inputs.ndim == 1:
+            raise UserError(
+                place(0),
+                "a list of numbers in `inputs`",
+                f"one number ({inputs[0]})",
+                "Write it as a list of one.",
+            )
+        self.shape = inputs.shape[1:]
+        labels = self._labels(rows, place)
+        for i, id in enumerate(ids):
+            # A view would keep its whole chunk alive as long as any of its examples.
+            own = None if labels is None else labels[i].copy()
+            yield Example(0, id, inputs=inputs[i].copy(), labels=own)
+
+    def _labels(self, rows: Rows, place: columns.Place) -> np.ndarray | None:
+        here = "labels" in rows.columns
+        if self.labelled is not None and here != self.labelled:
+            raise UserError(
+                place(0),
+                "`labels` in all examples or in none",
+                "some" if here else "none, after examples that have them",
+                "Give every example its labels, or leave out the column.",
+            )
+        self.labelled = here
+        if not here:
+            return None
+        column = rows.columns["labels"]
+        labels = columns.numbers("labels", column, place, self.labels_shape, exact_integers=True)
+        self.labels_shape = labels.shape[1:]
+        classes = labels.dtype == np.int64 and labels.ndim == 1
+        if self.classes and not classes:
+            raise UserError(
+                place(0),
+                "a whole number as label, as in the examples before it",
+                "a fraction",
+                "Write classes as whole numbers, and every label of a regression as a fraction.",
+            )
+        # Whole numbers after fractions are fractions that JSON wrote without a point.
+        self.classes = classes if self.classes is None else self.classes
+        return labels if self.classes else labels.astype(np.float64)
+
+
+def _ids(part: Part, rows: Rows) -> list[str]:
+    """The ids of rows: their own, or where they stand."""
+    prefix = f"{part.name}:" if part.name else ""
+    if "id" not in rows.columns:
+        return [f"{prefix}{number}" for number in rows.numbers.tolist()]
+    own = columns.ids(rows.columns["id"], rows.place)
+    return [
+        f"{prefix}{number}" if id is None else id
+        for id, number in zip(own, rows.numbers.tolist(), strict=True)
+    ]
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def _both(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:
+    """What both masks leave, ``None`` being a mask that leaves all."""
+    if a is None or b is None:
+        return b if a is None else a
+    both: np.ndarray = a & b
+    return both
+
+
+def _slice(example: Example, id: str, begin: int, end: int) -> Example:
+    """The tokens ``begin`` to ``end`` as an example, with what speaks of them."""
+
+    def cut(values_T: np.ndarray | None) -> np.ndarray | None:
+        return None if values_T is None else values_T[begin:end]
+
+    return Example(
+        example.index,
+        id,
+        cut(example.input_ids),
+        None,
+        cut(example.labels),
+        cut(example.loss_mask),
+    )

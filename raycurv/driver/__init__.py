@@ -1,0 +1,1 @@
+"""The jobs: settings, the phases of a fit and of scoring, rows, progress."""

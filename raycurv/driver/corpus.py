@@ -1,0 +1,244 @@
+"""The examples of a run as they lie in its directory: tokenised once, read in windows by each pass.
+
+data/part-00000.parquet      the examples, 4,096 a file
+data/corpus.json             how many, their lengths' sum, the hash of their source
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from raycurv.batch import Batch
+from raycurv.data.examples import (
+    Example,
+    examples_to_table,
+    loss_terms,
+    no_loss_terms,
+    table_to_examples,
+)
+from raycurv.data.microbatch import make_batch, padding_share, plan_microbatches
+from raycurv.data.reading import read_examples
+from raycurv.data.sources import Source
+from raycurv.data.tokenizer import LazyTokenizer
+from raycurv.driver.settings import Reading
+from raycurv.errors import DamagedFile
+from raycurv.files.store import Store
+from raycurv.files.tables import read_rows, read_table, write_table
+from raycurv.models.model import Model
+
+PART = 4096
+WINDOW = 1024
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Stored examples, and the plan of their microbatches.
+
+    Attributes:
+        store: of the run.
+        directory: below it, where the parts lie.
+        ids: of every example, in order.
+        lengths: tokens of every example (1 without a token axis).
+        terms: how many examples have a loss term.
+        tokenizer: what tokenised them; empty for data without text.
+    """
+
+    store: Store
+    directory: str
+    ids: tuple[str, ...]
+    lengths: tuple[int, ...]
+    terms: int
+    tokenizer: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def tokens(self) -> int:
+        """Tokens in all."""
+        return sum(self.lengths)
+
+    def plan(self, batch_tokens: int) -> list[tuple[int, ...]]:
+        """Example numbers of every microbatch."""
+        return plan_microbatches(self.lengths, batch_tokens, WINDOW)
+
+    def padding(self, batch_tokens: int) -> float:
+        """Share of a plan's positions that are padding."""
+        return padding_share(self.lengths, self.plan(batch_tokens))
+
+    def reader(
+        self,
+        dtype: torch.dtype,
+        drawn: Callable[[Sequence[int]], Sequence[np.ndarray[Any, Any]]] | None = None,
+    ) -> Callable[[int, Sequence[int]], Batch]:
+        """A function that packs a microbatch, holding one part of the data at a time.
+
+        Args:
+            dtype: of inputs that are numbers.
+            drawn: gives the recorded labels of some examples.
+        """
+        held: tuple[int, list[Example]] = (-1, [])
+
+        def read(index: int, members: Sequence[int]) -> Batch:
+            nonlocal held
+            part = members[0] // PART
+            if held[0] != part:
+                held = (part, self._part(part))
+            examples = [held[1][n - part * PART] for n in members]
+            return make_batch(index, examples, dtype, None if drawn is None else drawn(members))
+
+        return read
+
+    def _part(self, part: int) -> list[Example]:
+        return table_to_examples(read_table(self.store, _part_name(self.directory, part)))
+
+
+def open_corpus(
+    store: Store,
+    directory: str,
+    source: Source,
+    flag: str,
+    model: Model,
+    reading: Reading,
+    max_examples: int | None,
+    seed: int,
+) -> Corpus:
+    """The examples of a source, read from it once and from the store ever after.
+
+    Args:
+        store: of the run.
+        directory: below it.
+        source: the user's data.
+        flag: the flag that named it, for errors.
+        model: says what tokens there are, and how long an example may be.
+        reading: lengths.
+        max_examples: a seeded sample of so many.
+        seed: of the sample.
+
+    Raises:
+        UserError: see :func:`raycurv.data.examples.read_examples`; or no example has a loss term.
+    """
+    found = _stored(store, directory)
+    if found is not None:
+        return found
+    store.delete_directory(directory)
+    ids: list[str] = []
+    lengths: list[int] = []
+    terms = 0
+    buffer: list[Example] = []
+
+    def flush() -> None:
+        if buffer:
+            part = (len(ids) - 1) // PART
+            write_table(store, _part_name(directory, part), examples_to_table(buffer))
+            buffer.clear()
+
+    tokenizer = None if model.tokenizer_dir is None else LazyTokenizer(model.tokenizer_dir)
+    for example in read_examples(
+        source,
+        tokenizer=tokenizer,
+        vocab_size=model.vocab_size,
+        max_positions=model.max_positions,
+        max_length=reading.max_length,
+        long=reading.long,
+        max_examples=max_examples,
+        seed=seed,
+        token_inputs=model.token_inputs,
+    ):
+        buffer.append(example)
+        ids.append(example.id)
+        lengths.append(example.length)
+        terms += loss_terms(example) > 0
+        if len(buffer) == PART:
+            flush()
+    flush()
+    if not terms:
+        raise no_loss_terms(flag, len(ids))
+    index = pa.table({"id": ids, "tokens": pa.array(lengths, pa.int32())})
+    write_table(store, f"{directory}/index.parquet", index)
+    described = {} if tokenizer is None else tokenizer.describe()
+    said = {"examples": len(ids), "with_loss": terms, "tokenizer": described}
+    store.write_json(f"{directory}/corpus.json", said)
+    return Corpus(store, directory, tuple(ids), tuple(lengths), terms, described)
+
+
+def _stored(store: Store, directory: str) -> Corpus | None:
+    """The corpus if it is there whole; a damaged one is read from its source again."""
+    said = store.read_json(f"{directory}/corpus.json")
+    if said is None:
+        return None
+    try:
+        index = read_table(store, f"{directory}/index.parquet")
+        rows = sum(
+            read_rows(store, _part_name(directory, part)) for part in range(-(-len(index) // PART))
+        )
+    except (DamagedFile, FileNotFoundError):
+        return None
+    if rows != len(index) or rows != said["examples"]:
+        return None
+    return Corpus(
+        store,
+        directory,
+        tuple(index["id"].to_pylist()),
+        tuple(index["tokens"].to_pylist()),
+        said["with_loss"],
+        said["tokenizer"],
+    )
+
+
+def _part_name(directory: str, part: int) -> str:
+    return f"{directory}/part-{part:05d}.parquet"
+
+
+class DrawnLabels:
+    """Labels drawn in the first pass, as every later pass reads them: one file a part of the data.
+
+    ``labels/part-00000.parquet`` holds, in the order of ``data/part-00000.parquet``, the labels of
+    every example flattened from ``[draws, ...]``, and that shape.
+    """
+
+    def __init__(self, store: Store, directory: str = "labels") -> None:
+        self._store, self._directory = store, directory
+        self._held: tuple[int, list[np.ndarray[Any, Any]]] = (-1, [])
+
+    def complete(self, examples: int) -> bool:
+        """Whether the labels of all examples are there."""
+        try:
+            rows = sum(
+                read_rows(self._store, _part_name(self._directory, part))
+                for part in range(-(-examples // PART))
+            )
+        except (DamagedFile, FileNotFoundError):
+            return False
+        return rows == examples
+
+    def write(self, part: int, labels: Sequence[np.ndarray[Any, Any]]) -> None:
+        """Write the labels of a whole part."""
+        table = pa.table(
+            {
+                "drawn": pa.array([y.reshape(-1) for y in labels]),
+                "shape": pa.array([list(y.shape) for y in labels], pa.list_(pa.int32())),
+            }
+        )
+        write_table(self._store, _part_name(self._directory, part), table)
+
+    def read(self, members: Sequence[int]) -> list[np.ndarray[Any, Any]]:
+        """The labels of some examples of one part, ``[draws, ...]`` each."""
+        part = members[0] // PART
+        if self._held[0] != part:
+            table = read_table(self._store, _part_name(self._directory, part))
+            flat = table["drawn"].combine_chunks()
+            shapes = table["shape"].to_pylist()
+            arrays = [
+                flat[i].values.to_numpy(zero_copy_only=False).reshape(shapes[i])
+                for i in range(len(flat))
+            ]
+            self._held = (part, arrays)
+        return [self._held[1][n - part * PART] for n in members]

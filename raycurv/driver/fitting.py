@@ -1,0 +1,418 @@
+"""Fit: curvature of a model on a data set, into a run directory.
+
+    examples -> data/              tokenised once
+    layout   -> blocks.json        which blocks read the same tensor
+    pass 1   -> factors/ labels/   A and G; the labels that were drawn
+    eigen    -> eigen/             one task a factor, longest first
+    pass 2   -> corrected/         Λ; losses and gradient norms of the examples
+    tables   -> tables/
+
+Every arrow leaves finished files, and a phase computes only those that are missing: so the same
+command continues a run that stopped anywhere, and mends one that lost a file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from raycurv.data.sources import Source, fingerprint
+from raycurv.driver.corpus import Corpus, DrawnLabels, open_corpus
+from raycurv.driver.progress import Reporter
+from raycurv.driver.rows import ExampleRows, write_drawn, write_examples
+from raycurv.driver.settings import DTYPES, FitSettings, identity
+from raycurv.driver.sweep import Feed, run_pass
+from raycurv.driver.workers import Workers
+from raycurv.errors import DamagedFile
+from raycurv.files.artifacts import (
+    basis_mark,
+    corrected_file,
+    corrected_notes,
+    eigen_file,
+    factor_file,
+    read_blocks,
+    read_factor,
+    write_eigen,
+)
+from raycurv.files.block_rows import BLOCKS_FILE, SPECTRUM_FILE, write_blocks, write_spectrum
+from raycurv.files.manifest import Manifest, continue_or_refuse
+from raycurv.files.store import Store, open_store
+from raycurv.files.tables import footer, read_rows
+from raycurv.files.tensorfile import whole
+from raycurv.mathematics.blocks import Block, choose_blocks
+from raycurv.mathematics.eigen import decompose
+from raycurv.mathematics.evaluate import Target
+from raycurv.mathematics.objective import Objective, open_objective
+from raycurv.mathematics.tiles import tile_widths
+from raycurv.models.model import Model, ModelSource, open_model
+from raycurv.stages.passes import CorrectedPass, CovariancePass, LossPass
+from raycurv.stages.placement import cut_stages, eigh_cost, longest_first
+from raycurv.stages.stage import Pass
+
+
+def fit(
+    settings: FitSettings,
+    model: ModelSource | None = None,
+    data: Source | None = None,
+    objective: Objective | None = None,
+    reporter: Reporter | None = None,
+) -> Store:
+    """Fit the curvature that the settings ask for; gives the store of the run.
+
+    Args:
+        settings: of the job.
+        model: instead of ``settings.model``, a callable that makes the module.
+        data: instead of ``settings.data``, a table or rows in memory.
+        objective: instead of ``settings.objective``, the objective itself.
+        reporter: shows progress; by default to the terminal.
+
+    Raises:
+        UserError: a mistake in settings, model or data; nothing that was computed is lost.
+        NumericalError: a result that cannot be trusted; names the block or factor.
+    """
+    settings.check(in_memory=model is not None or data is not None)
+    settings = settings.resolved()
+    reporter = reporter or Reporter()
+    store = open_store(settings.out, "--out")
+    network = open_model(model if model is not None else settings.model)
+    named = objective if objective is not None else settings.objective
+    per_token = open_objective(named).per_token
+    blocks = choose_blocks(
+        network.skeleton(), settings.blocks, network.default_scope, network.tied_head
+    )
+    cuts = cut_stages(network.unit_costs, settings.stages)
+    source: Source = data if data is not None else settings.data
+    manifest = continue_or_refuse(
+        store,
+        Manifest(
+            "fit",
+            _settings_of_result(settings),
+            {"model": network.fingerprint(), "data": fingerprint(source)},
+            {"model": _lasting(settings.model), "data": settings.data},
+        ),
+    )
+    with reporter.phase("examples", 1, "sources") as phase:
+        corpus = open_corpus(
+            store, "data", source, "--data", network, settings, settings.max_examples, settings.seed
+        )
+        phase.advance(1)
+    workers = Workers(settings, network, named, cuts, DTYPES[settings.dtype], settings.seed)
+    job = _Fit(
+        settings, store, network, per_token, blocks, cuts, corpus, manifest, workers, reporter
+    )
+    try:
+        job.run()
+    finally:
+        workers.close()
+    for name, seconds in reporter.seconds.items():
+        manifest.seconds[name] = manifest.seconds.get(name, 0.0) + seconds
+    manifest.write(store)
+    reporter.summary(
+        f"fitted {settings.method} of {len(blocks)} blocks on {len(corpus):,} examples, "
+        f"{corpus.tokens:,} tokens",
+        {"results": store.root},
+    )
+    return store
+
+
+def _settings_of_result(settings: FitSettings) -> dict[str, Any]:
+    # Model and data are compared by what they hold, not by where they lie.
+    return {k: v for k, v in identity(settings).items() if k not in ("model", "data")}
+
+
+def _lasting(model: str) -> str:
+    # Who reads the run later may stand in another directory.
+    return os.path.abspath(os.path.expanduser(model)) if os.path.isdir(model) else model
+
+
+@dataclass
+class _Fit:
+    """One fit under way: what is missing is asked of the store, phase by phase."""
+
+    settings: FitSettings
+    store: Store
+    network: Model
+    per_token: bool
+    blocks: tuple[Block, ...]
+    cuts: Sequence[range]
+    corpus: Corpus
+    manifest: Manifest
+    workers: Workers
+    reporter: Reporter
+
+    @property
+    def method(self) -> str:
+        return self.settings.method
+
+    @property
+    def store_dtype(self) -> torch.dtype:
+        assert self.settings.store_dtype is not None
+        return DTYPES[self.settings.store_dtype]
+
+    def run(self) -> None:
+        settings = self.settings
+        self.reporter.say(
+            f"{settings.method} of {len(self.blocks)} blocks in {len(self.cuts)} "
+            f"stage{'s' if len(self.cuts) > 1 else ''}; {len(self.corpus):,} examples, "
+            f"{self.corpus.tokens:,} tokens, "
+            f"{self.corpus.padding(settings.batch_tokens):.1%} padding"
+        )
+        without = len(self.corpus) - self.corpus.terms
+        if without:
+            self.reporter.say(f"{without:,} examples have no loss term: loss 0, gradient 0")
+        self.manifest.facts |= {
+            "examples": len(self.corpus),
+            "tokens": self.corpus.tokens,
+            "tokenizer": self.corpus.tokenizer,
+            "examples_without_loss": without,
+        }
+        self._layout()
+        if self.method in ("ekfac", "kfac"):
+            self._covariance()
+            self._eigen()
+        if self.method in ("ekfac", "diagonal"):
+            self._corrected()
+        elif not self._examples_there():
+            self._examples_by(LossPass(), "losses")
+        if not self._tables_there():
+            self._tables()
+        self.store.delete_directory("work")
+        if self.method in ("ekfac", "kfac") and not settings.keep_sums:
+            self.store.delete_directory("factors")
+        self._done("tables")
+
+    def _done(self, phase: str) -> None:
+        if phase not in self.manifest.complete:
+            self.manifest.complete.append(phase)
+        self.manifest.write(self.store)
+
+    def _mending(self) -> None:
+        """Take back that the fit is finished: something is about to be computed again."""
+        if "tables" in self.manifest.complete:
+            self.manifest.complete.remove("tables")
+            self.manifest.write(self.store)
+
+    # Which blocks read the same tensor
+
+    def _layout(self) -> None:
+        said = self.store.read_json("blocks.json")
+        if said is None:
+            self._mending()
+            with self.reporter.phase("layout", len(self.cuts), "stages") as phase:
+                pool = self.workers.stages(self.blocks)
+                read = self.corpus.reader(DTYPES[self.settings.dtype])
+                batch = pool.put(read(0, self.corpus.plan(self.settings.batch_tokens)[0]))
+                hidden: Any = None
+                found: list[Any] = []
+                for stage in range(pool.stages):
+                    hidden, blocks = pool.call(stage, "discover", batch, hidden, returns=2)
+                    found.append(blocks)
+                    phase.advance(1)
+                self.blocks = tuple(b for handle in found for b in pool.get(handle))
+            self.store.write_json("blocks.json", [dataclasses.asdict(b) for b in self.blocks])
+            self._done("layout")
+        else:
+            there = read_blocks(self.store)
+            if {dataclasses.replace(b, input_factor="") for b in there} != set(self.blocks):
+                raise DamagedFile(
+                    self.store.path("blocks.json"), "the blocks of the model", "others",
+                    "Delete it and run the command again.",
+                )  # fmt: skip
+            self.blocks = there
+        self.workers.assign(self.blocks)
+
+    def _factors(self) -> dict[str, tuple[Block, str]]:
+        """Factor -> the first block that uses it, and the side."""
+        found: dict[str, tuple[Block, str]] = {}
+        for block in self.blocks:
+            found.setdefault(block.input_factor, (block, "input"))
+            found[block.output_factor] = (block, "output")
+        return found
+
+    # First pass
+
+    @property
+    def _target(self) -> Target:
+        return "sampled" if self.settings.fisher == "sampled" else "labels"
+
+    def _labels_there(self) -> bool:
+        return self._target != "sampled" or DrawnLabels(self.store).complete(len(self.corpus))
+
+    def _covariance(self) -> None:
+        undecomposed = [f for f in self._factors() if not whole(self.store, eigen_file(f))]
+        missing = frozenset(f for f in undecomposed if not whole(self.store, factor_file(f)))
+        last = self.method == "kfac" and not self._examples_there()
+        if not missing and self._labels_there() and not last:
+            return
+        double = self.settings.dtype == "float64"
+        work = CovariancePass(
+            self.store,
+            missing,
+            self._target,
+            self.settings.draws,
+            self.settings.max_factor_dim,
+            torch.float64 if double else torch.float32,
+        )
+        names = self._pass(work, "first pass: A and G", missing)
+        self._keep_labels(names)
+        if last:
+            self._write_examples(names)
+        self.store.delete_directory(f"work/{work.name}")
+        self._done("factors")
+
+    def _keep_labels(self, names: Sequence[str]) -> None:
+        labels = DrawnLabels(self.store)
+        if self._target == "sampled" and not labels.complete(len(self.corpus)):
+            write_drawn(self.store, names, labels)
+
+    def _pass(self, work: Pass, label: str, gathers: frozenset[str]) -> list[str]:
+        """Run a pass over all examples, from its last commit if that is of use; gives the files of
+        its rows.
+
+        Args:
+            gathers: names of what the stages shall sum up.
+        """
+        self._mending()
+        place = f"work/{work.name}"
+        commit = self.store.read_json(f"{place}/commit.json")
+        begun = self.store.read_json(f"{place}/gathers.json")
+        if commit is not None and (
+            # A result of a finished pass, or of a sum that was left out, has gone since.
+            (commit["finished"] and gathers) or begun is None or not gathers <= set(begun)
+        ):
+            self.store.delete_directory(place)
+            commit = None
+        if commit is None:
+            self.store.write_json(f"{place}/gathers.json", sorted(gathers))
+        drawn = None
+        if work.target == "sampled":
+            labels = DrawnLabels(self.store)
+            drawn = labels.read if labels.complete(len(self.corpus)) else None
+        feed = Feed(
+            self.corpus.plan(self.settings.batch_tokens),
+            self.corpus.reader(DTYPES[self.settings.dtype], drawn),
+            self.corpus.lengths,
+        )
+        lengths = self.corpus.lengths if self.per_token else None
+        return run_pass(
+            self.workers.stages(self.blocks),
+            work,
+            feed,
+            ExampleRows(self.store, lengths),
+            self.store,
+            self.reporter,
+            label,
+            self.settings.commit_seconds,
+        )
+
+    # Eigendecompositions
+
+    def _eigen(self) -> None:
+        missing = {
+            name: eigh_cost(tile_widths(self._width(name), self.settings.max_factor_dim))
+            for name in self._factors()
+            if not whole(self.store, eigen_file(name))
+        }
+        if missing:
+            self._mending()
+            order = longest_first(missing)
+            device = self.workers.device
+            arguments = [(self.store, name, self.store_dtype, device) for name in order]
+            pool = self.workers.tasks()
+            with self.reporter.phase("eigendecompositions", len(order), "factors") as phase:
+                for place, outcome in pool.map(decompose_factor, arguments):
+                    phase.advance(1)
+                    if not self.settings.keep_sums:
+                        # Not in the task: Ray may run that twice.
+                        self.store.delete(factor_file(order[place]))
+                    if outcome != "ok":
+                        self.reporter.say(f"factor {order[place]}: {outcome}")
+        self._done("eigen")
+
+    def _width(self, factor: str) -> int:
+        block, side = self._factors()[factor]
+        return block.d_in if side == "input" else block.d_out
+
+    # Second pass
+
+    def _corrected(self) -> None:
+        missing = frozenset(b.name for b in self.blocks if not self._corrected_there(b))
+        if missing or not self._examples_there():
+            work = CorrectedPass(
+                self.store,
+                missing,
+                self._target,
+                self.settings.draws,
+                self.method == "diagonal",
+                self.store_dtype,
+            )
+            # Sums of squares in other bases than those that are there are of no use.
+            marked = (f"{b.name} {self._mark(b)}" for b in self.blocks if b.name in missing)
+            self._examples_by(work, "second pass: Λ", frozenset(marked))
+        self._done("corrected")
+
+    def _corrected_there(self, block: Block) -> bool:
+        name = corrected_file(block.name)
+        if not whole(self.store, name):
+            return False
+        return corrected_notes(self.store, block)["bases"] == self._mark(block)
+
+    def _mark(self, block: Block) -> str:
+        return "" if self.method == "diagonal" else basis_mark(self.store, block)
+
+    # Tables
+
+    def _examples_there(self) -> bool:
+        names = self.store.names("tables/examples", ".parquet")
+        try:
+            return sum(read_rows(self.store, n) for n in names) == len(self.corpus)
+        except DamagedFile:
+            return False
+
+    def _examples_by(self, work: Pass, label: str, gathers: frozenset[str] = frozenset()) -> None:
+        names = self._pass(work, label, gathers)
+        if work.target == "sampled":
+            self._keep_labels(names)
+        self._write_examples(names)
+        self.store.delete_directory(f"work/{work.name}")
+
+    def _write_examples(self, names: Sequence[str]) -> None:
+        write_examples(
+            self.store, names, self.corpus, self.settings.dtype == "float64", self._notes()
+        )
+
+    def _notes(self) -> dict[str, str]:
+        return footer(identity(self.settings))
+
+    def _tables_there(self) -> bool:
+        names = [BLOCKS_FILE, SPECTRUM_FILE] if self.method in ("ekfac", "kfac") else [BLOCKS_FILE]
+        try:
+            return "tables" in self.manifest.complete and all(
+                read_rows(self.store, name) > 0 for name in names
+            )
+        except (DamagedFile, FileNotFoundError):
+            return False
+
+    def _tables(self) -> None:
+        stages = {
+            block.name: stage
+            for stage, units in enumerate(self.cuts)
+            for block in self.blocks
+            if self.network.unit_of(block.name) in units
+        }
+        write_blocks(self.store, self.blocks, stages, self.method, len(self.corpus), self._notes())
+        if self.method in ("ekfac", "kfac"):
+            write_spectrum(self.store, self._factors(), self._notes())
+
+
+def decompose_factor(store: Store, name: str, store_dtype: torch.dtype, device: str) -> str:
+    """Read a factor's sum, decompose it, write its eigenbasis; gives the outcome."""
+    factor = read_factor(store, name)
+    basis = decompose(name, factor.mean(), store_dtype, torch.device(device), factor.dtype)
+    write_eigen(store, factor, basis)
+    return basis.outcome

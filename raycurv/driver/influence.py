@@ -1,0 +1,483 @@
+"""Influence: scores of every query against every training example, into a directory of results.
+
+    queries  -> IHVPs -> work/pass-000/ihvp/      as many queries as fit --query-memory
+    training examples · IHVPs -> scores/          streamed, a file a commit
+                                 self/            with --self
+
+Queries that do not fit together take several passes over the training examples; the products of a
+finished query pass are files, so a restart does not make them again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from raycurv.data.sources import Source, fingerprint
+from raycurv.driver.corpus import Corpus, open_corpus
+from raycurv.driver.progress import Reporter
+from raycurv.driver.rows import ExampleRows, ScoreRows, merge_top
+from raycurv.driver.settings import DTYPES, IN_MEMORY, InfluenceSettings, identity, parse_bytes
+from raycurv.driver.sweep import Feed, last_commit, run_pass
+from raycurv.driver.workers import Workers
+from raycurv.errors import DamagedFile, UserError
+from raycurv.files.artifacts import ihvp_file, read_blocks, read_products, write_products
+from raycurv.files.manifest import Manifest, continue_or_refuse
+from raycurv.files.store import Store, open_store
+from raycurv.files.tables import footer, read_rows
+from raycurv.files.tensorfile import whole
+from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.curvature import Damping
+from raycurv.mathematics.ihvp import BlockProducts, product_elements
+from raycurv.mathematics.objective import Objective, open_objective
+from raycurv.models.model import Model, ModelSource, open_model
+from raycurv.stages.passes import CurvatureSource, QueryPass, ScorePass
+from raycurv.stages.placement import cut_stages
+
+
+def influence(
+    settings: InfluenceSettings,
+    queries: Source | None = None,
+    train: Source | None = None,
+    model: ModelSource | None = None,
+    objective: Objective | None = None,
+    reporter: Reporter | None = None,
+) -> Store:
+    """Score queries against training examples; gives the store of the results.
+
+    Args:
+        settings: of the job; without ``train`` (and ``settings.train``) only IHVPs are made.
+        queries, train: instead of the settings' paths, tables or rows in memory.
+        model: instead of the path that the fit recorded.
+        objective: instead of the name that the fit recorded.
+        reporter: shows progress; by default to the terminal.
+
+    Raises:
+        UserError: a mistake in settings, run, model or data; nothing that was computed is lost.
+    """
+    if queries is None:
+        queries = settings.queries
+    if train is None:
+        train = settings.train or None
+    settings.check(has_train=train is not None)
+    reporter = reporter or Reporter()
+    store = open_store(settings.out, "--out")
+    fitted = open_store(settings.run, "--run")
+    fit = read_fit(fitted)
+    blocks = read_blocks(fitted)
+    network = open_model(model if model is not None else _fitted_model(fit, settings.run))
+    check_model(fit, network, settings.run)
+    named = objective if objective is not None else fit.settings["objective"]
+    per_token = open_objective(named).per_token
+    if settings.per_token and not per_token:
+        raise UserError(
+            "--per-token",
+            "an objective that is called on positions (causal-lm)",
+            str(named),
+            "Leave --per-token out.",
+        )
+    cuts = cut_stages(network.unit_costs, settings.stages)
+    dtype = settings.dtype or fit.settings["dtype"]
+    prints = {"fit": _fit_mark(fit), "queries": fingerprint(queries)}
+    if train is not None:
+        prints["train"] = fingerprint(train)
+    manifest = continue_or_refuse(
+        store,
+        Manifest(
+            "influence",
+            {k: v for k, v in identity(settings).items() if k not in ("run", "queries", "train")}
+            | {"dtype": dtype},
+            prints,
+            {"run": fitted.root, "queries": settings.queries, "train": settings.train},
+        ),
+    )
+    if "scores" in manifest.complete:
+        if _forget_damaged(store, manifest, blocks if settings.ihvp else ()):
+            reporter.say("some results are gone or damaged: making them again")
+        else:
+            reporter.say(f"complete: {store.root}")
+            return store
+    corpora = _Corpora(store, fitted, fit, network, settings)
+    with reporter.phase("examples", 1 if train is None else 2, "sources") as phase:
+        asked = corpora.open("queries", queries, "--queries", prints["queries"], None)
+        phase.advance(1)
+        training = None
+        if train is not None:
+            training = corpora.open(
+                "train", train, "--train", prints["train"], settings.max_examples
+            )
+            phase.advance(1)
+    workers = Workers(settings, network, named, cuts, DTYPES[dtype], fit.settings["seed"])
+    workers.assign(blocks)
+    source = CurvatureSource(
+        fitted,
+        fit.settings["method"],
+        int(fit.facts["examples"]),
+        Damping.parse(settings.damping),
+    )
+    job = _Influence(
+        settings,
+        store,
+        network,
+        blocks,
+        cuts,
+        asked,
+        training,
+        source,
+        DTYPES[dtype],
+        manifest,
+        workers,
+        reporter,
+    )
+    try:
+        job.run()
+    finally:
+        workers.close()
+    manifest.seconds = {
+        name: manifest.seconds.get(name, 0.0) + seconds
+        for name, seconds in reporter.seconds.items()
+    }
+    manifest.write(store)
+    reporter.summary(job.said(), {"results": store.root})
+    return store
+
+
+def read_fit(store: Store) -> Manifest:
+    """The manifest of a finished fit.
+
+    Raises:
+        UserError: no run there, another job's, or one that is not finished.
+    """
+    fit = Manifest.read(store)
+    if fit is None or fit.job != "fit":
+        raise UserError(
+            f"--run {store.root}",
+            "a directory that fit.py made",
+            "no run.json" if fit is None else f"results of {fit.job}",
+            "Fit first: python jobs/fit.py --model … --data … --out RUN.",
+        )
+    if "tables" not in fit.complete:
+        raise UserError(
+            f"--run {store.root}",
+            "a finished fit",
+            f"one that got as far as {', '.join(fit.complete) or 'its settings'}",
+            "Run the same fit again: it goes on where it stopped.",
+        )
+    return fit
+
+
+def check_model(fit: Manifest, network: Model, run: str) -> None:
+    """Refuse a model that is not the one that was fitted.
+
+    Raises:
+        UserError: a tensor differs.
+    """
+    here, there = network.fingerprint(), fit.fingerprints["model"]
+    changed = sorted(k for k in here.keys() | there.keys() if here.get(k) != there.get(k))
+    if changed:
+        raise UserError(
+            f"the model {network.name}",
+            f"the one that {run} was fitted on",
+            f"{len(changed)} other tensors, the first {changed[0]}",
+            "Restore the checkpoint, or fit again into another directory.",
+        )
+
+
+def _fitted_model(fit: Manifest, run: str) -> str:
+    """Where the model of a fit lies; a callable that :func:`raycurv.fit` was given lies nowhere."""
+    model: str = fit.facts["model"]
+    if model == IN_MEMORY:
+        raise UserError(
+            f"--run {run}", "a fit whose model has a path or a name", "one of a callable in memory",
+            "Call raycurv.fit with the same arguments again: its run knows the model.",
+        )  # fmt: skip
+    return model
+
+
+def _forget_damaged(store: Store, manifest: Manifest, products: Sequence[Block]) -> bool:
+    """Take back that passes are finished whose files are gone or of another length."""
+    files: dict[str, dict[str, int]] = manifest.facts["files"]
+    damaged = [
+        name
+        for name, sizes in files.items()
+        if any(store.size(file) != size for file, size in sizes.items())
+    ]
+    if not damaged and all(whole(store, ihvp_file(block.name)) for block in products):
+        return False
+    manifest.facts["files"] = {n: sizes for n, sizes in files.items() if n not in damaged}
+    manifest.complete.remove("scores")
+    manifest.write(store)
+    return True
+
+
+def _fit_mark(fit: Manifest) -> dict[str, Any]:
+    return {"settings": fit.settings, "data": fit.fingerprints["data"]}
+
+
+@dataclass(frozen=True)
+class _Corpora:
+    """Finds the examples in the fit's directory, or stores them beside the results."""
+
+    store: Store
+    fitted: Store
+    fit: Manifest
+    network: Model
+    settings: InfluenceSettings
+
+    def open(
+        self, name: str, source: Source, flag: str, mark: Any, max_examples: int | None
+    ) -> Corpus:
+        settings, fit = self.settings, self.fit
+        same = mark == fit.fingerprints["data"] and all(
+            getattr(settings, key) == fit.settings[key] for key in ("max_length", "long")
+        )
+        if same and max_examples is None and fit.settings["max_examples"] is None:
+            return open_corpus(
+                self.fitted, "data", source, flag, self.network, settings, None, settings.seed
+            )
+        return open_corpus(
+            self.store,
+            f"work/{name}",
+            source,
+            flag,
+            self.network,
+            settings,
+            max_examples,
+            settings.seed,
+        )
+
+
+@dataclass
+class _Influence:
+    """One scoring under way."""
+
+    settings: InfluenceSettings
+    store: Store
+    network: Model
+    blocks: tuple[Block, ...]
+    cuts: Sequence[range]
+    queries: Corpus
+    train: Corpus | None
+    source: CurvatureSource
+    dtype: torch.dtype
+    manifest: Manifest
+    workers: Workers
+    reporter: Reporter
+
+    def said(self) -> str:
+        """What was done, in one line."""
+        if self.train is None:
+            return f"made the IHVPs of {len(self.queries):,} queries"
+        return f"scored {len(self.queries):,} queries against {len(self.train):,} examples"
+
+    def run(self) -> None:
+        groups = self._groups()
+        rank = self.settings.rank
+        self.manifest.facts |= {
+            "queries_scored": len(self.queries),
+            "examples": 0 if self.train is None else len(self.train),
+            "passes": len(groups),
+        }
+        self.reporter.say(
+            f"{len(self.queries):,} queries in {len(groups)} "
+            f"pass{'es' if len(groups) > 1 else ''} over "
+            f"{0 if self.train is None else len(self.train):,} training examples, "
+            f"rank {rank}, damping {self.source.damping}"
+        )
+        self._sweep_leftovers(groups)
+        for number, group in enumerate(groups):
+            if _span(group) in self._finished:
+                continue
+            self._query(number, group, len(groups))
+            files = [] if self.train is None else self._score(number, group, len(groups))
+            self._finished[_span(group)] = self._sizes(files)
+            self.manifest.write(self.store)
+        if self.settings.ihvp:
+            self._collect_products(groups)
+        self.store.delete_directory("work")
+        self.manifest.complete.append("scores")
+        self.manifest.write(self.store)
+
+    @property
+    def _finished(self) -> dict[str, dict[str, int]]:
+        """Finished passes: the span of their queries -> their files, with their bytes."""
+        found: dict[str, dict[str, int]] = self.manifest.facts.setdefault("files", {})
+        return found
+
+    def _sizes(self, files: Sequence[str]) -> dict[str, int]:
+        sizes = {}
+        for name in files:
+            size = self.store.size(name)
+            if size is None or read_rows(self.store, name) < 0:
+                raise DamagedFile(self.store.path(name), "a finished file", "none", "Run it again.")
+            sizes[name] = size
+        return sizes
+
+    def _groups(self) -> list[range]:
+        """Queries by pass: as many as keep every stage's products within ``--query-memory``."""
+        rank = self.settings.rank_number()
+        item = 8 if self.dtype == torch.float64 else 4
+        largest = 0
+        for units in self.cuts:
+            mine = (b for b in self.blocks if self.network.unit_of(b.name) in units)
+            largest = max(largest, sum(product_elements(rank, b.d_out, b.d_in) for b in mine))
+        memory = parse_bytes("--query-memory", self.settings.query_memory)
+        size = max(1, memory // (largest * item))
+        # What is finished stays; the rest is dealt out anew, for stages or memory may have changed.
+        finished = [tuple(map(int, name.split("-"))) for name in sorted(self._finished)]
+        groups, at = [], 0
+        for start, stop in [*finished, (len(self.queries), len(self.queries))]:
+            groups += [range(i, min(i + size, start)) for i in range(at, start, size)]
+            groups += [range(start, stop)] if start < stop else []
+            at = stop
+        return groups
+
+    def _place(self, group: range) -> Store:
+        return self.store.inside(f"work/pass-{_span(group)}")
+
+    def _label(self, what: str, number: int, passes: int) -> str:
+        return what if passes == 1 else f"{what}, pass {number + 1} of {passes}"
+
+    def _query(self, number: int, group: range, passes: int) -> None:
+        place = self._place(group)
+        if all(whole(place, ihvp_file(block.name)) for block in self.blocks):
+            return
+        commit = place.read_json("work/queries/commit.json")
+        if commit is not None and commit["finished"]:
+            # A product of a finished pass has gone since: it has to run again.
+            place.delete_directory("work")
+        plan = self.queries.plan(self.settings.batch_tokens)
+        wanted = set(group)
+        mine = [tuple(n for n in members if n in wanted) for members in plan]
+        work = QueryPass(
+            self.source,
+            tuple(self.queries.ids[n] for n in group),
+            self.settings.rank_number(),
+            self.settings.seed,
+            place,
+        )
+        run_pass(
+            self.workers.stages(self.blocks),
+            work,
+            Feed(
+                [members for members in mine if members],
+                self.queries.reader(self.dtype),
+                self.queries.lengths,
+            ),
+            ExampleRows(place, None),
+            place,
+            self.reporter,
+            self._label("queries: IHVPs", number, passes),
+            self.settings.commit_seconds,
+        )
+
+    def _score(self, number: int, group: range, passes: int) -> list[str]:
+        assert self.train is not None
+        settings = self.settings
+        ids = [self.queries.ids[n] for n in group]
+        work = ScorePass(
+            self.source,
+            self._place(group),
+            len(group),
+            settings.per_block,
+            settings.per_token,
+            settings.self_influence and group.start == 0,
+            self._work(group),
+        )
+        sink = ScoreRows(
+            self.store,
+            f"part-{_span(group)}",
+            ids,
+            self.train,
+            self.dtype == torch.float64,
+            settings.per_block,
+            settings.per_token,
+            settings.top_k,
+            self._notes(),
+        )
+        names = run_pass(
+            self.workers.stages(self.blocks),
+            work,
+            Feed(
+                self.train.plan(settings.batch_tokens),
+                self.train.reader(self.dtype),
+                self.train.lengths,
+            ),
+            sink,
+            self.store,
+            self.reporter,
+            self._label("scores", number, passes),
+            settings.commit_seconds,
+        )
+        if settings.top_k is None:
+            return names
+        top = f"scores/part-{_span(group)}-top.parquet"
+        merge_top(
+            self.store,
+            [n for n in names if n.startswith("work/top/")],
+            ids,
+            settings.top_k,
+            self._notes(),
+            top,
+        )
+        return [*(n for n in names if not n.startswith("work/top/")), top]
+
+    def _work(self, group: range) -> str:
+        return f"scores-{_span(group)}"
+
+    def _sweep_leftovers(self, groups: Sequence[range]) -> None:
+        """Files that no commit speaks of were written by a run that then died: forget them."""
+        if self.train is None:
+            return
+        known = {name for files in self._finished.values() for name in files}
+        plan = self.train.plan(self.settings.batch_tokens)
+        for group in groups:
+            commit = last_commit(self.store, f"work/{self._work(group)}", plan)
+            known |= set() if commit is None else set(commit["rows"])
+        for directory in ("scores", "self", "work/top"):
+            for name in self.store.names(directory, ".parquet"):
+                if name not in known:
+                    self.store.delete(name)
+
+    def _collect_products(self, groups: Sequence[range]) -> None:
+        """``ihvp/``: every block's products of all passes in one file."""
+        missing = [b.name for b in self.blocks if not whole(self.store, ihvp_file(b.name))]
+        if not missing:
+            return
+        for number, group in enumerate(groups):
+            self._query(number, group, len(groups))
+        pool = self.workers.tasks()
+        places = [self._place(group) for group in groups]
+        with self.reporter.phase("IHVPs", len(missing), "blocks") as phase:
+            arguments = [(places, self.store, name) for name in missing]
+            for _ in pool.map(join_products, arguments):
+                phase.advance(1)
+
+    def _notes(self) -> dict[str, str]:
+        said = identity(self.settings) | {"fit": self.source.store.root}
+        return footer(said, blocks=[block.name for block in self.blocks])
+
+
+def _span(group: range) -> str:
+    """Names a pass by the queries it serves: a name never means others after a restart."""
+    return f"{group.start:06d}-{group.stop:06d}"
+
+
+def join_products(places: Sequence[Store], out: Store, block: str) -> None:
+    """Put the IHVPs of a block from several passes into one file."""
+    parts = [read_products(place, block) for place in places]
+    joined = {
+        key: torch.cat([products.tensors()[key] for products, _ in parts])
+        for key in parts[0][0].tensors()
+    }
+    write_products(out, block, BlockProducts(**joined), [q for _, ids in parts for q in ids])
+
+
+def block_order(notes: dict[bytes, bytes]) -> list[str]:
+    """Names of the blocks in ``block_scores``, from a table's footer."""
+    names: list[str] = json.loads(notes[b"raycurv.blocks"])
+    return names

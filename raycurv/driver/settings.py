@@ -1,0 +1,282 @@
+"""Settings of the jobs: one dataclass each, checked before anything starts.
+
+The command lines are made from these classes; what a field's docstring says is its ``--help``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
+import tyro
+
+from raycurv.errors import UserError
+from raycurv.mathematics.curvature import Damping
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+# Stands for the path of a model or of data that a Python caller holds.
+IN_MEMORY = "in memory"
+DtypeName = Literal["float32", "bfloat16", "float64"]
+Blocks = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the work is run; every field is free to change between a run and its continuation."""
+
+    stages: int = 1
+    """Into how many stages the model's layers are cut, an actor each."""
+    schedule: Literal["pipelined"] = "pipelined"
+    """`pipelined`: every stage resident, one forward, one backward."""
+    batch_tokens: int = 4096
+    """Tokens of a microbatch, padding included (examples, where there is no token axis)."""
+    logits_chunk: int = 2**24
+    """Logits formed at once (numbers): head and loss run on slices of positions of this size."""
+    address: str | None = None
+    """Ray cluster: `local` (a Ray of its own), `auto`, `HOST:PORT`, or `none` to run everything in
+    this process without Ray. Default: RAY_ADDRESS when set, else `local`."""
+    commit_seconds: float = 300.0
+    """Seconds between two commits of a pass: a restart repeats at most so much of it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where stages compute; `auto` takes a GPU when there is one."""
+
+    def check(self) -> None:
+        """Refuse what cannot work.
+
+        Raises:
+            UserError: naming the flag.
+        """
+        _check_types(self)
+        for flag in ("stages", "batch_tokens", "logits_chunk"):
+            _positive(flag, getattr(self, flag))
+        if not self.commit_seconds > 0:
+            raise UserError("--commit-seconds", "above 0", str(self.commit_seconds), "")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How examples are read; every field is part of what a result means."""
+
+    max_length: int | None = None
+    """Longest example in tokens; by default the model's own limit."""
+    long: Literal["error", "truncate", "split"] = "error"
+    """What becomes of a longer example: an error, its head, or pieces with ids `id#0`, `id#1`, …"""
+
+
+@dataclass(frozen=True)
+class FitSettings(Execution, Reading):
+    """Curvature of a model on a data set, into a run directory."""
+
+    model: str = ""
+    """Directory with an HF config.json and safetensors weights, or `package.module:factory`."""
+    data: str = ""
+    """File, directory or glob of Parquet, JSONL or Arrow with `text`, `input_ids`,
+    `prompt` + `completion`, or `inputs` + `labels`."""
+    out: str = ""
+    """Run directory: an absolute path, or a URI that pyarrow.fs understands."""
+    method: Literal["ekfac", "kfac", "diagonal", "identity"] = "ekfac"
+    """Form of the curvature."""
+    fisher: Literal["sampled", "empirical"] = "sampled"
+    """Labels drawn from the model (the true Fisher), or the data's own."""
+    draws: int = 1
+    """Labels drawn for every target."""
+    objective: str = "causal-lm"
+    """`causal-lm`, `classification`, `regression`, or your own as `package.module:Name`."""
+    blocks: Blocks = ()
+    """Glob on dotted module names, repeatable; `!GLOB` leaves out. By default every linear layer of
+    the decoder blocks."""
+    max_factor_dim: int | None = None
+    """Widest factor that is decomposed whole; a wider axis is cut into diagonal tiles."""
+    max_examples: int | None = None
+    """Curvature from a seeded sample of so many examples."""
+    seed: int = 0
+    """Of the drawn labels and of the sample."""
+    dtype: DtypeName = "float32"
+    """Of the model's computation."""
+    store_dtype: DtypeName | None = None
+    """Of the stored eigenbases and corrected eigenvalues; by default float32, float64 with
+    `--dtype float64`."""
+    keep_sums: bool = False
+    """Keep the factors' sums under factors/ once they are decomposed."""
+
+    # What a result means: a change is refused on the same directory.
+    IDENTITY = (
+        "model",
+        "data",
+        "blocks",
+        "method",
+        "fisher",
+        "objective",
+        "draws",
+        "seed",
+        "dtype",
+        "store_dtype",
+        "max_length",
+        "long",
+        "max_factor_dim",
+        "max_examples",
+    )
+
+    def check(self, in_memory: bool = False) -> None:
+        super().check()
+        _given(self, "out")
+        if not in_memory:
+            _given(self, "model", "data")
+        _positive("draws", self.draws)
+        if self.fisher == "empirical" and self.draws != 1:
+            raise UserError(
+                "--draws",
+                "1 with --fisher empirical, whose labels are the data's own",
+                str(self.draws),
+                "Leave --draws out, or use --fisher sampled.",
+            )
+        for flag in ("max_length", "max_factor_dim", "max_examples"):
+            if getattr(self, flag) is not None:
+                _positive(flag, getattr(self, flag))
+
+    def resolved(self) -> FitSettings:
+        """With the defaults that depend on other fields filled in."""
+        store = self.store_dtype or ("float64" if self.dtype == "float64" else "float32")
+        return dataclasses.replace(self, store_dtype=store)
+
+
+@dataclass(frozen=True)
+class InfluenceSettings(Execution, Reading):
+    """Scores of every query against every training example."""
+
+    run: str = ""
+    """Run directory of a fit."""
+    queries: str = ""
+    """Queries: file, directory or glob, as for the fit's data."""
+    train: str = ""
+    """Training examples, likewise."""
+    out: str = ""
+    """Where scores go: an absolute path, or a URI that pyarrow.fs understands."""
+    damping: str = "0.1"
+    """A factor of each block's mean eigenvalue, or `abs:1e-6` for one number."""
+    rank: str = "32"
+    """Rank that IHVPs are truncated to, or `full`."""
+    query_memory: str = "2GiB"
+    """Memory of a stage for IHVPs; as many queries share a pass over the training data as fit."""
+    top_k: int | None = None
+    """Keep only each query's k highest and k lowest scores."""
+    per_block: bool = False
+    """Also write every block's own scores."""
+    per_token: bool = False
+    """Also write the scores of a training example's tokens."""
+    self_influence: Annotated[bool, tyro.conf.arg(name="self")] = False
+    """Also score every training example against itself (full rank), to `self/`."""
+    ihvp: bool = False
+    """Also write the queries' IHVPs, one safetensors file a block, to `ihvp/`."""
+    seed: int = 0
+    """Of the truncated SVD's test matrices."""
+    max_examples: int | None = None
+    """Score a seeded sample of so many training examples."""
+    dtype: DtypeName | None = None
+    """Of the model's computation; by default the fit's."""
+    IDENTITY = (
+        "run",
+        "queries",
+        "train",
+        "damping",
+        "rank",
+        "seed",
+        "dtype",
+        "max_length",
+        "long",
+        "max_examples",
+        "top_k",
+        "per_block",
+        "per_token",
+        "self_influence",
+        "ihvp",
+    )
+
+    def check(self, has_train: bool = True) -> None:
+        """Refuse what cannot work; without training examples only IHVPs are made."""
+        super().check()
+        _given(self, "run", "queries", "out")
+        if not has_train and not self.ihvp:
+            raise UserError("--train", "training examples", "nothing", "Give --train, or --ihvp.")
+        Damping.parse(self.damping)
+        self.rank_number()
+        parse_bytes("--query-memory", self.query_memory)
+        for flag in ("top_k", "max_length", "max_examples"):
+            if getattr(self, flag) is not None:
+                _positive(flag, getattr(self, flag))
+
+    def rank_number(self) -> int | None:
+        """The rank; ``None`` for full.
+
+        Raises:
+            UserError: neither a positive number nor ``full``.
+        """
+        if self.rank == "full":
+            return None
+        if not self.rank.isdecimal() or int(self.rank) < 1:
+            raise UserError("--rank", "a positive number or `full`", repr(self.rank), "")
+        return int(self.rank)
+
+
+def identity(settings: FitSettings | InfluenceSettings) -> dict[str, Any]:
+    """The settings that a result depends on, ready for JSON."""
+    values = {name: getattr(settings, name) for name in settings.IDENTITY}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def parse_bytes(flag: str, text: str) -> int:
+    """A number of bytes from ``2GiB``, ``500MB`` or ``1000000``.
+
+    Raises:
+        UserError: not a size.
+    """
+    units = {"": 1, "B": 1}
+    for power, letter in enumerate("KMGT", start=1):
+        units |= {f"{letter}B": 1000**power, f"{letter}iB": 1024**power, letter: 1024**power}
+    number = text.rstrip("KMGTiB")
+    try:
+        value = float(number) * units[text[len(number) :]]
+    except (ValueError, KeyError):
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise UserError(flag, "a size such as 2GiB or 500MB", repr(text), "")
+    return int(value)
+
+
+def _check_types(settings: Any) -> None:
+    """What the command line's parser checks of its strings, for values that come from Python."""
+    hints = get_type_hints(type(settings))
+    for name in (field.name for field in dataclasses.fields(settings)):
+        value, options = getattr(settings, name), get_args(hints[name])
+        flag = f"--{name.replace('_', '-')}"
+        optional = type(None) in options
+        if value is None and optional:
+            continue
+        choices = [
+            c for o in (hints[name], *options) if get_origin(o) is Literal for c in get_args(o)
+        ]
+        if choices and value not in choices:
+            raise UserError(flag, f"one of {', '.join(choices)}", repr(value), "")
+        if int in (hints[name], *options) and not _is_whole(value):
+            raise UserError(flag, "a whole number", repr(value), "")
+        if name == "blocks" and isinstance(value, str):
+            raise UserError(flag, "a list of globs", repr(value), f"Give [{value!r}].")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _given(settings: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(settings, name):
+            raise UserError(f"--{name}", "a value", "nothing", f"Give --{name}.")
+
+
+def _positive(flag: str, value: int) -> None:
+    if value < 1:
+        raise UserError(f"--{flag.replace('_', '-')}", "a number of at least 1", str(value), "")

@@ -1,0 +1,221 @@
+"""The files of a run: factors, eigenbases, corrected eigenvalues, IHVPs. Checksummed.
+
+factors/NAME.safetensors     sum | sum.0, sum.1, …            count, rows
+eigen/NAME.safetensors       eigenvectors[.i], eigenvalues[.i]   outcome, seconds
+corrected/NAME.safetensors   lam, examples                     trace, mean, the bases' checksums
+ihvp/NAME.safetensors        full | left, right                query ids
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from raycurv.errors import DamagedFile
+from raycurv.files.store import Store
+from raycurv.files.tensorfile import TensorFile, open_tensors, write_tensors
+from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.corrected import CorrectedSum
+from raycurv.mathematics.curvature import BlockCurvature
+from raycurv.mathematics.eigen import Eigenbasis
+from raycurv.mathematics.factors import FactorSum
+from raycurv.mathematics.ihvp import BlockProducts
+
+
+def read_blocks(store: Store) -> tuple[Block, ...]:
+    """The blocks of a run, with their input factors.
+
+    Raises:
+        DamagedFile: ``blocks.json`` is gone, or not what a fit wrote.
+    """
+    name = "blocks.json"
+    said = store.read_json(name)
+    try:
+        blocks = tuple(Block(**b) for b in said)
+        inputs = {f"{block.name}.input" for block in blocks}
+        if not {block.input_factor for block in blocks} <= inputs:
+            raise TypeError("an input factor of no block")
+        return blocks
+    except TypeError as error:
+        raise DamagedFile(
+            store.path(name), "the blocks of a run", "nothing" if said is None else str(error),
+            f"Run the fit again, without a {name} there: it makes a new one.",
+        ) from error  # fmt: skip
+
+
+def factor_file(name: str) -> str:
+    """Where a factor's sum lies."""
+    return f"factors/{name}.safetensors"
+
+
+def eigen_file(name: str) -> str:
+    """Where a factor's eigenbasis lies."""
+    return f"eigen/{name}.safetensors"
+
+
+def corrected_file(block: str) -> str:
+    """Where a block's corrected eigenvalues lie."""
+    return f"corrected/{block}.safetensors"
+
+
+def ihvp_file(block: str) -> str:
+    """Where a block's IHVPs lie."""
+    return f"ihvp/{block}.safetensors"
+
+
+def _numbered(key: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    if len(tensors) == 1:
+        return {key: tensors[0]}
+    return {f"{key}.{i}": t for i, t in enumerate(tensors)}
+
+
+def _collected(file: TensorFile, key: str) -> tuple[Tensor, ...]:
+    if key in file.names:
+        return (file.read(key),)
+    count = sum(k.startswith(f"{key}.") for k in file.names)
+    return tuple(file.read(f"{key}.{i}") for i in range(count))
+
+
+def write_factor(store: Store, factor: FactorSum, dtype: torch.dtype) -> None:
+    """Write a factor's sum in ``dtype``, and its count."""
+    tensors = _numbered("sum", [t.to(dtype) for t in factor.tiles])
+    tensors["count"] = torch.tensor(factor.count)
+    tensors["rows"] = torch.tensor(factor.rows)
+    write_tensors(store, factor_file(factor.name), tensors, {"factor": factor.name})
+
+
+def read_factor(store: Store, name: str) -> FactorSum:
+    """Read a factor's sum, as float64."""
+    file = open_tensors(store, factor_file(name))
+    stored = _collected(file, "sum")
+    tiles = tuple(t.double() for t in stored)
+    rows = int(file.read("rows"))
+    return FactorSum(name, tiles, int(file.read("count")), rows, stored[0].dtype)
+
+
+def write_eigen(store: Store, factor: FactorSum, basis: Eigenbasis) -> None:
+    """Write a factor's eigenbasis, and the counts of the factor that it came from."""
+    tensors = _numbered("eigenvectors", basis.vectors) | _numbered("eigenvalues", basis.values)
+    metadata = {
+        "factor": factor.name,
+        "outcome": basis.outcome,
+        "seconds": repr(basis.seconds),
+        "count": str(factor.count),
+        "rows": str(factor.rows),
+    }
+    write_tensors(store, eigen_file(factor.name), tensors, metadata)
+
+
+def read_eigen(store: Store, name: str) -> Eigenbasis:
+    """Read a factor's eigenbasis."""
+    file = open_tensors(store, eigen_file(name))
+    return Eigenbasis(
+        _collected(file, "eigenvectors"),
+        _collected(file, "eigenvalues"),
+        file.metadata["outcome"],
+        float(file.metadata["seconds"]),
+    )
+
+
+def read_spectrum(store: Store, name: str) -> tuple[tuple[Tensor, ...], dict[str, str]]:
+    """A factor's eigenvalues, one ascending vector a tile, and its file's metadata."""
+    file = open_tensors(store, eigen_file(name))
+    return _collected(file, "eigenvalues"), file.metadata
+
+
+def basis_mark(store: Store, block: Block) -> str:
+    """A hash of the two eigenbases of a block: Λ is worth something in these alone."""
+    marks = []
+    for name in (block.input_factor, block.output_factor):
+        if store.exists(eigen_file(name)):
+            marks.append(open_tensors(store, eigen_file(name)).checksum)
+    return hashlib.blake2b("".join(marks).encode(), digest_size=16).hexdigest()
+
+
+def write_corrected(
+    store: Store, block: Block, corrected: CorrectedSum, dtype: torch.dtype, mark: str
+) -> None:
+    """Write a block's Λ in ``dtype``; trace and mean are of Λ as it was before it was rounded."""
+    lam = corrected.mean()
+    metadata = {
+        "block": block.name,
+        "trace": repr(float(lam.sum())),
+        "mean": repr(float(lam.mean())),
+        "bases": mark,
+    }
+    tensors = {"lam": lam.to(dtype), "examples": torch.tensor(corrected.examples)}
+    write_tensors(store, corrected_file(block.name), tensors, metadata)
+
+
+def corrected_notes(store: Store, block: Block) -> dict[str, str]:
+    """Trace, mean and bases of a block's Λ, without reading it."""
+    return open_tensors(store, corrected_file(block.name)).metadata
+
+
+def read_curvature(store: Store, block: Block, method: str, examples: int) -> BlockCurvature:
+    """A block's curvature as a run left it.
+
+    Args:
+        store: of the run.
+        method: ``ekfac``, ``kfac``, ``diagonal`` or ``identity``.
+        examples: of the run, for K-FAC's rows an example.
+
+    Raises:
+        DamagedFile: a file is gone or truncated, or Λ was fitted in other bases than those that are
+            there.
+    """
+    try:
+        return _curvature(store, block, method, examples)
+    except FileNotFoundError as error:
+        raise DamagedFile(
+            f"{store.root}, block {block.name}", "eigenbases and eigenvalues", str(error),
+            "Run the fit again: it makes what is missing.",
+        ) from error  # fmt: skip
+
+
+def _curvature(store: Store, block: Block, method: str, examples: int) -> BlockCurvature:
+    if method == "identity":
+        return BlockCurvature(block, Eigenbasis(), Eigenbasis(), None)
+    if method == "diagonal":
+        lam = open_tensors(store, corrected_file(block.name)).read("lam")
+        return BlockCurvature(block, Eigenbasis(), Eigenbasis(), lam)
+    right, left = read_eigen(store, block.input_factor), read_eigen(store, block.output_factor)
+    if method == "kfac":
+        rows = int(read_spectrum(store, block.output_factor)[1]["rows"])
+        lam = kfac_eigenvalues(left, right, rows / max(examples, 1))
+        return BlockCurvature(block, right, left, lam)
+    file = open_tensors(store, corrected_file(block.name))
+    if file.metadata["bases"] != basis_mark(store, block):
+        raise DamagedFile(
+            store.path(corrected_file(block.name)),
+            "corrected eigenvalues fitted in the run's bases",
+            "ones of other bases",
+            "Run the fit again: it refits what does not belong together.",
+        )
+    return BlockCurvature(block, right, left, file.read("lam"))
+
+
+def kfac_eigenvalues(left: Eigenbasis, right: Eigenbasis, rows_per_example: float) -> Tensor:
+    """K-FAC's Λ on EK-FAC's scale: ``rows · D_G ⊗ D_A``, a mean over examples, float64 ``[O, I]``.
+
+    A and G are means over rows; an example's gradient is a sum over its rows, whose second moment
+    under K-FAC's independence is rows times the product of theirs.
+    """
+    return rows_per_example * torch.outer(left.eigenvalues(), right.eigenvalues())
+
+
+def write_products(
+    store: Store, block: str, products: BlockProducts, queries: Sequence[str]
+) -> None:
+    """Write the IHVPs of a block."""
+    write_tensors(store, ihvp_file(block), products.tensors(), {"queries": json.dumps(queries)})
+
+
+def read_products(store: Store, block: str) -> tuple[BlockProducts, list[str]]:
+    """The IHVPs of a block and the ids of their queries."""
+    file = open_tensors(store, ihvp_file(block))
+    return BlockProducts(**file.read_all()), json.loads(file.metadata["queries"])

@@ -1,0 +1,100 @@
+"""The tables of blocks and of eigenvalues, made from a run's files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from raycurv.files.artifacts import corrected_notes, read_spectrum
+from raycurv.files.store import Store
+from raycurv.files.tables import BLOCKS, SPECTRUM, write_table
+from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.eigen import effective_rank
+
+BLOCKS_FILE = "tables/blocks/part-00000.parquet"
+SPECTRUM_FILE = "tables/spectrum/part-00000.parquet"
+
+
+def write_blocks(
+    store: Store,
+    blocks: Sequence[Block],
+    stages: Mapping[str, int],
+    method: str,
+    examples: int,
+    notes: Mapping[str, str],
+) -> None:
+    """``tables/blocks``: one row a block.
+
+    ``trace`` is ΣΛ; of K-FAC rows an example · tr A · tr G; null for the identity.
+    """
+    rows = [_row(store, b, stages[b.name], method, examples) for b in blocks]
+    write_table(store, BLOCKS_FILE, pa.Table.from_pylist(rows, schema=BLOCKS), notes)
+
+
+def _row(store: Store, block: Block, stage: int, method: str, examples: int) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "block": block.name,
+        "module": block.name,
+        "stage": stage,
+        "input_factor": block.input_factor,
+        "input_tiles": [block.d_in],
+        "output_tiles": [block.d_out],
+        "d_in": block.d_in,
+        "d_out": block.d_out,
+        "bias": block.bias,
+        "examples": examples,
+    }
+    outcomes: list[str] = []
+    rows = 0
+    if method in ("ekfac", "kfac"):
+        right, right_notes = read_spectrum(store, block.input_factor)
+        left, left_notes = read_spectrum(store, block.output_factor)
+        rows = int(left_notes["rows"])
+        row |= {
+            "tokens": rows,
+            "input_tiles": [len(t) for t in right],
+            "output_tiles": [len(t) for t in left],
+            "input_effective_rank": effective_rank(torch.cat(list(right))),
+            "output_effective_rank": effective_rank(torch.cat(list(left))),
+            "eigh_seconds": float(right_notes["seconds"]) + float(left_notes["seconds"]),
+        }
+        outcomes = [right_notes["outcome"], left_notes["outcome"]]
+        if method == "kfac":
+            traces = float(sum(t.sum() for t in right)), float(sum(t.sum() for t in left))
+            row["trace"] = rows / max(examples, 1) * traces[0] * traces[1]
+            row["mean_eigenvalue"] = row["trace"] / (block.d_in * block.d_out)
+    if method in ("ekfac", "diagonal"):
+        said = corrected_notes(store, block)
+        row |= {"trace": float(said["trace"]), "mean_eigenvalue": float(said["mean"])}
+    if row.get("mean_eigenvalue") == 0.0:
+        outcomes.append("zero")
+    worth_saying = list(dict.fromkeys(o for o in outcomes if o != "ok"))
+    row["eigh_outcome"] = "+".join(worth_saying) or "ok"
+    return row
+
+
+def write_spectrum(
+    store: Store, factors: Mapping[str, tuple[Block, str]], notes: Mapping[str, str]
+) -> None:
+    """``tables/spectrum``: one row an eigenvalue, largest first in each tile."""
+    parts = []
+    for name, (block, side) in factors.items():
+        for tile, values in enumerate(read_spectrum(store, name)[0]):
+            count = len(values)
+            parts.append(
+                pa.table(
+                    {
+                        "factor": [name] * count,
+                        "block": [block.name] * count,
+                        "tile": pa.array([tile] * count, pa.int32()),
+                        "side": [side] * count,
+                        "index": pa.array(range(count), pa.int32()),
+                        "eigenvalue": values.flip(0).numpy(),
+                    },
+                    schema=SPECTRUM,
+                )
+            )
+    write_table(store, SPECTRUM_FILE, pa.concat_tables(parts), notes)

@@ -1,0 +1,170 @@
+"""``run.json``: what a directory holds, of which settings, and what of it is complete."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from raycurv.errors import DamagedFile, UserError
+from raycurv.files.store import Store
+from raycurv.files.tables import SCHEMA_VERSION
+
+NAME = "run.json"
+
+# What the jobs put into a directory. Without a run.json these names belong to somebody else.
+_OURS = (
+    "blocks.json", "data", "labels", "factors", "eigen", "corrected", "tables", "scores", "self",
+    "ihvp", "work",
+)  # fmt: skip
+
+
+@dataclass
+class Manifest:
+    """What ``run.json`` says.
+
+    Attributes:
+        job: which job made the directory.
+        settings: those that the result depends on.
+        fingerprints: of model and data.
+        facts: counts and the like, filled in as they are known.
+        complete: names of finished phases.
+        seconds: of each phase, added up over restarts.
+    """
+
+    job: str
+    settings: dict[str, Any]
+    fingerprints: dict[str, Any]
+    facts: dict[str, Any] = field(default_factory=dict)
+    complete: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def write(self, store: Store) -> None:
+        """Write ``run.json``, atomically."""
+        versions = {name: version(name) for name in ("raycurv", "torch", "transformers", "pyarrow")}
+        store.write_json(
+            NAME,
+            {
+                "schema": SCHEMA_VERSION,
+                "job": self.job,
+                "settings": self.settings,
+                "fingerprints": self.fingerprints,
+                "facts": self.facts,
+                "complete": self.complete,
+                "seconds": self.seconds,
+                "versions": versions | {"python": platform.python_version()},
+                "threads": torch.get_num_threads(),
+            },
+        )
+
+    @classmethod
+    def read(cls, store: Store) -> Manifest | None:
+        """What a directory says of itself; ``None`` when there is no ``run.json``."""
+        try:
+            said = store.read_json(NAME)
+        except DamagedFile as error:
+            raise DamagedFile(
+                error.where, error.expected, error.got,
+                "Restore it, or give another directory: what it said cannot be made again.",
+            ) from error  # fmt: skip
+        if said is None:
+            return None
+        keys = ("job", "settings", "fingerprints", "facts", "complete", "seconds")
+        if not isinstance(said, dict) or any(key not in said for key in keys):
+            raise UserError(
+                store.path(NAME),
+                "a run.json of raycurv",
+                "another file of that name",
+                "Give another --out.",
+            )
+        return cls(**{key: said[key] for key in keys})
+
+
+def continue_or_refuse(store: Store, wanted: Manifest) -> Manifest:
+    """The directory's manifest if it is the same run, ``wanted`` if the directory is new.
+
+    A directory in which nothing was computed yet counts as new: after a mistake in the data, say,
+    the corrected data are other data.
+
+    Raises:
+        UserError: it holds another run (names everything that differs) or files of somebody else,
+            or cannot be written.
+    """
+    there = Manifest.read(store)
+    if there is None:
+        others = [name for name in _OURS if store.there(name)]
+        if others:
+            raise UserError(
+                f"--out {store.root}", f"a new directory, or one with a {NAME}",
+                f"one that holds {', '.join(others)} and no {NAME}", "Give another --out.",
+            )  # fmt: skip
+        _begin(store, wanted)
+        return wanted
+    if there.job != wanted.job:
+        raise UserError(
+            f"--out {store.root}",
+            f"a new directory, or one of this job ({wanted.job})",
+            f"one of the job {there.job}",
+            "Give another --out.",
+        )
+    differences = [
+        f"--{key.replace('_', '-')} was {there.settings.get(key)!r} and is now {value!r}"
+        for key, value in wanted.settings.items()
+        if there.settings.get(key) != value
+    ]
+    for key, value in wanted.fingerprints.items():
+        differences += _differences(key, there.fingerprints.get(key, {}), value)
+    if differences and not _computed(store, there):
+        store.delete_directory("data")
+        store.delete_directory("work")
+        store.delete("blocks.json")
+        _begin(store, wanted)
+        return wanted
+    if differences:
+        raise UserError(
+            f"--out {store.root}",
+            "a new directory, or the run that it holds",
+            "; ".join(differences),
+            "Give another --out, or the settings of the run that is there.",
+        )
+    return there
+
+
+def _begin(store: Store, wanted: Manifest) -> None:
+    try:
+        wanted.write(store)
+    except OSError as error:
+        raise UserError(
+            f"--out {store.root}", "a directory that can be written", str(error),
+            "Give another --out, or correct its permissions.",
+        ) from error  # fmt: skip
+
+
+def _computed(store: Store, there: Manifest) -> bool:
+    """Whether the directory holds more than examples and the layout of the model."""
+    passes = [
+        name
+        for name in store.names("work")
+        if not name.startswith(("work/queries/", "work/train/"))
+        and not name.endswith("/gathers.json")
+    ]
+    return bool(passes) or any(phase != "layout" for phase in there.complete)
+
+
+def _differences(what: str, there: Any, here: Any) -> list[str]:
+    if there == here:
+        return []
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        gone = sorted(set(there) - set(here))
+        new = sorted(set(here) - set(there))
+        changed = sorted(k for k in set(there) & set(here) if there[k] != here[k])
+        named = [f"{k} changed" for k in changed[:2]]
+        named += [f"{k} is gone" for k in gone[:2]] + [f"{k} is new" for k in new[:2]]
+        count = len(gone) + len(new) + len(changed)
+        more = "" if count <= len(named) else f" and {count - len(named)} more"
+        return [f"the {what} is another one ({', '.join(named)}{more})"]
+    return [f"the {what} is another one"]

@@ -1,0 +1,184 @@
+"""safetensors files that carry their own checksums: a truncated or damaged one is found, not used.
+
+The file is an ordinary safetensors file. Its metadata hold, beside what the writer gives, a
+blake2b hash of every tensor's bytes under ``checksums``, and one of the header itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from raycurv.errors import DamagedFile
+from raycurv.files.store import Store
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+}
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+
+
+# Where the checksum of the header stands among those of the tensors.
+_HEADER = "__header__"
+
+
+def _header_checksum(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
+    said = json.dumps([entries, dict(metadata)], sort_keys=True).encode()
+    return hashlib.blake2b(said, digest_size=16).hexdigest()
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, without a copy when it is contiguous and on the CPU."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if not flat.numel():
+        return memoryview(b"")
+    return flat.view(torch.uint8).numpy().data
+
+
+def write_tensors(
+    store: Store, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write a safetensors file, atomically.
+
+    Args:
+        tensors: by name.
+        metadata: strings for the header.
+    """
+    header: dict[str, Any] = {}
+    chunks, offset, checksums = [], 0, {}
+    for key, tensor in tensors.items():
+        data = tensor_bytes(tensor)
+        header[key] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + data.nbytes],
+        }
+        checksums[key] = hashlib.blake2b(data, digest_size=16).hexdigest()
+        chunks.append(data)
+        offset += data.nbytes
+    checksums[_HEADER] = _header_checksum(header, metadata)
+    header["__metadata__"] = {**metadata, "checksums": json.dumps(checksums)}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    store.write(name, [struct.pack("<Q", len(encoded)), encoded, *chunks])
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """An opened file: its metadata, and its tensors when asked for.
+
+    Attributes:
+        name: in its store.
+        metadata: what the writer gave.
+    """
+
+    store: Store
+    name: str
+    metadata: dict[str, str]
+    _entries: dict[str, dict[str, Any]]
+    _checksums: dict[str, str]
+    _start: int
+
+    @property
+    def checksum(self) -> str:
+        """A hash of all tensors' checksums."""
+        joined = json.dumps(self._checksums, sort_keys=True).encode()
+        return hashlib.blake2b(joined, digest_size=16).hexdigest()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the tensors."""
+        return tuple(self._entries)
+
+    def read(self, key: str) -> Tensor:
+        """One tensor in memory of its own.
+
+        Raises:
+            DamagedFile: its bytes do not match the checksum.
+        """
+        entry = self._entries[key]
+        begin, end = entry["data_offsets"]
+        data = np.empty(end - begin, dtype=np.uint8)
+        with self.store.open(self.name) as file:
+            file.seek(self._start + begin)
+            got = file.readinto(data.data) if len(data) else 0
+        if got != len(data):
+            raise _damaged(self.store, self.name, f"{len(data)} bytes of {key}", f"{got}")
+        if hashlib.blake2b(data.data, digest_size=16).hexdigest() != self._checksums[key]:
+            raise _damaged(
+                self.store, self.name, f"{key} with the checksum in the header", "another"
+            )
+        if not len(data):
+            # Without strides there is no view as another dtype.
+            return torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]])
+        flat = torch.from_numpy(data).view(_DTYPES[entry["dtype"]])
+        return flat.reshape(entry["shape"])
+
+    def read_all(self) -> dict[str, Tensor]:
+        """All tensors."""
+        return {key: self.read(key) for key in self._entries}
+
+
+def open_tensors(store: Store, name: str) -> TensorFile:
+    """Read the header of a file and check its length.
+
+    Raises:
+        FileNotFoundError: no such file.
+        DamagedFile: truncated, or not a file that :func:`write_tensors` made.
+    """
+    with store.open(name) as file:
+        size = file.size()
+        try:
+            (length,) = struct.unpack("<Q", bytes(file.read(8)))
+            header = json.loads(bytes(file.read(min(length, size))))
+            metadata = header.pop("__metadata__")
+            checksums = json.loads(metadata.pop("checksums"))
+            if checksums.pop(_HEADER) != _header_checksum(header, metadata):
+                raise ValueError("a header that does not match its checksum")
+            if checksums.keys() != header.keys():
+                raise ValueError("checksums of other tensors")
+            expected = 8 + length + max((e["data_offsets"][1] for e in header.values()), default=0)
+        except (
+            struct.error, ValueError, KeyError, TypeError, AttributeError, pa.ArrowInvalid,
+        ) as error:  # fmt: skip
+            got = f"{type(error).__name__}: {error}"
+            raise _damaged(store, name, "a safetensors header with checksums", got) from error
+    if size != expected:
+        raise _damaged(store, name, f"{expected} bytes", f"{size} bytes")
+    return TensorFile(store, name, metadata, header, checksums, 8 + length)
+
+
+def whole(store: Store, name: str) -> bool:
+    """Whether the file is there with its full length (its content is checked when it is read)."""
+    if not store.exists(name):
+        return False
+    try:
+        open_tensors(store, name)
+    except DamagedFile:
+        return False
+    return True
+
+
+def _damaged(store: Store, name: str, expected: str, got: str) -> DamagedFile:
+    return DamagedFile(
+        store.path(name),
+        expected,
+        got,
+        "Delete the file and run the command again: only what is missing is computed.",
+    )

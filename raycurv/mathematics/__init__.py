@@ -1,0 +1,1 @@
+"""Functions of tensors: what is captured, summed, decomposed, inverted and scored. torch alone."""

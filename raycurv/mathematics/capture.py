@@ -1,0 +1,264 @@
+"""Hooks that capture every block's inputs and output gradients.
+
+Weights are frozen, so no weight gradient is ever computed; the exact per-example gradient of a
+block is the sum of ``g aᵀ`` over its captured rows.
+
+Axis letters: N examples, T rows of an example (tokens x calls of the module, or output positions),
+S groups of a convolution, I inputs (with the bias column), O outputs.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from raycurv.batch import Batch
+from raycurv.errors import RaycurvError, UserError
+from raycurv.mathematics.blocks import Block, input_rows, output_rows, rows_are_positions
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What one microbatch leaves for curvature, for one draw of labels.
+
+    Attributes:
+        batch: the microbatch.
+        inputs: input factor -> ``a [N, T, I]`` (``[N, T, S, I]`` when grouped), zero at padding.
+        gradients: block -> ``g [N, T, O]``, zero at padding, or ``None`` where no gradient arrived.
+        rows: input factor -> how many rows were not padding.
+        first_draw: whether this is the first draw of the microbatch; inputs are the same in all.
+    """
+
+    batch: Batch
+    inputs: Mapping[str, Tensor]
+    gradients: Mapping[str, Tensor | None]
+    rows: Mapping[str, int]
+    first_draw: bool = True
+
+
+@dataclass
+class _Call:
+    """One call of a block's module in one forward."""
+
+    x: Tensor
+    version: int
+    start: int | None  # first position of a slice; None when the whole microbatch went through
+    positions: int | None  # how many went through; None without a token axis
+    g: dict[int, Tensor] = field(default_factory=dict)  # by draw
+
+
+@dataclass
+class Record:
+    """The open graph of one microbatch: what the hooks saw in its forward."""
+
+    batch: Batch
+    calls: dict[str, list[_Call]] = field(default_factory=dict)
+    leaves: list[Tensor] = field(default_factory=list)
+    span: tuple[int, int] | None = None
+    draw: int = 0
+
+    @contextmanager
+    def positions(self, start: int, count: int) -> Iterator[None]:
+        """Tell the hooks that a slice of ``count`` positions from ``start`` on passes through."""
+        self.span = (start, count)
+        try:
+            yield
+        finally:
+            self.span = None
+
+
+class Capture:
+    """Captures the blocks of one stage.
+
+    Several microbatches may be open at once; each has its own :class:`Record`.
+    """
+
+    def __init__(self, module: nn.Module, blocks: Sequence[Block]) -> None:
+        self.blocks = {block.name: block for block in blocks}
+        self._modules = {name: module.get_submodule(name) for name in self.blocks}
+        self._record: Record | None = None
+        self._handles: list[RemovableHandle] = []
+        for name, owner in self._modules.items():
+            owner.requires_grad_(False)
+            self._handles.append(
+                owner.register_forward_hook(_hook(weakref.ref(self), name), with_kwargs=True)
+            )
+
+    def close(self) -> None:
+        """Take the hooks off again."""
+        for handle in self._handles:
+            handle.remove()
+
+    @contextmanager
+    def recording(self, record: Record) -> Iterator[Record]:
+        """Within it, calls of the blocks' modules go into ``record``."""
+        self._record = record
+        try:
+            yield record
+        finally:
+            self._record = None
+
+    def discover(self, record: Record) -> tuple[Block, ...]:
+        """The blocks with their input factors, found by which of them read the same tensor."""
+        first: dict[object, str] = {}
+        found = []
+        for name, block in self.blocks.items():
+            calls = record.calls.get(name)
+            key: object = name if calls is None else self._key(block, calls)
+            found.append(replace(block, input_factor=first.setdefault(key, f"{name}.input")))
+        return tuple(found)
+
+    def _key(self, block: Block, calls: Sequence[_Call]) -> object:
+        """Equal for blocks whose input factor is the same: the same tensors, the same columns."""
+        module = self._modules[block.name]
+        geometry: object = None
+        if isinstance(module, nn.Conv2d):
+            geometry = (
+                module.kernel_size,
+                module.stride,
+                module.padding,
+                module.dilation,
+                module.groups,
+                module.padding_mode,
+            )
+        linear = block.kind != "conv2d"
+        tensors = tuple(
+            (c.x.data_ptr(), c.x.shape, c.x.stride(), c.version, c.x.dtype, c.start) for c in calls
+        )
+        return tensors, block.bias, linear, geometry
+
+    def captured(self, record: Record, draw: int = 0) -> Captured:
+        """Rows of inputs and gradients of a microbatch whose backward has run for a draw.
+
+        Raises:
+            RaycurvError: an input was changed in place after its capture, or blocks that shared an
+                input in the first microbatch no longer do.
+        """
+        by_factor: dict[str, list[Block]] = {}
+        for block in self.blocks.values():
+            by_factor.setdefault(block.input_factor, []).append(block)
+        inputs: dict[str, Tensor] = {}
+        rows: dict[str, int] = {}
+        gradients: dict[str, Tensor | None] = dict.fromkeys(self.blocks)
+        for factor, blocks in by_factor.items():
+            called = [block for block in blocks if block.name in record.calls]
+            if called:
+                self._check_shared(record, factor, called)
+                parts, rows[factor] = self._inputs(record, called[0])
+                counts = [part.shape[1] for part in parts]
+                inputs[factor] = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+                for block in called:
+                    gradients[block.name] = self._gradients(record, block, counts, draw)
+        return Captured(record.batch, inputs, gradients, rows, draw == 0)
+
+    def _check_shared(self, record: Record, factor: str, called: Sequence[Block]) -> None:
+        keys = {self._key(block, record.calls[block.name]) for block in called}
+        if len(keys) > 1:
+            names = ", ".join(block.name for block in called)
+            raise RaycurvError(
+                f"input factor {factor} in microbatch {record.batch.index}",
+                f"one tensor for all of {names}, as in the first microbatch",
+                "different tensors",
+                f"The model's wiring depends on its input: leave out all but one with --blocks "
+                f"'!{called[-1].name}'.",
+            )
+
+    def _inputs(self, record: Record, block: Block) -> tuple[list[Tensor], int]:
+        batch, parts, live = record.batch, [], 0
+        for call in record.calls[block.name]:
+            if call.x._version != call.version:
+                raise RaycurvError(
+                    f"block {block.name}",
+                    "an input that is not changed after the layer has read it",
+                    "a tensor that an in-place operation has changed since",
+                    "Make that operation out of place, or leave the block out: "
+                    f"--blocks '!{block.name}'.",
+                )
+            a = input_rows(block, self._modules[block.name], call.x, batch.size, call.positions)
+            if block.bias:
+                a = torch.cat([a, a.new_ones((*a.shape[:-1], 1))], dim=-1)
+            mask = _row_mask(block, batch, call, a.shape[1])
+            if mask is None:
+                live += a.shape[0] * a.shape[1]
+            else:
+                live += int(mask.sum())
+                if not mask.all():
+                    a = a * mask.view(*mask.shape, *([1] * (a.ndim - 2))).to(a.dtype)
+            parts.append(a)
+        return parts, live
+
+    def _gradients(
+        self, record: Record, block: Block, counts: Sequence[int], draw: int
+    ) -> Tensor | None:
+        batch, parts = record.batch, []
+        calls = record.calls[block.name]
+        if all(draw not in call.g for call in calls):
+            return None
+        for call, rows in zip(calls, counts, strict=True):
+            if draw not in call.g:
+                parts.append(call.x.new_zeros((batch.size, rows, block.d_out)))
+                continue
+            g = output_rows(block, call.g[draw], call.x, batch.size, call.positions)
+            mask = _row_mask(block, batch, call, rows)
+            if mask is not None and not mask.all():
+                g = g * mask[..., None].to(g.dtype)
+            parts.append(g)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _row_mask(block: Block, batch: Batch, call: _Call, rows: int) -> Tensor | None:
+    """Which rows of a call are tokens: ``[N, rows]``, or ``None`` when rows are not positions."""
+    if batch.mask is None or call.positions is None:
+        return None
+    if not rows_are_positions(block, call.x, batch.size, call.positions, rows):
+        return None
+    start = call.start or 0
+    mask = batch.mask[:, start : start + call.positions]
+    return mask.repeat(1, rows // call.positions)
+
+
+def _hook(capture: weakref.ref[Capture], name: str) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        owner = capture()
+        record = None if owner is None else owner._record
+        if record is None:
+            return output
+        x = args[0] if args else next(iter(kwargs.values()))
+        if not isinstance(x, Tensor) or not isinstance(output, Tensor):
+            raise UserError(
+                f"block {name}",
+                "a module that maps one tensor to one tensor",
+                f"{type(x).__name__} to {type(output).__name__}",
+                f"Leave it out: --blocks '!{name}'.",
+            )
+        start, positions = record.span or (None, None)
+        if record.span is None and record.batch.mask is not None:
+            positions = record.batch.mask.shape[1]
+        call = _Call(x.detach(), x._version, start, positions)
+        record.calls.setdefault(name, []).append(call)
+        if not torch.is_grad_enabled():
+            return output
+        if not output.requires_grad:
+            # Everything before is frozen: the graph starts here. The leaf is cloned so that the
+            # model may go on to change its output in place.
+            leaf = output.detach().requires_grad_()
+            record.leaves.append(leaf)
+            output = leaf.clone()
+        output.register_hook(_keep_gradient(record, call))
+        return output
+
+    return hook
+
+
+def _keep_gradient(record: Record, call: _Call) -> Any:
+    def keep(g: Tensor) -> None:
+        call.g[record.draw] = g.detach()
+
+    return keep

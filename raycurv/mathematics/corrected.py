@@ -1,0 +1,122 @@
+"""Corrected eigenvalues: the second moments of the per-example gradient in the eigenbasis.
+
+    Λ[o, i] = mean over examples (and draws) of (Q_Gᵀ ∇W Q_A)[o, i]²
+
+George et al. 2018 (arXiv:1806.03884), equation 7; ∇W is the exact gradient, summed over an
+example's tokens. In the identity basis the same sum is the diagonal of the Fisher. Whatever the
+orthonormal basis, ΣΛ is the mean squared gradient norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.capture import Captured
+from raycurv.mathematics.eigen import Eigenbasis
+from raycurv.mathematics.gradients import Rotations
+from raycurv.mathematics.sums import RunningSum, load_nested, nested_state
+
+
+@dataclass(frozen=True)
+class CorrectedSum:
+    """Λ of one block as a sum.
+
+    Attributes:
+        block: its name.
+        total: float64 sum of the squared rotated gradients, ``[O, I]``.
+        count: examples x draws.
+        examples: examples.
+    """
+
+    block: str
+    total: Tensor
+    count: int
+    examples: int
+
+    def mean(self) -> Tensor:
+        """Λ, float64."""
+        return self.total / max(self.count, 1)
+
+
+class CorrectedSums:
+    """Gathers Λ of some blocks and every example's squared gradient norm.
+
+    Args:
+        blocks: with their input factors known.
+        bases: factor -> eigenbasis, as stored (rounded): Λ is fitted in what is multiplied later.
+        dtype: of the model's computation.
+        only: the blocks whose Λ to gather; the norms are over all of ``blocks``.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        bases: dict[str, Eigenbasis],
+        dtype: torch.dtype,
+        device: torch.device,
+        only: frozenset[str] | None = None,
+    ) -> None:
+        self.blocks = {block.name: block for block in blocks}
+        self._bases = bases
+        self._dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self._device = device
+        self._sums = {
+            b.name: RunningSum((b.d_out, b.d_in), dtype, device)
+            for b in blocks
+            if only is None or b.name in only
+        }
+        self._examples = 0
+        self._count = 0
+
+    def add(self, draws: Sequence[Captured]) -> dict[str, Tensor]:
+        """Add a microbatch's contribution; gives ``gradient_sq_norm [N]``, the mean over draws."""
+        examples = draws[0].batch.size
+        norms = torch.zeros(examples, dtype=torch.float64, device=self._device)
+        for captured in draws:
+            blocks = tuple(self.blocks.values())
+            rotations = Rotations(captured, self._bases, blocks, self._dtype)
+            for block in blocks:
+                norms += self._add(block, rotations, examples)
+        self._examples += examples
+        self._count += examples * len(draws)
+        return {"gradient_sq_norm": norms / len(draws)}
+
+    def _add(self, block: Block, rotations: Rotations, examples: int) -> Tensor:
+        running = self._sums.get(block.name)
+        norms = torch.zeros(examples, dtype=torch.float64, device=self._device)
+        turned = rotations.turned_rows(block)
+        if turned is not None and turned[0].shape[1] == 1:
+            # One row an example: the square of an outer product is the outer product of squares.
+            a2, g2 = turned[0][:, 0].square(), turned[1][:, 0].square()
+            if running is not None:
+                running.add_outer(g2, a2)
+            return a2.sum(dim=1, dtype=torch.float64) * g2.sum(dim=1, dtype=torch.float64)
+        for part, m_NOI in rotations.gradients(block):
+            squares = m_NOI.square_()
+            norms[part] = squares.sum(dim=2).sum(dim=1, dtype=torch.float64)
+            if running is not None:
+                running.add(squares[0] if len(squares) == 1 else squares.sum(dim=0))
+        return norms
+
+    def results(self) -> Iterator[CorrectedSum]:
+        """Λ of every block as a sum with its count.
+
+        Raises:
+            NumericalError: a sum is not finite.
+        """
+        for name, running in self._sums.items():
+            yield CorrectedSum(name, running.value(f"block {name}"), self._count, self._examples)
+
+    def state(self) -> dict[str, Tensor]:
+        """Sums and counts as they stand."""
+        return nested_state(self._sums) | {"counts": torch.tensor([self._examples, self._count])}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from :meth:`state`."""
+        load_nested(self._sums, state)
+        self._examples, self._count = (int(x) for x in state["counts"])

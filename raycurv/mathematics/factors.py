@@ -1,0 +1,158 @@
+"""Kronecker factors as sums with counts.
+
+    A = mean over tokens of a aᵀ        input side, one for all blocks that read the same tensor
+    G = mean over tokens of g gᵀ        output side, g the gradient of the summed loss
+
+Martens & Grosse 2015 (arXiv:1503.05671), sections 3 and 4; over tokens as in Grosse et al. 2023
+(arXiv:2308.03296), section 3.2. Axis letters as in :mod:`raycurv.mathematics.capture`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raycurv.errors import NumericalError
+from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.capture import Captured
+from raycurv.mathematics.sums import RunningSum, load_nested, nested_state
+from raycurv.mathematics.tiles import tile_widths
+
+
+@dataclass(frozen=True)
+class FactorSum:
+    """One factor: its sum, tile by tile, and what to divide it by.
+
+    Attributes:
+        name: the factor.
+        tiles: float64 sums of ``a aᵀ`` or ``g gᵀ``, one ``[t, t]`` a tile.
+        count: how many rows (times groups) were summed.
+        rows: rows of one draw that were not padding: tokens x calls, or output positions.
+        dtype: that it was summed (or stored) in, whichever is coarser.
+    """
+
+    name: str
+    tiles: tuple[Tensor, ...]
+    count: int
+    rows: int
+    dtype: torch.dtype = torch.float64
+
+    def mean(self) -> tuple[Tensor, ...]:
+        """The factor itself; zeros when no row entered it."""
+        return tuple(tile / max(self.count, 1) for tile in self.tiles)
+
+
+class FactorSums:
+    """Gathers A and G of some blocks, microbatch by microbatch.
+
+    Args:
+        blocks: with their input factors known.
+        dtype: of the model's computation; float64 sums in float64, all else in float32.
+        max_factor_dim: widest tile.
+        only: the factors to gather; all by default.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        dtype: torch.dtype,
+        device: torch.device,
+        max_factor_dim: int | None = None,
+        only: frozenset[str] | None = None,
+    ) -> None:
+        widths: dict[str, int] = {}
+        for block in blocks:
+            widths.setdefault(block.input_factor, block.d_in)
+            widths[block.output_factor] = block.d_out
+        self.tiles = {
+            name: tile_widths(width, max_factor_dim)
+            for name, width in widths.items()
+            if only is None or name in only
+        }
+        self._blocks = blocks
+        self._dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self._sums = {
+            f"{name}#{i}": RunningSum((t, t), dtype, device)
+            for name, tiles in self.tiles.items()
+            for i, t in enumerate(tiles)
+        }
+        self._count = dict.fromkeys(self.tiles, 0)
+        self._rows = dict.fromkeys(self.tiles, 0)
+
+    def add(self, draws: Sequence[Captured]) -> dict[str, Tensor]:
+        """Add a microbatch's whole contribution, or raise and add nothing."""
+        for captured in draws:
+            _check_finite(captured)
+        for captured in draws:
+            for block in self._blocks:
+                g = captured.gradients[block.name]
+                name = block.output_factor
+                if name in self.tiles:
+                    rows = captured.rows.get(block.input_factor, 0)
+                    self._count[name] += rows
+                    self._rows[name] += rows if captured.first_draw else 0
+                    if g is not None:
+                        self._add(name, g)
+            if captured.first_draw:
+                for name, a in captured.inputs.items():
+                    if name in self.tiles:
+                        groups = a.shape[2] if a.ndim == 4 else 1
+                        self._count[name] += captured.rows[name] * groups
+                        self._rows[name] += captured.rows[name]
+                        self._add(name, a)
+        return {}
+
+    def _add(self, name: str, x: Tensor) -> None:
+        rows = x.reshape(-1, x.shape[-1]).to(self._dtype)
+        start = 0
+        for i, width in enumerate(self.tiles[name]):
+            tile = rows[:, start : start + width]
+            self._sums[f"{name}#{i}"].add_outer(tile, tile)
+            start += width
+
+    def results(self) -> Iterator[FactorSum]:
+        """Every factor, in float64.
+
+        Raises:
+            NumericalError: a sum is not finite.
+        """
+        for name, tiles in self.tiles.items():
+            yield FactorSum(
+                name,
+                tuple(self._sums[f"{name}#{i}"].value(f"factor {name}") for i in range(len(tiles))),
+                self._count[name],
+                self._rows[name],
+                self._dtype,
+            )
+
+    def state(self) -> dict[str, Tensor]:
+        """Sums and counts as they stand."""
+        state = nested_state(self._sums)
+        for name in self.tiles:
+            state[f"{name}/count"] = torch.tensor([self._count[name], self._rows[name]])
+        return state
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from :meth:`state`."""
+        load_nested(self._sums, state)
+        for name in self.tiles:
+            self._count[name], self._rows[name] = (int(x) for x in state[f"{name}/count"])
+
+
+def _check_finite(captured: Captured) -> None:
+    tensors: list[tuple[str, Tensor]] = list(captured.inputs.items())
+    tensors += [(f"{name}.output", g) for name, g in captured.gradients.items() if g is not None]
+    for name, tensor in tensors:
+        # One number tells: a sum of finite numbers that overflows has squares that do so, too.
+        if not torch.isfinite(tensor.sum()):
+            finite = torch.isfinite(tensor.square()).flatten(1).all(dim=1)
+            example = captured.batch.ids[int((~finite).nonzero()[0])]
+            raise NumericalError(
+                f"factor {name}, example {example!r}",
+                "finite inputs and gradients",
+                "NaN or infinity",
+                "Leave the example out, or run the model in a wider --dtype.",
+            )

@@ -1,0 +1,117 @@
+"""Exact per-example gradients of a block, in any basis, without ever keeping many of them.
+
+    ∇W = Σ_t g_t a_tᵀ                  [O, I], t over tokens, calls, or output positions
+    Q_Gᵀ ∇W Q_A = Σ_t (Q_Gᵀ g_t)(Q_Aᵀ a_t)ᵀ
+
+Axis letters as in :mod:`raycurv.mathematics.capture`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.capture import Captured
+from raycurv.mathematics.eigen import Eigenbasis
+
+# Elements of the per-example gradients that are formed at once (float32: 32 MiB).
+_CHUNK = 2**23
+
+
+def rotate_before(
+    tokens: int, d_in: int, d_out: int, tile_in: int, tile_out: int, sharing: int
+) -> bool:
+    """Whether rotating rows before the outer product takes fewer FLOPs than rotating the gradient.
+
+    Args:
+        tokens: rows of an example.
+        tile_in, tile_out: widths of the bases' tiles (the axis itself when it is not cut).
+        sharing: how many blocks use the rotated input.
+    """
+    before = tokens * (d_in * tile_in / sharing + d_out * tile_out)
+    return before < d_in * d_out * (tile_in + tile_out)
+
+
+def example_gradients(a: Tensor, g: Tensor) -> Tensor:
+    """``[N, O, I]`` from ``a [N, T, I]`` and ``g [N, T, O]``, or a grouped ``a [N, T, S, I]``."""
+    if a.ndim == 3:
+        return torch.bmm(g.transpose(1, 2), a)
+    examples, _, groups, width = a.shape
+    g = g.unflatten(2, (groups, -1))
+    return torch.einsum("ntso,ntsi->nsoi", g, a).reshape(examples, -1, width)
+
+
+class Rotations:
+    """One microbatch's rows for many blocks; an input that several blocks share is turned once.
+
+    Args:
+        captured: the microbatch.
+        bases: factor -> eigenbasis.
+        blocks: the blocks that will be asked for.
+        dtype: to compute in: float64 for float64 models, otherwise float32.
+    """
+
+    def __init__(
+        self,
+        captured: Captured,
+        bases: dict[str, Eigenbasis],
+        blocks: tuple[Block, ...],
+        dtype: torch.dtype,
+    ) -> None:
+        self._captured = captured
+        self._bases = bases
+        self._dtype = dtype
+        self._sharing: dict[str, int] = {}
+        for block in blocks:
+            self._sharing[block.input_factor] = self._sharing.get(block.input_factor, 0) + 1
+        self._turned: dict[str, Tensor] = {}
+
+    def rows(self, block: Block) -> tuple[Tensor, Tensor] | None:
+        """``a`` and ``g`` as captured, in the dtype to compute in; ``None`` without a gradient."""
+        g = self._captured.gradients[block.name]
+        if g is None:
+            return None
+        return self._captured.inputs[block.input_factor].to(self._dtype), g.to(self._dtype)
+
+    def turned_rows(self, block: Block) -> tuple[Tensor, Tensor] | None:
+        """``a`` and ``g`` in the eigenbasis, where the block's shape makes that the cheaper way.
+
+        ``None`` where it does not, or where no gradient arrived.
+        """
+        rows = self.rows(block)
+        if rows is None or rows[0].ndim == 4:
+            return None
+        a, g = rows
+        left, right = self._bases[block.output_factor], self._bases[block.input_factor]
+        sharing = self._sharing[block.input_factor]
+        tile_in, tile_out = max(right.tiles, default=0), max(left.tiles, default=0)
+        if not rotate_before(a.shape[1], block.d_in, block.d_out, tile_in, tile_out, sharing) and (
+            tile_in or tile_out
+        ):
+            return None
+        if block.input_factor not in self._turned:
+            self._turned[block.input_factor] = right.rotate(a)
+        return self._turned[block.input_factor], left.rotate(g)
+
+    def gradients(self, block: Block) -> Iterator[tuple[slice, Tensor]]:
+        """Per-example gradients in the eigenbasis, ``(examples, [n, O, I])`` a few at a time.
+
+        The tensors are the caller's to change. Nothing is yielded where no gradient arrived.
+        """
+        rows = self.rows(block)
+        if rows is None:
+            return
+        turned = self.turned_rows(block)
+        a, g = rows if turned is None else turned
+        left, right = self._bases[block.output_factor], self._bases[block.input_factor]
+        step = max(1, _CHUNK // (block.d_in * block.d_out))
+        for start in range(0, len(a), step):
+            part = slice(start, min(start + step, len(a)))
+            m_NOI = example_gradients(a[part], g[part])
+            if turned is None:
+                m_NOI = right.rotate(m_NOI)
+                m_NOI = left.rotate(m_NOI.transpose(1, 2)).transpose(1, 2)
+            yield part, m_NOI

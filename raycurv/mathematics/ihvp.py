@@ -1,0 +1,177 @@
+"""Inverse-Hessian-vector products of queries, block by block: whole, or truncated to a rank.
+
+    M = Q_Gᵀ V Q_A / (Λ + λ)          V = ∇f(query), in the eigenbasis
+    rank R:  M ≈ U W,   left = (Q_G U)ᵀ [R, O],   right = W Q_Aᵀ [R, I]
+
+Rotations keep singular values, so truncating in the eigenbasis is truncating the IHVP itself. The
+truncated SVD is randomised (Halko, Martinsson & Tropp 2011, arXiv:0909.4061, algorithms 4.4 and
+5.1) with a test matrix seeded by (seed, query id, block): it does not depend on stages or batches.
+
+Axis letters: Q queries, R rank, and those of :mod:`raycurv.mathematics.capture`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raycurv.mathematics.capture import Captured
+from raycurv.mathematics.curvature import BlockCurvature, Damping, Preconditioner
+from raycurv.mathematics.gradients import Rotations
+
+_OVERSAMPLING = 8
+_POWER_STEPS = 2
+
+
+@dataclass(frozen=True)
+class BlockProducts:
+    """The IHVPs of one block: ``full [Q, O, I]``, or ``left [Q, R, O]`` and ``right [Q, R, I]``.
+
+    The product of query q is ``full[q]``, or ``left[q]ᵀ right[q]``.
+    """
+
+    full: Tensor | None = None
+    left: Tensor | None = None
+    right: Tensor | None = None
+
+    def dense(self) -> Tensor:
+        """``[Q, O, I]``, whichever way they are held."""
+        if self.full is not None:
+            return self.full
+        assert self.left is not None and self.right is not None
+        return torch.bmm(self.left.transpose(1, 2), self.right)
+
+    def to(self, device: torch.device) -> BlockProducts:
+        """The same on ``device``."""
+        return BlockProducts(**{name: t.to(device) for name, t in self.tensors().items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that are held, by name."""
+        named = {"full": self.full, "left": self.left, "right": self.right}
+        return {name: t for name, t in named.items() if t is not None}
+
+
+def kept_rank(rank: int | None, d_out: int, d_in: int) -> int | None:
+    """Rank that a block of this shape is truncated to; ``None`` where whole is no larger."""
+    if rank is None or rank * (d_out + d_in) >= d_out * d_in:
+        return None
+    return rank
+
+
+def product_elements(rank: int | None, d_out: int, d_in: int) -> int:
+    """Numbers that one query's IHVP of a block takes."""
+    kept = kept_rank(rank, d_out, d_in)
+    return d_out * d_in if kept is None else kept * (d_out + d_in)
+
+
+def truncated_svd(m_NOI: Tensor, rank: int, test_NIK: Tensor) -> tuple[Tensor, Tensor]:
+    """``M ≈ U W``: ``U [N, O, R]`` orthonormal times singular values' roots, ``W [N, R, I]``.
+
+    Args:
+        m_NOI: matrices.
+        rank: R, below both axes.
+        test_NIK: Gaussian test matrices, K = R + oversampling.
+    """
+    y = m_NOI @ test_NIK
+    q = torch.linalg.qr(y).Q
+    for _ in range(_POWER_STEPS):
+        z = torch.linalg.qr(m_NOI.transpose(1, 2) @ q).Q
+        q = torch.linalg.qr(m_NOI @ z).Q
+    small = q.transpose(1, 2) @ m_NOI
+    u, s, vh = torch.linalg.svd(small, full_matrices=False)
+    root = s[:, :rank].sqrt()
+    return (q @ u[:, :, :rank]) * root[:, None, :], root[:, :, None] * vh[:, :rank]
+
+
+def test_matrix(seed: int, query_id: str, block: str, d_in: int, width: int) -> Tensor:
+    """A Gaussian ``[d_in, width]`` that depends on nothing but its arguments."""
+    digest = hashlib.blake2b(f"{seed}\0{query_id}\0{block}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.randn(d_in, width, generator=generator)
+
+
+class Products:
+    """Gathers the IHVPs of queries.
+
+    Args:
+        curvatures: block name -> its curvature.
+        queries: all queries of this pass, in their order.
+        damping: of every block.
+        rank: to truncate to; ``None`` for whole products.
+        seed: of the test matrices.
+        dtype: of the model's computation.
+    """
+
+    def __init__(
+        self,
+        curvatures: Mapping[str, BlockCurvature],
+        queries: Sequence[str],
+        damping: Damping,
+        rank: int | None,
+        seed: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._place = {query: i for i, query in enumerate(queries)}
+        self._rank, self._seed = rank, seed
+        self._dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self._preconditioner = Preconditioner.of(curvatures, damping, self._dtype, device)
+        self.products: dict[str, BlockProducts] = {}
+        count = len(queries)
+        for block in self._preconditioner.blocks:
+            kept = kept_rank(rank, block.d_out, block.d_in)
+
+            def zeros(*shape: int) -> Tensor:
+                return torch.zeros((count, *shape), dtype=self._dtype, device=device)
+
+            self.products[block.name] = (
+                BlockProducts(full=zeros(block.d_out, block.d_in))
+                if kept is None
+                else BlockProducts(left=zeros(kept, block.d_out), right=zeros(kept, block.d_in))
+            )
+
+    def add(self, draws: Sequence[Captured]) -> dict[str, Tensor]:
+        """Put the IHVPs of a microbatch of queries in their places."""
+        (captured,) = draws
+        blocks, bases = self._preconditioner.blocks, self._preconditioner.bases
+        rotations = Rotations(captured, bases, blocks, self._dtype)
+        ids = captured.batch.ids
+        for block in blocks:
+            products, inverse = self.products[block.name], self._preconditioner.inverse[block.name]
+            left, right = bases[block.output_factor], bases[block.input_factor]
+            for part, m_NOI in rotations.gradients(block):
+                if inverse is not None:
+                    m_NOI = m_NOI * inverse
+                where = [self._place[query] for query in ids[part]]
+                if products.full is not None:
+                    whole = right.unrotate(m_NOI)
+                    products.full[where] = left.unrotate(whole.transpose(1, 2)).transpose(1, 2)
+                    continue
+                assert products.left is not None and products.right is not None
+                kept = products.left.shape[1]
+                width = min(kept + _OVERSAMPLING, block.d_out, block.d_in)
+                tests = torch.stack(
+                    [test_matrix(self._seed, q, block.name, block.d_in, width) for q in ids[part]]
+                )
+                u, w = truncated_svd(m_NOI, kept, tests.to(m_NOI))
+                products.left[where] = left.unrotate(u.transpose(1, 2))
+                products.right[where] = right.unrotate(w)
+        return {}
+
+    def state(self) -> dict[str, Tensor]:
+        """The products so far."""
+        return {
+            f"{name}/{key}": tensor
+            for name, products in self.products.items()
+            for key, tensor in products.tensors().items()
+        }
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from :meth:`state`."""
+        for name, products in self.products.items():
+            for key, tensor in products.tensors().items():
+                tensor.copy_(state[f"{name}/{key}"])

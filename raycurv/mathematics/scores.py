@@ -1,0 +1,193 @@
+"""Influence scores of training examples on queries, and of examples on themselves.
+
+    score(q, n) = ⟨IHVP_q, ∇L_n⟩ = Σ_blocks Σ_t Σ_r (left_r · g_t)(right_r · a_t)
+    self(n)     = Σ_blocks Σ_{o,i} (Q_Gᵀ ∇L_n Q_A)²[o, i] / (Λ + λ)[o, i]
+
+A positive score means that training on the example lowers the query's measurement (Grosse et al.
+2023, arXiv:2308.03296, section 2; there with the opposite sign convention for the change).
+
+Axis letters: B blocks, N training examples, Q queries, R rank, T rows, O and I a block's axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from raycurv.errors import UserError
+from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.capture import Captured
+from raycurv.mathematics.curvature import BlockCurvature, Damping, Preconditioner
+from raycurv.mathematics.gradients import Rotations, example_gradients
+from raycurv.mathematics.ihvp import BlockProducts
+
+# Elements of an intermediate that are formed at once (float32: 32 MiB).
+_CHUNK = 2**23
+
+
+def score_through_gradients(
+    tokens: int, d_out: int, d_in: int, queries: int, rank: int, examples: int
+) -> bool:
+    """Whether forming per-example gradients takes fewer FLOPs than projecting rows on the products.
+
+    Making the products whole costs ``Q R O I`` once a microbatch and is counted in.
+    """
+    projected = tokens * queries * rank * (d_out + d_in)
+    formed = d_out * d_in * (tokens + queries + queries * rank / examples)
+    return formed < projected
+
+
+class PairwiseScores:
+    """Scores the examples of a microbatch against all queries of the pass.
+
+    Args:
+        blocks: the stage's blocks.
+        products: block name -> IHVPs.
+        queries: Q.
+        per_block: also give every block's own scores.
+        per_token: also give every token's.
+        dtype: of the model's computation.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        products: Mapping[str, BlockProducts],
+        queries: int,
+        per_block: bool,
+        per_token: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._blocks, self._products, self._queries = tuple(blocks), products, queries
+        self._per_block, self._per_token = per_block, per_token
+        self._dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self._device = device
+
+    def add(self, draws: Sequence[Captured]) -> dict[str, Tensor]:
+        """``scores [N, Q]``, ``block_scores [N, Q, B]``, ``token_scores [N, Q, T]``, float64."""
+        (captured,) = draws
+        n = captured.batch.size
+        scores = torch.zeros(n, self._queries, dtype=torch.float64, device=self._device)
+        by_block, by_token = [], None
+        if self._per_token:
+            assert captured.batch.mask is not None
+            tokens = captured.batch.mask.shape[1]
+            by_token = torch.zeros(
+                n, self._queries, tokens, dtype=torch.float64, device=self._device
+            )
+        for block in self._blocks:
+            g = captured.gradients[block.name]
+            if g is None:
+                part = torch.zeros_like(scores)
+            else:
+                a = captured.inputs[block.input_factor].to(self._dtype)
+                products = self._products[block.name]
+                if by_token is not None:
+                    terms = _token_scores(block, products, a, g.to(self._dtype), by_token.shape[2])
+                    by_token += terms
+                    part = terms.sum(dim=2)
+                else:
+                    part = _scores(products, a, g.to(self._dtype)).double()
+            scores += part
+            if self._per_block:
+                by_block.append(part)
+        results = {"scores": scores}
+        if self._per_block:
+            results["block_scores"] = (
+                torch.stack(by_block, dim=2) if by_block else scores.new_zeros(*scores.shape, 0)
+            )
+        if by_token is not None:
+            results["token_scores"] = by_token
+        return results
+
+
+def _scores(products: BlockProducts, a: Tensor, g: Tensor) -> Tensor:
+    """``[N, Q]`` of one block."""
+    d_out, d_in = g.shape[-1], a.shape[-1]
+    if products.full is None and a.ndim == 3:
+        assert products.left is not None and products.right is not None
+        queries, rank = products.left.shape[:2]
+        if not score_through_gradients(a.shape[1], d_out, d_in, queries, rank, len(a)):
+            return _projected(products.left, products.right, a, g).sum(dim=1)
+    whole = products.dense().flatten(1)
+    step = max(1, _CHUNK // (d_out * d_in))
+    return torch.cat(
+        [
+            example_gradients(a[i : i + step], g[i : i + step]).flatten(1) @ whole.T
+            for i in range(0, len(a), step)
+        ]
+    )
+
+
+def _projected(left_QRO: Tensor, right_QRI: Tensor, a: Tensor, g: Tensor) -> Tensor:
+    """``Σ_r (left_r · g_t)(right_r · a_t)``, ``[N, T, Q]``, some queries at a time."""
+    queries, rank = left_QRO.shape[:2]
+    rows = a.shape[0] * a.shape[1]
+    step = max(1, _CHUNK // (rows * rank))
+    a_XI, g_XO = a.reshape(rows, -1), g.reshape(rows, -1)
+    parts = []
+    for i in range(0, queries, step):
+        right = a_XI @ right_QRI[i : i + step].flatten(0, 1).T
+        left = g_XO @ left_QRO[i : i + step].flatten(0, 1).T
+        parts.append((left * right).view(rows, -1, rank).sum(dim=2))
+    return torch.cat(parts, dim=1).view(a.shape[0], a.shape[1], queries)
+
+
+def _token_scores(
+    block: Block, products: BlockProducts, a: Tensor, g: Tensor, tokens: int
+) -> Tensor:
+    """``[N, Q, T]`` of one block, float64; several calls of its module add up."""
+    calls, rest = divmod(a.shape[1], tokens)
+    if a.ndim == 4 or rest:
+        raise UserError(
+            f"block {block.name}",
+            f"rows that are the {tokens} positions of the examples",
+            f"{a.shape[1]} rows",
+            f"Leave out --per-token, or the block: --blocks '!{block.name}'.",
+        )
+    if products.full is None:
+        assert products.left is not None and products.right is not None
+        terms = _projected(products.left, products.right, a, g)
+    else:
+        terms = torch.stack([((g @ whole) * a).sum(dim=2) for whole in products.full], dim=2)
+    by_call: Tensor = terms.double().unflatten(1, (calls, tokens))
+    return by_call.sum(dim=1).transpose(1, 2)
+
+
+class SelfScores:
+    """Scores every example against itself, at full rank, in the eigenbasis.
+
+    Args:
+        curvatures: block name -> its curvature.
+        damping: of every block.
+        dtype: of the model's computation.
+    """
+
+    def __init__(
+        self,
+        curvatures: Mapping[str, BlockCurvature],
+        damping: Damping,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self._device = device
+        self._preconditioner = Preconditioner.of(curvatures, damping, self._dtype, device)
+
+    def add(self, draws: Sequence[Captured]) -> dict[str, Tensor]:
+        """``self_scores [N]``, float64."""
+        (captured,) = draws
+        blocks, bases = self._preconditioner.blocks, self._preconditioner.bases
+        rotations = Rotations(captured, bases, blocks, self._dtype)
+        scores = torch.zeros(captured.batch.size, dtype=torch.float64, device=self._device)
+        for block in blocks:
+            inverse = self._preconditioner.inverse[block.name]
+            for part, m_NOI in rotations.gradients(block):
+                squares = m_NOI.square_()
+                if inverse is not None:
+                    squares = squares.mul_(inverse)
+                scores[part] += squares.sum(dim=2).sum(dim=1, dtype=torch.float64)
+        return {"self_scores": scores}

@@ -1,0 +1,1 @@
+"""Networks as chains of segments, from HF checkpoints or a callable."""

@@ -1,0 +1,439 @@
+"""A network from an HF checkpoint, cut between its decoder layers.
+
+A segment is the whole HF class, with the layers of other segments replaced by modules that pass
+their input on, so that masks, rotary tables, scalings and the head are HF's own code. What enters
+a segment is put in by the layer before its first one; what leaves is caught behind its last one.
+"""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from raycurv.batch import Batch
+from raycurv.errors import UserError
+from raycurv.models.checkpoint import Checkpoint, Weights
+from raycurv.models.layout import AS_FACTORY, META, Layout, find_layout, hidden_of
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
+
+
+class HFModel:
+    """A causal language model in a directory with ``config.json`` and safetensors.
+
+    Opening it resolves every weight against the checkpoint and runs the architecture once on the
+    meta device, reading no weights: so a mistake shows before any stage starts.
+
+    Raises:
+        UserError: no or an unknown configuration, a weight missing or misshapen, a damaged file,
+            a quantised checkpoint, or an architecture whose layers speak past the hidden states.
+    """
+
+    token_inputs = True
+
+    def __init__(self, name: str, directory: Path) -> None:
+        self.name = name
+        self.directory = directory
+        self.config = _read_config(directory)
+        self.checkpoint = Checkpoint(directory)
+        self._class = _causal_class(self.config, directory)
+        self._skeleton: nn.Module | None = None
+        whole, used = self._load(Weights(self.checkpoint, META), torch.float32, None, None)
+        whole.to(META)
+        self.layout = find_layout(whole, self.config, self.checkpoint, used, directory)
+        self._skeleton = whole
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_skeleton": None}
+
+    @property
+    def units(self) -> int:
+        """Decoder layers."""
+        return self.layout.count
+
+    @property
+    def unit_costs(self) -> tuple[float, ...]:
+        """Weights that multiply at each token: those of each layer, and the head's in the last."""
+        numel = self.layout.numel
+        costs = [float(numel[self.layout.layer(i)]) for i in range(self.units)]
+        costs[-1] += numel[self.layout.head]
+        return tuple(costs)
+
+    @property
+    def default_scope(self) -> tuple[str, ...]:
+        """The layer list's prefix."""
+        return (f"{self.layout.layers}.",)
+
+    @property
+    def tied_head(self) -> str | None:
+        """Name of the output embedding if it shares the input embedding's weight."""
+        return self.layout.head if self.layout.tied else None
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest sequence that the configuration speaks of, in tokens."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Number of logits."""
+        return getattr(self.config.get_text_config(), "vocab_size", None)
+
+    @property
+    def tokenizer_dir(self) -> str | None:
+        """The directory, if there is a tokenizer in it."""
+        there = any((self.directory / file).is_file() for file in TOKENIZER_FILES)
+        return str(self.directory) if there else None
+
+    def skeleton(self) -> nn.Module:
+        """The whole model on the meta device."""
+        if self._skeleton is None:
+            weights = Weights(self.checkpoint, META)
+            self._skeleton = self._load(weights, torch.float32, None, self.layout)[0].to(META)
+        return self._skeleton
+
+    def unit_of(self, module_name: str) -> int:
+        """The layer that holds a module: 0 what runs before them, the last what runs behind."""
+        prefix = f"{self.layout.layers}."
+        if module_name.startswith(prefix):
+            return int(module_name.removeprefix(prefix).split(".")[0])
+        return 0 if module_name in self.layout.early else self.units - 1
+
+    def fingerprint(self) -> dict[str, dict[str, Any]]:
+        """Per tensor of the checkpoint its dtype, shape and a hash of sampled bytes."""
+        return self.checkpoint.fingerprint()
+
+    def weight_bytes(self, units: range, dtype: torch.dtype) -> int:
+        """Bytes of the weights that the segment of ``units`` holds, cast to ``dtype``."""
+        layout = self.layout
+        names = {layout.layer(i) for i in units} | layout.outside(units)
+        if layout.tied and {layout.embedding, layout.head} <= names:
+            names.remove(layout.head)
+        return dtype.itemsize * sum(layout.numel[name] for name in names)
+
+    def build(self, units: range, dtype: torch.dtype, device: torch.device) -> HFSegment:
+        """The layers ``units`` with weights, frozen, in eval mode, and what runs beside them.
+
+        Raises:
+            UserError: a weight missing, misshapen, not finite, or in a damaged file.
+        """
+        assert 0 <= units.start < units.stop <= self.units and units.step == 1, units
+        weights = Weights(self.checkpoint, device)
+        module, _ = self._load(weights, dtype, units, self.layout)
+        # Weights are on the device already; this moves HF's own tables, without a cast.
+        module.to(device)
+        module.eval().requires_grad_(False)
+        return HFSegment(module, units, self.layout)
+
+    def _load(
+        self, weights: Weights, dtype: torch.dtype, units: range | None, layout: Layout | None
+    ) -> tuple[nn.Module, list[str]]:
+        """HF's own loading of the class pruned to ``units``; also the checkpoint's keys it used."""
+        base = self._class
+        buffers_may_miss: set[str] = set()
+
+        def init(module: Any, config: Any) -> None:
+            base.__init__(module, config)
+            if units is not None and layout is not None:
+                _prune(module, units, layout)
+            # The weights of other segments are foreign here, as are ignorable extras.
+            module._keys_to_ignore_on_load_unexpected = {".*"}
+            buffers_may_miss.update(module._keys_to_ignore_on_load_missing)
+            module._keys_to_ignore_on_load_missing = set()
+
+        # HF looks key renamings up by the name and module of the class.
+        pruned = type(base.__name__, (base,), {"__init__": init, "__module__": base.__module__})
+        try:
+            with _quiet():
+                module, info = cast(Any, pruned).from_pretrained(
+                    None,
+                    config=self.config,
+                    state_dict=weights,
+                    dtype=dtype,
+                    output_loading_info=True,
+                    # Mismatches come back in the loading info, to be named below.
+                    ignore_mismatched_sizes=True,
+                    local_files_only=True,
+                )
+        except UserError:
+            raise
+        except (ImportError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"model {self.directory}",
+                f"a checkpoint for {base.__name__} of transformers {transformers.__version__}",
+                f"{type(error).__name__}: {error}",
+                AS_FACTORY,
+            ) from error
+        self._check_loaded(module, info, buffers_may_miss)
+        if units is not None and layout is not None and layout.tied:
+            # Either was there for HF to resolve the tie from both names.
+            for name in {layout.embedding, layout.head} - layout.outside(units):
+                if next(module.get_submodule(name).parameters(), None) is not None:
+                    _replace(module, name, _Absent(module.get_submodule(name)))
+        return module, weights.used
+
+    def _check_loaded(
+        self, module: nn.Module, info: dict[str, Any], buffers_may_miss: set[str]
+    ) -> None:
+        for name, got, expected in sorted(info["mismatched_keys"]):
+            raise UserError(
+                f"{self._file_of(name)}, tensor {name}",
+                f"shape {list(expected)}, as config.json says",
+                f"{list(got)}",
+                "The configuration and the weights belong to different models.",
+            )
+        weights = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+        allowed = [re.compile(pattern) for pattern in buffers_may_miss]
+        missing = sorted(
+            name
+            for name in info["missing_keys"]
+            if name in weights or not any(pattern.search(name) for pattern in allowed)
+        )
+        if missing:
+            raise UserError(
+                f"{self._file_of(None)}, tensor {missing[0]}",
+                "every weight of the model in the checkpoint",
+                f"{len(missing)} missing",
+                "A missing weight would be a random one: complete the checkpoint, "
+                "or correct config.json.",
+            )
+
+    def _file_of(self, weight: str | None) -> Path:
+        """The file that a weight comes from, as well as its name tells."""
+        if weight is not None:
+            for key in self.checkpoint:
+                if key == weight or weight.endswith(f".{key}") or key.endswith(f".{weight}"):
+                    return self.checkpoint.file(key)
+        files = {self.checkpoint.file(key) for key in self.checkpoint}
+        return files.pop() if len(files) == 1 else self.directory
+
+
+class HFSegment:
+    """The part of an HF model that one stage holds.
+
+    ``module`` is the whole HF class, pruned, so that names are the whole model's.
+    """
+
+    def __init__(self, module: nn.Module, units: range, layout: Layout) -> None:
+        self.module = module
+        self.first = units.start == 0
+        self.last = units.stop == layout.count
+        self._layout = layout
+        layers = cast(nn.ModuleList, module.get_submodule(layout.layers))
+        self._layers = layers
+        self._passed = nn.ModuleList(
+            layer if isinstance(layer, _Passed) else _Passed(layer, layout.tuples)
+            for layer in layers
+        )
+        self._dtype = next(layers[units.start].parameters()).dtype
+        # HF's eager attention takes its softmax in float32, where a mask of float64's lowest number
+        # is -Inf: a padded row that sees only padding (sliding windows) becomes NaN and poisons
+        # the rest. Padded on the right, no token sees padding anyway.
+        eager = getattr(getattr(module, "config", None), "_attn_implementation", None) == "eager"
+        self._masked = not (eager and self._dtype == torch.float64)
+        layers[units.stop - 1].register_forward_hook(_stop)
+
+    def forward(self, batch: Batch, hidden: Tensor | None) -> Tensor:
+        """Hidden states ``[N, T, d]`` behind the segment's last layer.
+
+        Args:
+            hidden: ``[N, T, d]`` from the segment before; ``None`` for the first segment, which
+                embeds ``batch.inputs``.
+        """
+        assert (hidden is None) == self.first, "the first segment, and only that, takes no hidden"
+        if hidden is None:
+            return self._run({"input_ids": batch.inputs}, batch.mask, None)
+        return self._run(self._dummy(hidden), batch.mask, hidden)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits ``[N, t, V]`` of hidden states ``[N, t, d]``, differentiable in ``hidden``.
+
+        HF's forward with every layer passed over. Nothing behind the layers looks from one
+        position to another, so each position goes alone: no masks of t x t, no limit on N·t.
+        """
+        assert self.last, "only the last segment holds the head"
+        rows = hidden.reshape(-1, 1, hidden.shape[-1])
+        parent, _, name = self._layout.layers.rpartition(".")
+        owner = self.module.get_submodule(parent)
+        entry = cast(_Passed, self._passed[0])
+        setattr(owner, name, self._passed)
+        entry.instead = rows
+        try:
+            output = self.module(**self._dummy(rows), use_cache=False)
+        finally:
+            entry.instead = None
+            setattr(owner, name, self._layers)
+        return cast(Tensor, output.logits.reshape(*hidden.shape[:-1], -1))
+
+    def _dummy(self, hidden: Tensor) -> dict[str, Tensor]:
+        """Stands for embeddings in shape and dtype, from which HF makes masks and rotary tables."""
+        zero = torch.zeros((), dtype=self._dtype, device=hidden.device)
+        return {"inputs_embeds": zero.expand(*hidden.shape[:-1], self._layout.width)}
+
+    def _run(self, given: dict[str, Tensor], mask: Tensor | None, hidden: Tensor | None) -> Tensor:
+        entry = cast(_Passed, self._passed[0])
+        entry.instead = hidden
+        try:
+            self.module(
+                **given,
+                attention_mask=mask.to(torch.int64) if mask is not None and self._masked else None,
+                use_cache=False,
+            )
+        except _Stop as stop:
+            # The frames between hold activations that nothing else needs.
+            traceback.clear_frames(stop.__traceback__)
+            return stop.hidden
+        finally:
+            entry.instead = None
+        raise AssertionError("the forward did not come to the segment's last layer")
+
+
+class _Stop(BaseException):
+    """Leaves a forward with hidden states. Not an ``Exception``: no handler on the way keeps it."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+def _stop(layer: nn.Module, args: Any, output: Any) -> None:
+    raise _Stop(hidden_of(output))
+
+
+class _Passed(nn.Module):
+    """In place of a layer: returns its input, or the tensor that was put ``instead``."""
+
+    def __init__(self, layer: nn.Module, tuples: bool) -> None:
+        super().__init__()
+        # Model classes may read plain facts off a layer, such as its kind of attention.
+        own = vars(self).keys()
+        for key, value in vars(layer).items():
+            if key not in own and isinstance(value, str | int | float | bool | None):
+                setattr(self, key, value)
+        self.tuples = tuples
+        self.instead: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        hidden = hidden_states if self.instead is None else self.instead
+        return (hidden,) if self.tuples else hidden
+
+
+class _Absent(nn.Module):
+    """In place of a module with weights outside the layers that another segment holds."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.columns: int | None = None
+        if isinstance(module, nn.Embedding):
+            self.columns, self.dtype = module.embedding_dim, module.weight.dtype
+
+    def forward(self, given: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.columns is None:
+            return given
+        # An embedding: nothing, in its shape. What is made of it is replaced at the first layer.
+        zero = torch.zeros((), dtype=self.dtype, device=given.device)
+        return zero.expand(*given.shape, self.columns)
+
+
+def _prune(module: Any, units: range, layout: Layout) -> None:
+    """Replace what other segments hold, before anything is loaded."""
+    layers = cast(nn.ModuleList, module.get_submodule(layout.layers))
+    for index in range(layout.count):
+        if index not in units:
+            layers[index] = _Passed(layers[index], layout.tuples)
+    kept = layout.outside(units)
+    # A tie is resolved by HF, from whichever of the two a checkpoint has.
+    if layout.tied and kept & {layout.embedding, layout.head}:
+        kept |= {layout.embedding, layout.head}
+    for name in (layout.early | layout.late | layout.idle) - kept:
+        _replace(module, name, _Absent(module.get_submodule(name)))
+    there = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    module.all_tied_weights_keys = {
+        target: source
+        for target, source in module.all_tied_weights_keys.items()
+        if target in there and source in there
+    }
+
+
+def _replace(module: nn.Module, name: str, by: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(module.get_submodule(parent), child, by)
+
+
+def _read_config(directory: Path) -> Any:
+    path = directory / "config.json"
+    if not directory.is_dir() or not any(directory.iterdir()):
+        raise UserError(
+            f"model {directory}",
+            "a directory with an HF config.json and safetensors, or package.module:factory",
+            "an empty directory" if directory.is_dir() else "no such directory",
+            "Check the path of the model.",
+        )
+    if not path.is_file():
+        raise UserError(
+            f"model {directory}",
+            "config.json",
+            "no such file",
+            "Save the model with save_pretrained, or give package.module:factory.",
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True)
+    except Exception as error:
+        # Each architecture checks its own fields, with errors of several libraries.
+        raise UserError(
+            str(path),
+            f"a configuration that transformers {transformers.__version__} knows",
+            f"{type(error).__name__}: {error}",
+            AS_FACTORY,
+        ) from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(
+            str(path),
+            "weights in floating point",
+            "a quantised checkpoint (quantization_config)",
+            "Curvature is of the weights that gradients reach: use the unquantised checkpoint.",
+        )
+    return config
+
+
+def _causal_class(config: Any, directory: Path) -> type[nn.Module]:
+    try:
+        with META, _quiet():
+            return type(transformers.AutoModelForCausalLM.from_config(config))
+    except (ImportError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(
+            f"{directory / 'config.json'}",
+            "the configuration of a causal language model",
+            f"{type(error).__name__}: {error}",
+            AS_FACTORY,
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without HF's progress bars and load reports: what they tell is raised as errors here."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,248 @@
+"""Where the parts of an HF model are, and proof that it may be cut between its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from raycurv.errors import UserError
+from raycurv.models.checkpoint import Checkpoint
+
+META = torch.device("meta")
+AS_FACTORY = (
+    "Give it as package.module:factory instead, since any nn.Module runs as one stage, "
+    "or open the directory with another version of transformers."
+)
+# Integers that a layer may take: they do not depend on which tokens were given.
+POSITIONS = ("position_ids", "cache_position")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the parts of an HF model are, by dotted module name.
+
+    Attributes:
+        layers: the list of decoder layers; ``count`` of them, which return tuples if ``tuples``.
+        embedding: the input embedding; ``width`` its number of columns.
+        head: the output embedding.
+        early: modules outside the layers with weights that run before the first layer.
+        late: the same behind the last layer. A module can be both.
+        idle: modules outside the layers with weights that this forward does not run.
+        tied: whether the head's weight is the embedding's.
+        numel: number of weights of each module above, and of each layer (``layers.3``).
+    """
+
+    layers: str
+    count: int
+    tuples: bool
+    embedding: str
+    width: int
+    head: str
+    early: frozenset[str]
+    late: frozenset[str]
+    idle: frozenset[str]
+    tied: bool
+    numel: Mapping[str, int]
+
+    def layer(self, index: int) -> str:
+        """Name of one layer."""
+        return f"{self.layers}.{index}"
+
+    def outside(self, units: range) -> set[str]:
+        """Modules outside the layers that the segment of ``units`` holds."""
+        names: set[str] = set()
+        if units.start == 0:
+            names |= self.early
+        if units.stop == self.count:
+            names |= self.late
+        return names
+
+
+def find_layout(
+    whole: Any, config: Any, checkpoint: Checkpoint, used: list[str], directory: Path
+) -> Layout:
+    """Find the parts, and prove on the meta device that layers speak through hidden states only."""
+
+    def refuse(got: str) -> UserError:
+        return UserError(
+            f"model {directory} ({type(whole).__name__})",
+            "a decoder whose layers pass hidden states on, and nothing else that is learned",
+            got,
+            AS_FACTORY,
+        )
+
+    count = getattr(config.get_text_config(), "num_hidden_layers", None)
+    lists = [
+        (sum(p.numel() for p in module.parameters()), name)
+        for name, module in whole.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    if not lists:
+        raise refuse(f"no list of {count} layers")
+    layers_name = max(lists)[1]
+    layers = cast(nn.ModuleList, whole.get_submodule(layers_name))
+    names = {id(module): name for name, module in whole.named_modules()}
+    embedding, head = whole.get_input_embeddings(), whole.get_output_embeddings()
+    if id(embedding) not in names or id(head) not in names:
+        raise refuse("no input or output embedding")
+    outside = {
+        name: module
+        for name, module in whole.named_modules()
+        if not name.startswith(f"{layers_name}.")
+        and next(module.parameters(recurse=False), None) is not None
+    }
+    for name in outside:
+        prefix = f"{name}." if name else ""
+        if any(other != name and other.startswith(prefix) for other in (*outside, layers_name)):
+            raise refuse(f"{name or 'the model'} with weights beside those of its parts")
+    # A mask that is complete already is passed on as it is; making one reads values, of which the
+    # meta device has none. Architectures with masks of their own take none instead.
+    found = _trace(whole, layers, outside, torch.zeros((1, 1, 2, 2), device=META))
+    if isinstance(found, Exception):
+        found = _trace(whole, layers, outside, None)
+    if isinstance(found, Exception):
+        raise refuse(f"a forward that fails: {type(found).__name__}: {found}") from found
+    early, late, tuples, problem = found
+    if problem:
+        raise refuse(problem)
+    tied = names[id(head)] + ".weight" in whole.all_tied_weights_keys and (
+        head.weight is embedding.weight or _stored_twice(checkpoint, used, embedding.weight.shape)
+    )
+    numel = {
+        name: sum(p.numel() for p in whole.get_submodule(name).parameters(recurse=False))
+        for name in outside
+    }
+    for index, layer in enumerate(layers):
+        numel[f"{layers_name}.{index}"] = sum(p.numel() for p in layer.parameters())
+    return Layout(
+        layers=layers_name,
+        count=len(layers),
+        tuples=tuples,
+        embedding=names[id(embedding)],
+        width=embedding.weight.shape[1],
+        head=names[id(head)],
+        early=frozenset(early),
+        late=frozenset(late),
+        idle=frozenset(outside.keys() - early - late),
+        tied=tied,
+        numel=numel,
+    )
+
+
+def _stored_twice(checkpoint: Checkpoint, used: list[str], shape: torch.Size) -> bool:
+    """Whether the checkpoint holds one and the same matrix under both names: HF ties it then."""
+    alike = [key for key in used if checkpoint.shape(key) == tuple(shape)]
+    prints = checkpoint.fingerprint(alike)
+    return len(alike) > len({prints[key]["hash"] for key in alike})
+
+
+def _trace(
+    whole: nn.Module,
+    layers: nn.ModuleList,
+    outside: Mapping[str, nn.Module],
+    mask: Tensor | None,
+) -> tuple[set[str], set[str], bool, str] | Exception:
+    """Run the model once on the meta device and watch what reaches its layers and its head.
+
+    Everything is frozen, but what comes out of a weight before the layers, or out of a layer, is
+    marked by requiring a gradient. A mark on anything but hidden states, in a layer or in the
+    logits, is a path that a cut would miss.
+
+    Returns:
+        names that run before and behind the layers, whether layers return tuples, and the first
+        thing that forbids cutting, or ""; or what the forward raised.
+    """
+    early: set[str] = set()
+    late: set[str] = set()
+    seen: list[int] = []
+    problems: list[str] = []
+    tuples: list[bool] = []
+    current: list[Tensor] = []
+    ids = torch.zeros((1, 2), dtype=torch.int64, device=META)
+    handles = []
+
+    def mark(tensor: Tensor) -> Tensor:
+        # Not a leaf: models may go on in place.
+        return tensor.detach().requires_grad_().clone()
+
+    def on_outside(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            (late if seen else early).add(name)
+            return output if seen or not isinstance(output, Tensor) else mark(output)
+
+        return hook
+
+    def before_layer(index: int) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            given = dict(enumerate(args)) | kwargs
+            hidden = given.pop(0, None)
+            if hidden is None:
+                hidden = given.pop("hidden_states", None)
+            if index != len(seen):
+                problems.append(f"layer {index} called as number {len(seen)}")
+            elif seen and hidden is not current[0]:
+                problems.append(f"layer {index} not called with the output of layer {index - 1}")
+            for key, value in given.items():
+                for tensor in _tensors(value):
+                    if tensor.requires_grad:
+                        problems.append(f"layer {index} also called with learned values ({key})")
+                    elif tensor.dtype == torch.int64 and key not in POSITIONS:
+                        problems.append(f"layer {index} also called with integers ({key})")
+            seen.append(index)
+
+        return hook
+
+    def behind_layer(index: int) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            tuples.append(isinstance(output, tuple))
+            hidden = hidden_of(output)
+            current[:] = [mark(hidden) if index + 1 < len(layers) else hidden.detach()]
+            return (current[0], *output[1:]) if isinstance(output, tuple) else current[0]
+
+        return hook
+
+    frozen = [p for p in whole.parameters() if p.requires_grad]
+    for name, module in outside.items():
+        handles.append(module.register_forward_hook(on_outside(name)))
+    for index, layer in enumerate(layers):
+        handles.append(layer.register_forward_pre_hook(before_layer(index), with_kwargs=True))
+        handles.append(layer.register_forward_hook(behind_layer(index)))
+    try:
+        whole.eval().requires_grad_(False)
+        logits = whole(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    except Exception as error:
+        # Foreign code on a device without values: what it raises becomes the reason to refuse.
+        return error
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        for handle in handles:
+            handle.remove()
+    if len(seen) != len(layers):
+        problems.append(f"{len(seen)} of {len(layers)} layers called")
+    if logits.requires_grad:
+        problems.append("logits that depend on more than the last layer's output")
+    if len(set(tuples)) > 1:
+        problems.append("layers of which some return tuples")
+    return early, late, bool(tuples and tuples[0]), problems[0] if problems else ""
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states in what a layer returns."""
+    return cast(Tensor, output[0] if isinstance(output, tuple) else output)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)

@@ -1,0 +1,155 @@
+"""A model as a chain of segments: what every kind of model can say of itself and build."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from raycurv.batch import Batch
+from raycurv.errors import UserError
+from raycurv.models.factory import FactoryModel
+
+ModelSource = str | Callable[[], nn.Module]
+
+
+class Segment(Protocol):
+    """The part of a model that one stage holds: consecutive units, frozen, in eval mode.
+
+    Attributes:
+        module: its ``named_modules`` have the names of the whole model; what other segments hold
+            is replaced by stubs without weights, or left out.
+        first: holds the first unit.
+        last: holds the last unit.
+    """
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def first(self) -> bool: ...
+
+    @property
+    def last(self) -> bool: ...
+
+    def forward(self, batch: Batch, hidden: Tensor | None) -> Tensor:
+        """Output of the last unit held: ``[N, T, d]`` hidden states, before norm and head if last.
+
+        Differentiable in ``hidden`` (``None`` for the first segment, and only there), and
+        connected to whatever hooks on modules of the segment put in place of an output.
+        """
+        ...
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """What the objective takes, of a slice ``[N, t, d]`` of the last segment's output.
+
+        Logits ``[N, t, V]`` of an HF model; ``hidden`` itself for others.
+        """
+        ...
+
+
+class Model(Protocol):
+    """A description of a model: picklable, without weights of its own when it is pickled.
+
+    Attributes:
+        name: what the user gave.
+        units: number of consecutive pieces that can be separated.
+        unit_costs: relative cost of each.
+        default_scope: prefixes of the module names in which blocks are chosen by default;
+            ``()`` for everywhere.
+        tied_head: name of the output embedding if its weight is the input embedding's.
+        max_positions: longest sequence, in tokens, if the model says so.
+        vocab_size: number of token ids, if the model says so.
+        tokenizer_dir: directory of the model's tokenizer, if there is one.
+        token_inputs: whether inputs are token ids.
+    """
+
+    name: str
+
+    @property
+    def units(self) -> int: ...
+
+    @property
+    def unit_costs(self) -> tuple[float, ...]: ...
+
+    @property
+    def default_scope(self) -> tuple[str, ...]: ...
+
+    @property
+    def tied_head(self) -> str | None: ...
+
+    @property
+    def max_positions(self) -> int | None: ...
+
+    @property
+    def vocab_size(self) -> int | None: ...
+
+    @property
+    def tokenizer_dir(self) -> str | None: ...
+
+    @property
+    def token_inputs(self) -> bool: ...
+
+    def skeleton(self) -> nn.Module:
+        """The whole model's module tree, to look at names, kinds and shapes."""
+        ...
+
+    def unit_of(self, module_name: str) -> int:
+        """The unit that a module of the skeleton belongs to."""
+        ...
+
+    def fingerprint(self) -> dict[str, dict[str, Any]]:
+        """Per tensor ``{"dtype": str, "shape": list, "hash": hex of sampled bytes}``."""
+        ...
+
+    def weight_bytes(self, units: range, dtype: torch.dtype) -> int:
+        """Bytes of the tensors of a segment."""
+        ...
+
+    def build(self, units: range, dtype: torch.dtype, device: torch.device) -> Segment:
+        """The segment of ``units`` (ascending, not empty), with its own tensors only.
+
+        Raises:
+            UserError: a tensor that is missing, misshapen, not finite, or in a damaged file.
+        """
+        ...
+
+
+def open_model(source: ModelSource, base: str | Path | None = None) -> Model:
+    """Describe a model.
+
+    Args:
+        source: a directory with an HF ``config.json`` and safetensors; the name
+            ``package.module:factory`` of a callable that returns an ``nn.Module``; or the callable.
+        base: directory that relative names start from; the working directory when ``None``.
+
+    Raises:
+        UserError: what the source names is not there, or is not such a model.
+    """
+    folder = Path.cwd() if base is None else Path(base).absolute()
+    if not isinstance(source, str):
+        # A module is callable, too, but calling it is a forward.
+        if not callable(source) or isinstance(source, nn.Module):
+            raise UserError(
+                "model",
+                "a directory, package.module:factory, or a callable",
+                f"a {type(source).__name__}",
+                "Pass a function that builds the network, not the network.",
+            )
+        return FactoryModel(_name_of(source), source, folder)
+    directory = folder / Path(source).expanduser()
+    if not directory.exists() and re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", source):
+        return FactoryModel(source, None, folder)
+    # Importing transformers takes seconds and memory that other models need not pay for.
+    from raycurv.models.hf import HFModel
+
+    return HFModel(source, directory)
+
+
+def _name_of(source: Callable[[], nn.Module]) -> str:
+    module = getattr(source, "__module__", None) or "?"
+    return f"{module}:{getattr(source, '__qualname__', type(source).__qualname__)}"

@@ -1,0 +1,258 @@
+"""The passes over the data: what each differentiates, gathers, and leaves in the run directory.
+
+A new use of curvature is a new pass with a gatherer of its own; stages and schedules stay as they
+are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raycurv.files.artifacts import (
+    basis_mark,
+    read_curvature,
+    read_eigen,
+    read_products,
+    write_corrected,
+    write_factor,
+    write_products,
+)
+from raycurv.files.store import Store
+from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.capture import Captured
+from raycurv.mathematics.corrected import CorrectedSums
+from raycurv.mathematics.curvature import BlockCurvature, Damping
+from raycurv.mathematics.eigen import Eigenbasis
+from raycurv.mathematics.evaluate import Target
+from raycurv.mathematics.factors import FactorSums
+from raycurv.mathematics.ihvp import Products
+from raycurv.mathematics.scores import PairwiseScores, SelfScores
+
+
+@dataclass(frozen=True)
+class LossPass:
+    """Only the losses: no backward, nothing gathered by stages."""
+
+    name: str = "losses"
+    target: Target = "nothing"
+    draws: int = 1
+
+    def open(self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device) -> Nothing:
+        return Nothing()
+
+    def close(self, gatherer: Nothing) -> None:
+        """Nothing to write."""
+
+
+class Nothing:
+    """The gatherer that gathers nothing."""
+
+    def add(self, draws: Sequence[Captured]) -> dict[str, Tensor]:
+        return {}
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class CovariancePass:
+    """A and G into ``factors/``.
+
+    Attributes:
+        store: of the run.
+        factors: the factors to gather.
+        max_factor_dim: widest tile.
+        sum_dtype: of the written sums.
+    """
+
+    store: Store
+    factors: frozenset[str]
+    target: Target
+    draws: int
+    max_factor_dim: int | None
+    sum_dtype: torch.dtype
+    name: str = "covariance"
+
+    def open(
+        self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device
+    ) -> FactorSums:
+        return FactorSums(blocks, dtype, device, self.max_factor_dim, self.factors)
+
+    def close(self, gatherer: FactorSums) -> None:
+        for factor in gatherer.results():
+            write_factor(self.store, factor, self.sum_dtype)
+
+
+@dataclass(frozen=True)
+class CorrectedPass:
+    """Λ into ``corrected/``, in the eigenbases or, for the diagonal, in the weights' own.
+
+    Attributes:
+        store: of the run.
+        only: the blocks to gather; squared gradient norms are over all blocks regardless.
+        diagonal: in the identity basis.
+        store_dtype: of the written Λ.
+    """
+
+    store: Store
+    only: frozenset[str]
+    target: Target
+    draws: int
+    diagonal: bool
+    store_dtype: torch.dtype
+    name: str = "corrected"
+
+    def open(
+        self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device
+    ) -> CorrectedSums:
+        self_blocks = {b.name: b for b in blocks}
+        names = {n for b in blocks for n in (b.input_factor, b.output_factor)}
+        bases = {
+            n: Eigenbasis() if self.diagonal else _on(read_eigen(self.store, n), device)
+            for n in sorted(names)
+        }
+        only = frozenset(self.only & set(self_blocks))
+        return CorrectedSums(blocks, bases, dtype, device, only)
+
+    def close(self, gatherer: CorrectedSums) -> None:
+        for corrected in gatherer.results():
+            block = gatherer.blocks[corrected.block]
+            mark = "" if self.diagonal else basis_mark(self.store, block)
+            write_corrected(self.store, block, corrected, self.store_dtype, mark)
+
+
+@dataclass(frozen=True)
+class CurvatureSource:
+    """Where a stage reads its blocks' curvature.
+
+    Attributes:
+        store: of the fit.
+        method: of the fit.
+        examples: of the fit.
+        damping: to precondition with.
+    """
+
+    store: Store
+    method: str
+    examples: int
+    damping: Damping
+
+    def read(self, blocks: Sequence[Block], device: torch.device) -> dict[str, BlockCurvature]:
+        """The curvature of every block, bases on the device; shared input bases are read once."""
+        found: dict[str, BlockCurvature] = {}
+        shared: dict[str, Eigenbasis] = {}
+        for block in blocks:
+            curvature = read_curvature(self.store, block, self.method, self.examples)
+            right = shared.setdefault(block.input_factor, _on(curvature.input_basis, device))
+            left = _on(curvature.output_basis, device)
+            found[block.name] = BlockCurvature(block, right, left, curvature.lam_OI)
+        return found
+
+
+@dataclass(frozen=True)
+class QueryPass:
+    """IHVPs of queries into ``ihvp/`` of a store of their own.
+
+    Attributes:
+        source: the curvature.
+        queries: ids, in order.
+        rank: to truncate to; ``None`` for whole.
+        seed: of the test matrices.
+        out: where the products go.
+    """
+
+    source: CurvatureSource
+    queries: tuple[str, ...]
+    rank: int | None
+    seed: int
+    out: Store
+    name: str = "queries"
+    target: Target = "measurement"
+    draws: int = 1
+
+    def open(self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device) -> Products:
+        return Products(
+            self.source.read(blocks, device),
+            self.queries,
+            self.source.damping,
+            self.rank,
+            self.seed,
+            dtype,
+            device,
+        )
+
+    def close(self, gatherer: Products) -> None:
+        for block, products in gatherer.products.items():
+            write_products(self.out, block, products, self.queries)
+
+
+@dataclass(frozen=True)
+class ScorePass:
+    """Scores of training examples on the queries of one pass, and on themselves.
+
+    Attributes:
+        source: the curvature, needed for self-influence only.
+        products: where the query pass left its IHVPs.
+        queries: how many.
+        per_block, per_token: what else to give.
+        self_influence: whether to score examples on themselves, too.
+    """
+
+    source: CurvatureSource
+    products: Store
+    queries: int
+    per_block: bool
+    per_token: bool
+    self_influence: bool
+    name: str = "scores"
+    target: Target = "labels"
+    draws: int = 1
+
+    def open(
+        self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device
+    ) -> ScoreGatherer:
+        pairwise = own = None
+        if self.products is not None:
+            products = {b.name: read_products(self.products, b.name)[0].to(device) for b in blocks}
+            pairwise = PairwiseScores(
+                blocks, products, self.queries, self.per_block, self.per_token, dtype, device
+            )
+        if self.self_influence:
+            own = SelfScores(self.source.read(blocks, device), self.source.damping, dtype, device)
+        return ScoreGatherer(pairwise, own)
+
+    def close(self, gatherer: ScoreGatherer) -> None:
+        """Scores went to the driver, microbatch by microbatch."""
+
+
+class ScoreGatherer:
+    """Pairwise scores and self-influence from the same gradients."""
+
+    def __init__(self, pairwise: PairwiseScores, own: SelfScores | None) -> None:
+        self._parts: list[PairwiseScores | SelfScores] = [pairwise]
+        if own is not None:
+            self._parts.append(own)
+
+    def add(self, draws: Sequence[Captured]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for part in self._parts:
+            found |= part.add(draws)
+        return found
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        pass
+
+
+def _on(basis: Eigenbasis, device: torch.device) -> Eigenbasis:
+    vectors = tuple(q.to(device) for q in basis.vectors)
+    return Eigenbasis(vectors, basis.values, basis.outcome, basis.seconds)

@@ -1,0 +1,298 @@
+"""A stage: consecutive layers of a model and all that belongs to their blocks. No Ray in it.
+
+A stage holds its part of the model, runs microbatches through it, and hands what its hooks capture
+to the gatherer of the pass that is under way. What is gathered is the pass's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from raycurv.batch import Batch
+from raycurv.files.store import Store
+from raycurv.files.tensorfile import open_tensors, write_tensors
+from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.capture import Capture, Captured, Record
+from raycurv.mathematics.evaluate import Target, evaluate
+from raycurv.mathematics.objective import open_objective
+from raycurv.models.model import Model
+
+
+class Gatherer(Protocol):
+    """What a stage accumulates in a pass, a whole microbatch at a time."""
+
+    def add(self, draws: Sequence[Captured]) -> dict[str, Tensor]:
+        """Add a microbatch (one item a draw); gives what the driver shall collect, N first."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything a restart needs."""
+        ...
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Go on from :meth:`state`."""
+        ...
+
+
+class Pass(Protocol):
+    """One run of all microbatches through all stages. Frozen, picklable.
+
+    Attributes:
+        name: for progress and for the names of its commits.
+        target: what is differentiated.
+        draws: how many sets of labels.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def target(self) -> Target: ...
+
+    @property
+    def draws(self) -> int: ...
+
+    def open(self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device) -> Gatherer:
+        """The gatherer of a stage with these blocks."""
+        ...
+
+    def close(self, gatherer: Any) -> None:
+        """Write what was gathered to where the pass's results go."""
+        ...
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """What a stage is made from.
+
+    Attributes:
+        index: its place in the chain.
+        model: the description that it builds its layers from.
+        units: the layers.
+        blocks: the blocks in those layers.
+        objective: name, or the objective itself.
+        dtype: of the model's computation.
+        seed: of drawn labels.
+        logits_chunk: logits formed at once.
+        device: where it computes.
+        threads: for CPU kernels; ``None`` leaves them alone.
+    """
+
+    index: int
+    model: Model
+    units: range
+    blocks: tuple[Block, ...]
+    objective: Any
+    dtype: torch.dtype
+    seed: int
+    logits_chunk: int
+    device: str = "cpu"
+    threads: int | None = None
+
+
+@dataclass
+class _Open:
+    """A microbatch between its forward and its backward."""
+
+    record: Record
+    entered: Tensor | None
+    left: Tensor
+
+
+class Stage:
+    """One stage of the chain.
+
+    ``forward`` and ``backward`` of one microbatch belong together; the last stage does both in
+    ``turn``. Microbatches come back in the order in which they went.
+    """
+
+    def __init__(self, spec: StageSpec) -> None:
+        if spec.threads is not None:
+            torch.set_num_threads(spec.threads)
+        self.spec = spec
+        self.blocks = spec.blocks
+        self._device = torch.device(spec.device)
+        self._segment = spec.model.build(spec.units, spec.dtype, self._device)
+        self._objective = open_objective(spec.objective)
+        self._capture = Capture(self._segment.module, spec.blocks)
+        self._open: dict[int, _Open] = {}
+        self._pass: Pass | None = None
+        self._gatherer: Gatherer | None = None
+        self._added = -1
+
+    def discover(self, batch: Batch, hidden: Tensor | None) -> tuple[Tensor, tuple[Block, ...]]:
+        """Run one microbatch forward and see which blocks read the same tensor.
+
+        Gives the hidden states for the next stage, and this stage's blocks with their factors.
+        """
+        record = Record(batch.to(self._device))
+        with torch.no_grad(), self._capture.recording(record):
+            out = self._segment.forward(record.batch, _own(self._entering(hidden, False)))
+            if self._segment.last:
+                self._head(record, out[:, :1] if out.ndim > 2 else out, 0)
+        return out, self._capture.discover(record)
+
+    def assign(self, blocks: tuple[Block, ...]) -> None:
+        """Take the factors' names as all stages agreed on them."""
+        self.blocks = blocks
+        self._capture.blocks = {block.name: block for block in blocks}
+
+    def begin(self, work: Pass, commits: tuple[Store, Sequence[str]] | None = None) -> None:
+        """Start a pass, or go on with it from the files of a commit.
+
+        Args:
+            work: the pass.
+            commits: where its last commit lies, and the names of the files (all stages').
+        """
+        self._open.clear()
+        self._pass = work
+        self._gatherer = work.open(self.blocks, self.spec.dtype, self._device)
+        self._added = -1
+        if commits is not None:
+            store, names = commits
+            owners = {key.rpartition("/")[0] for key in self._gatherer.state()}
+            state: dict[str, Tensor] = {}
+            for name in names:
+                file = open_tensors(store, name)
+                for key in file.names:
+                    if key.rpartition("/")[0] in owners:
+                        state[key] = file.read(key)
+            self._gatherer.load(state)
+
+    def forward(self, batch: Batch, hidden: Tensor | None) -> Tensor:
+        """Hidden states after this stage's last layer; the graph stays for ``backward``."""
+        assert self._pass is not None
+        differentiates = self._pass.target != "nothing"
+        batch = batch.to(self._device)
+        entered = self._entering(hidden, differentiates)
+        record = Record(batch)
+        with torch.set_grad_enabled(differentiates), self._capture.recording(record):
+            left = self._segment.forward(batch, _own(entered))
+        if differentiates:
+            self._open[batch.index] = _Open(record, entered, left)
+        return left.detach()
+
+    def turn(self, batch: Batch, hidden: Tensor | None) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """The last stage's forward, loss and backward.
+
+        Gives the gradient for the stage before, ``[draws, ...]`` (``None`` for nobody), and what
+        the driver shall collect: ``loss``, ``drawn`` and the gatherer's own.
+        """
+        assert self._pass is not None
+        left = self.forward(batch, hidden)
+        opened = self._open.get(batch.index)
+        batch = batch.to(self._device)
+        record = Record(batch) if opened is None else opened.record
+
+        def begin_draw(draw: int) -> None:
+            record.draw = draw
+
+        with torch.set_grad_enabled(opened is not None), self._capture.recording(record):
+            found = evaluate(
+                self._objective,
+                lambda part, start: self._head(record, part, start),
+                left,
+                batch,
+                self._pass.target,
+                self._pass.draws,
+                self.spec.seed,
+                self._slice_positions(batch, left),
+                begin_draw,
+            )
+        results: dict[str, Tensor] = {}
+        if found.loss is not None:
+            results["loss"] = found.loss.cpu()
+        if found.drawn is not None:
+            results["drawn"] = found.drawn.cpu()
+        if opened is None:
+            return None, results
+        gradient, gathered = self.backward(batch.index, torch.stack(found.gradients))
+        return gradient, results | gathered
+
+    def backward(self, index: int, gradients: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """Take a microbatch's gradients through this stage and gather what was captured.
+
+        Args:
+            index: of the microbatch.
+            gradients: with respect to what ``forward`` gave, ``[draws, ...]``.
+        """
+        assert self._gatherer is not None
+        # Additions happen in one order, or float sums would depend on chance.
+        assert index > self._added, f"microbatch {index} comes after {self._added}"
+        opened = self._open.pop(index)
+        record, draws, back = opened.record, [], []
+        sources = ([] if opened.entered is None else [opened.entered]) + record.leaves
+        for draw in range(len(gradients)):
+            record.draw = draw
+            found: Sequence[Tensor | None] = [None] * len(sources)
+            if opened.left.requires_grad:
+                found = torch.autograd.grad(
+                    opened.left,
+                    sources,
+                    gradients[draw].to(self._device, opened.left.dtype),
+                    retain_graph=draw + 1 < len(gradients),
+                    allow_unused=True,
+                )
+            if opened.entered is not None:
+                first = found[0]
+                back.append(torch.zeros_like(opened.entered) if first is None else first)
+            draws.append(self._capture.captured(record, draw))
+        results = self._gatherer.add(draws)
+        self._added = index
+        return (torch.stack(back) if back else None), {k: v.cpu() for k, v in results.items()}
+
+    def commit(self, store: Store, name: str) -> None:
+        """Write everything gathered so far into one file, atomically."""
+        assert self._gatherer is not None and not self._open
+        write_tensors(store, name, self._gatherer.state(), {})
+
+    def finish(self) -> None:
+        """End the pass: write its results, and forget its sums."""
+        assert self._pass is not None and self._gatherer is not None and not self._open
+        self._pass.close(self._gatherer)
+        self._pass = self._gatherer = None
+
+    def _entering(self, hidden: Tensor | None, differentiates: bool) -> Tensor | None:
+        if hidden is None:
+            return None
+        arrived = hidden.to(self._device)
+        if arrived.is_floating_point():
+            arrived = arrived.to(self.spec.dtype)
+        return arrived.detach().requires_grad_(differentiates)
+
+    def _head(self, record: Record, part: Tensor, start: int) -> Tensor:
+        # Only a per-token objective slices positions; otherwise rows are whole examples.
+        if self._objective.per_token:
+            with record.positions(start, part.shape[1]):
+                return self._segment.head(part)
+        return self._segment.head(part)
+
+    def _slice_positions(self, batch: Batch, hidden: Tensor) -> int:
+        classes = self.spec.model.vocab_size or hidden.shape[-1]
+        return max(1, self.spec.logits_chunk // (batch.size * classes))
+
+
+def _own(entered: Tensor | None) -> Tensor | None:
+    # A layer may change its input in place, which neither a leaf of the graph nor the tensor that
+    # the stage before put out would bear.
+    return None if entered is None else entered.clone()
+
+
+def stage_specs(
+    base: StageSpec, cuts: Sequence[range], blocks: Sequence[Block]
+) -> tuple[StageSpec, ...]:
+    """One spec a run of layers, each with the blocks that lie in it."""
+    return tuple(
+        replace(
+            base,
+            index=i,
+            units=units,
+            blocks=tuple(b for b in blocks if base.model.unit_of(b.name) in units),
+        )
+        for i, units in enumerate(cuts)
+    )
