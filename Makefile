@@ -32,7 +32,7 @@ demo: $(VENV)/installed
 		--queries $(OUT)/queries.parquet
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
 
 check: $(VENV)/checkers
 	$(BIN)/ruff check .
