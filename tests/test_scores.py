@@ -138,9 +138,15 @@ def test_scores_are_exact_in_a_cut_basis(fits, case: Case) -> None:
 
 @pytest.mark.parametrize("through_gradients", [True, False])
 @pytest.mark.parametrize("per_token", [True, False])
+@pytest.mark.parametrize("numbers_at_once", [2**23, 1])
 def test_low_rank_scores_are_those_of_the_truncated_ihvp(
-    fits, through_gradients: bool, per_token: bool, monkeypatch: pytest.MonkeyPatch
+    fits,
+    through_gradients: bool,
+    per_token: bool,
+    numbers_at_once: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("raycurv.mathematics.scores._CHUNK", numbers_at_once)
     monkeypatch.setattr(
         "raycurv.mathematics.scores.score_through_gradients", lambda *_: through_gradients
     )

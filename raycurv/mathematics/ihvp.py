@@ -13,7 +13,7 @@ Axis letters: Q queries, R rank, and those of :mod:`raycurv.mathematics.capture`
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +44,12 @@ class BlockProducts:
             return self.full
         assert self.left is not None and self.right is not None
         return torch.bmm(self.left.transpose(1, 2), self.right)
+
+    def some(self, count: int) -> Iterator[Tensor]:
+        """All products whole, ``[q, O, I]``, at most ``count`` at a time."""
+        held = self.tensors()
+        for start in range(0, len(next(iter(held.values()))), count):
+            yield BlockProducts(**{k: t[start : start + count] for k, t in held.items()}).dense()
 
     def to(self, device: torch.device) -> BlockProducts:
         """The same on ``device``."""

@@ -32,7 +32,7 @@ def score_through_gradients(
 ) -> bool:
     """Whether forming per-example gradients takes fewer FLOPs than projecting rows on the products.
 
-    Making the products whole costs ``Q R O I`` once a microbatch and is counted in.
+    Making the products whole costs ``Q R O I`` for so many examples at once, and is counted in.
     """
     projected = tokens * queries * rank * (d_out + d_in)
     formed = d_out * d_in * (tokens + queries + queries * rank / examples)
@@ -106,20 +106,19 @@ class PairwiseScores:
 
 def _scores(products: BlockProducts, a: Tensor, g: Tensor) -> Tensor:
     """``[N, Q]`` of one block."""
-    d_out, d_in = g.shape[-1], a.shape[-1]
-    if products.full is None and a.ndim == 3:
-        assert products.left is not None and products.right is not None
-        queries, rank = products.left.shape[:2]
-        if not score_through_gradients(a.shape[1], d_out, d_in, queries, rank, len(a)):
-            return _projected(products.left, products.right, a, g).sum(dim=1)
-    whole = products.dense().flatten(1)
+    d_out, d_in, examples = g.shape[-1], a.shape[-1], len(a)
     step = max(1, _CHUNK // (d_out * d_in))
-    return torch.cat(
-        [
-            example_gradients(a[i : i + step], g[i : i + step]).flatten(1) @ whole.T
-            for i in range(0, len(a), step)
-        ]
-    )
+    if products.left is not None and products.right is not None and a.ndim == 3:
+        queries, rank = products.left.shape[:2]
+        at_once = min(step, examples)
+        if not score_through_gradients(a.shape[1], d_out, d_in, queries, rank, at_once):
+            return _projected(products.left, products.right, a, g).sum(dim=1)
+    parts = []
+    for i in range(0, examples, step):
+        m_NX = example_gradients(a[i : i + step], g[i : i + step]).flatten(1)
+        # Low-rank products are made whole a few at a time: all of them may be larger than memory.
+        parts.append(torch.cat([m_NX @ w.flatten(1).T for w in products.some(step)], dim=1))
+    return torch.cat(parts)
 
 
 def _projected(left_QRO: Tensor, right_QRI: Tensor, a: Tensor, g: Tensor) -> Tensor:
