@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from raycurv.errors import NumericalError
+from raycurv.mathematics.products import rows_times
 
 # Relative to the mean eigenvalue; a few times float64's rounding at d = 10,000.
 _JITTER = 1e-10
@@ -57,9 +58,9 @@ class Eigenbasis:
         # The basis may be stored in bf16; it multiplies in the precision of what it turns.
         bases = (q.to(x.dtype).T if transpose else q.to(x.dtype) for q in self.vectors)
         if len(self.vectors) == 1:
-            return x @ next(iter(bases))
+            return rows_times(x, next(iter(bases)))
         parts = x.split(list(self.tiles), dim=-1)
-        return torch.cat([p @ q for p, q in zip(parts, bases, strict=True)], dim=-1)
+        return torch.cat([rows_times(p, q) for p, q in zip(parts, bases, strict=True)], dim=-1)
 
     def eigenvalues(self) -> Tensor:
         """All tiles' eigenvalues in the order of the basis' columns, float64."""

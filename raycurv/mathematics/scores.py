@@ -22,6 +22,7 @@ from raycurv.mathematics.capture import Captured
 from raycurv.mathematics.curvature import BlockCurvature, Damping, Preconditioner
 from raycurv.mathematics.gradients import Rotations, example_gradients
 from raycurv.mathematics.ihvp import BlockProducts
+from raycurv.mathematics.products import rows_times
 
 # Elements of an intermediate that are formed at once (float32: 32 MiB).
 _CHUNK = 2**23
@@ -117,7 +118,9 @@ def _scores(products: BlockProducts, a: Tensor, g: Tensor) -> Tensor:
     for i in range(0, examples, step):
         m_NX = example_gradients(a[i : i + step], g[i : i + step]).flatten(1)
         # Low-rank products are made whole a few at a time: all of them may be larger than memory.
-        parts.append(torch.cat([m_NX @ w.flatten(1).T for w in products.some(step)], dim=1))
+        parts.append(
+            torch.cat([rows_times(m_NX, w.flatten(1).T) for w in products.some(step)], dim=1)
+        )
     return torch.cat(parts)
 
 
@@ -129,8 +132,8 @@ def _projected(left_QRO: Tensor, right_QRI: Tensor, a: Tensor, g: Tensor) -> Ten
     a_XI, g_XO = a.reshape(rows, -1), g.reshape(rows, -1)
     parts = []
     for i in range(0, queries, step):
-        right = a_XI @ right_QRI[i : i + step].flatten(0, 1).T
-        left = g_XO @ left_QRO[i : i + step].flatten(0, 1).T
+        right = rows_times(a_XI, right_QRI[i : i + step].flatten(0, 1).T)
+        left = rows_times(g_XO, left_QRO[i : i + step].flatten(0, 1).T)
         parts.append((left * right).view(rows, -1, rank).sum(dim=2))
     return torch.cat(parts, dim=1).view(a.shape[0], a.shape[1], queries)
 

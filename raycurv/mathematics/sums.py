@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from raycurv.errors import NumericalError
+from raycurv.mathematics.products import add_outer
 
 # Additions between two folds of the float32 part into the float64 master: rounding error grows with
 # their number, the cost of folding (20 bytes an element) falls with it.
@@ -42,7 +43,7 @@ class RunningSum:
     def add_outer(self, left: Tensor, right: Tensor) -> None:
         """Add ``leftᵀ right`` for rows ``left [R, X]`` and ``right [R, Y]``."""
         dtype = self.part.dtype
-        self.part.addmm_(left.to(dtype).T, right.to(dtype))
+        add_outer(self.part, left.to(dtype), right.to(dtype))
         self._count()
 
     def add(self, value: Tensor) -> None:

@@ -1,0 +1,53 @@
+"""Matrix products of captured rows, by the fastest kernel at hand.
+
+On CPUs torch multiplies float32 matrices with MKL, which reaches half of oneDNN's rate on AMD
+processors (LOG.md). oneDNN is asked for by the operator that torch's own compiler uses; where that
+is missing, or for another dtype or device, the product is torch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def _one_dnn() -> Callable[[Tensor, Tensor], Tensor] | None:
+    """``(x [R, C], w [O, C]) -> x wᵀ`` by oneDNN, if this torch has it and it is right."""
+    if not torch.backends.mkldnn.is_available():
+        return None
+    x, w = torch.arange(12.0).view(3, 4), torch.arange(8.0).view(2, 4)
+
+    def multiply(x: Tensor, w: Tensor) -> Tensor:
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+        return product
+
+    try:
+        right = torch.equal(multiply(x, w), x @ w.T)
+    except (AttributeError, RuntimeError):
+        # Not an interface that torch promises to keep.
+        return None
+    return multiply if right else None
+
+
+_multiply = _one_dnn()
+
+
+def _suits(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0
+
+
+def rows_times(x: Tensor, w: Tensor) -> Tensor:
+    """``x w`` for rows ``x [..., C]`` and ``w [C, O]``."""
+    if _multiply is None or not (_suits(x) and w.dtype == x.dtype):
+        return x @ w
+    return _multiply(x.reshape(-1, x.shape[-1]), w.T).view(*x.shape[:-1], w.shape[1])
+
+
+def add_outer(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total += leftᵀ right`` for rows ``left [R, X]`` and ``right [R, Y]``."""
+    if _multiply is None or not (_suits(left) and right.dtype == total.dtype == left.dtype):
+        total.addmm_(left.T, right)
+    else:
+        total.add_(_multiply(left.T, right.T))

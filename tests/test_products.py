@@ -1,0 +1,61 @@
+"""Products of rows: whichever kernel multiplies, the numbers are those of float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from raycurv.mathematics import products
+
+# max |difference| / max |reference|: float32 rounding over 300 terms; float64's; bf16 inputs.
+TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 2e-2}
+SHAPES = [(300, 17, 9), (1, 5, 7), (0, 4, 3), (64, 128, 1)]
+
+
+def worst(got: torch.Tensor, want: torch.Tensor) -> float:
+    if not want.numel() or not want.any():
+        return float((got.double() - want).abs().max()) if want.numel() else 0.0
+    return float((got.double() - want).abs().max() / want.abs().max())
+
+
+@pytest.fixture(params=["fast", "torch"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "torch":
+        monkeypatch.setattr(products, "_multiply", None)
+    return str(request.param)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("rows,inputs,outputs", SHAPES)
+def test_rows_times_a_matrix(kernel, dtype, rows: int, inputs: int, outputs: int) -> None:
+    x = torch.randn(2, rows, inputs).to(dtype)
+    w = torch.randn(outputs, inputs).to(dtype).T  # not contiguous, as an eigenbasis turned back is
+    got = products.rows_times(x, w)
+    assert got.shape == (2, rows, outputs) and got.dtype == dtype
+    assert worst(got, x.double() @ w.double()) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("rows,inputs,outputs", SHAPES)
+def test_sums_of_outer_products(kernel, dtype, rows: int, inputs: int, outputs: int) -> None:
+    left, right = torch.randn(rows, outputs).to(dtype), torch.randn(rows, 2 * inputs).to(dtype)
+    right = right[:, ::2]  # not contiguous, as a tile of a wide axis is
+    total = torch.ones(outputs, inputs, dtype=dtype)
+    products.add_outer(total, left, right)
+    assert worst(total, 1 + left.double().T @ right.double()) <= TOLERANCE[dtype]
+
+
+def test_a_kernel_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong:
+        def _linear_pointwise(self, x, w, *rest):  # type: ignore[no-untyped-def]
+            return x @ w.T + 1
+
+    monkeypatch.setattr(torch.ops, "mkldnn", Wrong())
+    assert products._one_dnn() is None
+
+
+def test_a_torch_without_the_kernel_multiplies_as_torch_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
+    assert products._one_dnn() is None
