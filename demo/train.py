@@ -30,7 +30,7 @@ class Settings:
 
     out: Path
     """Directory with the passages; the model goes to its subdirectory `model`."""
-    seconds: float = 150.0
+    seconds: float = 130.0
     """Time to train for."""
     layers: int = 4
     """Decoder blocks."""
