@@ -383,7 +383,7 @@ def processor() -> str:
 def source_state() -> str:
     """Commit of raycurv, whether files differ from it, and a digest of its modules as they lie."""
     digest = hashlib.blake2b(digest_size=6)
-    for path in sorted(Path(raycurv.__file__).parent.glob("*.py")):
+    for path in sorted(Path(raycurv.__file__).parent.rglob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     said = subprocess.run(
         ["git", "-C", HERE, "describe", "--always", "--dirty=, with uncommitted changes"],
