@@ -24,6 +24,7 @@ $(VENV)/checkers: $(VENV)/installed
 demo: $(VENV)/installed
 	$(BIN)/python demo/passages.py --out $(OUT)
 	$(BIN)/python demo/train.py --out $(OUT)
+	rm -rf $(OUT)/run $(OUT)/influence
 	$(BIN)/python jobs/fit.py --model $(OUT)/model --data $(OUT)/train.parquet \
 		--out $(OUT)/run --stages $(STAGES)
 	$(BIN)/python jobs/influence.py --run $(OUT)/run --queries $(OUT)/queries.parquet \

@@ -11,10 +11,11 @@ from dense import worst
 from networks import MIXER, Mixer
 from torch import Tensor, nn
 
+import raycurv
 from raycurv.batch import Batch
 from raycurv.errors import NumericalError, RaycurvError, UserError
 from raycurv.mathematics.blocks import Block, choose_blocks, describe_block
-from raycurv.mathematics.capture import Capture, Captured, Record
+from raycurv.mathematics.capture import Capture, Captured, Record, check_finite
 from raycurv.mathematics.factors import FactorSums
 
 DOUBLE = torch.float64
@@ -181,17 +182,41 @@ def test_a_module_of_two_outputs_is_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, 3e38])
-def test_an_input_that_is_not_finite_names_the_example_and_adds_nothing(bad: float) -> None:
+def test_an_input_that_is_not_finite_names_the_example(bad: float) -> None:
     x = torch.ones(4, 3)
     x[2] = bad
-    block = Block("layer", "linear", 3, 1, False, input_factor="layer.input")
-    sums = FactorSums((block,), torch.float32, torch.device("cpu"))
     found = Captured(
         batch_of(x), {"layer.input": x[:, None]}, {"layer": torch.ones(4, 1, 1)}, {"layer.input": 4}
     )
     with pytest.raises(NumericalError, match=r"layer\.input.*'row 2'"):
-        sums.add([found])
-    assert all(not factor.tiles[0].any() and factor.count == 0 for factor in sums.results())
+        check_finite(found)
+
+
+class Root(torch.nn.Module):
+    """Finite everywhere, with an infinite derivative at 0."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.clamp_min(0).sqrt()
+
+
+def test_a_gradient_that_is_not_finite_ends_any_pass_with_the_examples_name(tmp_path) -> None:
+    def network() -> torch.nn.Module:
+        layer = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.ones_(layer.weight)
+        return torch.nn.Sequential(layer, Root())
+
+    rows = [{"id": name, "inputs": [x], "labels": [2.0]} for name, x in (("a", 1.0), ("b", 0.0))]
+    for method in ("diagonal", "ekfac"):
+        with pytest.raises(NumericalError, match="example 'b'"):
+            raycurv.fit(
+                network, rows, tmp_path / method, objective="regression", method=method,
+                fisher="empirical", address="none", quiet=True,
+            )  # fmt: skip
+    run = raycurv.fit(
+        network, rows[:1], tmp_path / "one", objective="regression", address="none", quiet=True
+    )
+    with pytest.raises(NumericalError, match="example 'b'"):
+        run.influence(rows[:1], rows, tmp_path / "scores", address="none", quiet=True)
 
 
 def test_factor_sums_go_on_from_a_commit_bitwise() -> None:
@@ -240,3 +265,17 @@ def test_unit_rows_make_unit_factors() -> None:
     found = {factor.name: factor.mean()[0] for factor in sums.results()}
     assert worst(found["layer.input"], torch.tensor([[0.5, 0], [0, 2.0]], dtype=DOUBLE)) == 0
     assert worst(found["layer.output"], torch.tensor([[5.0]], dtype=DOUBLE)) == 0
+
+
+def test_frozen_weights_of_another_kind_are_refused_all_the_same() -> None:
+    attention = torch.nn.MultiheadAttention(4, 2).requires_grad_(False)
+    with pytest.raises(UserError, match=r"in_proj_weight.*!0"):
+        choose_blocks(torch.nn.Sequential(attention), ())
+
+
+def test_a_block_whose_weight_another_module_holds_is_refused() -> None:
+    network = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3), torch.nn.Tanh())
+    assert len(choose_blocks(network, ())) == 2
+    network[1].weight = network[0].weight
+    with pytest.raises(UserError, match="shares with 1.*!0"):
+        choose_blocks(network, ())

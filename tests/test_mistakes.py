@@ -603,7 +603,7 @@ def test_a_block_without_any_gradient_is_an_outcome_and_not_nan(tmp_path: Path) 
         ({"dtype": "float16"}, "--dtype"),
         ({"address": "nowhere"}, "--address"),
         ({"max_examples": 0}, "--max-examples"),
-        ({"objective": object()}, "loss, measurement, sample"),
+        ({"objective": object()}, "the methods loss and sample"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -150,6 +150,7 @@ def _there(array: np.ndarray | None) -> np.ndarray:
 
 
 def _numbers(values: np.ndarray, dtype: torch.dtype) -> Tensor:
-    """Whole numbers as int64, others in ``dtype``."""
-    whole = np.issubdtype(values.dtype, np.integer)
-    return torch.from_numpy(values).to(torch.int64 if whole else dtype)
+    """Whole numbers as int64, others in ``dtype``, but never coarser than float32."""
+    if np.issubdtype(values.dtype, np.integer):
+        return torch.from_numpy(values).to(torch.int64)
+    return torch.from_numpy(values).to(torch.promote_types(dtype, torch.float32))

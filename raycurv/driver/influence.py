@@ -10,7 +10,6 @@ finished query pass are files, so a restart does not make them again.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,7 @@ from raycurv.driver.corpus import Corpus, open_corpus
 from raycurv.driver.progress import Reporter
 from raycurv.driver.rows import ExampleRows, ScoreRows, merge_top
 from raycurv.driver.settings import DTYPES, IN_MEMORY, InfluenceSettings, identity, parse_bytes
-from raycurv.driver.sweep import Feed, last_commit, run_pass
+from raycurv.driver.sweep import Feed, last_commit, plan_mark, run_pass
 from raycurv.driver.workers import Workers
 from raycurv.errors import DamagedFile, UserError
 from raycurv.files.artifacts import ihvp_file, read_blocks, read_products, write_products
@@ -137,10 +136,8 @@ def influence(
         job.run()
     finally:
         workers.close()
-    manifest.seconds = {
-        name: manifest.seconds.get(name, 0.0) + seconds
-        for name, seconds in reporter.seconds.items()
-    }
+    for name, seconds in reporter.seconds.items():
+        manifest.seconds[name] = manifest.seconds.get(name, 0.0) + seconds
     manifest.write(store)
     reporter.summary(job.said(), {"results": store.root})
     return store
@@ -296,6 +293,8 @@ class _Influence:
             files = [] if self.train is None else self._score(number, group, len(groups))
             self._finished[_span(group)] = self._sizes(files)
             self.manifest.write(self.store)
+            if not self.settings.ihvp:
+                self.store.delete_directory(f"work/pass-{_span(group)}")
         if self.settings.ihvp:
             self._collect_products(groups)
         self.store.delete_directory("work")
@@ -434,9 +433,9 @@ class _Influence:
         if self.train is None:
             return
         known = {name for files in self._finished.values() for name in files}
-        plan = self.train.plan(self.settings.batch_tokens)
+        mark = plan_mark(self.train.plan(self.settings.batch_tokens))
         for group in groups:
-            commit = last_commit(self.store, f"work/{self._work(group)}", plan)
+            commit = last_commit(self.store, f"work/{self._work(group)}", mark)
             known |= set() if commit is None else set(commit["rows"])
         for directory in ("scores", "self", "work/top"):
             for name in self.store.names(directory, ".parquet"):
@@ -459,7 +458,12 @@ class _Influence:
 
     def _notes(self) -> dict[str, str]:
         said = identity(self.settings) | {"fit": self.source.store.root}
-        return footer(said, blocks=[block.name for block in self.blocks])
+        return footer(said, blocks=self._block_order())
+
+    def _block_order(self) -> list[str]:
+        """The blocks as stages give their scores: stage by stage."""
+        stages = [[b for b in self.blocks if self.network.unit_of(b.name) in c] for c in self.cuts]
+        return [block.name for blocks in stages for block in blocks]
 
 
 def _span(group: range) -> str:
@@ -475,9 +479,3 @@ def join_products(places: Sequence[Store], out: Store, block: str) -> None:
         for key in parts[0][0].tensors()
     }
     write_products(out, block, BlockProducts(**joined), [q for _, ids in parts for q in ids])
-
-
-def block_order(notes: dict[bytes, bytes]) -> list[str]:
-    """Names of the blocks in ``block_scores``, from a table's footer."""
-    names: list[str] = json.loads(notes[b"raycurv.blocks"])
-    return names

@@ -87,8 +87,8 @@ def run_pass(
     Returns:
         The names of all files that the sink wrote, in order.
     """
-    place = f"work/{work.name}"
-    before = last_commit(store, place, feed.plan)
+    place, mark = f"work/{work.name}", plan_mark(feed.plan)
+    before = last_commit(store, place, mark)
     done = before["done"] if before else 0
     rows: list[str] = before["rows"] if before else []
     finished = before is not None and before["finished"]
@@ -120,14 +120,14 @@ def run_pass(
                 sums = [f"{place}/{done:07d}/stage-{s}.safetensors" for s in range(pool.stages)]
                 for handle in [pool.call(s, "commit", store, name) for s, name in enumerate(sums)]:
                     pool.get(handle)
-                _write_commit(store, place, feed.plan, done, rows, sums, finished=False)
+                _write_commit(store, place, mark, done, rows, sums, finished=False)
                 for name in stale:
                     store.delete(name)
         if not finished:
             # Results first, then the word that they are there.
             for handle in [pool.call(s, "finish") for s in range(pool.stages)]:
                 pool.get(handle)
-            _write_commit(store, place, feed.plan, done, rows, [], finished=True)
+            _write_commit(store, place, mark, done, rows, [], finished=True)
             for name in sums:
                 store.delete(name)
     return rows
@@ -178,10 +178,10 @@ def _collect(pool: Pool, m: int, results: dict[int, list[Any]]) -> tuple[int, li
     return m, [pool.get(handle) for handle in reversed(results.pop(m))]
 
 
-def last_commit(store: Store, place: str, plan: Sequence[tuple[int, ...]]) -> dict[str, Any] | None:
-    """What a pass's last commit says, if it is of this plan and its files are there."""
+def last_commit(store: Store, place: str, mark: str) -> dict[str, Any] | None:
+    """What a pass's last commit says, if it is of the plan so marked and its files are there."""
     said = store.read_json(f"{place}/commit.json")
-    if said is None or said["microbatches"] != len(plan) or said["plan"] != _plan_mark(plan):
+    if said is None or said["plan"] != mark:
         return None
     if not all(store.exists(name) for name in (*said["rows"], *said["sums"])):
         return None
@@ -192,7 +192,7 @@ def last_commit(store: Store, place: str, plan: Sequence[tuple[int, ...]]) -> di
 def _write_commit(
     store: Store,
     place: str,
-    plan: Sequence[tuple[int, ...]],
+    mark: str,
     done: int,
     rows: list[str],
     sums: list[str],
@@ -202,8 +202,7 @@ def _write_commit(
         f"{place}/commit.json",
         {
             "done": done,
-            "microbatches": len(plan),
-            "plan": _plan_mark(plan),
+            "plan": mark,
             "rows": rows,
             "sums": sums,
             "finished": finished,
@@ -211,7 +210,7 @@ def _write_commit(
     )
 
 
-def _plan_mark(plan: Sequence[tuple[int, ...]]) -> str:
+def plan_mark(plan: Sequence[tuple[int, ...]]) -> str:
     """Tells plans apart: another --batch-tokens makes other microbatches."""
     return hashlib.blake2b(json.dumps(plan).encode(), digest_size=16).hexdigest()
 

@@ -115,7 +115,7 @@ class Workers:
     def _threads(self) -> int | None:
         if self._settings.address == "none":
             return None
-        from raycurv.stages.actors import cluster_cores
+        from raycurv.stages.actors import cluster_cores, smallest_node_cores
 
         # All actors together never have more threads than there are cores.
-        return max(1, cluster_cores() // len(self._cuts))
+        return max(1, min(cluster_cores() // len(self._cuts), smallest_node_cores()))

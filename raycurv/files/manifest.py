@@ -131,6 +131,8 @@ def continue_or_refuse(store: Store, wanted: Manifest) -> Manifest:
             "; ".join(differences),
             "Give another --out, or the settings of the run that is there.",
         )
+    # The same model and data may lie elsewhere by now.
+    there.facts |= wanted.facts
     return there
 
 

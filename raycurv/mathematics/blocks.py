@@ -133,6 +133,7 @@ def choose_blocks(
                     "an output embedding that is tied to the input embedding",
                     f"Leave it out: --blocks '!{name}'.",
                 )
+            _refuse_shared_weight(name, module, modules)
             chosen.append(describe_block(name, module))
         elif include or not default_scope:
             _refuse_other_weights(name, module)
@@ -146,11 +147,23 @@ def choose_blocks(
     return tuple(chosen)
 
 
+def _refuse_shared_weight(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> None:
+    # On the meta device, too, modules that share a weight hold one Parameter.
+    for other, holder in modules.items():
+        if other != name and any(p is module.weight for p in holder.parameters(recurse=False)):
+            raise UserError(
+                f"block {name}",
+                "a weight of its own",
+                f"one that it shares with {other}",
+                f"Leave it out: --blocks '!{name}'.",
+            )
+
+
 def _refuse_other_weights(name: str, module: nn.Module) -> None:
     # Vectors (norms' scales, biases) have no Kronecker factors and no influence on those that have;
     # a matrix that is silently left out would change what the scores mean.
     for key, parameter in module.named_parameters(recurse=False):
-        if parameter.requires_grad and parameter.ndim >= 2:
+        if parameter.ndim >= 2:
             raise UserError(
                 f"{name}.{key} ({type(module).__name__})",
                 "a linear layer, an HF Conv1D or a Conv2d",

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from raycurv.batch import Batch
-from raycurv.errors import RaycurvError, UserError
+from raycurv.errors import NumericalError, RaycurvError, UserError
 from raycurv.mathematics.blocks import Block, input_rows, output_rows, rows_are_positions
 
 
@@ -211,6 +211,27 @@ class Capture:
                 g = g * mask[..., None].to(g.dtype)
             parts.append(g)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def check_finite(captured: Captured) -> None:
+    """Refuse inputs and gradients that are not finite.
+
+    Raises:
+        NumericalError: names the factor and the example.
+    """
+    tensors: list[tuple[str, Tensor]] = list(captured.inputs.items())
+    tensors += [(f"{name}.output", g) for name, g in captured.gradients.items() if g is not None]
+    for name, tensor in tensors:
+        # One number tells: a sum of finite numbers that overflows has squares that do so, too.
+        if not torch.isfinite(tensor.sum()):
+            finite = torch.isfinite(tensor.square()).flatten(1).all(dim=1)
+            example = captured.batch.ids[int((~finite).nonzero()[0])]
+            raise NumericalError(
+                f"factor {name}, example {example!r}",
+                "finite inputs and gradients",
+                "NaN or infinity",
+                "Leave the example out, or run the model in a wider --dtype.",
+            )
 
 
 def _row_mask(block: Block, batch: Batch, call: _Call, rows: int) -> Tensor | None:

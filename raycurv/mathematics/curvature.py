@@ -193,6 +193,8 @@ class Preconditioner:
             bases[curvature.block.output_factor] = curvature.output_basis
             f = curvature.inverse(damping)
             inverse[name] = (
-                None if curvature.lam_OI is None else f(curvature.lam_OI.to(device, dtype))
+                None
+                if curvature.lam_OI is None
+                else f(curvature.lam_OI.to(device).double()).to(dtype)
             )
         return cls(tuple(c.block for c in curvatures.values()), bases, inverse)

@@ -135,13 +135,18 @@ def decompose(
 
 
 def _eigh(where: str, symmetric: Tensor, device: torch.device) -> tuple[Tensor, Tensor, str]:
-    jitter = _JITTER * symmetric.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    jittered = symmetric + jitter * torch.eye(len(symmetric), dtype=symmetric.dtype)
-    attempts = [("ok", symmetric, device), ("jittered", jittered, device)]
+    def jittered() -> Tensor:
+        moved = symmetric.clone()
+        mean = moved.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+        moved.diagonal().add_(_JITTER * mean)
+        return moved
+
+    attempts = [("ok", device), ("jittered", device)]
     if device.type != "cpu":
-        attempts.append(("cpu", symmetric, torch.device("cpu")))
+        attempts.append(("cpu", torch.device("cpu")))
     causes = []
-    for outcome, matrix, where_to in attempts:
+    for outcome, where_to in attempts:
+        matrix = jittered() if outcome == "jittered" else symmetric
         try:
             w, q = torch.linalg.eigh(matrix.to(where_to))
         except RuntimeError as error:

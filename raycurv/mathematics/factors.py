@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raycurv.errors import NumericalError
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Captured
 from raycurv.mathematics.sums import RunningSum, load_nested, nested_state
@@ -85,8 +84,6 @@ class FactorSums:
     def add(self, draws: Sequence[Captured]) -> dict[str, Tensor]:
         """Add a microbatch's whole contribution, or raise and add nothing."""
         for captured in draws:
-            _check_finite(captured)
-        for captured in draws:
             for block in self._blocks:
                 g = captured.gradients[block.name]
                 name = block.output_factor
@@ -140,19 +137,3 @@ class FactorSums:
         load_nested(self._sums, state)
         for name in self.tiles:
             self._count[name], self._rows[name] = (int(x) for x in state[f"{name}/count"])
-
-
-def _check_finite(captured: Captured) -> None:
-    tensors: list[tuple[str, Tensor]] = list(captured.inputs.items())
-    tensors += [(f"{name}.output", g) for name, g in captured.gradients.items() if g is not None]
-    for name, tensor in tensors:
-        # One number tells: a sum of finite numbers that overflows has squares that do so, too.
-        if not torch.isfinite(tensor.sum()):
-            finite = torch.isfinite(tensor.square()).flatten(1).all(dim=1)
-            example = captured.batch.ids[int((~finite).nonzero()[0])]
-            raise NumericalError(
-                f"factor {name}, example {example!r}",
-                "finite inputs and gradients",
-                "NaN or infinity",
-                "Leave the example out, or run the model in a wider --dtype.",
-            )

@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -34,15 +34,15 @@ class Objective(Protocol):
     ``batch.loss_mask[n, t]`` as whether that target counts; padding never counts.
     """
 
-    per_token: bool
+    per_token: bool = False
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """The loss of each example, summed over its tokens, ``[N]``."""
         ...
 
     def measurement(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """The function of a query whose change is asked for, ``[N]``; usually the loss."""
-        ...
+        """The function of a query whose change is asked for, ``[N]``; by default the loss."""
+        return self.loss(outputs, batch)
 
     def sample(self, outputs: Tensor, batch: Batch, uniform: Uniform) -> Tensor:
         """Labels drawn from the model's predictive distribution, shaped as ``batch.labels``.
@@ -121,6 +121,7 @@ class Regression:
                 f"{tuple(y.shape)}",
                 "Make labels and outputs of one size.",
             )
+        f = f if f.dtype == torch.float64 else f.float()
         return 0.5 * (y.to(f.dtype) - f).square().sum(dim=1)
 
     def measurement(self, outputs: Tensor, batch: Batch) -> Tensor:
@@ -187,15 +188,25 @@ def open_objective(name: str | Objective) -> Objective:
 
 
 def _checked(name: str, objective: object) -> Objective:
-    missing = [
-        m for m in ("loss", "measurement", "sample", "per_token") if not hasattr(objective, m)
-    ]
+    missing = [method for method in ("loss", "sample") if not hasattr(objective, method)]
     if missing:
         raise UserError(
             f"--objective {name}",
-            "loss, measurement, sample and per_token",
-            f"no {', '.join(missing)}",
-            "See raycurv.mathematics.objective.Objective for the three methods.",
+            "an object with the methods loss and sample",
+            f"no {' and no '.join(missing)}",
+            "See raycurv.Objective for what each takes and gives.",
         )
+    if not (hasattr(objective, "measurement") and hasattr(objective, "per_token")):
+        return _Completed(objective)
     assert isinstance(objective, Objective)
     return objective
+
+
+class _Completed:
+    """An objective of the user's, with the defaults for what it leaves out."""
+
+    def __init__(self, own: Any) -> None:
+        self.per_token: bool = getattr(own, "per_token", False)
+        self.loss = own.loss
+        self.sample = own.sample
+        self.measurement = getattr(own, "measurement", own.loss)

@@ -16,10 +16,14 @@ from raycurv.stages.stage import Stage, StageSpec
 from raycurv.stages.transport import pack, unpack
 
 _CONNECT_SECONDS = 5.0
+_PLACE_SECONDS = 300.0
 
 
 class StageActor:
     """A stage behind the transport: what comes in is unpacked, what goes out is packed."""
+
+    def ready(self) -> None:
+        """Answers once the actor has a place."""
 
     def build(self, spec: StageSpec) -> int:
         """Build the stage; gives the process id.
@@ -104,16 +108,28 @@ class OnRay:
 
     def start(self, specs: Sequence[StageSpec]) -> None:
         supply = ray.cluster_resources()
-        share = supply.get("GPU", 0.0) / len(specs)
+        gpus = int(supply.get("GPU", 0))
+        # Stages that share a GPU share it evenly, or one of them would find no place.
+        share = 1.0 / -(-len(specs) // gpus) if gpus else 0.0
         # Actors reserve no CPU: they and the eigendecompositions take turns, never both at once.
         remote = ray.remote(
             num_cpus=0,
-            num_gpus=min(1.0, share) if specs[0].device.startswith("cuda") else 0,
+            num_gpus=share if specs[0].device.startswith("cuda") else 0,
             max_restarts=0,
             max_task_retries=0,
             scheduling_strategy="SPREAD",
         )(StageActor)
         self._actors = [remote.remote() for _ in specs]
+        alive = [actor.ready.remote() for actor in self._actors]
+        _, waiting = ray.wait(alive, num_returns=len(alive), timeout=_PLACE_SECONDS)
+        if waiting:
+            demand = f"{len(specs)} stages of {share:g} GPU" if share else f"{len(specs)} stages"
+            raise RaycurvError(
+                f"{len(waiting)} of {len(specs)} stages",
+                f"a place for each within {_PLACE_SECONDS:g} s ({demand})",
+                f"none; free in the cluster: {ray.available_resources()}",
+                "Free resources, add nodes, or ask for fewer --stages; then run the command again.",
+            )
         built = [actor.build.remote(spec) for actor, spec in zip(self._actors, specs, strict=True)]
         for handle in built:
             self.get(handle)
@@ -170,6 +186,12 @@ def _single_threaded(function: Callable[..., Any], *args: Any) -> Any:
 def cluster_cores() -> int:
     """CPU cores of the cluster."""
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def smallest_node_cores() -> int:
+    """CPU cores of the node that has the fewest (of those that have any)."""
+    cores = [int(n["Resources"].get("CPU", 0)) for n in ray.nodes() if n["Alive"]]
+    return min((c for c in cores if c), default=1)
 
 
 def cluster_gpus() -> int:

@@ -17,7 +17,7 @@ from raycurv.batch import Batch
 from raycurv.files.store import Store
 from raycurv.files.tensorfile import open_tensors, write_tensors
 from raycurv.mathematics.blocks import Block
-from raycurv.mathematics.capture import Capture, Captured, Record
+from raycurv.mathematics.capture import Capture, Captured, Record, check_finite
 from raycurv.mathematics.evaluate import Target, evaluate
 from raycurv.mathematics.objective import open_objective
 from raycurv.models.model import Model
@@ -242,6 +242,7 @@ class Stage:
                 first = found[0]
                 back.append(torch.zeros_like(opened.entered) if first is None else first)
             draws.append(self._capture.captured(record, draw))
+            check_finite(draws[-1])
         results = self._gatherer.add(draws)
         self._added = index
         return (torch.stack(back) if back else None), {k: v.cpu() for k, v in results.items()}
