@@ -277,5 +277,5 @@ def test_a_block_whose_weight_another_module_holds_is_refused() -> None:
     network = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3), torch.nn.Tanh())
     assert len(choose_blocks(network, ())) == 2
     network[1].weight = network[0].weight
-    with pytest.raises(UserError, match="shares with 1.*!0"):
+    with pytest.raises(UserError, match=r"shares with 1.*!0"):
         choose_blocks(network, ())
