@@ -83,7 +83,12 @@ class Settings:
     tokens: int = 256
     """Of each text, BOS included."""
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
+        """Refuse what makes no model, or none for the byte tokenizer.
+
+        Raises:
+            UserError: which flag, and what it should be.
+        """
         for name in ("width", "ff", "heads", "kv_heads", "layers", "threads", "shard_gb"):
             if not getattr(self, name) > 0:
                 raise _mistake(name, "a number above 0", getattr(self, name), "Raise it.")
@@ -279,6 +284,7 @@ def write_weights(settings: Settings, store: Store) -> None:
 
 
 def main(settings: Settings) -> None:
+    settings.validate()
     settings.out.mkdir(parents=True, exist_ok=True)
     store = Store(str(settings.out.absolute()))
     if settings.examples:
