@@ -33,5 +33,9 @@ class NumericalError(RaycurvError):
     """A computation whose result cannot be trusted (not finite, or a failed decomposition)."""
 
 
+class NoSpace(RaycurvError):
+    """A disk had no room for a file; what was finished before is whole."""
+
+
 class DamagedFile(RaycurvError):
     """A result file whose content does not match its own checksum or length."""

@@ -1,10 +1,12 @@
 """Fit: curvature of a model on a data set, into a run directory.
 
     examples -> data/              tokenised once
+    forward  -> work/spool/        where not all stages are resident: what enters each group of them
     layout   -> blocks.json        which blocks read the same tensor
-    pass 1   -> factors/ labels/   A and G; the labels that were drawn
-    eigen    -> eigen/             one task a factor, longest first
-    pass 2   -> corrected/         Λ; losses and gradient norms of the examples
+    and back, group by group of stages:
+      pass 1 -> factors/ labels/   A and G; the labels that were drawn
+      eigen  -> eigen/             one task a factor, longest first
+      pass 2 -> corrected/         Λ; losses and gradient norms of the examples
     tables   -> tables/
 
 Every arrow leaves finished files, and a phase computes only those that are missing: so the same
@@ -23,10 +25,11 @@ import torch
 
 from raycurv.data.sources import Source, fingerprint
 from raycurv.driver.corpus import Corpus, DrawnLabels, open_corpus
+from raycurv.driver.pipeline import Feed, Given, NoSink, Sink
 from raycurv.driver.progress import Reporter
 from raycurv.driver.rows import ExampleRows, write_drawn, write_examples
 from raycurv.driver.settings import DTYPES, FitSettings, identity
-from raycurv.driver.sweep import Feed, run_pass
+from raycurv.driver.sweep import Sweep, Task, open_spool
 from raycurv.driver.workers import Workers
 from raycurv.errors import DamagedFile
 from raycurv.files.artifacts import (
@@ -49,10 +52,15 @@ from raycurv.mathematics.eigen import decompose
 from raycurv.mathematics.evaluate import Target
 from raycurv.mathematics.objective import Objective, open_objective
 from raycurv.mathematics.tiles import tile_widths
-from raycurv.models.model import Model, ModelSource, open_model
-from raycurv.stages.passes import CorrectedPass, CovariancePass, LossPass
-from raycurv.stages.placement import cut_stages, eigh_cost, longest_first
+from raycurv.models.model import ModelSource, open_model
+from raycurv.stages.passes import CorrectedPass, CovariancePass, LossPass, ReplayPass
+from raycurv.stages.placement import eigh_cost, longest_first
+from raycurv.stages.pool import Pool
 from raycurv.stages.stage import Pass
+
+# The name of the examples among what is spooled.
+_STREAM = "examples"
+_PASSES = ("losses", "covariance", "corrected")
 
 
 def fit(
@@ -85,7 +93,7 @@ def fit(
     blocks = choose_blocks(
         network.skeleton(), settings.blocks, network.default_scope, network.tied_head
     )
-    cuts = cut_stages(network.unit_costs, settings.stages)
+    workers = Workers(settings, network, named, blocks, DTYPES[settings.dtype], settings.seed)
     source: Source = data if data is not None else settings.data
     manifest = continue_or_refuse(
         store,
@@ -101,10 +109,7 @@ def fit(
             store, "data", source, "--data", network, settings, settings.max_examples, settings.seed
         )
         phase.advance(1)
-    workers = Workers(settings, network, named, cuts, DTYPES[settings.dtype], settings.seed)
-    job = _Fit(
-        settings, store, network, per_token, blocks, cuts, corpus, manifest, workers, reporter
-    )
+    job = _Fit(settings, store, per_token, blocks, corpus, manifest, workers, reporter)
     try:
         job.run()
     finally:
@@ -136,10 +141,8 @@ class _Fit:
 
     settings: FitSettings
     store: Store
-    network: Model
     per_token: bool
     blocks: tuple[Block, ...]
-    cuts: Sequence[range]
     corpus: Corpus
     manifest: Manifest
     workers: Workers
@@ -155,10 +158,11 @@ class _Fit:
         return DTYPES[self.settings.store_dtype]
 
     def run(self) -> None:
-        settings = self.settings
+        settings, stages, groups = self.settings, len(self.workers.cuts), len(self.workers.groups)
+        resident = "" if groups == 1 else f", {len(self.workers.groups[0])} resident at a time"
         self.reporter.say(
-            f"{settings.method} of {len(self.blocks)} blocks in {len(self.cuts)} "
-            f"stage{'s' if len(self.cuts) > 1 else ''}; {len(self.corpus):,} examples, "
+            f"{settings.method} of {len(self.blocks)} blocks in {stages} "
+            f"stage{'s' if stages > 1 else ''}{resident}; {len(self.corpus):,} examples, "
             f"{self.corpus.tokens:,} tokens, "
             f"{self.corpus.padding(settings.batch_tokens):.1%} padding"
         )
@@ -171,20 +175,64 @@ class _Fit:
             "tokenizer": self.corpus.tokenizer,
             "examples_without_loss": without,
         }
-        self._layout()
-        if self.method in ("ekfac", "kfac"):
-            self._covariance()
-            self._eigen()
-        if self.method in ("ekfac", "diagonal"):
-            self._corrected()
-        elif not self._examples_there():
-            self._examples_by(LossPass(), "losses")
+        self._know_blocks()
+        feed = self._feed(None)
+        sweep = Sweep(
+            self.workers,
+            self.store,
+            open_spool(self.store, settings.spool_dir, self.manifest, self.workers, [feed]),
+            {_STREAM: feed},
+            self.reporter,
+            settings.commit_seconds,
+        )
+        if not self._laid_out:
+            self._lay_out(sweep)
+        before: set[int] = set()
+        # A file that goes while others are made is found in the next round.
+        while unfinished := self._unfinished(sweep):
+            assert unfinished != before, f"groups {sorted(unfinished)} do not come to an end"
+            before = unfinished if sweep.level == sweep.last else set()
+            self._sweep(sweep, min(unfinished))
+        sweep.end()
         if not self._tables_there():
             self._tables()
         self.store.delete_directory("work")
         if self.method in ("ekfac", "kfac") and not settings.keep_sums:
             self.store.delete_directory("factors")
         self._done("tables")
+
+    def _sweep(self, sweep: Sweep, lowest: int) -> None:
+        """Through all groups of stages, and back to the lowest that lacks something."""
+        sweep.forward()
+        for group in range(sweep.level, lowest - 1, -1):
+            if self.method == "identity":
+                self._losses(sweep, group)
+            if self.method in ("ekfac", "kfac"):
+                self._covariance(sweep, group, lowest)
+                self._eigen(group)
+            if self.method in ("ekfac", "diagonal"):
+                self._corrected(sweep, group, lowest)
+            if group > lowest:
+                replay = ReplayPass(self._target, self.settings.draws)
+                sweep.replay(group, self._task(replay, replay, False, NoSink()))
+            sweep.descend(group)
+            for name in _PASSES:
+                self.store.delete_directory(sweep.place(name, group))
+        sweep.end()
+
+    def _unfinished(self, sweep: Sweep) -> set[int]:
+        """Groups of stages that lack a result, or have a part in one that is lacking."""
+        groups = range(sweep.last + 1)
+        found: set[int] = set()
+        if self.method in ("ekfac", "kfac"):
+            found |= {g for g in groups if any(self._undecomposed(g))}
+            found |= set() if self._labels_there() else {sweep.last}
+        if self.method in ("ekfac", "diagonal"):
+            found |= {g for g in groups if self._unfitted(g)}
+        if not self._examples_there():
+            # Losses come from the model's end alone, gradient norms from all of it.
+            found |= set(groups) if self.method in ("ekfac", "diagonal") else {sweep.last}
+        return found
 
     def _done(self, phase: str) -> None:
         if phase not in self.manifest.complete:
@@ -199,40 +247,70 @@ class _Fit:
 
     # Which blocks read the same tensor
 
-    def _layout(self) -> None:
-        said = self.store.read_json("blocks.json")
-        if said is None:
-            self._mending()
-            with self.reporter.phase("layout", len(self.cuts), "stages") as phase:
-                pool = self.workers.stages(self.blocks)
-                read = self.corpus.reader(DTYPES[self.settings.dtype])
-                batch = pool.put(read(0, self.corpus.plan(self.settings.batch_tokens)[0]))
-                hidden: Any = None
-                found: list[Any] = []
-                for stage in range(pool.stages):
-                    hidden, blocks = pool.call(stage, "discover", batch, hidden, returns=2)
-                    found.append(blocks)
-                    phase.advance(1)
-                self.blocks = tuple(b for handle in found for b in pool.get(handle))
-            self.store.write_json("blocks.json", [dataclasses.asdict(b) for b in self.blocks])
-            self._done("layout")
-        else:
-            there = read_blocks(self.store)
-            if {dataclasses.replace(b, input_factor="") for b in there} != set(self.blocks):
-                raise DamagedFile(
-                    self.store.path("blocks.json"), "the blocks of the model", "others",
-                    "Delete it and run the command again.",
-                )  # fmt: skip
-            self.blocks = there
-        self.workers.assign(self.blocks)
+    @property
+    def _laid_out(self) -> bool:
+        return self.store.exists("blocks.json")
 
-    def _factors(self) -> dict[str, tuple[Block, str]]:
+    def _know_blocks(self) -> None:
+        """Take over what ``blocks.json`` says, if it is there."""
+        if not self._laid_out:
+            return
+        there = read_blocks(self.store)
+        if {dataclasses.replace(b, input_factor="") for b in there} != set(self.blocks):
+            raise DamagedFile(
+                self.store.path("blocks.json"), "the blocks of the model", "others",
+                "Delete it and run the command again.",
+            )  # fmt: skip
+        self._learn(there)
+
+    def _learn(self, blocks: tuple[Block, ...]) -> None:
+        self.blocks = blocks
+        self.workers.assign(blocks)
+
+    def _meet(self, group: int, pool: Pool, given: Given) -> None:
+        """See which blocks of a group read the same tensor, by its first microbatch."""
+        name = f"work/layout/group-{group:04d}.json"
+        if self.store.exists(name):
+            return
+        read = self.corpus.reader(DTYPES[self.settings.dtype])
+        with self.reporter.phase(
+            "layout", pool.stages, "stages", self.workers.named(group)
+        ) as phase:
+            batch = pool.put(read(0, self.corpus.plan(self.settings.batch_tokens)[0]))
+            hidden: Any = None if given.hidden is None else pool.put(given.hidden)
+            found: list[Any] = []
+            for stage in range(pool.stages):
+                hidden, blocks = pool.call(stage, "discover", batch, hidden, returns=2)
+                found.append(blocks)
+                phase.advance(1)
+            mine = [b for handle in found for b in pool.get(handle)]
+        self.store.write_json(name, [dataclasses.asdict(b) for b in mine])
+
+    def _lay_out(self, sweep: Sweep) -> None:
+        """``blocks.json``, from a look at every group on the way forward."""
+        self._mending()
+        if sweep.level < sweep.last:
+            sweep.end()  # the layout went after the sweep had come past it
+        sweep.forward(self._meet)
+        found = [
+            Block(**said)
+            for group in range(len(self.workers.groups))
+            for said in self.store.read_json(f"work/layout/group-{group:04d}.json")
+        ]
+        self.store.write_json("blocks.json", [dataclasses.asdict(b) for b in found])
+        self._learn(tuple(found))
+        self._done("layout")
+
+    def _factors(self, blocks: Sequence[Block]) -> dict[str, tuple[Block, str]]:
         """Factor -> the first block that uses it, and the side."""
         found: dict[str, tuple[Block, str]] = {}
-        for block in self.blocks:
+        for block in blocks:
             found.setdefault(block.input_factor, (block, "input"))
             found[block.output_factor] = (block, "output")
         return found
+
+    def _blocks_of(self, group: int) -> tuple[Block, ...]:
+        return self.workers.blocks_of(self.workers.groups[group])
 
     # First pass
 
@@ -243,11 +321,16 @@ class _Fit:
     def _labels_there(self) -> bool:
         return self._target != "sampled" or DrawnLabels(self.store).complete(len(self.corpus))
 
-    def _covariance(self) -> None:
-        undecomposed = [f for f in self._factors() if not whole(self.store, eigen_file(f))]
+    def _undecomposed(self, group: int) -> list[str]:
+        factors = self._factors(self._blocks_of(group))
+        return [f for f in factors if not whole(self.store, eigen_file(f))]
+
+    def _covariance(self, sweep: Sweep, group: int, lowest: int) -> None:
+        undecomposed = self._undecomposed(group)
         missing = frozenset(f for f in undecomposed if not whole(self.store, factor_file(f)))
-        last = self.method == "kfac" and not self._examples_there()
-        if not missing and self._labels_there() and not last:
+        ending = group == sweep.last
+        losses = ending and self.method == "kfac" and not self._examples_there()
+        if not missing and not losses and (self._labels_there() or not ending):
             return
         double = self.settings.dtype == "float64"
         work = CovariancePass(
@@ -258,19 +341,50 @@ class _Fit:
             self.settings.max_factor_dim,
             torch.float64 if double else torch.float32,
         )
-        names = self._pass(work, "first pass: A and G", missing)
-        self._keep_labels(names)
-        if last:
-            self._write_examples(names)
-        self.store.delete_directory(f"work/{work.name}")
-        self._done("factors")
+        again = ReplayPass(self._target, self.settings.draws)
+        # Losses and drawn labels come from the model's end.
+        sink = self._rows() if ending else NoSink()
+        names = self._pass(
+            sweep, group, lowest, work, again, "first pass: A and G", missing, False, sink
+        )
+        if ending:
+            self._keep_labels(names)
+            if losses:
+                self._write_examples(names)
+        if group == 0:
+            self._done("factors")
 
     def _keep_labels(self, names: Sequence[str]) -> None:
         labels = DrawnLabels(self.store)
         if self._target == "sampled" and not labels.complete(len(self.corpus)):
             write_drawn(self.store, names, labels)
 
-    def _pass(self, work: Pass, label: str, gathers: frozenset[str]) -> list[str]:
+    def _rows(self) -> ExampleRows:
+        return ExampleRows(self.store, self.corpus.lengths if self.per_token else None)
+
+    def _feed(self, target: Target | None) -> Feed:
+        drawn = None
+        if target == "sampled":
+            labels = DrawnLabels(self.store)
+            drawn = labels.read if labels.complete(len(self.corpus)) else None
+        return Feed(
+            self.corpus.plan(self.settings.batch_tokens),
+            self.corpus.reader(DTYPES[self.settings.dtype], drawn),
+            self.corpus.lengths,
+        )
+
+    def _pass(
+        self,
+        sweep: Sweep,
+        group: int,
+        lowest: int,
+        work: Pass,
+        again: Pass,
+        label: str,
+        gathers: frozenset[str],
+        carries: bool,
+        sink: Sink,
+    ) -> list[str]:
         """Run a pass over all examples, from its last commit if that is of use; gives the files of
         its rows.
 
@@ -278,7 +392,7 @@ class _Fit:
             gathers: names of what the stages shall sum up.
         """
         self._mending()
-        place = f"work/{work.name}"
+        place = sweep.place(work.name, group)
         commit = self.store.read_json(f"{place}/commit.json")
         begun = self.store.read_json(f"{place}/gathers.json")
         if commit is not None and (
@@ -289,34 +403,18 @@ class _Fit:
             commit = None
         if commit is None:
             self.store.write_json(f"{place}/gathers.json", sorted(gathers))
-        drawn = None
-        if work.target == "sampled":
-            labels = DrawnLabels(self.store)
-            drawn = labels.read if labels.complete(len(self.corpus)) else None
-        feed = Feed(
-            self.corpus.plan(self.settings.batch_tokens),
-            self.corpus.reader(DTYPES[self.settings.dtype], drawn),
-            self.corpus.lengths,
-        )
-        lengths = self.corpus.lengths if self.per_token else None
-        return run_pass(
-            self.workers.stages(self.blocks),
-            work,
-            feed,
-            ExampleRows(self.store, lengths),
-            self.store,
-            self.reporter,
-            label,
-            self.settings.commit_seconds,
-        )
+        return sweep.run(group, self._task(work, again, carries, sink), label, lowest)
+
+    def _task(self, work: Pass, again: Pass, carries: bool, sink: Sink) -> Task:
+        return Task(_STREAM, self._feed(work.target), work, again, carries, sink)
 
     # Eigendecompositions
 
-    def _eigen(self) -> None:
+    def _eigen(self, group: int) -> None:
+        factors = self._factors(self._blocks_of(group))
         missing = {
-            name: eigh_cost(tile_widths(self._width(name), self.settings.max_factor_dim))
-            for name in self._factors()
-            if not whole(self.store, eigen_file(name))
+            name: eigh_cost(tile_widths(_width(*factors[name]), self.settings.max_factor_dim))
+            for name in self._undecomposed(group)
         }
         if missing:
             self._mending()
@@ -324,7 +422,9 @@ class _Fit:
             device = self.workers.device
             arguments = [(self.store, name, self.store_dtype, device) for name in order]
             pool = self.workers.tasks()
-            with self.reporter.phase("eigendecompositions", len(order), "factors") as phase:
+            with self.reporter.phase(
+                "eigendecompositions", len(order), "factors", self.workers.named(group)
+            ) as phase:
                 for place, outcome in pool.map(decompose_factor, arguments):
                     phase.advance(1)
                     if not self.settings.keep_sums:
@@ -332,29 +432,38 @@ class _Fit:
                         self.store.delete(factor_file(order[place]))
                     if outcome != "ok":
                         self.reporter.say(f"factor {order[place]}: {outcome}")
-        self._done("eigen")
-
-    def _width(self, factor: str) -> int:
-        block, side = self._factors()[factor]
-        return block.d_in if side == "input" else block.d_out
+        if group == 0:
+            self._done("eigen")
 
     # Second pass
 
-    def _corrected(self) -> None:
-        missing = frozenset(b.name for b in self.blocks if not self._corrected_there(b))
-        if missing or not self._examples_there():
+    def _unfitted(self, group: int) -> list[Block]:
+        return [b for b in self._blocks_of(group) if not self._corrected_there(b)]
+
+    def _corrected(self, sweep: Sweep, group: int, lowest: int) -> None:
+        missing = self._unfitted(group)
+        examples = not self._examples_there()
+        if missing or examples:
             work = CorrectedPass(
                 self.store,
-                missing,
+                frozenset(b.name for b in missing),
                 self._target,
                 self.settings.draws,
                 self.method == "diagonal",
                 self.store_dtype,
             )
+            again = dataclasses.replace(work, only=frozenset())
             # Sums of squares in other bases than those that are there are of no use.
-            marked = (f"{b.name} {self._mark(b)}" for b in self.blocks if b.name in missing)
-            self._examples_by(work, "second pass: Λ", frozenset(marked))
-        self._done("corrected")
+            marked = frozenset(f"{b.name} {self._mark(b)}" for b in missing)
+            sink = self._rows() if group == 0 else NoSink()
+            names = self._pass(
+                sweep, group, lowest, work, again, "second pass: Λ", marked, examples, sink
+            )
+            if examples and group == 0:
+                self._keep_labels(names)
+                self._write_examples(names)
+        if group == 0:
+            self._done("corrected")
 
     def _corrected_there(self, block: Block) -> bool:
         name = corrected_file(block.name)
@@ -374,12 +483,13 @@ class _Fit:
         except DamagedFile:
             return False
 
-    def _examples_by(self, work: Pass, label: str, gathers: frozenset[str] = frozenset()) -> None:
-        names = self._pass(work, label, gathers)
-        if work.target == "sampled":
-            self._keep_labels(names)
-        self._write_examples(names)
-        self.store.delete_directory(f"work/{work.name}")
+    def _losses(self, sweep: Sweep, group: int) -> None:
+        if not self._examples_there():
+            work = LossPass()
+            names = self._pass(
+                sweep, group, group, work, work, "losses", frozenset(), False, self._rows()
+            )
+            self._write_examples(names)
 
     def _write_examples(self, names: Sequence[str]) -> None:
         write_examples(
@@ -401,13 +511,16 @@ class _Fit:
     def _tables(self) -> None:
         stages = {
             block.name: stage
-            for stage, units in enumerate(self.cuts)
-            for block in self.blocks
-            if self.network.unit_of(block.name) in units
+            for stage in range(len(self.workers.cuts))
+            for block in self.workers.blocks_of(range(stage, stage + 1))
         }
         write_blocks(self.store, self.blocks, stages, self.method, len(self.corpus), self._notes())
         if self.method in ("ekfac", "kfac"):
-            write_spectrum(self.store, self._factors(), self._notes())
+            write_spectrum(self.store, self._factors(self.blocks), self._notes())
+
+
+def _width(block: Block, side: str) -> int:
+    return block.d_in if side == "input" else block.d_out
 
 
 def decompose_factor(store: Store, name: str, store_dtype: torch.dtype, device: str) -> str:

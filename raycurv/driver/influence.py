@@ -11,17 +11,18 @@ finished query pass are files, so a restart does not make them again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from raycurv.data.sources import Source, fingerprint
 from raycurv.driver.corpus import Corpus, open_corpus
+from raycurv.driver.pipeline import Feed, NoSink, Sink, last_commit, plan_mark
 from raycurv.driver.progress import Reporter
-from raycurv.driver.rows import ExampleRows, ScoreRows, merge_top
+from raycurv.driver.rows import ScoreRows, merge_top
 from raycurv.driver.settings import DTYPES, IN_MEMORY, InfluenceSettings, identity, parse_bytes
-from raycurv.driver.sweep import Feed, last_commit, plan_mark, run_pass
+from raycurv.driver.sweep import Sweep, Task, commit_place, open_spool
 from raycurv.driver.workers import Workers
 from raycurv.errors import DamagedFile, UserError
 from raycurv.files.artifacts import ihvp_file, read_blocks, read_products, write_products
@@ -34,8 +35,7 @@ from raycurv.mathematics.curvature import Damping
 from raycurv.mathematics.ihvp import BlockProducts, product_elements
 from raycurv.mathematics.objective import Objective, open_objective
 from raycurv.models.model import Model, ModelSource, open_model
-from raycurv.stages.passes import CurvatureSource, QueryPass, ScorePass
-from raycurv.stages.placement import cut_stages
+from raycurv.stages.passes import CurvatureSource, QueryPass, ReplayPass, ScorePass
 
 
 def influence(
@@ -79,7 +79,6 @@ def influence(
             str(named),
             "Leave --per-token out.",
         )
-    cuts = cut_stages(network.unit_costs, settings.stages)
     dtype = settings.dtype or fit.settings["dtype"]
     prints = {"fit": _fit_mark(fit), "queries": fingerprint(queries)}
     if train is not None:
@@ -110,8 +109,7 @@ def influence(
                 "train", train, "--train", prints["train"], settings.max_examples
             )
             phase.advance(1)
-    workers = Workers(settings, network, named, cuts, DTYPES[dtype], fit.settings["seed"])
-    workers.assign(blocks)
+    workers = Workers(settings, network, named, blocks, DTYPES[dtype], fit.settings["seed"])
     source = CurvatureSource(
         fitted,
         fit.settings["method"],
@@ -121,9 +119,7 @@ def influence(
     job = _Influence(
         settings,
         store,
-        network,
         blocks,
-        cuts,
         asked,
         training,
         source,
@@ -254,9 +250,7 @@ class _Influence:
 
     settings: InfluenceSettings
     store: Store
-    network: Model
     blocks: tuple[Block, ...]
-    cuts: Sequence[range]
     queries: Corpus
     train: Corpus | None
     source: CurvatureSource
@@ -289,8 +283,8 @@ class _Influence:
         for number, group in enumerate(groups):
             if _span(group) in self._finished:
                 continue
-            self._query(number, group, len(groups))
-            files = [] if self.train is None else self._score(number, group, len(groups))
+            label = "" if len(groups) == 1 else f", pass {number + 1} of {len(groups)}"
+            files = self._sweep(group, label, score=self.train is not None)
             self._finished[_span(group)] = self._sizes(files)
             self.manifest.write(self.store)
             if not self.settings.ihvp:
@@ -321,8 +315,8 @@ class _Influence:
         rank = self.settings.rank_number()
         item = 8 if self.dtype == torch.float64 else 4
         largest = 0
-        for units in self.cuts:
-            mine = (b for b in self.blocks if self.network.unit_of(b.name) in units)
+        for stage in range(len(self.workers.cuts)):
+            mine = self.workers.blocks_of(range(stage, stage + 1))
             largest = max(largest, sum(product_elements(rank, b.d_out, b.d_in) for b in mine))
         memory = parse_bytes("--query-memory", self.settings.query_memory)
         size = max(1, memory // (largest * item))
@@ -338,43 +332,93 @@ class _Influence:
     def _place(self, group: range) -> Store:
         return self.store.inside(f"work/pass-{_span(group)}")
 
-    def _label(self, what: str, number: int, passes: int) -> str:
-        return what if passes == 1 else f"{what}, pass {number + 1} of {passes}"
-
-    def _query(self, number: int, group: range, passes: int) -> None:
+    def _sweep(self, group: range, label: str, score: bool) -> list[str]:
+        """IHVPs of a group of queries, and with ``score`` the training examples' scores on them;
+        gives the files of these."""
         place = self._place(group)
-        if all(whole(place, ihvp_file(block.name)) for block in self.blocks):
-            return
-        commit = place.read_json("work/queries/commit.json")
-        if commit is not None and commit["finished"]:
-            # A product of a finished pass has gone since: it has to run again.
-            place.delete_directory("work")
-        plan = self.queries.plan(self.settings.batch_tokens)
+        feeds: dict[str, Feed] = {}
+        if self._without_products(place, self.blocks):
+            feeds["queries"] = self._query_feed(group)
+        if score:
+            assert self.train is not None
+            feeds["train"] = Feed(
+                self.train.plan(self.settings.batch_tokens),
+                self.train.reader(self.dtype),
+                self.train.lengths,
+            )
+        if not feeds:
+            return []
+        sweep = Sweep(
+            self.workers,
+            self.store,
+            open_spool(
+                self.store, self.settings.spool_dir, self.manifest, self.workers,
+                list(feeds.values()),
+            ),
+            feeds,
+            self.reporter,
+            self.settings.commit_seconds,
+        )  # fmt: skip
+        lowest = 0 if score else min(self._unasked(sweep, place))
+        sweep.forward()
+        files: list[str] = []
+        for stages in range(sweep.level, lowest - 1, -1):
+            if "queries" in feeds:
+                self._query(sweep, stages, group, feeds["queries"], label)
+            if score:
+                files = self._score(sweep, stages, group, feeds["train"], label)
+            sweep.descend(stages)
+        sweep.end()
+        return files
+
+    def _without_products(self, place: Store, blocks: Sequence[Block]) -> bool:
+        return not all(whole(place, ihvp_file(block.name)) for block in blocks)
+
+    def _unasked(self, sweep: Sweep, place: Store) -> list[int]:
+        """Groups of stages that have products still to make."""
+        groups = self.workers.groups
+        mine = {g: self.workers.blocks_of(groups[g]) for g in range(sweep.last + 1)}
+        return [g for g, blocks in mine.items() if self._without_products(place, blocks)]
+
+    def _query_feed(self, group: range) -> Feed:
         wanted = set(group)
-        mine = [tuple(n for n in members if n in wanted) for members in plan]
+        mine = [
+            tuple(n for n in members if n in wanted)
+            for members in self.queries.plan(self.settings.batch_tokens)
+        ]
+        return Feed(
+            [members for members in mine if members],
+            self.queries.reader(self.dtype),
+            self.queries.lengths,
+        )
+
+    def _query(self, sweep: Sweep, stages: int, group: range, feed: Feed, label: str) -> None:
+        """The IHVPs of a group of stages, and the gradients for those before that lack theirs."""
+        place = self._place(group)
+        unasked = self._unasked(sweep, place)
+        lowest = min(unasked, default=stages)
         work = QueryPass(
             self.source,
             tuple(self.queries.ids[n] for n in group),
             self.settings.rank_number(),
             self.settings.seed,
             place,
+            f"queries-{_span(group)}",
         )
-        run_pass(
-            self.workers.stages(self.blocks),
-            work,
-            Feed(
-                [members for members in mine if members],
-                self.queries.reader(self.dtype),
-                self.queries.lengths,
-            ),
-            ExampleRows(place, None),
-            place,
-            self.reporter,
-            self._label("queries: IHVPs", number, passes),
-            self.settings.commit_seconds,
-        )
+        replay = ReplayPass(work.target, work.draws)
+        task = Task("queries", feed, work, replay, carries=False)
+        if stages in unasked:
+            commits = sweep.place(work.name, stages)
+            commit = self.store.read_json(f"{commits}/commit.json")
+            if commit is not None and commit["finished"]:
+                # A product of a finished pass has gone since: it has to run again.
+                self.store.delete_directory(commits)
+            sweep.run(stages, task, f"queries: IHVPs{label}", lowest)
+        if lowest < stages:
+            sweep.replay(stages, replace(task, work=replay))
 
-    def _score(self, number: int, group: range, passes: int) -> list[str]:
+    def _score(self, sweep: Sweep, stages: int, group: range, feed: Feed, label: str) -> list[str]:
+        """Partial scores of a group of stages, added to what those behind it found."""
         assert self.train is not None
         settings = self.settings
         ids = [self.queries.ids[n] for n in group]
@@ -387,32 +431,22 @@ class _Influence:
             settings.self_influence and group.start == 0,
             self._work(group),
         )
-        sink = ScoreRows(
-            self.store,
-            f"part-{_span(group)}",
-            ids,
-            self.train,
-            self.dtype == torch.float64,
-            settings.per_block,
-            settings.per_token,
-            settings.top_k,
-            self._notes(),
-        )
-        names = run_pass(
-            self.workers.stages(self.blocks),
-            work,
-            Feed(
-                self.train.plan(settings.batch_tokens),
-                self.train.reader(self.dtype),
-                self.train.lengths,
-            ),
-            sink,
-            self.store,
-            self.reporter,
-            self._label("scores", number, passes),
-            settings.commit_seconds,
-        )
-        if settings.top_k is None:
+        sink: Sink = NoSink()
+        if stages == 0:
+            sink = ScoreRows(
+                self.store,
+                f"part-{_span(group)}",
+                ids,
+                self.train,
+                self.dtype == torch.float64,
+                settings.per_block,
+                settings.per_token,
+                settings.top_k,
+                self._notes(),
+            )
+        task = Task("train", feed, work, work, carries=True, sink=sink)
+        names = sweep.run(stages, task, f"scores{label}", 0)
+        if settings.top_k is None or stages > 0:
             return names
         top = f"scores/part-{_span(group)}-top.parquet"
         merge_top(
@@ -435,7 +469,8 @@ class _Influence:
         known = {name for files in self._finished.values() for name in files}
         mark = plan_mark(self.train.plan(self.settings.batch_tokens))
         for group in groups:
-            commit = last_commit(self.store, f"work/{self._work(group)}", mark)
+            place = commit_place(self._work(group), 0, len(self.workers.groups))
+            commit = last_commit(self.store, place, mark)
             known |= set() if commit is None else set(commit["rows"])
         for directory in ("scores", "self", "work/top"):
             for name in self.store.names(directory, ".parquet"):
@@ -448,7 +483,7 @@ class _Influence:
         if not missing:
             return
         for number, group in enumerate(groups):
-            self._query(number, group, len(groups))
+            self._sweep(group, "" if len(groups) == 1 else f", pass {number + 1}", score=False)
         pool = self.workers.tasks()
         places = [self._place(group) for group in groups]
         with self.reporter.phase("IHVPs", len(missing), "blocks") as phase:
@@ -462,8 +497,7 @@ class _Influence:
 
     def _block_order(self) -> list[str]:
         """The blocks as stages give their scores: stage by stage."""
-        stages = [[b for b in self.blocks if self.network.unit_of(b.name) in c] for c in self.cuts]
-        return [block.name for blocks in stages for block in blocks]
+        return [b.name for b in self.workers.blocks_of(range(len(self.workers.cuts)))]
 
 
 def _span(group: range) -> str:

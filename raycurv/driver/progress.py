@@ -30,6 +30,7 @@ class Phase:
         name: what a person calls it.
         total: of ``unit``.
         unit: what is counted.
+        where: which part of the model, if only a part.
         done: so far.
         tokens: so far, for the rate; 0 where there are none.
     """
@@ -37,6 +38,7 @@ class Phase:
     name: str
     total: int
     unit: str
+    where: str = ""
     done: int = 0
     tokens: int = 0
     started: float = field(default_factory=time.monotonic)
@@ -58,7 +60,8 @@ class Phase:
     def line(self) -> str:
         """``covariance 120/300 microbatches, 4,200 tokens/s, 0:42 left``."""
         elapsed = time.monotonic() - self.started
-        parts = [f"{self.name} {self.done:,}/{self.total:,} {self.unit}"]
+        name = f"{self.name}, {self.where}:" if self.where else self.name
+        parts = [f"{name} {self.done:,}/{self.total:,} {self.unit}"]
         if self.tokens:
             parts.append(self._rate())
         if 0 < self.done < self.total:
@@ -88,16 +91,21 @@ class Reporter:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
-    def phase(self, name: str, total: int, unit: str) -> Iterator[Phase]:
-        """A phase; its seconds are kept even when it fails."""
-        phase = Phase(name, total, unit)
+    def phase(self, name: str, total: int, unit: str, where: str = "") -> Iterator[Phase]:
+        """A phase; its seconds are kept even when it fails, those of all parts of a model in one.
+
+        Args:
+            where: the part of the model that it is about, if not the whole.
+        """
+        phase = Phase(name, total, unit, where)
         try:
             if self.quiet:
                 phase._shown = float("inf")
                 yield phase
             elif self._console.is_terminal:
                 with self._bar() as bar:
-                    bar.add_task(name, total=total, unit=unit, rate="")
+                    shown = f"{name}, {where}" if where else name
+                    bar.add_task(shown, total=total, unit=unit, rate="")
                     phase._bar = bar
                     yield phase
             else:

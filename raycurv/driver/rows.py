@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raycurv.driver.corpus import PART, Corpus, DrawnLabels
-from raycurv.driver.sweep import Results, sum_stages
+from raycurv.driver.pipeline import Results
 from raycurv.files.store import Store
 from raycurv.files.tables import (
     examples_schema,
@@ -44,10 +44,8 @@ class ExampleRows:
     def full(self) -> bool:
         return self._size > _FULL
 
-    def take(self, members: Sequence[int], results: list[Results]) -> None:
-        norms = sum_stages(results, "gradient_sq_norm")
-        last = results[-1]
-        loss, drawn = last.get("loss"), last.get("drawn")
+    def take(self, members: Sequence[int], results: Results) -> None:
+        norms, loss, drawn = (results.get(k) for k in ("gradient_sq_norm", "loss", "drawn"))
         for i, n in enumerate(members):
             y = None if drawn is None else drawn[:, i].numpy()
             if y is not None and self._lengths is not None:
@@ -189,22 +187,19 @@ class ScoreRows:
     def full(self) -> bool:
         return self._size > _FULL
 
-    def take(self, members: Sequence[int], results: list[Results]) -> None:
+    def take(self, members: Sequence[int], results: Results) -> None:
         self._members += members
-        for key, kept in (("scores", self._scores), ("self_scores", self._self)):
-            total = sum_stages(results, key)
-            if total is not None:
-                kept.append(total.numpy())
-                self._size += total.numel()
-        if self._per_block and self._queries:
-            parts = [r["block_scores"].numpy() for r in results if "block_scores" in r]
-            self._blocks.append(np.concatenate(parts, axis=2))
-            self._size += self._blocks[-1].size
-        if self._per_token and self._queries:
-            total = sum_stages(results, "token_scores")
-            assert total is not None
-            self._tokens += list(total.numpy())
-            self._size += total.numel()
+        self._scores.append(results["scores"].numpy())
+        self._size += results["scores"].numel()
+        if "self_scores" in results:
+            self._self.append(results["self_scores"].numpy())
+            self._size += results["self_scores"].numel()
+        if self._per_block:
+            self._blocks.append(results["block_scores"].numpy())
+            self._size += results["block_scores"].numel()
+        if self._per_token:
+            self._tokens += list(results["token_scores"].numpy())
+            self._size += results["token_scores"].numel()
 
     def commit(self, name: str) -> list[str]:
         """Write what waits; the files' numbers are how many microbatches were done."""
@@ -222,10 +217,9 @@ class ScoreRows:
             )
             written.append(f"self/{self._part}-{number}.parquet")
             write_table(self._store, written[-1], table, self._notes)
-        if self._queries:
-            directory = "scores" if self._top_k is None else "work/top"
-            written.append(f"{directory}/{self._part}-{number}.parquet")
-            write_table(self._store, written[-1], self._table(order, ids), self._notes)
+        directory = "scores" if self._top_k is None else "work/top"
+        written.append(f"{directory}/{self._part}-{number}.parquet")
+        write_table(self._store, written[-1], self._table(order, ids), self._notes)
         self._clear()
         return written
 

@@ -28,10 +28,16 @@ Blocks = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 class Execution:
     """How the work is run; every field is free to change between a run and its continuation."""
 
-    stages: int = 1
-    """Into how many stages the model's layers are cut, an actor each."""
-    schedule: Literal["pipelined"] = "pipelined"
-    """`pipelined`: every stage resident, one forward, one backward."""
+    stages: int | None = None
+    """Into how many stages the model's layers are cut. Default: 1; swept: a stage for each layer
+    that the model can be cut behind."""
+    schedule: Literal["pipelined", "swept"] = "pipelined"
+    """`pipelined`: every stage resident, an actor each, one forward, one backward. `swept`: one
+    after the other, with what passes between them on disk: memory is that of one stage."""
+    homes: int = 1
+    """How many stages are resident at a time in a swept run, an actor each."""
+    spool_dir: str | None = None
+    """Local directory for what a swept run keeps between stages. Default: below --out."""
     batch_tokens: int = 4096
     """Tokens of a microbatch, padding included (examples, where there is no token axis)."""
     logits_chunk: int = 2**24
@@ -39,8 +45,9 @@ class Execution:
     address: str | None = None
     """Ray cluster: `local` (a Ray of its own), `auto`, `HOST:PORT`, or `none` to run everything in
     this process without Ray. Default: RAY_ADDRESS when set, else `local`."""
-    commit_seconds: float = 300.0
-    """Seconds between two commits of a pass: a restart repeats at most so much of it."""
+    commit_seconds: float = 60.0
+    """Seconds between two commits of a pass (ten times what writing one takes, if that is longer):
+    a restart repeats at most so much of it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where stages compute; `auto` takes a GPU when there is one."""
 
@@ -51,10 +58,15 @@ class Execution:
             UserError: naming the flag.
         """
         _check_types(self)
-        for flag in ("stages", "batch_tokens", "logits_chunk"):
-            _positive(flag, getattr(self, flag))
+        for flag in ("stages", "homes", "batch_tokens", "logits_chunk"):
+            if getattr(self, flag) is not None:
+                _positive(flag, getattr(self, flag))
         if not self.commit_seconds > 0:
             raise UserError("--commit-seconds", "above 0", str(self.commit_seconds), "")
+
+    def stage_count(self, units: int) -> int:
+        """How many stages there are of a model that can be cut into ``units``."""
+        return self.stages or (units if self.schedule == "swept" else 1)
 
 
 @dataclass(frozen=True)

@@ -1,221 +1,364 @@
-"""Drive one pass: every microbatch through every stage, its results to a sink, commits in between.
+"""A sweep: streams of microbatches through groups of stages, forward and back.
 
-A commit is a point where the pipeline is empty: every stage writes its sums, the sink its rows, and
-then one small JSON file says so. A restart goes on from there; what is not in that file does not
-exist.
+A group is a run of stages that are resident together; a model whose stages all are is one group.
 
-    work/PASS/commit.json          microbatches done, the plan, the files
-    work/PASS/00042/stage-0.safetensors, rows.parquet
+    forward    first group to the one before the last: hidden states go to the spool
+    backward   last group to the first: hidden states and the gradient that the group behind left
+               come from the spool, what the passes gather stays with the group, the gradient for
+               the group before and what was found so far go to the spool
+
+Each group is loaded twice, the last one once. What the spool lost is made again, whatever it was:
+a file is made from the nearest ones that are left.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Literal
 
-import torch
 from torch import Tensor
 
-from raycurv.batch import Batch
+from raycurv.driver.pipeline import (
+    Ends,
+    Feed,
+    Given,
+    ModelEnds,
+    NoSink,
+    Results,
+    Sink,
+    begin,
+    plan_mark,
+    run_pass,
+    through,
+)
 from raycurv.driver.progress import Reporter
+from raycurv.driver.workers import Workers
+from raycurv.files.manifest import Manifest
+from raycurv.files.spool import LostSpool, Spool, spool_directory
 from raycurv.files.store import Store
+from raycurv.stages.passes import LossPass
 from raycurv.stages.pool import Pool
-from raycurv.stages.schedule import pipelined
 from raycurv.stages.stage import Pass
-
-Results = dict[str, Tensor]
-
-
-class Sink(Protocol):
-    """Takes the results of a pass, microbatch by microbatch, in order."""
-
-    @property
-    def full(self) -> bool:
-        """Whether so much waits that it should be committed now."""
-        ...
-
-    def take(self, members: Sequence[int], results: list[Results]) -> None:
-        """Results of all stages (in their order) for the examples ``members``."""
-        ...
-
-    def commit(self, name: str) -> list[str]:
-        """Write what was taken since the last commit; gives the files' names."""
-        ...
 
 
 @dataclass(frozen=True)
-class Feed:
-    """The microbatches of a pass.
+class Task:
+    """A pass over a stream, as a sweep runs it through one group.
 
     Attributes:
-        plan: example numbers of each.
-        read: packs one.
-        lengths: tokens of every example, for the rate shown.
+        stream: whose microbatches.
+        feed: the microbatches as this pass reads them.
+        work: the pass.
+        again: the same pass adding nothing to any sum, for microbatches whose gradients or results
+            have to be made again.
+        carries: whether results are added up from group to group.
+        sink: takes the results of the group; those of the first are complete if carried.
     """
 
-    plan: Sequence[tuple[int, ...]]
-    read: Callable[[int, Sequence[int]], Batch]
-    lengths: Sequence[int]
+    stream: str
+    feed: Feed
+    work: Pass
+    again: Pass
+    carries: bool
+    sink: Sink = field(default_factory=NoSink)
 
 
-def run_pass(
-    pool: Pool,
-    work: Pass,
-    feed: Feed,
-    sink: Sink,
-    store: Store,
-    reporter: Reporter,
-    label: str,
-    commit_seconds: float,
-) -> list[str]:
-    """Run a pass to its end, from its last commit if there is one.
+# Is shown a group, its resident stages, and what enters them.
+Meeting = Callable[[int, Pool, Given], None]
+
+
+class Sweep:
+    """Takes streams through the groups, the resident one at a time.
 
     Args:
-        pool: with its stages started.
-        work: the pass.
-        feed: its microbatches.
-        sink: takes what stages give back.
-        store: where commits go, below ``work/PASS``.
-        label: what the progress calls the pass.
+        workers: hold the stages.
+        store: of the run; commits go below ``work/``.
+        spool: ``None`` with one group.
+        streams: name -> microbatches.
+        reporter: shows progress.
         commit_seconds: time between commits.
-
-    Returns:
-        The names of all files that the sink wrote, in order.
     """
-    place, mark = f"work/{work.name}", plan_mark(feed.plan)
-    before = last_commit(store, place, mark)
-    done = before["done"] if before else 0
-    rows: list[str] = before["rows"] if before else []
-    finished = before is not None and before["finished"]
-    if not finished:
-        commits = (store, before["sums"]) if before and before["sums"] else None
-        for handle in [pool.call(s, "begin", work, commits) for s in range(pool.stages)]:
+
+    def __init__(
+        self,
+        workers: Workers,
+        store: Store,
+        spool: Spool | None,
+        streams: dict[str, Feed],
+        reporter: Reporter,
+        commit_seconds: float,
+    ) -> None:
+        self._workers, self._store, self._spool = workers, store, spool
+        self._streams, self._reporter = streams, reporter
+        self._commit_seconds = commit_seconds
+        assert (spool is None) == (len(workers.groups) == 1)
+
+    @property
+    def last(self) -> int:
+        """Number of the last group."""
+        return len(self._workers.groups) - 1
+
+    @property
+    def level(self) -> int:
+        """The group where the way back goes on: those behind it are done."""
+        return 0 if self._spool is None else self._spool.level
+
+    def place(self, name: str, group: int) -> str:
+        """Where the commits of a pass through a group lie."""
+        return commit_place(name, group, self.last + 1)
+
+    def forward(self, meet: Meeting | None = None) -> None:
+        """Spool the hidden states that enter each group up to the level.
+
+        Args:
+            meet: is shown every group, resident, and what enters it with the first microbatch of
+                the first stream.
+        """
+        for group in range(self.last + 1 if meet is not None else self.level):
+            if meet is not None:
+                self._meet(group, meet)
+            if group < self.level:
+                for name, feed in self._streams.items():
+                    self._forward(group, name, feed)
+
+    def run(self, group: int, task: Task, label: str, lowest: int) -> list[str]:
+        """Run a pass through a group; gives the files of its sink.
+
+        Args:
+            lowest: the group that the sweep goes back to, whose gradient nobody needs.
+        """
+        while True:
+            ends = self._back(group, task, lowest)
+            try:
+                return run_pass(
+                    self._resident(group),
+                    task.work,
+                    task.feed,
+                    ends,
+                    task.sink,
+                    self._store,
+                    self.place(task.work.name, group),
+                    self._reporter,
+                    label,
+                    self._commit_seconds,
+                )
+            except LostSpool as lost:
+                self._remake(lost, task)
+
+    def replay(self, group: int, task: Task) -> None:
+        """Make the gradients that leave a group whose own part is done, where they are missing."""
+        while True:
+            missing = self._missing(task.stream, "gradient", group, task.feed)
+            if not missing:
+                return
+            try:
+                self._take(group, task, self._back(group, task, 0), missing)
+            except LostSpool as lost:
+                self._remake(lost, task)
+
+    def descend(self, group: int) -> None:
+        """Say that a group is done: what only it needed is deleted."""
+        if self._spool is not None:
+            self._spool.descend(group - 1)
+
+    def end(self) -> None:
+        """Say that the sweep is over."""
+        if self._spool is not None:
+            self._spool.delete()
+            self._spool.level = self.last
+
+    # Parts
+
+    def _resident(self, group: int) -> Pool:
+        if self._workers.resident == group:
+            return self._workers.stages(group)
+        stages = self._workers.groups[group]
+        with self._reporter.phase(
+            "loading", len(stages), "stages", self._workers.named(group)
+        ) as p:
+            pool = self._workers.stages(group)
+            p.advance(len(stages))
+        return pool
+
+    def _missing(
+        self, name: str, kind: Literal["hidden", "gradient"], boundary: int, feed: Feed
+    ) -> list[int]:
+        assert self._spool is not None
+        return [m for m in range(len(feed.plan)) if not self._spool.has(name, kind, boundary, m)]
+
+    def _meet(self, group: int, meet: Meeting) -> None:
+        name, feed = next(iter(self._streams.items()))
+        ends = ModelEnds() if self._spool is None else _Forward(self._spool, name, group)
+        while True:
+            try:
+                given = ends.load(0)
+                break
+            except LostSpool as lost:
+                self._remake(lost, Task(name, feed, LossPass(), LossPass(), carries=False))
+        meet(group, self._resident(group), given)
+
+    def _back(self, group: int, task: Task, lowest: int) -> Ends:
+        if self._spool is None:
+            return ModelEnds()
+        keeps = group > lowest and bool(self._missing(task.stream, "gradient", group, task.feed))
+        return _Backward(self._spool, task.stream, group, self.last, keeps, task.carries)
+
+    def _forward(self, group: int, name: str, feed: Feed) -> None:
+        assert self._spool is not None
+        task = Task(name, feed, LossPass(), LossPass(), carries=False)
+        while True:
+            missing = self._missing(name, "hidden", group + 1, feed)
+            if not missing:
+                return
+            try:
+                self._take(group, task, _Forward(self._spool, name, group), missing, "forward")
+            except LostSpool as lost:
+                self._remake(lost, task)
+
+    def _take(
+        self,
+        group: int,
+        task: Task,
+        ends: Ends,
+        microbatches: Sequence[int],
+        label: str = "again, what the spool lost",
+    ) -> None:
+        """Take some microbatches through a group, gathering nothing."""
+        pool = self._resident(group)
+        begin(pool, task.work)
+        lost: list[LostSpool] = []
+
+        def span() -> Iterator[tuple[int, Given]]:
+            for m in microbatches:
+                try:
+                    given = ends.load(m)
+                except LostSpool as found:
+                    lost.append(found)
+                    return
+                yield m, given
+
+        where = self._workers.named(group)
+        with self._reporter.phase(label, len(microbatches), "microbatches", where) as phase:
+            for _ in through(pool, task.work, task.feed, ends, NoSink(), span(), phase):
+                pass
+        for handle in [pool.call(s, "finish") for s in range(pool.stages)]:
             pool.get(handle)
-    sums: list[str] = before["sums"] if before else []
-    with reporter.phase(label, len(feed.plan), "microbatches") as phase:
-        phase.advance(done)
-        while done < len(feed.plan):
-            until = time.monotonic() + commit_seconds
+        if lost:
+            raise lost[0]
 
-            def span(start: int = done, until: float = until) -> Iterator[int]:
-                for index in range(start, len(feed.plan)):
-                    # Always one, or a commit that takes long would never let the pass go on.
-                    if index > start and (sink.full or time.monotonic() > until):
-                        return
-                    yield index
+    def _remake(self, lost: LostSpool, task: Task) -> None:
+        """Make one microbatch's file again, and with it everything that it is made from."""
+        assert self._spool is not None
+        spool, m, boundary = self._spool, lost.microbatch, lost.boundary
+        self._reporter.say(
+            f"spool: {lost.stream}, {lost.kind} of microbatch {m} before group {boundary} is gone "
+            "or damaged; making it again"
+        )
+        again = Task(task.stream, task.feed, task.again, task.again, task.carries)
+        while True:
+            try:
+                if lost.kind == "hidden":
+                    self._remake_hidden(task, m, boundary)
+                    return
+                self._remake_hidden(task, m, self.last)
+                for group in range(self.last, boundary - 1, -1):
+                    ends = _Backward(spool, task.stream, group, self.last, True, task.carries)
+                    self._take(group, again, ends, [m])
+                break
+            except LostSpool:
+                continue  # deleted, so that the next try starts from further away
+        # The groups behind are done, and need no files.
+        for group in range(boundary, self.last + 1):
+            spool.forget(task.stream, "hidden", group, m)
+        for group in range(boundary + 1, self.last + 1):
+            spool.forget(task.stream, "gradient", group, m)
+            spool.forget(task.stream, "results", group, m)
 
-            for index, results in _pipeline(pool, work, feed, span()):
-                members = feed.plan[index]
-                sink.take(members, results)
-                phase.advance(1, sum(feed.lengths[n] for n in members))
-                done = index + 1
-            rows = rows + sink.commit(f"{place}/{done:07d}")
-            if done < len(feed.plan):
-                stale = sums
-                sums = [f"{place}/{done:07d}/stage-{s}.safetensors" for s in range(pool.stages)]
-                for handle in [pool.call(s, "commit", store, name) for s, name in enumerate(sums)]:
-                    pool.get(handle)
-                _write_commit(store, place, mark, done, rows, sums, finished=False)
-                for name in stale:
-                    store.delete(name)
-        if not finished:
-            # Results first, then the word that they are there.
-            for handle in [pool.call(s, "finish") for s in range(pool.stages)]:
-                pool.get(handle)
-            _write_commit(store, place, mark, done, rows, [], finished=True)
-            for name in sums:
-                store.delete(name)
-    return rows
-
-
-def _pipeline(
-    pool: Pool, work: Pass, feed: Feed, span: Iterator[int]
-) -> Iterator[tuple[int, list[Results]]]:
-    """Submit operations as the schedule says; yields microbatches as they end, in order."""
-    last = pool.stages - 1
-    backward = work.target != "nothing"
-    batches: dict[int, Any] = {}
-    hidden: dict[int, Any] = {}
-    gradients: dict[int, Any] = {}
-    results: dict[int, list[Any]] = {}
-    ended: deque[int] = deque()
-    for operation in pipelined(pool.stages, span):
-        m, stage = operation.microbatch, operation.stage
-        if operation.kind == "forward":
-            if stage == 0:
-                batches[m] = pool.put(feed.read(m, feed.plan[m]))
-                results[m] = []
-            hidden[m] = pool.call(stage, "forward", batches[m], hidden.pop(m, None))
-            continue
-        if operation.kind == "turn":
-            if last == 0:
-                batches[m] = pool.put(feed.read(m, feed.plan[m]))
-                results[m] = []
-            gradients[m], found = pool.call(
-                stage, "turn", batches.pop(m), hidden.pop(m, None), returns=2
-            )
-            results[m].append(found)
-        elif backward:
-            gradients[m], found = pool.call(stage, "backward", m, gradients.pop(m), returns=2)
-            results[m].append(found)
-        if stage == 0:
-            gradients.pop(m, None)
-            ended.append(m)
-        # Bounded in flight: no more than the pipeline holds, twice, waits to be collected.
-        while len(ended) > pool.stages:
-            yield _collect(pool, ended.popleft(), results)
-    while ended:
-        yield _collect(pool, ended.popleft(), results)
+    def _remake_hidden(self, task: Task, m: int, boundary: int) -> None:
+        assert self._spool is not None
+        start = boundary
+        while start > 0 and not self._spool.has(task.stream, "hidden", start, m):
+            start -= 1
+        forward = Task(task.stream, task.feed, LossPass(), LossPass(), carries=False)
+        for group in range(start, boundary):
+            self._take(group, forward, _Forward(self._spool, task.stream, group), [m])
 
 
-def _collect(pool: Pool, m: int, results: dict[int, list[Any]]) -> tuple[int, list[Results]]:
-    # Stages answered from the last to the first.
-    return m, [pool.get(handle) for handle in reversed(results.pop(m))]
+@dataclass(frozen=True)
+class _Forward:
+    """The way there: hidden states enter a group, and leave it."""
+
+    spool: Spool
+    stream: str
+    group: int
+    keeps: bool = True
+
+    def load(self, microbatch: int) -> Given:
+        if self.group == 0:
+            return Given()
+        found = self.spool.read(self.stream, "hidden", self.group, microbatch)
+        return Given(found["hidden"])
+
+    def leave(self, microbatch: int, tensor: Tensor | None, results: Results) -> None:
+        assert tensor is not None
+        self.spool.write(self.stream, "hidden", self.group + 1, microbatch, {"hidden": tensor})
 
 
-def last_commit(store: Store, place: str, mark: str) -> dict[str, Any] | None:
-    """What a pass's last commit says, if it is of the plan so marked and its files are there."""
-    said = store.read_json(f"{place}/commit.json")
-    if said is None or said["plan"] != mark:
+@dataclass(frozen=True)
+class _Backward:
+    """The way back: hidden states and gradients enter a group, gradients and results leave it."""
+
+    spool: Spool
+    stream: str
+    group: int
+    last: int
+    keeps: bool
+    carries: bool
+
+    def load(self, microbatch: int) -> Given:
+        def read(kind: Literal["hidden", "gradient", "results"], boundary: int) -> Results:
+            return self.spool.read(self.stream, kind, boundary, microbatch)
+
+        hidden = None if self.group == 0 else read("hidden", self.group)["hidden"]
+        if self.group == self.last:
+            return Given(hidden)
+        gradient = read("gradient", self.group + 1)["gradient"]
+        return Given(hidden, gradient, read("results", self.group + 1) if self.carries else {})
+
+    def leave(self, microbatch: int, tensor: Tensor | None, results: Results) -> None:
+        spool, stream, group = self.spool, self.stream, self.group
+        if self.keeps and not spool.has(stream, "gradient", group, microbatch):
+            assert tensor is not None
+            spool.write(stream, "gradient", group, microbatch, {"gradient": tensor})
+        if self.carries and group > 0:
+            spool.write(stream, "results", group, microbatch, results)
+
+
+def commit_place(name: str, group: int, groups: int) -> str:
+    """Where the commits of a pass through a group of so many lie."""
+    return f"work/{name}" if groups == 1 else f"work/{name}/group-{group:04d}"
+
+
+def open_spool(
+    run: Store, directory: str | None, manifest: Manifest, workers: Workers, feeds: Sequence[Feed]
+) -> Spool | None:
+    """The spool of a run whose stages are not all resident at once.
+
+    What it holds is of use to the same run with the same microbatches and groups alone.
+
+    Args:
+        run: where results go.
+        directory: what ``--spool-dir`` says.
+
+    Raises:
+        UserError: there is no local directory for it.
+    """
+    if len(workers.groups) == 1:
         return None
-    if not all(store.exists(name) for name in (*said["rows"], *said["sums"])):
-        return None
-    found: dict[str, Any] = said
-    return found
-
-
-def _write_commit(
-    store: Store,
-    place: str,
-    mark: str,
-    done: int,
-    rows: list[str],
-    sums: list[str],
-    finished: bool,
-) -> None:
-    store.write_json(
-        f"{place}/commit.json",
-        {
-            "done": done,
-            "plan": mark,
-            "rows": rows,
-            "sums": sums,
-            "finished": finished,
-        },
-    )
-
-
-def plan_mark(plan: Sequence[tuple[int, ...]]) -> str:
-    """Tells plans apart: another --batch-tokens makes other microbatches."""
-    return hashlib.blake2b(json.dumps(plan).encode(), digest_size=16).hexdigest()
-
-
-def sum_stages(results: list[Results], key: str) -> Tensor | None:
-    """The sum over stages of what each gave under ``key``, in float64; ``None`` if none did."""
-    found = [r[key].double() for r in results if key in r]
-    return torch.stack(found).sum(dim=0) if found else None
+    units = [[workers.cuts[stage].stop for stage in group] for group in workers.groups]
+    said = [manifest.settings, manifest.fingerprints, units, [plan_mark(f.plan) for f in feeds]]
+    mark = hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return Spool(spool_directory(run, directory), mark, len(workers.groups))

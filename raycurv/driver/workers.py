@@ -1,4 +1,5 @@
-"""The pool of a job: made when the first phase needs it, given its stages when one needs them."""
+"""The pool of a job: made when the first phase needs it, given a group's stages when one needs
+them."""
 
 from __future__ import annotations
 
@@ -11,23 +12,29 @@ from raycurv.driver.settings import Execution
 from raycurv.errors import UserError
 from raycurv.mathematics.blocks import Block
 from raycurv.models.model import Model
+from raycurv.stages.placement import cut_stages, group_stages
 from raycurv.stages.pool import InProcess, Pool
 from raycurv.stages.stage import StageSpec, stage_specs
 
 
 class Workers:
-    """Holds the pool of one job.
+    """Holds the pool of one job, and one group of stages in it at a time.
 
     A rerun of a finished job never starts Ray, and one that lacks a single decomposition never
     loads the model.
 
     Args:
-        settings: address, device, logits chunk.
+        settings: address, device, logits chunk, and how many stages are resident.
         model: what the stages build.
         objective: name, or the objective itself.
-        cuts: layers of each stage.
+        blocks: all of them.
         dtype: of the model's computation.
         seed: of drawn labels.
+
+    Attributes:
+        cuts: layers of each stage.
+        groups: stages that are resident together, as ranges of their numbers.
+        resident: number of the group whose stages are loaded, if any is.
     """
 
     def __init__(
@@ -35,14 +42,18 @@ class Workers:
         settings: Execution,
         model: Model,
         objective: Any,
-        cuts: Sequence[range],
+        blocks: Sequence[Block],
         dtype: torch.dtype,
         seed: int,
     ) -> None:
         self._settings, self._model, self._objective = settings, model, objective
-        self._cuts, self._dtype, self._seed = cuts, dtype, seed
+        self._blocks, self._dtype, self._seed = tuple(blocks), dtype, seed
         self._pool: Pool | None = None
-        self._assigned: tuple[Block, ...] | None = None
+        stages = settings.stage_count(model.units)
+        self.cuts = cut_stages(model.unit_costs, stages)
+        homes = settings.homes if settings.schedule == "swept" else stages
+        self.groups = group_stages(stages, homes)
+        self.resident: int | None = None
 
     @property
     def device(self) -> str:
@@ -78,10 +89,11 @@ class Workers:
                 self._pool = OnRay(self._settings.address)
         return self._pool
 
-    def stages(self, blocks: Sequence[Block]) -> Pool:
-        """The pool with its stages built, holding these blocks."""
+    def stages(self, group: int) -> Pool:
+        """The pool with the stages of a group built, in place of those of another."""
         pool = self.tasks()
-        if not pool.stages:
+        if self.resident != group:
+            self.resident = None
             base = StageSpec(
                 index=0,
                 model=self._model,
@@ -94,23 +106,38 @@ class Workers:
                 device=self.device,
                 threads=self._threads(),
             )
-            pool.start(stage_specs(base, self._cuts, blocks))
-        if self._assigned is not None:
-            for stage, units in enumerate(self._cuts):
-                mine = tuple(b for b in self._assigned if self._model.unit_of(b.name) in units)
-                pool.get(pool.call(stage, "assign", mine))
-            self._assigned = None
+            mine = self.groups[group]
+            pool.start(stage_specs(base, self.cuts, self._blocks)[mine.start : mine.stop])
+            self.resident = group
         return pool
 
     def assign(self, blocks: tuple[Block, ...]) -> None:
-        """Tell stages, now or when they are built, which blocks share input factors."""
-        self._assigned = blocks
+        """Tell stages, now and when they are built, which blocks share input factors."""
+        self._blocks = blocks
+        if self.resident is not None:
+            for place, stage in enumerate(self.groups[self.resident]):
+                pool = self.tasks()
+                pool.get(pool.call(place, "assign", self.blocks_of(range(stage, stage + 1))))
+
+    def blocks_of(self, stages: range) -> tuple[Block, ...]:
+        """The blocks of consecutive stages."""
+        units = range(self.cuts[stages.start].start, self.cuts[stages.stop - 1].stop)
+        return tuple(b for b in self._blocks if self._model.unit_of(b.name) in units)
+
+    def named(self, group: int) -> str:
+        """A group as a person reads it; empty when there is no other."""
+        if len(self.groups) == 1:
+            return ""
+        mine, stages = self.groups[group], len(self.cuts)
+        if len(mine) == 1:
+            return f"stage {mine.start + 1} of {stages}"
+        return f"stages {mine.start + 1} to {mine.stop} of {stages}"
 
     def close(self) -> None:
         """Let go of everything."""
         if self._pool is not None:
             self._pool.close()
-            self._pool = None
+            self._pool = self.resident = None
 
     def _threads(self) -> int | None:
         if self._settings.address == "none":
@@ -118,4 +145,5 @@ class Workers:
         from raycurv.stages.actors import cluster_cores, smallest_node_cores
 
         # All actors together never have more threads than there are cores.
-        return max(1, min(cluster_cores() // len(self._cuts), smallest_node_cores()))
+        resident = max(len(group) for group in self.groups)
+        return max(1, min(cluster_cores() // resident, smallest_node_cores()))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs
 
-from raycurv.errors import DamagedFile, UserError
+from raycurv.errors import DamagedFile, NoSpace, UserError
 
 
 class Store:
@@ -23,13 +25,15 @@ class Store:
 
     Args:
         root: an absolute path, or a URI that ``pyarrow.fs`` understands.
+        lasting: whether files must survive a power failure (they are synced); without, only the
+            death of the process.
     """
 
-    def __init__(self, root: str) -> None:
-        self.root = root.rstrip("/") or "/"
+    def __init__(self, root: str, lasting: bool = True) -> None:
+        self.root, self.lasting = root.rstrip("/") or "/", lasting
 
-    def __getstate__(self) -> dict[str, str]:
-        return {"root": self.root}
+    def __getstate__(self) -> dict[str, Any]:
+        return {"root": self.root, "lasting": self.lasting}
 
     @cached_property
     def _place(self) -> tuple[fs.FileSystem, str]:
@@ -57,10 +61,14 @@ class Store:
 
     def inside(self, name: str) -> Store:
         """The store of a directory below this one."""
-        return Store(f"{self.root}/{name}")
+        return Store(f"{self.root}/{name}", self.lasting)
 
     def write(self, name: str, chunks: Iterable[bytes | memoryview | pa.Buffer]) -> None:
-        """Write a file, atomically."""
+        """Write a file, atomically.
+
+        Raises:
+            NoSpace: the disk is full; nothing of the file stays.
+        """
         path = self.path(name)
         if not self.local:
             with self._place[0].open_output_stream(path) as stream:
@@ -68,13 +76,29 @@ class Store:
                     stream.write(chunk)
             return
         part = Path(f"{path}.part")
-        part.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        written = 0
+        try:
+            part.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                for chunk in chunks:
+                    file.write(chunk)
+                    written += len(chunk)
+                file.flush()
+                if self.lasting:
+                    os.fsync(file.fileno())
+            part.replace(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            part.unlink(missing_ok=True)
+            free = shutil.disk_usage(part.parent if part.parent.exists() else "/").free
+            raise NoSpace(
+                path,
+                "room on the disk for the file",
+                f"{error.strerror} after {written:,} bytes ({free:,} bytes are free)",
+                "Make room and run the same command again: everything finished is whole, and the "
+                "run goes on from there.",
+            ) from error
 
     def open(self, name: str) -> pa.NativeFile:
         """A random-access reader.
@@ -105,6 +129,13 @@ class Store:
         start = len(self.path()) + 1
         found = (i.path[start:] for i in self._place[0].get_file_info(selector) if i.is_file)
         return sorted(name for name in found if name.endswith(ending))
+
+    def directories(self, directory: str = "") -> list[str]:
+        """Names of the directories right below a directory, sorted."""
+        selector = fs.FileSelector(self.path(directory), allow_not_found=True)
+        start = len(self.path()) + 1
+        found = self._place[0].get_file_info(selector)
+        return sorted(i.path[start:] for i in found if i.type == fs.FileType.Directory)
 
     def delete(self, name: str) -> None:
         """Delete a file; nothing happens when there is none."""

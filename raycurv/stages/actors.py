@@ -12,6 +12,7 @@ import torch
 from ray.exceptions import RayActorError, RayTaskError
 
 from raycurv.errors import RaycurvError, UserError
+from raycurv.stages.memory import give_back
 from raycurv.stages.stage import Stage, StageSpec
 from raycurv.stages.transport import pack, unpack
 
@@ -22,16 +23,26 @@ _PLACE_SECONDS = 300.0
 class StageActor:
     """A stage behind the transport: what comes in is unpacked, what goes out is packed."""
 
+    def __init__(self) -> None:
+        self._stage: Stage | None = None
+
     def ready(self) -> None:
         """Answers once the actor has a place."""
 
     def build(self, spec: StageSpec) -> int:
-        """Build the stage; gives the process id.
+        """Build the stage, once the one that was there has gone; gives the process id.
 
         Not in the constructor: of what that raises, Ray hands on the text alone.
         """
+        self.drop()
         self._stage = Stage(spec)
         return os.getpid()
+
+    def drop(self) -> None:
+        """Let the stage go, and its memory."""
+        if self._stage is not None:
+            self._stage = None
+            give_back()
 
     def call(self, method: str, *args: Any) -> Any:
         """Call a method of the stage."""
@@ -101,12 +112,27 @@ class OnRay:
     def __init__(self, address: str | None) -> None:
         self._owner = connect(address)
         self._actors: list[Any] = []
+        self._stages = 0
 
     @property
     def stages(self) -> int:
-        return len(self._actors)
+        return self._stages
 
     def start(self, specs: Sequence[StageSpec]) -> None:
+        if len(specs) > len(self._actors):
+            self.stop()
+            self._place(specs)
+        # Actors stay from one group of stages to the next: a process takes seconds to start.
+        for handle in [actor.drop.remote() for actor in self._actors]:
+            self.get(handle)
+        actors = self._actors[: len(specs)]
+        built = [actor.build.remote(spec) for actor, spec in zip(actors, specs, strict=True)]
+        for handle in built:
+            self.get(handle)
+        self._stages = len(specs)
+
+    def _place(self, specs: Sequence[StageSpec]) -> None:
+        """An actor for each stage, with a place in the cluster."""
         supply = ray.cluster_resources()
         gpus = int(supply.get("GPU", 0))
         # Stages that share a GPU share it evenly, or one of them would find no place.
@@ -130,9 +156,6 @@ class OnRay:
                 f"none; free in the cluster: {ray.available_resources()}",
                 "Free resources, add nodes, or ask for fewer --stages; then run the command again.",
             )
-        built = [actor.build.remote(spec) for actor, spec in zip(self._actors, specs, strict=True)]
-        for handle in built:
-            self.get(handle)
 
     def call(self, stage: int, method: str, *args: Any, returns: int = 1) -> Any:
         packed = tuple(a if isinstance(a, ray.ObjectRef) else pack(a) for a in args)
@@ -170,7 +193,7 @@ class OnRay:
     def stop(self) -> None:
         for actor in self._actors:
             ray.kill(actor)
-        self._actors = []
+        self._actors, self._stages = [], 0
 
     def close(self) -> None:
         self.stop()

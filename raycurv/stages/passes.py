@@ -48,6 +48,21 @@ class LossPass:
         """Nothing to write."""
 
 
+@dataclass(frozen=True)
+class ReplayPass:
+    """Forward and backward of microbatches whose contributions are there: only gradients pass."""
+
+    target: Target
+    draws: int
+    name: str = "replay"
+
+    def open(self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device) -> Nothing:
+        return Nothing()
+
+    def close(self, gatherer: Nothing) -> None:
+        """Nothing to write."""
+
+
 class Nothing:
     """The gatherer that gathers nothing."""
 

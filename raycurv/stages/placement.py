@@ -46,6 +46,16 @@ def cut_stages(costs: Sequence[float], stages: int) -> tuple[range, ...]:
     return tuple(reversed(runs))
 
 
+def group_stages(stages: int, homes: int) -> tuple[range, ...]:
+    """Consecutive stages that are resident together: as few groups as ``homes`` allow, of like
+    size."""
+    groups = -(-stages // homes)
+    small, larger = divmod(stages, groups)
+    sizes = [small + (g < larger) for g in range(groups)]
+    starts = [sum(sizes[:g]) for g in range(groups)]
+    return tuple(range(a, a + size) for a, size in zip(starts, sizes, strict=True))
+
+
 def eigh_cost(tiles: Sequence[int]) -> float:
     """Relative cost of decomposing a factor: about 9 d³ FLOPs a tile."""
     return 9.0 * sum(float(t) ** 3 for t in tiles)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
+from raycurv.stages.memory import give_back
 from raycurv.stages.stage import Stage, StageSpec
 
 
@@ -20,7 +21,7 @@ class Pool(Protocol):
         ...
 
     def start(self, specs: Sequence[StageSpec]) -> None:
-        """Build the stages.
+        """Build the stages, in place of those that were there.
 
         Raises:
             UserError: a stage cannot load its weights.
@@ -66,6 +67,7 @@ class InProcess:
         return len(self._stages)
 
     def start(self, specs: Sequence[StageSpec]) -> None:
+        self.stop()
         self._stages = [Stage(spec) for spec in specs]
 
     def call(self, stage: int, method: str, *args: Any, returns: int = 1) -> Any:
@@ -84,7 +86,9 @@ class InProcess:
             yield i, function(*args)
 
     def stop(self) -> None:
-        self._stages = []
+        if self._stages:
+            self._stages = []
+            give_back()
 
     def close(self) -> None:
         self.stop()

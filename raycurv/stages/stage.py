@@ -177,15 +177,30 @@ class Stage:
             self._open[batch.index] = _Open(record, entered, left)
         return left.detach()
 
-    def turn(self, batch: Batch, hidden: Tensor | None) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """The last stage's forward, loss and backward.
+    def turn(
+        self, batch: Batch, hidden: Tensor | None, gradients: Tensor | None = None
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """Forward and backward at the end of the resident stages.
 
-        Gives the gradient for the stage before, ``[draws, ...]`` (``None`` for nobody), and what
-        the driver shall collect: ``loss``, ``drawn`` and the gatherer's own.
+        The model's last stage goes back from the loss; another one from the gradients that its
+        successor left when it was resident, and without them no further than its forward.
+
+        Args:
+            gradients: with respect to what ``forward`` gives, ``[draws, ...]``.
+
+        Returns:
+            the gradient for the stage before, ``[draws, ...]`` (``None`` for nobody), or the hidden
+            states of a stage that goes forward only; and what the driver shall collect: ``loss``,
+            ``drawn`` and the gatherer's own.
         """
         assert self._pass is not None
         left = self.forward(batch, hidden)
         opened = self._open.get(batch.index)
+        if not self._segment.last:
+            if opened is None:
+                return left, {}
+            assert gradients is not None, "only the model's last stage starts from the loss"
+            return self.backward(batch.index, gradients)
         batch = batch.to(self._device)
         record = Record(batch) if opened is None else opened.record
 
