@@ -41,6 +41,9 @@ HOW: tuple[dict[str, Any], ...] = (
     {"batch_tokens": 1},
     {"batch_tokens": 4096, "stages": 2},
     {"batch_tokens": 9, "stages": 4},
+    {"schedule": "swept", "stages": 2},
+    {"schedule": "swept", "stages": 4, "homes": 3},
+    {"schedule": "swept", "batch_tokens": 9},
 )
 
 

@@ -122,7 +122,8 @@ HELP = {
         "--draws": "1", "--objective": "causal-lm", "--blocks": "", "--max-factor-dim": "None",
         "--max-examples": "None", "--max-length": "None", "--long": "error", "--seed": "0",
         "--dtype": "float32", "--store-dtype": "None", "--logits-chunk": "16777216",
-        "--stages": "1", "--schedule": "pipelined", "--batch-tokens": "4096", "--address": "None",
+        "--stages": "None", "--schedule": "pipelined", "--homes": "1", "--spool-dir": "None",
+        "--batch-tokens": "4096", "--address": "None",
         "--keep-sums": "",
     },
     "influence.py": {
@@ -130,7 +131,8 @@ HELP = {
         "--rank": "32", "--query-memory": "2GiB", "--top-k": "None", "--per-block": "",
         "--per-token": "", "--self": "", "--ihvp": "", "--seed": "0", "--max-examples": "None",
         "--max-length": "None", "--long": "error", "--dtype": "None", "--logits-chunk": "16777216",
-        "--stages": "1", "--schedule": "pipelined", "--batch-tokens": "4096", "--address": "None",
+        "--stages": "None", "--schedule": "pipelined", "--homes": "1", "--spool-dir": "None",
+        "--batch-tokens": "4096", "--address": "None",
     },
 }  # fmt: skip
 

@@ -225,10 +225,11 @@ class _Fit:
         groups = range(sweep.last + 1)
         found: set[int] = set()
         if self.method in ("ekfac", "kfac"):
-            found |= {g for g in groups if any(self._undecomposed(g))}
+            found |= {g for g in groups if self._undecomposed(g)}
             found |= set() if self._labels_there() else {sweep.last}
         if self.method in ("ekfac", "diagonal"):
-            found |= {g for g in groups if self._unfitted(g)}
+            # Without its bases nothing can be said of a group's Λ, which is lacking then anyway.
+            found |= {g for g in groups if g not in found and self._unfitted(g)}
         if not self._examples_there():
             # Losses come from the model's end alone, gradient norms from all of it.
             found |= set(groups) if self.method in ("ekfac", "diagonal") else {sweep.last}
@@ -298,6 +299,7 @@ class _Fit:
             for said in self.store.read_json(f"work/layout/group-{group:04d}.json")
         ]
         self.store.write_json("blocks.json", [dataclasses.asdict(b) for b in found])
+        self.store.delete_directory("work/layout")
         self._learn(tuple(found))
         self._done("layout")
 

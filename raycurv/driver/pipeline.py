@@ -31,8 +31,8 @@ from raycurv.stages.stage import Pass
 
 Results = dict[str, Tensor]
 
-# A commit may take a tenth of the time between two commits.
-_COMMIT_SHARE = 10.0
+# Between two commits, unless the settings say otherwise: seconds, and times what one takes.
+_COMMIT_SECONDS, _COMMIT_TIMES = 60.0, 10.0
 
 
 class Sink(Protocol):
@@ -141,7 +141,7 @@ def run_pass(
     place: str,
     reporter: Reporter,
     label: str,
-    commit_seconds: float,
+    commit_seconds: float | None,
 ) -> list[str]:
     """Run a pass to its end, from its last commit if there is one.
 
@@ -153,7 +153,7 @@ def run_pass(
         sink: takes what stages give back.
         store: where commits go, below ``place``.
         label: what the progress calls the pass.
-        commit_seconds: time between commits, unless a tenth of it is too little to write one.
+        commit_seconds: time between commits; ``None`` for a minute, or ten times what one takes.
 
     Returns:
         The names of all files that the sink wrote, in order.
@@ -174,7 +174,8 @@ def run_pass(
     with reporter.phase(label, len(feed.plan), "microbatches") as phase:
         phase.advance(done)
         while done < len(feed.plan):
-            until = time.monotonic() + max(commit_seconds, _COMMIT_SHARE * writing)
+            wait = commit_seconds or max(_COMMIT_SECONDS, _COMMIT_TIMES * writing)
+            until = time.monotonic() + wait
 
             def span(start: int = done, until: float = until) -> Iterator[tuple[int, Given]]:
                 nonlocal lost

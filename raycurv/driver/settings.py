@@ -45,9 +45,9 @@ class Execution:
     address: str | None = None
     """Ray cluster: `local` (a Ray of its own), `auto`, `HOST:PORT`, or `none` to run everything in
     this process without Ray. Default: RAY_ADDRESS when set, else `local`."""
-    commit_seconds: float = 60.0
-    """Seconds between two commits of a pass (ten times what writing one takes, if that is longer):
-    a restart repeats at most so much of it."""
+    commit_seconds: float | None = None
+    """Seconds between two commits of a pass: a restart repeats at most so much of it. Default: 60,
+    or ten times what writing one takes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where stages compute; `auto` takes a GPU when there is one."""
 
@@ -61,7 +61,7 @@ class Execution:
         for flag in ("stages", "homes", "batch_tokens", "logits_chunk"):
             if getattr(self, flag) is not None:
                 _positive(flag, getattr(self, flag))
-        if not self.commit_seconds > 0:
+        if self.commit_seconds is not None and not self.commit_seconds > 0:
             raise UserError("--commit-seconds", "above 0", str(self.commit_seconds), "")
 
     def stage_count(self, units: int) -> int:

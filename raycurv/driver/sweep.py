@@ -79,7 +79,7 @@ class Sweep:
         spool: ``None`` with one group.
         streams: name -> microbatches.
         reporter: shows progress.
-        commit_seconds: time between commits.
+        commit_seconds: time between commits, see :func:`raycurv.driver.pipeline.run_pass`.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Sweep:
         spool: Spool | None,
         streams: dict[str, Feed],
         reporter: Reporter,
-        commit_seconds: float,
+        commit_seconds: float | None,
     ) -> None:
         self._workers, self._store, self._spool = workers, store, spool
         self._streams, self._reporter = streams, reporter

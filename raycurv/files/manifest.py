@@ -147,11 +147,11 @@ def _begin(store: Store, wanted: Manifest) -> None:
 
 
 def _computed(store: Store, there: Manifest) -> bool:
-    """Whether the directory holds more than examples and the layout of the model."""
+    """Whether the directory holds more than examples, the layout and what waits for a stage."""
     passes = [
         name
         for name in store.names("work")
-        if not name.startswith(("work/queries/", "work/train/"))
+        if not name.startswith(("work/queries/", "work/train/", "work/layout/", "work/spool/"))
         and not name.endswith("/gathers.json")
     ]
     return bool(passes) or any(phase != "layout" for phase in there.complete)
