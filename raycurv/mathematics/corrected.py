@@ -96,11 +96,11 @@ class CorrectedSums:
             if running is not None:
                 running.add_outer(g2, a2)
             return a2.sum(dim=1, dtype=torch.float64) * g2.sum(dim=1, dtype=torch.float64)
-        for part, m_NOI in rotations.gradients(block):
+        for part, outputs, m_NOI in rotations.pieces(block):
             squares = m_NOI.square_()
-            norms[part] = squares.sum(dim=2).sum(dim=1, dtype=torch.float64)
+            norms[part] += squares.sum(dim=2).sum(dim=1, dtype=torch.float64)
             if running is not None:
-                running.add(squares[0] if len(squares) == 1 else squares.sum(dim=0))
+                running.add(squares[0] if len(squares) == 1 else squares.sum(dim=0), outputs)
         return norms
 
     def results(self) -> Iterator[CorrectedSum]:

@@ -17,8 +17,9 @@ from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Captured
 from raycurv.mathematics.eigen import Eigenbasis
 
-# Elements of the per-example gradients that are formed at once (float32: 32 MiB).
-_CHUNK = 2**23
+# Elements of the per-example gradients that are formed at once, where whole ones are needed
+# (float32: 32 MiB), and where parts will do: those stay in the cache while they are used.
+_CHUNK, _PIECE = 2**23, 2**20
 
 
 def rotate_before(
@@ -106,8 +107,8 @@ class Rotations:
             return
         turned = self.turned_rows(block)
         a, g = rows if turned is None else turned
-        left, right = self._bases[block.output_factor], self._bases[block.input_factor]
         step = max(1, _CHUNK // (block.d_in * block.d_out))
+        left, right = self._bases[block.output_factor], self._bases[block.input_factor]
         for start in range(0, len(a), step):
             part = slice(start, min(start + step, len(a)))
             m_NOI = example_gradients(a[part], g[part])
@@ -115,3 +116,22 @@ class Rotations:
                 m_NOI = right.rotate(m_NOI)
                 m_NOI = left.rotate(m_NOI.transpose(1, 2)).transpose(1, 2)
             yield part, m_NOI
+
+    def pieces(self, block: Block) -> Iterator[tuple[slice, slice, Tensor]]:
+        """The same in pieces: ``(examples, outputs, [n, o, I])``, for what looks at entries alone.
+
+        Where rows are turned first, the gradient of a wide block never exists whole.
+        """
+        turned = self.turned_rows(block)
+        if turned is None:
+            for part, m_NOI in self.gradients(block):
+                yield part, slice(0, block.d_out), m_NOI
+            return
+        a, g = turned
+        at_once = max(1, _PIECE // (block.d_in * block.d_out))
+        outputs = min(block.d_out, max(1, _PIECE // block.d_in))
+        for start in range(0, block.d_out, outputs):
+            rows = slice(start, min(start + outputs, block.d_out))
+            for first in range(0, len(a), at_once):
+                part = slice(first, min(first + at_once, len(a)))
+                yield part, rows, example_gradients(a[part], g[part, :, rows])

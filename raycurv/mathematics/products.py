@@ -20,6 +20,10 @@ def _one_dnn() -> Callable[[Tensor, Tensor], Tensor] | None:
     x, w = torch.arange(12.0).view(3, 4), torch.arange(8.0).view(2, 4)
 
     def multiply(x: Tensor, w: Tensor) -> Tensor:
+        # A part of wider rows (a tile) sends oneDNN to its reference loops, a thousand times slower
+        # (LOG.md); only x may be one.
+        if not (w.is_contiguous() or w.T.is_contiguous()):
+            w = w.contiguous()
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
         return product
 

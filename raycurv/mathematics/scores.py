@@ -187,9 +187,9 @@ class SelfScores:
         scores = torch.zeros(captured.batch.size, dtype=torch.float64, device=self._device)
         for block in blocks:
             inverse = self._preconditioner.inverse[block.name]
-            for part, m_NOI in rotations.gradients(block):
+            for part, outputs, m_NOI in rotations.pieces(block):
                 squares = m_NOI.square_()
                 if inverse is not None:
-                    squares = squares.mul_(inverse)
+                    squares = squares.mul_(inverse[outputs])
                 scores[part] += squares.sum(dim=2).sum(dim=1, dtype=torch.float64)
         return {"self_scores": scores}

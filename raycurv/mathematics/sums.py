@@ -46,10 +46,14 @@ class RunningSum:
         add_outer(self.part, left.to(dtype), right.to(dtype))
         self._count()
 
-    def add(self, value: Tensor) -> None:
-        """Add a tensor of the sum's shape."""
-        self.part.add_(value)
-        self._count()
+    def add(self, value: Tensor, rows: slice | None = None) -> None:
+        """Add a tensor to the sum, or to some of its rows: all are given equally often, in order."""
+        if rows is None:
+            self.part.add_(value)
+        else:
+            self.part[rows].add_(value)
+        if rows is None or rows.stop == len(self.part):
+            self._count()
 
     def _count(self) -> None:
         self.pending += 1
