@@ -269,7 +269,7 @@ class _Fit:
         self.workers.assign(blocks)
 
     def _meet(self, group: int, pool: Pool, given: Given) -> None:
-        """See which blocks of a group read the same tensor, by its first microbatch."""
+        """See which blocks of a group read the same tensor, by the first example that enters it."""
         name = f"work/layout/group-{group:04d}.json"
         if self.store.exists(name):
             return
@@ -277,8 +277,10 @@ class _Fit:
         with self.reporter.phase(
             "layout", pool.stages, "stages", self.workers.named(group)
         ) as phase:
-            batch = pool.put(read(0, self.corpus.plan(self.settings.batch_tokens)[0]))
-            hidden: Any = None if given.hidden is None else pool.put(given.hidden)
+            # The first of a microbatch is its longest: alone, it is as long as all of them.
+            first = self.corpus.plan(self.settings.batch_tokens)[0][:1]
+            batch = pool.put(read(0, first))
+            hidden: Any = None if given.hidden is None else pool.put(given.hidden[:1])
             found: list[Any] = []
             for stage in range(pool.stages):
                 hidden, blocks = pool.call(stage, "discover", batch, hidden, returns=2)
