@@ -541,7 +541,16 @@ def test_wide_factors_are_cut_into_tiles_that_the_tables_show(made: Made) -> Non
     for row in fitted.blocks().to_pylist():
         assert sum(row["input_tiles"]) == row["d_in"] and max(row["input_tiles"]) <= 10
         assert sum(row["output_tiles"]) == row["d_out"] and max(row["output_tiles"]) <= 10
-    assert set(fitted.spectrum()["tile"].to_pylist()) == {0, 1, 2}
+    rows = fitted.spectrum().to_pylist()
+    held = {(row["tile"], row["tile_start"], row["tile_stop"]) for row in rows}
+    # Axes of 24, 16 and 8.
+    assert held == {(0, 0, 8), (1, 8, 16), (2, 16, 24)}
+    block = fitted.curvature("model.layers.1.mlp.down_proj")
+    assert block.input_tiles == (range(0, 8), range(8, 16), range(16, 24))
+    assert block.output_tiles == (range(0, 8), range(8, 16))
+    assert made.fit("whole-diagonal", method="diagonal").curvature(
+        block.block.name
+    ).input_tiles == (range(0, 24),)
     assert np.isfinite(matrix(made.influence("tiles-scores", run=fitted.path))).all()
 
 

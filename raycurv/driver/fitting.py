@@ -51,7 +51,7 @@ from raycurv.mathematics.blocks import Block, choose_blocks
 from raycurv.mathematics.eigen import decompose
 from raycurv.mathematics.evaluate import Target
 from raycurv.mathematics.objective import Objective, open_objective
-from raycurv.mathematics.tiles import tile_widths
+from raycurv.mathematics.tiles import check_axes, tile_widths
 from raycurv.models.model import ModelSource, open_model
 from raycurv.stages.passes import CorrectedPass, CovariancePass, LossPass, ReplayPass
 from raycurv.stages.placement import eigh_cost, longest_first
@@ -93,6 +93,8 @@ def fit(
     blocks = choose_blocks(
         network.skeleton(), settings.blocks, network.default_scope, network.tied_head
     )
+    if settings.method in ("ekfac", "kfac"):
+        check_axes(blocks, settings.max_factor_dim)
     workers = Workers(settings, network, named, blocks, DTYPES[settings.dtype], settings.seed)
     source: Source = data if data is not None else settings.data
     manifest = continue_or_refuse(

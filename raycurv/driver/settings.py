@@ -16,6 +16,7 @@ import tyro
 
 from raycurv.errors import UserError
 from raycurv.mathematics.curvature import Damping
+from raycurv.mathematics.tiles import LARGEST_EIGH, SMALLEST_TILE
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 # Stands for the path of a model or of data that a Python caller holds.
@@ -102,7 +103,8 @@ class FitSettings(Execution, Reading):
     """Glob on dotted module names, repeatable; `!GLOB` leaves out. By default every linear layer of
     the decoder blocks."""
     max_factor_dim: int | None = None
-    """Widest factor that is decomposed whole; a wider axis is cut into diagonal tiles."""
+    """Widest factor that is decomposed whole; a wider axis is cut into diagonal tiles. At least 8;
+    an axis beyond 32,766 cannot be decomposed without."""
     max_examples: int | None = None
     """Curvature from a seeded sample of so many examples."""
     seed: int = 0
@@ -146,7 +148,15 @@ class FitSettings(Execution, Reading):
                 str(self.draws),
                 "Leave --draws out, or use --fisher sampled.",
             )
-        for flag in ("max_length", "max_factor_dim", "max_examples"):
+        widest = self.max_factor_dim
+        if widest is not None and not SMALLEST_TILE <= widest <= LARGEST_EIGH:
+            raise UserError(
+                "--max-factor-dim",
+                f"a number from {SMALLEST_TILE} to {LARGEST_EIGH} (what LAPACK decomposes)",
+                str(widest),
+                "Some thousands are usual; leave it out to decompose every factor whole.",
+            )
+        for flag in ("max_length", "max_examples"):
             if getattr(self, flag) is not None:
                 _positive(flag, getattr(self, flag))
 
