@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from raycurv.data.sources import Source
 from raycurv.driver.fitting import fit as run_fit
+from raycurv.driver.influence import fitted_model, read_fit
 from raycurv.driver.influence import influence as run_influence
-from raycurv.driver.influence import read_fit
+from raycurv.driver.parents import SHARED
 from raycurv.driver.progress import Reporter
 from raycurv.driver.settings import IN_MEMORY, FitSettings, InfluenceSettings
 from raycurv.errors import UserError
@@ -30,7 +31,7 @@ Model = str | os.PathLike[str] | Callable[[], nn.Module]
 
 def fit(
     model: Model,
-    data: Source | os.PathLike[str],
+    data: Source | os.PathLike[str] | None,
     out: str | os.PathLike[str],
     objective: str | Objective = "causal-lm",
     quiet: bool = False,
@@ -41,7 +42,8 @@ def fit(
     Args:
         model: directory with an HF checkpoint, ``package.module:factory``, or a callable that
             returns an ``nn.Module``.
-        data: path or glob of Parquet, JSONL or Arrow, a ``pyarrow.Table``, or a list of dicts.
+        data: path or glob of Parquet, JSONL or Arrow, a ``pyarrow.Table``, or a list of dicts;
+            ``None`` with ``merge`` and ``subtract``, whose data is that of the runs.
         out: the run directory.
         objective: its name, or an object with its three methods.
         quiet: show no progress.
@@ -80,7 +82,13 @@ def open_run(out: str | os.PathLike[str]) -> Run:
 
 
 def _named(source: Any) -> str:
+    if source is None:
+        return ""
     return os.fspath(source) if isinstance(source, (str, os.PathLike)) else IN_MEMORY
+
+
+def _directory(run: Run | str | os.PathLike[str]) -> str:
+    return run.path if isinstance(run, Run) else os.fspath(run)
 
 
 class Run:
@@ -144,6 +152,86 @@ class Run:
             "no such name",
             f"There are {', '.join(self.block_names()[:5])}, …",
         )
+
+    def extend(
+        self,
+        data: Source | os.PathLike[str],
+        out: str | os.PathLike[str],
+        quiet: bool = False,
+        **settings: Any,
+    ) -> Run:
+        """This run and more data, in this run's bases: its Λ sums and counts, and the data's.
+
+        Exact in these bases, which are not those that all the data would have. For the methods
+        ``ekfac`` and ``diagonal``.
+
+        Args:
+            data: examples that are not in this run yet, as ``data`` of :func:`fit`.
+            out: a directory for the new run.
+            quiet: show no progress.
+            **settings: how it is run; what the result means is as in this run.
+
+        Raises:
+            UserError: a mistake in settings or data; an example that is in this run already.
+        """
+        return self._follow(data, out, quiet, {"extend": self.path} | settings)
+
+    def merge(
+        self,
+        *others: Run | str | os.PathLike[str],
+        out: str | os.PathLike[str],
+        quiet: bool = False,
+        **settings: Any,
+    ) -> Run:
+        """The run of this run's data and that of others, all with ``keep_sums``.
+
+        A, G and their counts add up and are decomposed again, and Λ is refitted by a pass over all
+        the data: what fitting them together gives, but for rounding.
+
+        Args:
+            others: runs of the same model and settings, of other examples.
+            out: a directory for the new run.
+            quiet: show no progress.
+            **settings: how it is run, and ``keep_sums``.
+
+        Raises:
+            UserError: a run that does not go with this one, or has not kept its sums.
+        """
+        runs = (self.path, *map(_directory, others))
+        return self._follow(None, out, quiet, {"merge": runs} | settings)
+
+    def subtract(
+        self,
+        *others: Run | str | os.PathLike[str],
+        out: str | os.PathLike[str],
+        quiet: bool = False,
+        **settings: Any,
+    ) -> Run:
+        """The run of this run's data without that of others, all with ``keep_sums``.
+
+        As :meth:`merge`; eigenvalues that rounding leaves below zero are clamped, and counted in
+        the blocks' ``eigh_outcome``.
+
+        Args:
+            others: runs of the same model and settings, of examples that are in this one.
+            out: a directory for the new run.
+            quiet: show no progress.
+            **settings: how it is run, and ``keep_sums``.
+
+        Raises:
+            UserError: as for :meth:`merge`; an example that is not in this run, or no example is
+                left.
+        """
+        runs = (self.path, *map(_directory, others))
+        return self._follow(None, out, quiet, {"subtract": runs} | settings)
+
+    def _follow(self, data: Any, out: Any, quiet: bool, settings: dict[str, Any]) -> Run:
+        """Fit what starts from this run, with its model and settings."""
+        said = self.manifest.settings
+        own = {k: tuple(v) if k == "blocks" else v for k, v in said.items() if k in SHARED}
+        named = str(own.pop("objective"))
+        model = self._model if self._model is not None else fitted_model(self.manifest, self.path)
+        return fit(model, data, out, self._objective or named, quiet, **(own | settings))
 
     def influence(
         self,

@@ -430,8 +430,24 @@ def test_a_sample_is_the_same_for_a_seed_and_another_for_another(made: Made) -> 
     first = ids("sample")
     assert len(set(first)) == 6 and first == ids("sample-again", batch_tokens=20)
     assert first != ids("sample-other", seed=1)
-    scored = made.influence("sample-scores", max_examples=7)
-    assert matrix(scored).shape == (ASKED, 7)
+    assert set(first) != {row["id"] for row in texts(COUNT)[:6]}
+
+
+def test_a_sample_of_training_examples_is_seeded_and_not_the_first(made: Made) -> None:
+    def scored(name: str, **settings: Any) -> tuple[np.ndarray[Any, Any], list[str]]:
+        found, _, ids = raycurv.open_scores(
+            made.influence(name, max_examples=7, **settings)
+        ).matrix()
+        return found, ids
+
+    (scores, ids), (again, others) = scored("some"), scored("again", batch_tokens=20)
+    assert scores.shape == (ASKED, 7) and len(set(ids)) == 7
+    assert set(ids) == set(others) != {row["id"] for row in texts(COUNT)[:7]}
+    assert relative(again[:, [others.index(id) for id in ids]], scores) < CLOSE_32
+    assert set(scored("other", seed=1)[1]) != set(ids)
+    # Scores are those that the same examples have among all.
+    whole, _, every = raycurv.open_scores(made.scores).matrix()
+    assert relative(scores, whole[:, [every.index(id) for id in ids]]) < CLOSE_32
 
 
 @pytest.mark.parametrize("long", ["truncate", "split"])

@@ -68,7 +68,7 @@ def influence(
     fitted = open_store(settings.run, "--run")
     fit = read_fit(fitted)
     blocks = read_blocks(fitted)
-    network = open_model(model if model is not None else _fitted_model(fit, settings.run))
+    network = open_model(model if model is not None else fitted_model(fit, settings.run))
     check_model(fit, network, settings.run)
     named = objective if objective is not None else fit.settings["objective"]
     per_token = open_objective(named).per_token
@@ -139,23 +139,28 @@ def influence(
     return store
 
 
-def read_fit(store: Store) -> Manifest:
+def read_fit(store: Store, flag: str = "") -> Manifest:
     """The manifest of a finished fit.
+
+    Args:
+        store: of the run.
+        flag: what named it, for errors; ``--run`` by default.
 
     Raises:
         UserError: no run there, another job's, or one that is not finished.
     """
+    flag = flag or f"--run {store.root}"
     fit = Manifest.read(store)
     if fit is None or fit.job != "fit":
         raise UserError(
-            f"--run {store.root}",
+            flag,
             "a directory that fit.py made",
             "no run.json" if fit is None else f"results of {fit.job}",
             "Fit first: python jobs/fit.py --model … --data … --out RUN.",
         )
     if "tables" not in fit.complete:
         raise UserError(
-            f"--run {store.root}",
+            flag,
             "a finished fit",
             f"one that got as far as {', '.join(fit.complete) or 'its settings'}",
             "Run the same fit again: it goes on where it stopped.",
@@ -180,7 +185,7 @@ def check_model(fit: Manifest, network: Model, run: str) -> None:
         )
 
 
-def _fitted_model(fit: Manifest, run: str) -> str:
+def fitted_model(fit: Manifest, run: str) -> str:
     """Where the model of a fit lies; a callable that :func:`raycurv.fit` was given lies nowhere."""
     model: str = fit.facts["model"]
     if model == IN_MEMORY:
