@@ -260,6 +260,37 @@ def test_recorded_labels_are_read_and_not_drawn_again(
     assert len(left.examples()) == len(rest.examples())
 
 
+@pytest.mark.parametrize(
+    ("case", "how"),
+    [(MLP, {}), (MLP, {"stages": 3, "homes": 2}), (LLAMA, {"stages": 2})],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+def test_a_sweep_through_the_stages_gives_the_same(fits, case: Case, how: dict[str, Any]) -> None:
+    swept: dict[str, Any] = {"schedule": "swept", "address": "none", "quiet": True} | how
+    first, rest = halves(case)
+    a, b = fits.run(first), fits.run(rest)
+    for method in ("ekfac", "kfac"):
+        x, y = (fits.run(c, method=method) for c in halves(case))
+        merged = x.merge(y, out=fits.place(), keep_sums=True, **swept)
+        assert_equal(fits, merged, fits.run(case, method=method), case)
+        left = merged.subtract(y, out=fits.place(), keep_sums=True, **swept)
+        assert_equal(fits, left, x, first)
+    run = a.extend(list(rest.data), fits.place(), **swept)
+    want = a.extend(list(rest.data), fits.place(), address="none", quiet=True)
+    for name in run.block_names():
+        got, expected = (r.curvature(name).eigenvalues for r in (run, want))
+        assert worst(got, expected) < EXACT
+    assert run.examples()["id"].to_pylist() == want.examples()["id"].to_pylist()
+    norms = (column(r.examples(), "gradient_sq_norm") for r in (run, want))
+    assert worst(*norms) < EXACT
+    # A run that was swept itself is taken as any other.
+    again = fits.run(rest, **{k: v for k, v in swept.items() if k != "quiet"})
+    assert_equal(
+        fits, a.merge(again, out=fits.place(), **swept, keep_sums=True), fits.run(case), case
+    )
+    assert b.manifest.facts["examples"] == len(rest.data)
+
+
 def test_a_difference_below_zero_is_clamped_and_counted(fits) -> None:
     rows = arrays(40, (5,), "classes")
     # Large numbers leave in float32 sums a rounding that the few that stay do not reach.
@@ -324,6 +355,12 @@ FOLLOW: dict[str, Callable[[Any, str], raycurv.Run]] = {
         fits.run(halves(MLP)[1], method="kfac"), out=out, **HOW
     ),
     "subtract": lambda fits, out: fits.run(MLP).subtract(fits.run(halves(MLP)[1]), out=out, **HOW),
+    "swept": lambda fits, out: fits.run(halves(MLP)[0]).merge(
+        fits.run(halves(MLP)[1]), out=out, schedule="swept", stages=2, **HOW
+    ),
+    "swept extend": lambda fits, out: fits.run(halves(MLP)[0]).extend(
+        list(halves(MLP)[1].data), out, schedule="swept", stages=2, **HOW
+    ),
 }
 
 
@@ -346,7 +383,8 @@ def test_a_run_killed_at_any_file_goes_on_from_there(
     follow(fits, fits.place())
     count = 10**6 - life
     assert count > 10
-    for lived in range(1, count):
+    # At so many places that all ways together meet every kind of file.
+    for lived in range(1 + list(FOLLOW).index(what), count, 5):
         out, life = fits.place(), lived
         with pytest.raises(Killed):
             follow(fits, out)
