@@ -12,8 +12,8 @@ import pyarrow.compute as pc
 from torch import Tensor, nn
 
 from raycurv.data.sources import Source
+from raycurv.driver.fitted import fitted_model, read_fit
 from raycurv.driver.fitting import fit as run_fit
-from raycurv.driver.influence import fitted_model, read_fit
 from raycurv.driver.influence import influence as run_influence
 from raycurv.driver.parents import SHARED
 from raycurv.driver.progress import Reporter
@@ -52,6 +52,11 @@ def fit(
     Raises:
         UserError: a mistake in settings, model or data.
     """
+    for how in ("merge", "subtract"):
+        if settings.get(how) and not isinstance(settings[how], str):
+            settings[how] = tuple(map(os.fspath, settings[how]))
+    if settings.get("extend"):
+        settings["extend"] = os.fspath(settings["extend"])
     chosen = FitSettings(
         model=_named(model),
         data=_named(data),
@@ -87,10 +92,6 @@ def _named(source: Any) -> str:
     return os.fspath(source) if isinstance(source, (str, os.PathLike)) else IN_MEMORY
 
 
-def _directory(run: Run | str | os.PathLike[str]) -> str:
-    return run.path if isinstance(run, Run) else os.fspath(run)
-
-
 class Run:
     """A finished fit.
 
@@ -115,6 +116,9 @@ class Run:
     def path(self) -> str:
         """The run directory."""
         return self._store.root
+
+    def __fspath__(self) -> str:
+        return self.path
 
     def blocks(self) -> pa.Table:
         """One row a block: shape, trace, mean eigenvalue, effective ranks, outcome."""
@@ -174,11 +178,11 @@ class Run:
         Raises:
             UserError: a mistake in settings or data; an example that is in this run already.
         """
-        return self._follow(data, out, quiet, {"extend": self.path} | settings)
+        return self._follow(data, out, quiet, {"extend": self} | settings)
 
     def merge(
         self,
-        *others: Run | str | os.PathLike[str],
+        *others: str | os.PathLike[str],
         out: str | os.PathLike[str],
         quiet: bool = False,
         **settings: Any,
@@ -189,7 +193,7 @@ class Run:
         the data: what fitting them together gives, but for rounding.
 
         Args:
-            others: runs of the same model and settings, of other examples.
+            others: runs (or their directories) of the same model and settings, of other examples.
             out: a directory for the new run.
             quiet: show no progress.
             **settings: how it is run, and ``keep_sums``.
@@ -197,12 +201,11 @@ class Run:
         Raises:
             UserError: a run that does not go with this one, or has not kept its sums.
         """
-        runs = (self.path, *map(_directory, others))
-        return self._follow(None, out, quiet, {"merge": runs} | settings)
+        return self._follow(None, out, quiet, {"merge": (self, *others)} | settings)
 
     def subtract(
         self,
-        *others: Run | str | os.PathLike[str],
+        *others: str | os.PathLike[str],
         out: str | os.PathLike[str],
         quiet: bool = False,
         **settings: Any,
@@ -213,7 +216,8 @@ class Run:
         the blocks' ``eigh_outcome``.
 
         Args:
-            others: runs of the same model and settings, of examples that are in this one.
+            others: runs (or their directories) of the same model and settings, of examples that
+                are in this one.
             out: a directory for the new run.
             quiet: show no progress.
             **settings: how it is run, and ``keep_sums``.
@@ -222,8 +226,7 @@ class Run:
             UserError: as for :meth:`merge`; an example that is not in this run, or no example is
                 left.
         """
-        runs = (self.path, *map(_directory, others))
-        return self._follow(None, out, quiet, {"subtract": runs} | settings)
+        return self._follow(None, out, quiet, {"subtract": (self, *others)} | settings)
 
     def _follow(self, data: Any, out: Any, quiet: bool, settings: dict[str, Any]) -> Run:
         """Fit what starts from this run, with its model and settings."""

@@ -646,6 +646,18 @@ def test_a_corrected_mistake_may_use_the_same_directory(runs: Runs, tmp_path: Pa
         assert run_here("fit.py", runs.flags(out, flags)).code == code
 
 
+def test_runs_are_given_as_they_are_or_as_directories(fits) -> None:
+    first, rest = (fits.run(case) for case in halves(MLP))
+    how: dict[str, Any] = {"objective": "classification", "dtype": "float64", **HOW}
+    for runs in ([first, rest], (first.path, Path(rest.path))):
+        run = raycurv.fit(MLP.network, None, fits.place(), merge=runs, **how)
+        assert len(run.examples()) == len(MLP.data)
+    more = list(halves(MLP)[1].data)
+    for one in (first, first.path, Path(first.path)):
+        run = raycurv.fit(MLP.network, more, fits.place(), extend=one, **how)
+        assert len(run.examples()) == len(MLP.data)
+
+
 def test_runs_in_memory_say_how_to_get_their_model_back(fits) -> None:
     first, rest = (fits.run(case) for case in halves(MLP))
     with pytest.raises(UserError, match=r"Call raycurv\.fit"):

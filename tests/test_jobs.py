@@ -171,7 +171,8 @@ BLOCKS = {
 }  # fmt: skip
 SPECTRUM = {
     "factor": pa.string(), "block": pa.string(), "tile": pa.int32(), "side": pa.string(),
-    "index": pa.int32(), "eigenvalue": pa.float64(),
+    "index": pa.int32(), "eigenvalue": pa.float64(), "tile_start": pa.int32(),
+    "tile_stop": pa.int32(),
 }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from functools import cached_property
 from typing import Any, Literal, get_args
 
 from raycurv.driver.corpus import Corpus, stored_corpus
-from raycurv.driver.influence import check_model, read_fit
+from raycurv.driver.fitted import check_model, read_fit
 from raycurv.driver.settings import FitSettings
 from raycurv.errors import DamagedFile, UserError
 from raycurv.files.artifacts import factor_file, keeps_sum, read_blocks

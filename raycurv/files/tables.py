@@ -52,11 +52,11 @@ SPECTRUM = pa.schema(
         ("factor", pa.string()),
         ("block", pa.string()),
         ("tile", pa.int32()),
-        ("tile_start", pa.int32()),
-        ("tile_stop", pa.int32()),
         ("side", pa.string()),
         ("index", pa.int32()),
         ("eigenvalue", pa.float64()),
+        ("tile_start", pa.int32()),
+        ("tile_stop", pa.int32()),
     ]
 )
 

@@ -47,7 +47,7 @@ class CorrectedSum:
         assert self.block == other.block
         return CorrectedSum(
             self.block,
-            self.total + other.total,
+            self.total.to(other.total.device) + other.total,
             self.count + other.count,
             self.examples + other.examples,
         )

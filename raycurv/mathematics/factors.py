@@ -52,12 +52,12 @@ class FactorSum:
         return self._combined(other, -1)
 
     def _combined(self, other: FactorSum, sign: int) -> FactorSum:
-        assert self.name == other.name and len(self.tiles) == len(other.tiles)
+        assert self.name == other.name
         pairs = zip(self.tiles, other.tiles, strict=True)
         coarser = max(self.dtype, other.dtype, key=lambda dtype: torch.finfo(dtype).eps)
         return replace(
             self,
-            tiles=tuple(mine + sign * theirs for mine, theirs in pairs),
+            tiles=tuple(torch.add(mine, theirs, alpha=sign) for mine, theirs in pairs),
             count=self.count + sign * other.count,
             rows=self.rows + sign * other.rows,
             dtype=coarser,
