@@ -355,6 +355,9 @@ FOLLOW: dict[str, Callable[[Any, str], raycurv.Run]] = {
         fits.run(halves(MLP)[1], method="kfac"), out=out, **HOW
     ),
     "subtract": lambda fits, out: fits.run(MLP).subtract(fits.run(halves(MLP)[1]), out=out, **HOW),
+    "merge lean": lambda fits, out: fits.run(halves(MLP)[0]).merge(
+        fits.run(halves(MLP)[1]), out=out, **(HOW | {"keep_sums": False})
+    ),
     "swept": lambda fits, out: fits.run(halves(MLP)[0]).merge(
         fits.run(halves(MLP)[1]), out=out, schedule="swept", stages=2, **HOW
     ),
