@@ -12,9 +12,10 @@ import pyarrow.compute as pc
 from torch import Tensor, nn
 
 from raycurv.data.sources import Source
+from raycurv.driver.fitted import fitted_model, read_fit
 from raycurv.driver.fitting import fit as run_fit
 from raycurv.driver.influence import influence as run_influence
-from raycurv.driver.influence import read_fit
+from raycurv.driver.parents import SHARED
 from raycurv.driver.progress import Reporter
 from raycurv.driver.settings import IN_MEMORY, FitSettings, InfluenceSettings
 from raycurv.errors import UserError
@@ -30,7 +31,7 @@ Model = str | os.PathLike[str] | Callable[[], nn.Module]
 
 def fit(
     model: Model,
-    data: Source | os.PathLike[str],
+    data: Source | os.PathLike[str] | None,
     out: str | os.PathLike[str],
     objective: str | Objective = "causal-lm",
     quiet: bool = False,
@@ -41,7 +42,8 @@ def fit(
     Args:
         model: directory with an HF checkpoint, ``package.module:factory``, or a callable that
             returns an ``nn.Module``.
-        data: path or glob of Parquet, JSONL or Arrow, a ``pyarrow.Table``, or a list of dicts.
+        data: path or glob of Parquet, JSONL or Arrow, a ``pyarrow.Table``, or a list of dicts;
+            ``None`` with ``merge`` and ``subtract``, whose data is that of the runs.
         out: the run directory.
         objective: its name, or an object with its three methods.
         quiet: show no progress.
@@ -50,6 +52,11 @@ def fit(
     Raises:
         UserError: a mistake in settings, model or data.
     """
+    for how in ("merge", "subtract"):
+        if settings.get(how) and not isinstance(settings[how], str):
+            settings[how] = tuple(map(os.fspath, settings[how]))
+    if settings.get("extend"):
+        settings["extend"] = os.fspath(settings["extend"])
     chosen = FitSettings(
         model=_named(model),
         data=_named(data),
@@ -80,6 +87,8 @@ def open_run(out: str | os.PathLike[str]) -> Run:
 
 
 def _named(source: Any) -> str:
+    if source is None:
+        return ""
     return os.fspath(source) if isinstance(source, (str, os.PathLike)) else IN_MEMORY
 
 
@@ -107,6 +116,9 @@ class Run:
     def path(self) -> str:
         """The run directory."""
         return self._store.root
+
+    def __fspath__(self) -> str:
+        return self.path
 
     def blocks(self) -> pa.Table:
         """One row a block: shape, trace, mean eigenvalue, effective ranks, outcome."""
@@ -144,6 +156,85 @@ class Run:
             "no such name",
             f"There are {', '.join(self.block_names()[:5])}, …",
         )
+
+    def extend(
+        self,
+        data: Source | os.PathLike[str],
+        out: str | os.PathLike[str],
+        quiet: bool = False,
+        **settings: Any,
+    ) -> Run:
+        """This run and more data, in this run's bases: its Λ sums and counts, and the data's.
+
+        Exact in these bases, which are not those that all the data would have. For the methods
+        ``ekfac`` and ``diagonal``.
+
+        Args:
+            data: examples that are not in this run yet, as ``data`` of :func:`fit`.
+            out: a directory for the new run.
+            quiet: show no progress.
+            **settings: how it is run; what the result means is as in this run.
+
+        Raises:
+            UserError: a mistake in settings or data; an example that is in this run already.
+        """
+        return self._follow(data, out, quiet, {"extend": self} | settings)
+
+    def merge(
+        self,
+        *others: str | os.PathLike[str],
+        out: str | os.PathLike[str],
+        quiet: bool = False,
+        **settings: Any,
+    ) -> Run:
+        """The run of this run's data and that of others, all with ``keep_sums``.
+
+        A, G and their counts add up and are decomposed again, and Λ is refitted by a pass over all
+        the data: what fitting them together gives, but for rounding.
+
+        Args:
+            others: runs (or their directories) of the same model and settings, of other examples.
+            out: a directory for the new run.
+            quiet: show no progress.
+            **settings: how it is run, and ``keep_sums``.
+
+        Raises:
+            UserError: a run that does not go with this one, or has not kept its sums.
+        """
+        return self._follow(None, out, quiet, {"merge": (self, *others)} | settings)
+
+    def subtract(
+        self,
+        *others: str | os.PathLike[str],
+        out: str | os.PathLike[str],
+        quiet: bool = False,
+        **settings: Any,
+    ) -> Run:
+        """The run of this run's data without that of others, all with ``keep_sums``.
+
+        As :meth:`merge`; eigenvalues that rounding leaves below zero are clamped, and counted in
+        the blocks' ``eigh_outcome``.
+
+        Args:
+            others: runs (or their directories) of the same model and settings, of examples that
+                are in this one.
+            out: a directory for the new run.
+            quiet: show no progress.
+            **settings: how it is run, and ``keep_sums``.
+
+        Raises:
+            UserError: as for :meth:`merge`; an example that is not in this run, or no example is
+                left.
+        """
+        return self._follow(None, out, quiet, {"subtract": (self, *others)} | settings)
+
+    def _follow(self, data: Any, out: Any, quiet: bool, settings: dict[str, Any]) -> Run:
+        """Fit what starts from this run, with its model and settings."""
+        said = self.manifest.settings
+        own = {k: tuple(v) if k == "blocks" else v for k, v in said.items() if k in SHARED}
+        named = str(own.pop("objective"))
+        model = self._model if self._model is not None else fitted_model(self.manifest, self.path)
+        return fit(model, data, out, self._objective or named, quiet, **(own | settings))
 
     def influence(
         self,

@@ -161,6 +161,11 @@ def classifier() -> nn.Module:
     )
 
 
+def wide() -> nn.Module:
+    """A layer whose input factor nothing can decompose whole, the bias' column with it."""
+    return nn.Sequential(nn.Linear(32_768, 2))
+
+
 class Dead(nn.Module):
     """A network with a branch whose output is multiplied by zero, and one that nothing uses."""
 

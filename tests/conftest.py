@@ -80,6 +80,12 @@ class Fits:
         return self._made[key]
 
 
+@pytest.fixture
+def narrow_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of any width: the axes of tiny networks are no wider than the narrowest allowed."""
+    monkeypatch.setattr("raycurv.driver.settings.SMALLEST_TILE", 1)
+
+
 @pytest.fixture(scope="session")
 def fits(tmp_path_factory: pytest.TempPathFactory) -> Fits:
     return Fits(tmp_path_factory.mktemp("fits"))

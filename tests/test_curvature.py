@@ -73,6 +73,7 @@ def test_the_identity_needs_no_labels_whatever_the_fisher(fits) -> None:
     assert worst(numbers(run.examples(), "loss"), fits.truth(MLP).losses()) < EXACT
 
 
+@pytest.mark.usefixtures("narrow_tiles")
 def test_a_cut_basis_serves_the_same_primitives(fits) -> None:
     run = fits.run(MLP, max_factor_dim=2)
     for name in run.block_names():

@@ -9,10 +9,11 @@ import pytest
 import torch
 from dense import worst
 
-from raycurv.errors import NumericalError
+from raycurv.errors import NumericalError, UserError
+from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.eigen import Eigenbasis, decompose, effective_rank
 from raycurv.mathematics.gradients import rotate_before
-from raycurv.mathematics.tiles import LARGEST_EIGH, tile_widths
+from raycurv.mathematics.tiles import LARGEST_EIGH, check_axes, tile_ranges, tile_widths
 
 CPU = torch.device("cpu")
 EXACT = 1e-12  # float64, a dozen columns
@@ -153,14 +154,28 @@ def test_effective_rank_counts_equal_directions() -> None:
 @pytest.mark.parametrize("limit", [None, 1, 2, 3, 64, 99])
 def test_tiles_are_as_few_and_as_equal_as_can_be(width: int, limit: int | None) -> None:
     tiles = tile_widths(width, limit)
-    assert sum(tiles) == width and max(tiles) <= (limit or LARGEST_EIGH)
+    assert sum(tiles) == width and max(tiles) <= (limit or width)
     assert max(tiles) - min(tiles) <= 1
-    assert len(tiles) == math.ceil(width / (limit or LARGEST_EIGH))
+    assert len(tiles) == math.ceil(width / (limit or width))
 
 
-def test_no_tile_is_wider_than_lapack_can_take() -> None:
-    assert tile_widths(LARGEST_EIGH, None) == (LARGEST_EIGH,)
-    assert tile_widths(LARGEST_EIGH + 1, 10**6) == (16384, 16383)
+def test_an_axis_wider_than_lapack_can_take_is_cut_only_when_asked() -> None:
+    def block(d_in: int, d_out: int) -> Block:
+        return Block("layer", "linear", d_in, d_out, False)
+
+    check_axes([block(LARGEST_EIGH, LARGEST_EIGH)], None)
+    check_axes([block(LARGEST_EIGH + 1, 10**6)], LARGEST_EIGH)
+    for wide, side in ((block(LARGEST_EIGH + 1, 3), "input"), (block(3, 10**6), "output")):
+        with pytest.raises(UserError, match=rf"block layer: .*{side} axis.*--max-factor-dim"):
+            check_axes([block(4, 4), wide], None)
+    assert tile_widths(LARGEST_EIGH + 1, LARGEST_EIGH) == (16384, 16383)
+
+
+def test_tiles_say_which_indices_they_hold() -> None:
+    assert tile_ranges((3, 2, 2)) == (range(0, 3), range(3, 5), range(5, 7))
+    assert tile_ranges(()) == ()
+    basis = decompose("f", (factor(3), factor(2, 1)), DOUBLE, CPU)
+    assert basis.ranges == (range(0, 3), range(3, 5))
 
 
 def test_rows_are_turned_first_when_that_takes_fewer_flops() -> None:

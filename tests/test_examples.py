@@ -387,6 +387,21 @@ def test_a_sample_is_seeded_and_in_data_order(tmp_path: Path, format: str) -> No
         assert max(rows_) > 1500  # and not the first 40
 
 
+def test_every_row_is_as_likely_in_a_sample() -> None:
+    rows, seeds, size = [{"input_ids": [1]} for _ in range(60)], 300, 15
+    counts = np.zeros(len(rows))
+    for seed in range(seeds):
+        for example in read(rows, max_examples=size, seed=seed):
+            counts[int(example.id.rpartition(":")[2])] += 1
+    # Chi-square of 59 degrees of freedom, of draws without replacement; 112 is seen once in 30,000.
+    share = size / len(rows)
+    assert counts.sum() == seeds * size
+    statistic = ((counts - seeds * share) ** 2).sum() / (seeds * share * (1 - share))
+    assert 30 < statistic < 112
+    # The control: the first rows are not the ones.
+    assert abs(counts[:size].sum() / counts.sum() - share) < 0.03
+
+
 def test_a_sample_depends_on_ids_alone_and_grows() -> None:
     rows = [{"id": f"x{i}", "input_ids": [1]} for i in range(500)]
     small = {e.id for e in read(rows, max_examples=20)}

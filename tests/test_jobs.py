@@ -171,7 +171,8 @@ BLOCKS = {
 }  # fmt: skip
 SPECTRUM = {
     "factor": pa.string(), "block": pa.string(), "tile": pa.int32(), "side": pa.string(),
-    "index": pa.int32(), "eigenvalue": pa.float64(),
+    "index": pa.int32(), "eigenvalue": pa.float64(), "tile_start": pa.int32(),
+    "tile_stop": pa.int32(),
 }  # fmt: skip
 
 
@@ -430,8 +431,24 @@ def test_a_sample_is_the_same_for_a_seed_and_another_for_another(made: Made) -> 
     first = ids("sample")
     assert len(set(first)) == 6 and first == ids("sample-again", batch_tokens=20)
     assert first != ids("sample-other", seed=1)
-    scored = made.influence("sample-scores", max_examples=7)
-    assert matrix(scored).shape == (ASKED, 7)
+    assert set(first) != {row["id"] for row in texts(COUNT)[:6]}
+
+
+def test_a_sample_of_training_examples_is_seeded_and_not_the_first(made: Made) -> None:
+    def scored(name: str, **settings: Any) -> tuple[np.ndarray[Any, Any], list[str]]:
+        found, _, ids = raycurv.open_scores(
+            made.influence(name, max_examples=7, **settings)
+        ).matrix()
+        return found, ids
+
+    (scores, ids), (again, others) = scored("some"), scored("again", batch_tokens=20)
+    assert scores.shape == (ASKED, 7) and len(set(ids)) == 7
+    assert set(ids) == set(others) != {row["id"] for row in texts(COUNT)[:7]}
+    assert relative(again[:, [others.index(id) for id in ids]], scores) < CLOSE_32
+    assert set(scored("other", seed=1)[1]) != set(ids)
+    # Scores are those that the same examples have among all.
+    whole, _, every = raycurv.open_scores(made.scores).matrix()
+    assert relative(scores, whole[:, [every.index(id) for id in ids]]) < CLOSE_32
 
 
 @pytest.mark.parametrize("long", ["truncate", "split"])
@@ -541,7 +558,16 @@ def test_wide_factors_are_cut_into_tiles_that_the_tables_show(made: Made) -> Non
     for row in fitted.blocks().to_pylist():
         assert sum(row["input_tiles"]) == row["d_in"] and max(row["input_tiles"]) <= 10
         assert sum(row["output_tiles"]) == row["d_out"] and max(row["output_tiles"]) <= 10
-    assert set(fitted.spectrum()["tile"].to_pylist()) == {0, 1, 2}
+    rows = fitted.spectrum().to_pylist()
+    held = {(row["tile"], row["tile_start"], row["tile_stop"]) for row in rows}
+    # Axes of 24, 16 and 8.
+    assert held == {(0, 0, 8), (1, 8, 16), (2, 16, 24)}
+    block = fitted.curvature("model.layers.1.mlp.down_proj")
+    assert block.input_tiles == (range(0, 8), range(8, 16), range(16, 24))
+    assert block.output_tiles == (range(0, 8), range(8, 16))
+    assert made.fit("whole-diagonal", method="diagonal").curvature(
+        block.block.name
+    ).input_tiles == (range(0, 24),)
     assert np.isfinite(matrix(made.influence("tiles-scores", run=fitted.path))).all()
 
 

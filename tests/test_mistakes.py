@@ -297,7 +297,20 @@ FIT: dict[str, Mistake] = {
     "no stage": mistake("--stages", "at least 1", stages=0),
     "no tokens in a batch": mistake("--batch-tokens", batch_tokens=0),
     "a length of nothing": mistake("--max-length", "at least 1", max_length=0),
-    "a factor of nothing": mistake("--max-factor-dim", max_factor_dim=0),
+    "a factor of nothing": mistake("--max-factor-dim", "from 8 to", max_factor_dim=0),
+    "tiles too narrow": mistake("--max-factor-dim", "from 8 to", "got 7", max_factor_dim=7),
+    "tiles wider than LAPACK decomposes": mistake(
+        "--max-factor-dim", "to 32766", "32767", max_factor_dim=32_767
+    ),
+    "an axis wider than LAPACK decomposes": mistake(
+        "block 0",
+        "an input axis of at most 32,766",
+        "got 32,769",
+        "--max-factor-dim",
+        "'!0'",
+        model="commands:wide",
+        objective="classification",
+    ),
     "a sample of nothing": mistake("--max-examples", max_examples=0),
     "no draws": mistake("--draws", draws=0),
     "several draws of the data's own labels": mistake(

@@ -91,6 +91,24 @@ def scored(fitted: raycurv.Run, out: Path, address: str, **settings: Any) -> ray
     )  # fmt: skip
 
 
+def test_runs_are_put_together_by_tasks(cluster: None, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"keep_sums": True, **FIT}
+    a, b = (
+        raycurv.fit(classifier, rows, tmp_path / name, address="none", **how)
+        for name, rows in (("a", ROWS[:9]), ("b", ROWS[9:]))
+    )
+    for name, follow in {
+        "merge": lambda out, **more: a.merge(b, out=out, quiet=True, **more),
+        "extend": lambda out, **more: a.extend(ROWS[9:], out, quiet=True, **more),
+    }.items():
+        mine = follow(tmp_path / name, address="local", stages=2)
+        reference = follow(tmp_path / f"{name}-alone", address="none")
+        for column in ("trace", "input_effective_rank", "examples"):
+            assert relative(mine.blocks()[column], reference.blocks()[column]) < CLOSE
+        column = "gradient_sq_norm"
+        assert relative(mine.examples()[column], reference.examples()[column]) < CLOSE
+
+
 @pytest.mark.parametrize("stages", [1, 2])
 def test_actors_give_the_numbers_of_one_process(
     stages: int,

@@ -125,6 +125,7 @@ def test_identity_scores_are_dot_products(fits, case: Case) -> None:
     assert worst(by_id(scores, case), flat[:3] @ flat.T) < EXACT
 
 
+@pytest.mark.usefixtures("narrow_tiles")
 @pytest.mark.parametrize("case", [MLP, LLAMA], ids=lambda case: case.name)
 def test_scores_are_exact_in_a_cut_basis(fits, case: Case) -> None:
     cut = {"max_factor_dim": 3}

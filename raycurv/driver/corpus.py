@@ -6,7 +6,7 @@ data/corpus.json             how many, their lengths' sum, the hash of their sou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -96,6 +96,11 @@ class Corpus:
 
         return read
 
+    def examples(self) -> Iterator[Example]:
+        """All examples in order, a part of them in memory at a time."""
+        for part in range(-(-len(self) // PART)):
+            yield from self._part(part)
+
     def _part(self, part: int) -> list[Example]:
         return table_to_examples(read_table(self.store, _part_name(self.directory, part)))
 
@@ -125,9 +130,45 @@ def open_corpus(
     Raises:
         UserError: see :func:`raycurv.data.examples.read_examples`; or no example has a loss term.
     """
-    found = _stored(store, directory)
+    found = stored_corpus(store, directory)
     if found is not None:
         return found
+    tokenizer = None if model.tokenizer_dir is None else LazyTokenizer(model.tokenizer_dir)
+    examples = read_examples(
+        source,
+        tokenizer=tokenizer,
+        vocab_size=model.vocab_size,
+        max_positions=model.max_positions,
+        max_length=reading.max_length,
+        long=reading.long,
+        max_examples=max_examples,
+        seed=seed,
+        token_inputs=model.token_inputs,
+    )
+    return store_corpus(
+        store, directory, examples, flag, lambda: {} if tokenizer is None else tokenizer.describe()
+    )
+
+
+def store_corpus(
+    store: Store,
+    directory: str,
+    examples: Iterable[Example],
+    flag: str,
+    describe: Callable[[], dict[str, Any]],
+) -> Corpus:
+    """Write examples, numbered from 0 on, as a corpus.
+
+    Args:
+        store: of the run.
+        directory: below it.
+        examples: in order.
+        flag: where they come from, for errors.
+        describe: what tokenised them; asked when all have been read.
+
+    Raises:
+        UserError: no example has a loss term.
+    """
     store.delete_directory(directory)
     ids: list[str] = []
     lengths: list[int] = []
@@ -140,18 +181,7 @@ def open_corpus(
             write_table(store, _part_name(directory, part), examples_to_table(buffer))
             buffer.clear()
 
-    tokenizer = None if model.tokenizer_dir is None else LazyTokenizer(model.tokenizer_dir)
-    for example in read_examples(
-        source,
-        tokenizer=tokenizer,
-        vocab_size=model.vocab_size,
-        max_positions=model.max_positions,
-        max_length=reading.max_length,
-        long=reading.long,
-        max_examples=max_examples,
-        seed=seed,
-        token_inputs=model.token_inputs,
-    ):
+    for example in examples:
         buffer.append(example)
         ids.append(example.id)
         lengths.append(example.length)
@@ -163,13 +193,13 @@ def open_corpus(
         raise no_loss_terms(flag, len(ids))
     index = pa.table({"id": ids, "tokens": pa.array(lengths, pa.int32())})
     write_table(store, f"{directory}/index.parquet", index)
-    described = {} if tokenizer is None else tokenizer.describe()
+    described = describe()
     said = {"examples": len(ids), "with_loss": terms, "tokenizer": described}
     store.write_json(f"{directory}/corpus.json", said)
     return Corpus(store, directory, tuple(ids), tuple(lengths), terms, described)
 
 
-def _stored(store: Store, directory: str) -> Corpus | None:
+def stored_corpus(store: Store, directory: str) -> Corpus | None:
     """The corpus if it is there whole; a damaged one is read from its source again."""
     said = store.read_json(f"{directory}/corpus.json")
     if said is None:

@@ -9,6 +9,7 @@
       pass 2 -> corrected/         Λ; losses and gradient norms of the examples
     tables   -> tables/
 
+A fit that starts from other runs (parents.py) takes over a part of these from them (combined.py).
 Every arrow leaves finished files, and a phase computes only those that are missing: so the same
 command continues a run that stopped anywhere, and mends one that lost a file.
 """
@@ -24,7 +25,15 @@ from typing import Any
 import torch
 
 from raycurv.data.sources import Source, fingerprint
-from raycurv.driver.corpus import Corpus, DrawnLabels, open_corpus
+from raycurv.driver.combined import (
+    combine_examples,
+    copy_examples,
+    open_examples,
+    take_over_blocks,
+    take_over_factors,
+)
+from raycurv.driver.corpus import Corpus, DrawnLabels
+from raycurv.driver.parents import Parents, open_parents
 from raycurv.driver.pipeline import Feed, Given, NoSink, Sink
 from raycurv.driver.progress import Reporter
 from raycurv.driver.rows import ExampleRows, write_drawn, write_examples
@@ -38,6 +47,7 @@ from raycurv.files.artifacts import (
     corrected_notes,
     eigen_file,
     factor_file,
+    keeps_sum,
     read_blocks,
     read_factor,
     write_eigen,
@@ -51,7 +61,7 @@ from raycurv.mathematics.blocks import Block, choose_blocks
 from raycurv.mathematics.eigen import decompose
 from raycurv.mathematics.evaluate import Target
 from raycurv.mathematics.objective import Objective, open_objective
-from raycurv.mathematics.tiles import tile_widths
+from raycurv.mathematics.tiles import check_axes, tile_widths
 from raycurv.models.model import ModelSource, open_model
 from raycurv.stages.passes import CorrectedPass, CovariancePass, LossPass, ReplayPass
 from raycurv.stages.placement import eigh_cost, longest_first
@@ -93,23 +103,27 @@ def fit(
     blocks = choose_blocks(
         network.skeleton(), settings.blocks, network.default_scope, network.tied_head
     )
+    if settings.method in ("ekfac", "kfac"):
+        check_axes(blocks, settings.max_factor_dim)
     workers = Workers(settings, network, named, blocks, DTYPES[settings.dtype], settings.seed)
     source: Source = data if data is not None else settings.data
+    parents = open_parents(settings, store, network)
     manifest = continue_or_refuse(
         store,
         Manifest(
             "fit",
-            _settings_of_result(settings),
-            {"model": network.fingerprint(), "data": fingerprint(source)},
-            {"model": _lasting(settings.model), "data": settings.data},
+            _settings_of_result(settings) | parents.marks(),
+            {
+                "model": network.fingerprint(),
+                "data": {} if parents.combined else fingerprint(source),
+            },
+            {"model": _lasting(settings.model), "data": settings.data} | parents.places(),
         ),
     )
     with reporter.phase("examples", 1, "sources") as phase:
-        corpus = open_corpus(
-            store, "data", source, "--data", network, settings, settings.max_examples, settings.seed
-        )
+        corpus = open_examples(store, parents, source, network, settings, manifest.facts, reporter)
         phase.advance(1)
-    job = _Fit(settings, store, per_token, blocks, corpus, manifest, workers, reporter)
+    job = _Fit(settings, store, per_token, blocks, corpus, parents, manifest, workers, reporter)
     try:
         job.run()
     finally:
@@ -118,8 +132,8 @@ def fit(
         manifest.seconds[name] = manifest.seconds.get(name, 0.0) + seconds
     manifest.write(store)
     reporter.summary(
-        f"fitted {settings.method} of {len(blocks)} blocks on {len(corpus):,} examples, "
-        f"{corpus.tokens:,} tokens",
+        f"fitted {settings.method} of {len(blocks)} blocks on {manifest.facts['examples']:,} "
+        f"examples, {manifest.facts['tokens']:,} tokens",
         {"results": store.root},
     )
     return store
@@ -144,6 +158,7 @@ class _Fit:
     per_token: bool
     blocks: tuple[Block, ...]
     corpus: Corpus
+    parents: Parents
     manifest: Manifest
     workers: Workers
     reporter: Reporter
@@ -157,6 +172,15 @@ class _Fit:
         assert self.settings.store_dtype is not None
         return DTYPES[self.settings.store_dtype]
 
+    @property
+    def _sum_dtype(self) -> torch.dtype:
+        return torch.float64 if self.settings.dtype == "float64" else torch.float32
+
+    @property
+    def _first_pass(self) -> bool:
+        """Whether A and G are gathered: an extended run has its bases already."""
+        return self.method in ("ekfac", "kfac") and self.parents.extended is None
+
     def run(self) -> None:
         settings, stages, groups = self.settings, len(self.workers.cuts), len(self.workers.groups)
         resident = "" if groups == 1 else f", {len(self.workers.groups[0])} resident at a time"
@@ -169,13 +193,12 @@ class _Fit:
         without = len(self.corpus) - self.corpus.terms
         if without:
             self.reporter.say(f"{without:,} examples have no loss term: loss 0, gradient 0")
-        self.manifest.facts |= {
-            "examples": len(self.corpus),
-            "tokens": self.corpus.tokens,
-            "tokenizer": self.corpus.tokenizer,
-            "examples_without_loss": without,
-        }
+        self.manifest.facts |= self.parents.facts(self.corpus)
+        take_over_blocks(self.store, self.parents)
         self._know_blocks()
+        if self.parents.how is not None:
+            self.reporter.say(str(self.parents))
+            self._take_over()
         feed = self._feed(None)
         sweep = Sweep(
             self.workers,
@@ -207,7 +230,7 @@ class _Fit:
         for group in range(sweep.level, lowest - 1, -1):
             if self.method == "identity":
                 self._losses(sweep, group)
-            if self.method in ("ekfac", "kfac"):
+            if self._first_pass:
                 self._covariance(sweep, group, lowest)
                 self._eigen(group)
             if self.method in ("ekfac", "diagonal"):
@@ -224,8 +247,8 @@ class _Fit:
         """Groups of stages that lack a result, or have a part in one that is lacking."""
         groups = range(sweep.last + 1)
         found: set[int] = set()
-        if self.method in ("ekfac", "kfac"):
-            found |= {g for g in groups if self._undecomposed(g)}
+        if self._first_pass:
+            found |= {g for g in groups if self._undecomposed(g) or self._sumless(g)}
             found |= set() if self._labels_there() else {sweep.last}
         if self.method in ("ekfac", "diagonal"):
             # Without its bases nothing can be said of a group's Λ, which is lacking then anyway.
@@ -316,6 +339,34 @@ class _Fit:
     def _blocks_of(self, group: int) -> tuple[Block, ...]:
         return self.workers.blocks_of(self.workers.groups[group])
 
+    # What other runs have done already
+
+    @property
+    def _examples(self) -> int:
+        """How many examples the curvature is a mean over."""
+        return int(self.manifest.facts["examples"])
+
+    def _take_over(self) -> None:
+        """Bases of the run that is extended; or sums of those that are combined, decomposed."""
+        if self.method == "diagonal":
+            return
+        groups = range(len(self.workers.groups))
+        combined = self.parents.combined
+        missing = [
+            f for g in groups for f in (self._sumless if combined else self._undecomposed)(g)
+        ]
+        if missing:
+            self._mending()
+        take_over_factors(self.store, self.parents, missing, self.workers.tasks, self.reporter)
+        if not combined:
+            self._done("eigen")
+            return
+        if self.method == "kfac" and not self._examples_there():
+            combine_examples(self.store, self.parents, self._notes())
+        self._done("factors")
+        for group in groups:
+            self._eigen(group)
+
     # First pass
 
     @property
@@ -329,21 +380,25 @@ class _Fit:
         factors = self._factors(self._blocks_of(group))
         return [f for f in factors if not whole(self.store, eigen_file(f))]
 
+    def _sumless(self, group: int) -> list[str]:
+        """Factors that lack a sum which is still needed, or shall be kept."""
+        keep = self.settings.keep_sums
+        factors = self._factors(self._blocks_of(group)) if keep else self._undecomposed(group)
+        return [f for f in factors if not whole(self.store, factor_file(f))]
+
     def _covariance(self, sweep: Sweep, group: int, lowest: int) -> None:
-        undecomposed = self._undecomposed(group)
-        missing = frozenset(f for f in undecomposed if not whole(self.store, factor_file(f)))
+        missing = frozenset(self._sumless(group))
         ending = group == sweep.last
         losses = ending and self.method == "kfac" and not self._examples_there()
         if not missing and not losses and (self._labels_there() or not ending):
             return
-        double = self.settings.dtype == "float64"
         work = CovariancePass(
             self.store,
             missing,
             self._target,
             self.settings.draws,
             self.settings.max_factor_dim,
-            torch.float64 if double else torch.float32,
+            self._sum_dtype,
         )
         again = ReplayPass(self._target, self.settings.draws)
         # Losses and drawn labels come from the model's end.
@@ -455,6 +510,8 @@ class _Fit:
                 self.settings.draws,
                 self.method == "diagonal",
                 self.store_dtype,
+                self._sum_dtype if self.settings.keep_sums else None,
+                None if self.parents.extended is None else self.parents.extended.store,
             )
             again = dataclasses.replace(work, only=frozenset())
             # Sums of squares in other bases than those that are there are of no use.
@@ -473,7 +530,9 @@ class _Fit:
         name = corrected_file(block.name)
         if not whole(self.store, name):
             return False
-        return corrected_notes(self.store, block)["bases"] == self._mark(block)
+        if corrected_notes(self.store, block)["bases"] != self._mark(block):
+            return False
+        return not self.settings.keep_sums or keeps_sum(self.store, block)
 
     def _mark(self, block: Block) -> str:
         return "" if self.method == "diagonal" else basis_mark(self.store, block)
@@ -483,7 +542,7 @@ class _Fit:
     def _examples_there(self) -> bool:
         names = self.store.names("tables/examples", ".parquet")
         try:
-            return sum(read_rows(self.store, n) for n in names) == len(self.corpus)
+            return sum(read_rows(self.store, n) for n in names) == self._examples
         except DamagedFile:
             return False
 
@@ -496,9 +555,12 @@ class _Fit:
             self._write_examples(names)
 
     def _write_examples(self, names: Sequence[str]) -> None:
-        write_examples(
-            self.store, names, self.corpus, self.settings.dtype == "float64", self._notes()
-        )
+        notes, before = self._notes(), 0
+        self.store.delete_directory("tables/examples")
+        if self.parents.extended is not None:
+            before = copy_examples(self.store, self.parents.extended, notes)
+        double = self.settings.dtype == "float64"
+        write_examples(self.store, names, self.corpus, double, notes, before)
 
     def _notes(self) -> dict[str, str]:
         return footer(identity(self.settings))
@@ -518,7 +580,7 @@ class _Fit:
             for stage in range(len(self.workers.cuts))
             for block in self.workers.blocks_of(range(stage, stage + 1))
         }
-        write_blocks(self.store, self.blocks, stages, self.method, len(self.corpus), self._notes())
+        write_blocks(self.store, self.blocks, stages, self.method, self._examples, self._notes())
         if self.method in ("ekfac", "kfac"):
             write_spectrum(self.store, self._factors(self.blocks), self._notes())
 

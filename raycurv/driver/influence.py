@@ -18,10 +18,11 @@ import torch
 
 from raycurv.data.sources import Source, fingerprint
 from raycurv.driver.corpus import Corpus, open_corpus
+from raycurv.driver.fitted import check_model, fitted_model, read_fit
 from raycurv.driver.pipeline import Feed, NoSink, Sink, last_commit, plan_mark
 from raycurv.driver.progress import Reporter
 from raycurv.driver.rows import ScoreRows, merge_top
-from raycurv.driver.settings import DTYPES, IN_MEMORY, InfluenceSettings, identity, parse_bytes
+from raycurv.driver.settings import DTYPES, InfluenceSettings, identity, parse_bytes
 from raycurv.driver.sweep import Sweep, Task, commit_place, open_spool
 from raycurv.driver.workers import Workers
 from raycurv.errors import DamagedFile, UserError
@@ -68,7 +69,7 @@ def influence(
     fitted = open_store(settings.run, "--run")
     fit = read_fit(fitted)
     blocks = read_blocks(fitted)
-    network = open_model(model if model is not None else _fitted_model(fit, settings.run))
+    network = open_model(model if model is not None else fitted_model(fit, settings.run))
     check_model(fit, network, settings.run)
     named = objective if objective is not None else fit.settings["objective"]
     per_token = open_objective(named).per_token
@@ -137,58 +138,6 @@ def influence(
     manifest.write(store)
     reporter.summary(job.said(), {"results": store.root})
     return store
-
-
-def read_fit(store: Store) -> Manifest:
-    """The manifest of a finished fit.
-
-    Raises:
-        UserError: no run there, another job's, or one that is not finished.
-    """
-    fit = Manifest.read(store)
-    if fit is None or fit.job != "fit":
-        raise UserError(
-            f"--run {store.root}",
-            "a directory that fit.py made",
-            "no run.json" if fit is None else f"results of {fit.job}",
-            "Fit first: python jobs/fit.py --model … --data … --out RUN.",
-        )
-    if "tables" not in fit.complete:
-        raise UserError(
-            f"--run {store.root}",
-            "a finished fit",
-            f"one that got as far as {', '.join(fit.complete) or 'its settings'}",
-            "Run the same fit again: it goes on where it stopped.",
-        )
-    return fit
-
-
-def check_model(fit: Manifest, network: Model, run: str) -> None:
-    """Refuse a model that is not the one that was fitted.
-
-    Raises:
-        UserError: a tensor differs.
-    """
-    here, there = network.fingerprint(), fit.fingerprints["model"]
-    changed = sorted(k for k in here.keys() | there.keys() if here.get(k) != there.get(k))
-    if changed:
-        raise UserError(
-            f"the model {network.name}",
-            f"the one that {run} was fitted on",
-            f"{len(changed)} other tensors, the first {changed[0]}",
-            "Restore the checkpoint, or fit again into another directory.",
-        )
-
-
-def _fitted_model(fit: Manifest, run: str) -> str:
-    """Where the model of a fit lies; a callable that :func:`raycurv.fit` was given lies nowhere."""
-    model: str = fit.facts["model"]
-    if model == IN_MEMORY:
-        raise UserError(
-            f"--run {run}", "a fit whose model has a path or a name", "one of a callable in memory",
-            "Call raycurv.fit with the same arguments again: its run knows the model.",
-        )  # fmt: skip
-    return model
 
 
 def _forget_damaged(store: Store, manifest: Manifest, products: Sequence[Block]) -> bool:

@@ -122,11 +122,19 @@ def write_drawn(store: Store, names: Sequence[str], labels: DrawnLabels) -> None
 
 
 def write_examples(
-    store: Store, names: Sequence[str], corpus: Corpus, double: bool, notes: dict[str, str]
+    store: Store,
+    names: Sequence[str],
+    corpus: Corpus,
+    double: bool,
+    notes: dict[str, str],
+    before: int = 0,
 ) -> None:
-    """``tables/examples`` from a pass's rows, one file a part of the data."""
+    """``tables/examples`` from a pass's rows, one file a part of the data.
+
+    Args:
+        before: how many files of other rows there are.
+    """
     schema = examples_schema(double)
-    store.delete_directory("tables/examples")
     for part, table in _rows_by_part(store, names):
         index = table["index"].to_pylist()
         rows = pa.table(
@@ -140,7 +148,7 @@ def write_examples(
             },
             schema=schema,
         )
-        write_table(store, f"tables/examples/part-{part:05d}.parquet", rows, notes)
+        write_table(store, f"tables/examples/part-{before + part:05d}.parquet", rows, notes)
 
 
 class ScoreRows:

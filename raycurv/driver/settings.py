@@ -16,6 +16,7 @@ import tyro
 
 from raycurv.errors import UserError
 from raycurv.mathematics.curvature import Damping
+from raycurv.mathematics.tiles import LARGEST_EIGH, SMALLEST_TILE
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 # Stands for the path of a model or of data that a Python caller holds.
@@ -102,7 +103,8 @@ class FitSettings(Execution, Reading):
     """Glob on dotted module names, repeatable; `!GLOB` leaves out. By default every linear layer of
     the decoder blocks."""
     max_factor_dim: int | None = None
-    """Widest factor that is decomposed whole; a wider axis is cut into diagonal tiles."""
+    """Widest factor that is decomposed whole; a wider axis is cut into diagonal tiles. At least 8;
+    an axis beyond 32,766 cannot be decomposed without."""
     max_examples: int | None = None
     """Curvature from a seeded sample of so many examples."""
     seed: int = 0
@@ -113,7 +115,15 @@ class FitSettings(Execution, Reading):
     """Of the stored eigenbases and corrected eigenvalues; by default float32, float64 with
     `--dtype float64`."""
     keep_sums: bool = False
-    """Keep the factors' sums under factors/ once they are decomposed."""
+    """Keep the sums of A and G, under factors/, once they are decomposed, and those of Λ. To merge
+    or subtract runs takes the first, to extend one that is stored in bfloat16 the second."""
+    extend: str = ""
+    """Run directory: keep its bases, and add Λ of --data to its own (ekfac and diagonal)."""
+    merge: tuple[str, ...] = ()
+    """Two or more run directories with kept sums: the curvature of all their data, without
+    --data."""
+    subtract: tuple[str, ...] = ()
+    """Likewise: the curvature of the first run's data without those of the others."""
 
     # What a result means: a change is refused on the same directory.
     IDENTITY = (
@@ -131,13 +141,20 @@ class FitSettings(Execution, Reading):
         "long",
         "max_factor_dim",
         "max_examples",
+        "extend",
+        "merge",
+        "subtract",
     )
 
     def check(self, in_memory: bool = False) -> None:
         super().check()
         _given(self, "out")
         if not in_memory:
-            _given(self, "model", "data")
+            _given(self, "model")
+        if self.merge or self.subtract or self.extend:
+            self._check_parents()
+        if not (in_memory or self.merge or self.subtract):
+            _given(self, "data")
         _positive("draws", self.draws)
         if self.fisher == "empirical" and self.draws != 1:
             raise UserError(
@@ -146,9 +163,51 @@ class FitSettings(Execution, Reading):
                 str(self.draws),
                 "Leave --draws out, or use --fisher sampled.",
             )
-        for flag in ("max_length", "max_factor_dim", "max_examples"):
+        widest = self.max_factor_dim
+        if widest is not None and not SMALLEST_TILE <= widest <= LARGEST_EIGH:
+            raise UserError(
+                "--max-factor-dim",
+                f"a number from {SMALLEST_TILE} to {LARGEST_EIGH} (what LAPACK decomposes)",
+                str(widest),
+                "Some thousands are usual; leave it out to decompose every factor whole.",
+            )
+        for flag in ("max_length", "max_examples"):
             if getattr(self, flag) is not None:
                 _positive(flag, getattr(self, flag))
+
+    def _check_parents(self) -> None:
+        """Refuse runs to start from that do not go with the other settings."""
+        flag, *more = (f for f in ("extend", "merge", "subtract") if getattr(self, f))
+        if more:
+            raise UserError(
+                f"--{flag}", "one of --extend, --merge and --subtract", f"--{more[0]} too",
+                "Make one run after the other.",
+            )  # fmt: skip
+        if flag == "extend":
+            if self.method not in ("ekfac", "diagonal"):
+                raise UserError(
+                    "--extend", "--method ekfac or diagonal, which have corrected eigenvalues",
+                    f"--method {self.method}", "Fit all the data together.",
+                )  # fmt: skip
+            return
+        runs: tuple[str, ...] = getattr(self, flag)
+        if len(runs) < 2:
+            raise UserError(
+                f"--{flag}", "two or more run directories", f"{len(runs)}: {' '.join(runs)}",
+                f"Give them one after the other: --{flag} RUN_A RUN_B.",
+            )  # fmt: skip
+        if self.method not in ("ekfac", "kfac"):
+            raise UserError(
+                f"--{flag}", "--method ekfac or kfac, which have factors to add",
+                f"--method {self.method}", "Fit the data anew, or --extend a run by it.",
+            )  # fmt: skip
+        for other in ("data", "max_examples"):
+            if getattr(self, other):
+                name = f"--{other.replace('_', '-')}"
+                raise UserError(
+                    f"--{flag}", f"no {name}: the examples are those of the runs",
+                    f"{name} {getattr(self, other)}", f"Leave {name} out.",
+                )  # fmt: skip
 
     def resolved(self) -> FitSettings:
         """With the defaults that depend on other fields filled in."""
@@ -275,8 +334,9 @@ def _check_types(settings: Any) -> None:
             raise UserError(flag, f"one of {', '.join(choices)}", repr(value), "")
         if int in (hints[name], *options) and not _is_whole(value):
             raise UserError(flag, "a whole number", repr(value), "")
-        if name == "blocks" and isinstance(value, str):
-            raise UserError(flag, "a list of globs", repr(value), f"Give [{value!r}].")
+        if name in ("blocks", "merge", "subtract") and isinstance(value, str):
+            what = "globs" if name == "blocks" else "run directories"
+            raise UserError(flag, f"a list of {what}", repr(value), f"Give [{value!r}].")
 
 
 def _is_whole(value: Any) -> bool:

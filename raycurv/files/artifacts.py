@@ -2,7 +2,7 @@
 
 factors/NAME.safetensors     sum | sum.0, sum.1, …            count, rows
 eigen/NAME.safetensors       eigenvectors[.i], eigenvalues[.i]   outcome, seconds
-corrected/NAME.safetensors   lam, examples                     trace, mean, the bases' checksums
+corrected/NAME.safetensors   lam, examples [, sum, count]       trace, mean, the bases' checksums
 ihvp/NAME.safetensors        full | left, right                query ids
 """
 
@@ -137,9 +137,19 @@ def basis_mark(store: Store, block: Block) -> str:
 
 
 def write_corrected(
-    store: Store, block: Block, corrected: CorrectedSum, dtype: torch.dtype, mark: str
+    store: Store,
+    block: Block,
+    corrected: CorrectedSum,
+    dtype: torch.dtype,
+    mark: str,
+    sum_dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a block's Λ in ``dtype``; trace and mean are of Λ as it was before it was rounded."""
+    """Write a block's Λ in ``dtype``; trace and mean are of Λ as it was before it was rounded.
+
+    Args:
+        mark: of the bases that it was fitted in.
+        sum_dtype: also keep the sum, in this dtype, and its count.
+    """
     lam = corrected.mean()
     metadata = {
         "block": block.name,
@@ -148,7 +158,46 @@ def write_corrected(
         "bases": mark,
     }
     tensors = {"lam": lam.to(dtype), "examples": torch.tensor(corrected.examples)}
+    if sum_dtype is not None:
+        tensors["sum"] = corrected.total.to(sum_dtype)
+        tensors["count"] = torch.tensor(corrected.count)
     write_tensors(store, corrected_file(block.name), tensors, metadata)
+
+
+def keeps_sum(store: Store, block: Block) -> bool:
+    """Whether a block's Λ is there as a sum, too."""
+    return "sum" in open_tensors(store, corrected_file(block.name)).names
+
+
+def read_corrected(store: Store, block: Block, draws: int, mark: str) -> CorrectedSum:
+    """A block's Λ as a sum with its count: the sum that was kept, or the rounded mean times it.
+
+    Args:
+        draws: of the run, for the count.
+        mark: of the bases that it must have been fitted in.
+
+    Raises:
+        DamagedFile: the file is gone, or of other bases.
+    """
+    name = corrected_file(block.name)
+    try:
+        file = open_tensors(store, name)
+    except FileNotFoundError as error:
+        raise DamagedFile(
+            store.path(name), "a block's corrected eigenvalues", "nothing",
+            "Run the fit again: it makes what is missing.",
+        ) from error  # fmt: skip
+    if file.metadata["bases"] != mark:
+        raise DamagedFile(
+            store.path(name), "corrected eigenvalues in the bases that were taken over",
+            "ones of other bases", "Start again with another --out: the run has changed since.",
+        )  # fmt: skip
+    examples = int(file.read("examples"))
+    if "sum" in file.names:
+        count = int(file.read("count"))
+        return CorrectedSum(block.name, file.read("sum").double(), count, examples)
+    count = examples * draws
+    return CorrectedSum(block.name, file.read("lam").double() * count, count, examples)
 
 
 def corrected_notes(store: Store, block: Block) -> dict[str, str]:

@@ -13,6 +13,7 @@ from raycurv.files.store import Store
 from raycurv.files.tables import BLOCKS, SPECTRUM, write_table
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.eigen import effective_rank
+from raycurv.mathematics.tiles import tile_ranges
 
 BLOCKS_FILE = "tables/blocks/part-00000.parquet"
 SPECTRUM_FILE = "tables/spectrum/part-00000.parquet"
@@ -79,10 +80,15 @@ def _row(store: Store, block: Block, stage: int, method: str, examples: int) -> 
 def write_spectrum(
     store: Store, factors: Mapping[str, tuple[Block, str]], notes: Mapping[str, str]
 ) -> None:
-    """``tables/spectrum``: one row an eigenvalue, largest first in each tile."""
+    """``tables/spectrum``: one row an eigenvalue, largest first in each tile.
+
+    ``tile_start`` and ``tile_stop`` say which indices of the axis the tile holds.
+    """
     parts = []
     for name, (block, side) in factors.items():
-        for tile, values in enumerate(read_spectrum(store, name)[0]):
+        tiles = read_spectrum(store, name)[0]
+        held = tile_ranges(len(t) for t in tiles)
+        for tile, (values, indices) in enumerate(zip(tiles, held, strict=True)):
             count = len(values)
             parts.append(
                 pa.table(
@@ -90,6 +96,8 @@ def write_spectrum(
                         "factor": [name] * count,
                         "block": [block.name] * count,
                         "tile": pa.array([tile] * count, pa.int32()),
+                        "tile_start": pa.array([indices.start] * count, pa.int32()),
+                        "tile_stop": pa.array([indices.stop] * count, pa.int32()),
                         "side": [side] * count,
                         "index": pa.array(range(count), pa.int32()),
                         "eigenvalue": values.flip(0).numpy(),

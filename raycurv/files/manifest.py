@@ -119,8 +119,8 @@ def continue_or_refuse(store: Store, wanted: Manifest) -> Manifest:
     for key, value in wanted.fingerprints.items():
         differences += _differences(key, there.fingerprints.get(key, {}), value)
     if differences and not _computed(store, there):
-        store.delete_directory("data")
-        store.delete_directory("work")
+        for name in ("data", "labels", "factors", "eigen", "work"):
+            store.delete_directory(name)
         store.delete("blocks.json")
         _begin(store, wanted)
         return wanted

@@ -16,6 +16,9 @@ from pyarrow import fs
 
 from raycurv.errors import DamagedFile, NoSpace, UserError
 
+# Bytes held at once while a file is copied.
+_CHUNK = 64 << 20
+
 
 class Store:
     """Files below one root, by names with forward slashes. Picklable.
@@ -99,6 +102,11 @@ class Store:
                 "Make room and run the same command again: everything finished is whole, and the "
                 "run goes on from there.",
             ) from error
+
+    def copy(self, name: str, source: Store) -> None:
+        """Write the file of the same name in another store, byte for byte, atomically."""
+        with source.open(name) as file:
+            self.write(name, iter(lambda: file.read(_CHUNK), b""))
 
     def open(self, name: str) -> pa.NativeFile:
         """A random-access reader.

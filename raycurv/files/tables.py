@@ -55,6 +55,8 @@ SPECTRUM = pa.schema(
         ("side", pa.string()),
         ("index", pa.int32()),
         ("eigenvalue", pa.float64()),
+        ("tile_start", pa.int32()),
+        ("tile_stop", pa.int32()),
     ]
 )
 

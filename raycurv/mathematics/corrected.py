@@ -42,6 +42,16 @@ class CorrectedSum:
         """Λ, float64."""
         return self.total / max(self.count, 1)
 
+    def plus(self, other: CorrectedSum) -> CorrectedSum:
+        """Λ of both data, in the one basis that both were fitted in."""
+        assert self.block == other.block
+        return CorrectedSum(
+            self.block,
+            self.total.to(other.total.device) + other.total,
+            self.count + other.count,
+            self.examples + other.examples,
+        )
+
 
 class CorrectedSums:
     """Gathers Λ of some blocks and every example's squared gradient norm.

@@ -89,6 +89,16 @@ class BlockCurvature:
             return torch.ones(self.block.d_out, self.block.d_in, dtype=torch.float64)
         return self.lam_OI
 
+    @property
+    def input_tiles(self) -> tuple[range, ...]:
+        """The runs of input columns that ``Q_A`` does not mix with others; one when it is whole."""
+        return self.input_basis.ranges or (range(self.block.d_in),)
+
+    @property
+    def output_tiles(self) -> tuple[range, ...]:
+        """The runs of output rows that ``Q_G`` does not mix with others; one when it is whole."""
+        return self.output_basis.ranges or (range(self.block.d_out),)
+
     def apply(self, x: Tensor, f: SpectralFunction) -> Tensor:
         """``Q_G (f(Λ) * (Q_Gᵀ x Q_A)) Q_Aᵀ`` for ``x [..., O, I]``.
 

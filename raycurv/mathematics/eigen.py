@@ -18,6 +18,7 @@ from torch import Tensor
 
 from raycurv.errors import NumericalError
 from raycurv.mathematics.products import rows_times
+from raycurv.mathematics.tiles import tile_ranges
 
 # Relative to the mean eigenvalue; a few times float64's rounding at d = 10,000.
 _JITTER = 1e-10
@@ -43,6 +44,11 @@ class Eigenbasis:
     def tiles(self) -> tuple[int, ...]:
         """Widths of the tiles."""
         return tuple(int(q.shape[0]) for q in self.vectors)
+
+    @property
+    def ranges(self) -> tuple[range, ...]:
+        """Which indices of the axis each tile holds: the basis is zero outside these squares."""
+        return tile_ranges(self.tiles)
 
     def rotate(self, x: Tensor) -> Tensor:
         """``x Q`` along the last axis."""

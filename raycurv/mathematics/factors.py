@@ -10,7 +10,7 @@ Martens & Grosse 2015 (arXiv:1503.05671), sections 3 and 4; over tokens as in Gr
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,6 +42,26 @@ class FactorSum:
     def mean(self) -> tuple[Tensor, ...]:
         """The factor itself; zeros when no row entered it."""
         return tuple(tile / max(self.count, 1) for tile in self.tiles)
+
+    def plus(self, other: FactorSum) -> FactorSum:
+        """The factor of both data."""
+        return self._combined(other, 1)
+
+    def minus(self, other: FactorSum) -> FactorSum:
+        """The factor of this data without the other's; rounding may leave eigenvalues below 0."""
+        return self._combined(other, -1)
+
+    def _combined(self, other: FactorSum, sign: int) -> FactorSum:
+        assert self.name == other.name
+        pairs = zip(self.tiles, other.tiles, strict=True)
+        coarser = max(self.dtype, other.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        return replace(
+            self,
+            tiles=tuple(torch.add(mine, theirs, alpha=sign) for mine, theirs in pairs),
+            count=self.count + sign * other.count,
+            rows=self.rows + sign * other.rows,
+            dtype=coarser,
+        )
 
 
 class FactorSums:

@@ -6,13 +6,44 @@ fitted in it as in any other (Grosse et al. 2023, appendix A).
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise
+
+from raycurv.errors import UserError
+from raycurv.mathematics.blocks import Block
+
+# Narrower tiles would save nothing, and lose what a factor is there for.
+SMALLEST_TILE = 8
 # 32-bit LAPACK indexes d*d elements with a signed 32-bit integer in its workspace queries.
 LARGEST_EIGH = 32_766
 
 
 def tile_widths(width: int, max_factor_dim: int | None) -> tuple[int, ...]:
     """Widths of the tiles of an axis, as equal as they can be, none above ``max_factor_dim``."""
-    limit = min(max_factor_dim or LARGEST_EIGH, LARGEST_EIGH)
-    count = -(-width // limit)
+    count = -(-width // (max_factor_dim or width))
     small, larger = divmod(width, count)
     return (small + 1,) * larger + (small,) * (count - larger)
+
+
+def tile_ranges(widths: Iterable[int]) -> tuple[range, ...]:
+    """Which indices of the axis each tile holds."""
+    stops = list(accumulate(widths, initial=0))
+    return tuple(range(start, stop) for start, stop in pairwise(stops))
+
+
+def check_axes(blocks: Sequence[Block], max_factor_dim: int | None) -> None:
+    """Refuse factors that nothing can decompose whole, where tiles are not asked for.
+
+    Raises:
+        UserError: names the first such block and its axis.
+    """
+    for block in blocks if max_factor_dim is None else ():
+        for side, width in (("input", block.d_in), ("output", block.d_out)):
+            if width > LARGEST_EIGH:
+                raise UserError(
+                    f"block {block.name}",
+                    f"an {side} axis of at most {LARGEST_EIGH:,}, or tiles of it",
+                    f"{width:,}, wider than LAPACK decomposes",
+                    f"Give --max-factor-dim, {-(-width // 4)} say, to cut it into diagonal tiles, "
+                    f"or leave the block out: --blocks '!{block.name}'.",
+                )

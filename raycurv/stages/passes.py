@@ -14,6 +14,7 @@ from torch import Tensor
 
 from raycurv.files.artifacts import (
     basis_mark,
+    read_corrected,
     read_curvature,
     read_eigen,
     read_products,
@@ -114,6 +115,8 @@ class CorrectedPass:
         only: the blocks to gather; squared gradient norms are over all blocks regardless.
         diagonal: in the identity basis.
         store_dtype: of the written Λ.
+        sum_dtype: also keep sums, in this dtype.
+        extends: a run in the same bases, whose sums and counts are added.
     """
 
     store: Store
@@ -122,6 +125,8 @@ class CorrectedPass:
     draws: int
     diagonal: bool
     store_dtype: torch.dtype
+    sum_dtype: torch.dtype | None = None
+    extends: Store | None = None
     name: str = "corrected"
 
     def open(
@@ -140,7 +145,10 @@ class CorrectedPass:
         for corrected in gatherer.results():
             block = gatherer.blocks[corrected.block]
             mark = "" if self.diagonal else basis_mark(self.store, block)
-            write_corrected(self.store, block, corrected, self.store_dtype, mark)
+            if self.extends is not None:
+                before = read_corrected(self.extends, block, self.draws, mark)
+                corrected = before.plus(corrected)
+            write_corrected(self.store, block, corrected, self.store_dtype, mark, self.sum_dtype)
 
 
 @dataclass(frozen=True)
