@@ -47,7 +47,7 @@ class RunningSum:
         self._count()
 
     def add(self, value: Tensor, rows: slice | None = None) -> None:
-        """Add a tensor to the sum, or to some of its rows: all are given equally often, in order."""
+        """Add a tensor to the sum, or to some rows: all are given equally often, in order."""
         if rows is None:
             self.part.add_(value)
         else:

@@ -1,0 +1,505 @@
+"""Claims about sweeping: few stages in memory, the rest on disk, and the numbers never know it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import classified, classifier
+from test_resume import (
+    FIT,
+    INFLUENCE,
+    POINTS,
+    QUERIES,
+    ROWS,
+    assert_close,
+    assert_same,
+    delete,
+    each_stop,
+    empty,
+    flip,
+    stopped,
+    truncate,
+)
+
+import raycurv
+from raycurv.errors import NoSpace
+from raycurv.files.spool import KINDS, LostSpool, Spool, spool_directory
+from raycurv.files.store import Store
+from raycurv.stages.placement import group_stages
+from raycurv.stages.stage import Stage
+
+torch.set_num_threads(1)
+
+SWEPT: dict[str, Any] = {"schedule": "swept", "stages": 3}
+POINTS["a forward"] = (Stage, "forward")
+
+
+def fit(out: Path, **settings: Any) -> raycurv.Run:
+    return raycurv.fit(classifier, ROWS, out, **(FIT | SWEPT | settings))
+
+
+def score(fitted: raycurv.Run, out: Path, **settings: Any) -> raycurv.Scores:
+    return fitted.influence(QUERIES, ROWS, out, **(INFLUENCE | SWEPT | settings))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A swept fit and swept scores that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    score(fit(folder / "run"), folder / "scores")
+    return folder / "run", folder / "scores"
+
+
+# The same numbers
+
+
+@pytest.mark.parametrize("homes", [1, 2])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"method": "kfac"},
+        {"method": "diagonal", "draws": 2},
+        {"method": "identity"},
+        {"fisher": "empirical", "max_factor_dim": 4},
+    ],
+    ids=str,
+)
+def test_sweeping_changes_no_number(
+    settings: dict[str, Any], homes: int, tmp_path: Path, narrow_tiles: None
+) -> None:
+    mine = fit(tmp_path / "swept", homes=homes, **settings)
+    plain = {"schedule": "pipelined", "stages": 1}
+    theirs = fit(tmp_path / "whole", **settings, **plain)
+    assert_close(tmp_path / "swept", tmp_path / "whole")
+    score(mine, tmp_path / "a", homes=homes)
+    score(theirs, tmp_path / "b", **plain)
+    assert_close(tmp_path / "a", tmp_path / "b")
+
+
+def test_two_groups_of_stages_are_not_one(whole: tuple[Path, Path], tmp_path: Path) -> None:
+    # The control of the above: what the comparison looks at does differ between runs.
+    fit(tmp_path / "other", seed=1)
+    with pytest.raises(AssertionError):
+        assert_close(tmp_path / "other", whole[0])
+
+
+@pytest.mark.parametrize(
+    ("stages", "homes", "sizes"),
+    [(5, 1, [1] * 5), (5, 2, [2, 2, 1]), (7, 3, [3, 2, 2]), (4, 9, [4]), (1, 1, [1])],
+)
+def test_groups_are_as_few_as_homes_allow_and_alike(
+    stages: int, homes: int, sizes: list[int]
+) -> None:
+    groups = group_stages(stages, homes)
+    assert [len(g) for g in groups] == sizes
+    assert [s for g in groups for s in g] == list(range(stages))
+
+
+# What a sweep costs
+
+
+def test_every_weight_is_read_twice_and_the_last_stages_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: Counter[int] = Counter()
+    make = Stage.__init__
+
+    def count(self: Stage, spec: Any) -> None:
+        built[spec.index] += 1
+        make(self, spec)
+
+    monkeypatch.setattr(Stage, "__init__", count)
+    run = fit(tmp_path / "run")
+    assert built == {0: 2, 1: 2, 2: 1}
+    built.clear()
+    score(run, tmp_path / "scores", query_memory="1GiB")
+    assert built == {0: 2, 1: 2, 2: 1}
+
+
+def test_the_spool_holds_what_a_stage_still_needs_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[tuple[int, int]] = []
+    write = Spool.write
+
+    def look(self: Spool, *args: Any) -> None:
+        write(self, *args)
+        place = Path(self.directory) / args[0]
+        counts = [len(list((place / kind).glob("*/*.safetensors"))) for kind in KINDS]
+        alive.append((counts[0], len(list((place / "gradient").glob("*")))))
+
+    monkeypatch.setattr(Spool, "write", look)
+    fit(tmp_path / "run", stages=5, batch_tokens=6)
+    microbatches = 4
+    assert max(hidden for hidden, _ in alive) == 4 * microbatches  # in front of all but the first
+    assert max(boundaries for _, boundaries in alive) == 2
+    assert alive[-1][0] <= 2 * microbatches
+    assert not (tmp_path / "run" / "work").exists()
+
+
+def test_a_spool_of_its_own_disk_is_emptied_at_the_end(
+    whole: tuple[Path, Path], tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    run = fit(tmp_path / "run", spool_dir=str(disk))
+    score(run, tmp_path / "scores", spool_dir=str(disk))
+    assert not list(disk.glob("*"))
+    assert_same(tmp_path / "run", whole[0])
+    assert_same(tmp_path / "scores", whole[1])
+    # Two runs may share it.
+    assert stopped("a backward", 3, False, lambda: fit(tmp_path / "one", spool_dir=str(disk)))
+    assert stopped("a backward", 3, False, lambda: fit(tmp_path / "two", spool_dir=str(disk)))
+    assert len(list(disk.glob("raycurv-*"))) == 2
+
+
+def test_spools_are_local() -> None:
+    bucket = Store("s3://bucket/run?endpoint_override=localhost:9")
+    with pytest.raises(
+        raycurv.UserError, match=r"--spool-dir: expected a local directory.*nothing"
+    ):
+        spool_directory(bucket, None)
+    with pytest.raises(raycurv.UserError, match="Spools are never remote"):
+        spool_directory(bucket, "s3://bucket/spool?endpoint_override=localhost:9")
+    assert spool_directory(bucket, "/disk").startswith("/disk/raycurv-")
+
+
+# Stopping and going on
+
+
+@pytest.mark.parametrize(
+    ("point", "after", "commit_seconds", "step"),
+    [
+        ("a write", False, 1e-9, 17),
+        ("a write", True, None, 13),
+        ("a deletion of a directory", False, None, 3),
+        ("a forward", False, None, 13),
+        ("a backward", False, None, 9),
+        ("a backward", True, 1e-9, 7),
+        ("a decomposition", True, None, 2),
+    ],
+)
+def test_a_sweep_that_stopped_anywhere_ends_as_if_it_had_not(
+    point: str,
+    after: bool,
+    commit_seconds: float | None,
+    step: int,
+    whole: tuple[Path, Path],
+    tmp_path: Path,
+) -> None:
+    def job(out: Path) -> None:
+        fit(out, commit_seconds=commit_seconds)
+
+    count = 0
+    for out in each_stop(point, after, step, job, tmp_path):
+        assert_same(out, whole[0])
+        count += 1
+    assert count >= 3
+
+
+@pytest.mark.parametrize(
+    ("point", "after", "step"),
+    [("a write", False, 29), ("a backward", False, 11), ("a forward", True, 17)],
+)
+def test_swept_scores_that_stopped_anywhere_end_as_if_they_had_not(
+    point: str, after: bool, step: int, whole: tuple[Path, Path], tmp_path: Path
+) -> None:
+    run = raycurv.open(whole[0])
+    run._model, run._objective = classifier, None
+
+    count = 0
+    for out in each_stop(point, after, step, lambda out: score(run, out), tmp_path):
+        assert_same(out, whole[1])
+        count += 1
+    assert count >= 3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"stages": 2},
+        {"homes": 2},
+        {"schedule": "pipelined", "stages": 2},
+        {"batch_tokens": 7},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("at", [2, 9, 16])
+def test_a_sweep_may_go_on_with_other_stages(
+    at: int, changes: dict[str, Any], whole: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    assert stopped("a backward", at, False, lambda: fit(out, commit_seconds=1e-9))
+    fit(out, **changes)
+    assert_close(out, whole[0])
+
+
+def test_a_finished_operation_is_not_done_again(tmp_path: Path) -> None:
+    """Stopped behind every backward and gone on from there: each is done once, the lot of them."""
+    done: list[int] = []
+    backward = Stage.backward
+
+    def count(self: Stage, index: int, *args: Any) -> Any:
+        result = backward(self, index, *args)
+        done.append(index)
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stage, "backward", count)
+        fit(tmp_path / "once")
+        once, forwards = len(done), len(ROWS)
+        done.clear()
+        fit(tmp_path / "again", commit_seconds=1e-9)
+        assert len(done) == once and forwards
+        done.clear()
+        for at in itertools.count(1):
+            if not stopped(
+                "a write", 7 * at, True, lambda: fit(tmp_path / "run", commit_seconds=1e-9)
+            ):
+                break
+        # One operation a stop is lost at most.
+        assert once <= len(done) <= once + at
+
+
+# What the spool loses
+
+
+def spooled(folder: Path) -> dict[str, list[Path]]:
+    """Spool files by kind."""
+    place = folder / "work" / "spool"
+    return {kind: sorted(place.glob(f"*/{kind}/*/*.safetensors")) for kind in KINDS}
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, delete, empty])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_spool_loses_is_made_again(
+    kind: str, damage: Callable[[Path], None], whole: tuple[Path, Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    damaged = 0
+    for at in (9, 21, 27, 33):
+        out = tmp_path / str(at)
+        assert stopped("a backward", at, False, lambda out=out: fit(out, commit_seconds=1e-9))
+        files = spooled(out)[kind]
+        damaged += len(files)
+        for path in files:
+            damage(path)
+        fit(out, quiet=False)
+        assert_same(out, whole[0])
+    assert damaged > 5
+    # What the way forward finds missing by its length it makes without a word.
+    if kind != "hidden" or damage is flip:
+        assert "making it again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_spool_loses_of_scores_is_made_again(
+    kind: str, whole: tuple[Path, Path], tmp_path: Path
+) -> None:
+    run = raycurv.open(whole[0])
+    run._model = classifier
+    damaged = 0
+    for at in (9, 13, 19):
+        out = tmp_path / str(at)
+        assert stopped("a backward", at, False, lambda out=out: score(run, out))
+        files = spooled(out)[kind]
+        damaged += len(files)
+        for number, path in enumerate(files):
+            (truncate, flip, delete, empty)[number % 4](path)
+        score(run, out)
+        assert_same(out, whole[1])
+    assert damaged > 5
+
+
+def test_a_damaged_spool_file_is_never_read_as_if_it_were_whole(tmp_path: Path) -> None:
+    spool = Spool(str(tmp_path / "spool"), "mark", 3)
+    tensors = {"hidden": torch.arange(12.0)}
+    spool.write("examples", "hidden", 1, 0, tensors)
+    (path,) = spooled_in(tmp_path / "spool")
+    good = path.read_bytes()
+    for at in range(0, len(good), 5):
+        path.write_bytes(good[:at] + bytes([good[at] ^ (1 << at % 8)]) + good[at + 1 :])
+        try:
+            found = spool.read("examples", "hidden", 1, 0)
+            assert good[at : at + 1] == b" "  # what pads the header says nothing
+            assert torch.equal(found["hidden"], tensors["hidden"])
+        except LostSpool as lost:
+            assert (lost.kind, lost.boundary, lost.microbatch) == ("hidden", 1, 0)
+            assert not path.exists()
+    path.write_bytes(good)
+    assert torch.equal(spool.read("examples", "hidden", 1, 0)["hidden"], tensors["hidden"])
+    # Another run's spool in the same place is not believed.
+    assert Spool(str(tmp_path / "spool"), "mark", 3).has("examples", "hidden", 1, 0)
+    assert not Spool(str(tmp_path / "spool"), "other", 3).has("examples", "hidden", 1, 0)
+
+
+def spooled_in(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.safetensors"))
+
+
+# A full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """A disk of so many KiB; called again it is enlarged."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted: list[Path] = []
+
+    def sized(kib: int) -> Path:
+        options = f"size={kib}k" + (",remount" if mounted else "")
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+        made = subprocess.run(command, capture_output=True, text=True)
+        if made.returncode:
+            pytest.skip(f"no right to mount a small disk: {made.stderr}")
+        mounted.append(place)
+        return place
+
+    yield sized
+    if mounted:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+LONG = classified(400)
+
+
+def test_a_full_disk_is_named_and_the_spool_goes_on_when_there_is_room(
+    small_disk: Callable[[int], Path], tmp_path: Path
+) -> None:
+    settings = FIT | SWEPT | {"batch_tokens": 40}
+    disk, out = small_disk(60), tmp_path / "run"
+    with pytest.raises(NoSpace, match="run the same command again") as caught:
+        raycurv.fit(classifier, LONG, out, spool_dir=str(disk), **settings)
+    assert str(disk) in caught.value.where and "bytes are free" in caught.value.got
+    assert not list(disk.rglob("*.part"))
+    kept = [path for path in disk.rglob("*.safetensors")]
+    assert kept
+    before = {path: path.stat().st_mtime_ns for path in kept}
+    small_disk(4000)
+    forwards: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        forward = Stage.forward
+
+        def count(self: Stage, batch: Any, hidden: Any) -> Any:
+            forwards.append(batch.index)
+            return forward(self, batch, hidden)
+
+        patch.setattr(Stage, "forward", count)
+        assert before == {path: path.stat().st_mtime_ns for path in kept}
+        raycurv.fit(classifier, LONG, out, spool_dir=str(disk), **settings)
+    raycurv.fit(classifier, LONG, tmp_path / "whole", **settings)
+    assert_same(out, tmp_path / "whole")
+    # 3 forwards a microbatch, and one less in the last stage; what was spooled was not done again.
+    assert len(forwards) == 10 * (3 + 3 + 2) - len(kept)
+
+
+def test_a_full_disk_leaves_every_finished_artefact_whole(
+    small_disk: Callable[[int], Path], tmp_path: Path
+) -> None:
+    raycurv.fit(classifier, LONG, tmp_path / "whole", **FIT, **SWEPT)
+    disk = small_disk(130)
+    flags = {"out": disk / "run"}
+    job = lambda: raycurv.fit(classifier, LONG, flags["out"], **FIT, **SWEPT)  # noqa: E731
+    sizes = itertools.count(150, 20)
+    failures = 0
+    while True:
+        try:
+            job()
+            break
+        except NoSpace as error:
+            failures += 1
+            assert str(disk) in error.where
+            assert not list(disk.rglob("*.part"))
+        small_disk(next(sizes))
+    assert failures >= 2
+    assert_same(disk / "run", tmp_path / "whole")
+
+
+# Memory
+
+
+CAPPED = """
+import json, resource, sys
+import numpy, torch, transformers.models.llama.modeling_llama
+import raycurv
+from raycurv.data.sources import Source
+
+torch.set_num_threads(1)
+model, out, megabytes = sys.argv[1], sys.argv[2], float(sys.argv[3])
+settings = json.loads(sys.argv[4])
+
+
+def data_bytes():
+    (line,) = [s for s in open("/proc/self/status") if s.startswith("VmData")]
+    return int(line.split()[1]) * 1024
+
+
+# An idle worker has loaded its libraries and run once.
+rows = [{"id": str(n), "input_ids": [(7 * n + t) % 50 for t in range(8)]} for n in range(4)]
+raycurv.fit(model + "-idle", rows, out + "-idle", quiet=True, address="none", dtype="bfloat16")
+cap = data_bytes() + int(megabytes * 2**20)
+resource.setrlimit(resource.RLIMIT_DATA, (cap, cap))
+run = raycurv.fit(model, rows, out, quiet=True, address="none", **settings)
+swept = {k: v for k, v in settings.items() if k in ("schedule", "stages", "batch_tokens")}
+run.influence(rows[:2], rows, out + "-scores", rank=4, quiet=True, address="none", **swept)
+print(run.blocks().num_rows)
+"""
+
+
+def capped(folder: Path, megabytes: float, **settings: Any) -> subprocess.CompletedProcess[str]:
+    chosen = {
+        "dtype": "bfloat16",
+        "store_dtype": "bfloat16",
+        "max_factor_dim": 128,
+        "fisher": "empirical",
+    } | settings
+    return subprocess.run(
+        [
+            sys.executable, "-c", CAPPED, str(folder / "model"), str(folder / "run"),
+            str(megabytes), json.dumps(chosen),
+        ],
+        env=dict(os.environ) | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 256 MiB beside one that is hardly any."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("large")
+    torch.manual_seed(0)
+    shape = {"num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 64}
+    for name, width, ff, layers in (("model", 512, 1536, 44), ("model-idle", 32, 32, 1)):
+        config = LlamaConfig(
+            hidden_size=width, intermediate_size=ff, num_hidden_layers=layers, **shape
+        )
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / name)
+    return folder
+
+
+# Slow: it loads 44 stages twice for the fit and twice for the scores.
+def test_a_model_of_four_times_the_memory_is_fitted_and_scored(large: Path) -> None:
+    weights = sum(path.stat().st_size for path in (large / "model").glob("*.safetensors"))
+    assert weights >= 4 * 64 * 2**20
+    made = capped(large, 64, schedule="swept", batch_tokens=32)
+    assert made.returncode == 0, made.stderr[-2000:]
+    assert made.stdout.strip().endswith(str(44 * 7))
+
+
+def test_the_memory_of_four_times_less_is_not_enough_without_sweeping(large: Path) -> None:
+    made = capped(large, 64, schedule="pipelined", stages=2, batch_tokens=32)
+    assert made.returncode != 0
+    assert "memory" in made.stderr.lower() or "alloc" in made.stderr.lower()
