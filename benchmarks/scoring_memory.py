@@ -1,0 +1,106 @@
+"""What scoring takes as the training examples grow a hundredfold: the memory, not the disk.
+
+a small model ─► fit ─► influence on n and on 100 n training examples ─► results/DATE-scoring.md
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import footprint
+import llama_checkpoint
+import torch
+import tyro
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+# How the scores are made: in the process itself and on two actors, resident and swept.
+WAYS: dict[str, list[str]] = {
+    "pipelined, one process": ["--address", "none"],
+    "swept, one process": ["--address", "none", "--schedule", "swept"],
+    "pipelined, 2 actors": ["--address", "local", "--stages", "2"],
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Scores n and 100 n training examples, and measures the memory of both."""
+
+    place: Path
+    """Directory for the model, the run and the scores; its contents are replaced."""
+    examples: int = 80
+    """n."""
+    tokens: int = 32
+    """Tokens of an example."""
+    queries: int = 4
+    """Queries."""
+
+
+def main(settings: Settings) -> None:
+    """Make, fit, score, report."""
+    place, many = settings.place, 100 * settings.examples
+    shutil.rmtree(place, ignore_errors=True)
+    shape = llama_checkpoint.Settings(
+        out=place / "model", width=128, ff=256, heads=4, kv_heads=2, layers=4, vocab=300,
+        dtype="float32", examples=many, tokens=settings.tokens, queries=settings.queries,
+    )  # fmt: skip
+    llama_checkpoint.main(shape)
+    texts = (place / "model" / "train.jsonl").read_text().splitlines(keepends=True)
+    few = place / "model" / "few.jsonl"
+    few.write_text("".join(texts[: settings.examples]))
+    environment = dict(os.environ) | {"OMP_WAIT_POLICY": "PASSIVE"}
+
+    def job(name: str, *flags: str) -> footprint.Footprint:
+        command = [sys.executable, f"jobs/{name}.py", *flags, "--batch-tokens", "512"]
+        found = footprint.measure(command, env=environment, cwd=ROOT, log=place / "log.txt")
+        if found.returncode:
+            raise SystemExit((place / "log.txt").read_text())
+        return found
+
+    model, run = str(place / "model"), str(place / "run")
+    job("fit", "--model", model, "--data", str(few), "--out", run, "--address", "none")
+    rows = []
+    for way, flags in WAYS.items():
+        took = []
+        for number, train in ((settings.examples, few), (many, place / "model" / "train.jsonl")):
+            out = str(place / f"scores-{len(rows)}-{number}")
+            queries = f"{model}/queries.jsonl"
+            took.append(
+                job(
+                    "influence", "--run", run, "--queries", queries, "--train", str(train),
+                    "--out", out, "--rank", "8", *flags,
+                )
+            )  # fmt: skip
+        rows.append((way, *took))
+    lines = [
+        f"# Memory of scoring, {date.today()}",
+        "",
+        "    python benchmarks/scoring_memory.py --place PLACE",
+        "",
+        f"- torch {torch.__version__}, {os.cpu_count()} cores; {settings.queries} queries, rank 8, "
+        f"examples of {settings.tokens} tokens, a Llama-shaped model of 4 layers of 128",
+        "- memory: of all processes together, anonymous and /dev/shm, at its highest",
+        "",
+        f"| schedule | {settings.examples:,} examples | {many:,} examples | ratio | seconds |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {way} | {a.memory_bytes / 1e6:,.0f} MB | {b.memory_bytes / 1e6:,.0f} MB | "
+            f"{b.memory_bytes / a.memory_bytes:.3f} | {a.seconds:.0f}, {b.seconds:.0f} |"
+            for way, a, b in rows
+        ),
+        "",
+    ]
+    file = RESULTS / f"{date.today()}-scoring.md"
+    file.write_text("\n".join(lines))
+    print("\n".join(lines))
+    print(file)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))
