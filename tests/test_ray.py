@@ -91,6 +91,35 @@ def scored(fitted: raycurv.Run, out: Path, address: str, **settings: Any) -> ray
     )  # fmt: skip
 
 
+def test_a_sweep_of_actors_gives_the_numbers_of_one_process(
+    cluster: None, alone: tuple[raycurv.Run, raycurv.Scores], tmp_path: Path
+) -> None:
+    how: dict[str, Any] = {"schedule": "swept", "stages": 3, "homes": 2}
+    fitted = raycurv.fit(classifier, ROWS, tmp_path / "run", address="local", **FIT, **how)
+    assert relative(fitted.blocks()["trace"], alone[0].blocks()["trace"]) < CLOSE
+    column = "gradient_sq_norm"
+    assert relative(fitted.examples()[column], alone[0].examples()[column]) < CLOSE
+    mine = scored(fitted, tmp_path / "scores", "local", **how)
+    matrix, queries, examples = mine.matrix()
+    reference, queries_alone, examples_alone = alone[1].matrix()
+    assert (queries, examples) == (queries_alone, examples_alone)
+    assert relative(matrix, reference) < CLOSE
+
+
+def test_actors_stay_from_one_group_of_stages_to_the_next(cluster: None) -> None:
+    pool = OnRay("local")
+    pool.start([_spec(), _spec()])
+    actors = list(pool._actors)
+    pool.start([_spec()])
+    assert pool.stages == 1 and pool._actors == actors
+    # The stage that nobody asked for again is gone.
+    with pytest.raises(AttributeError):
+        pool.get(actors[1].call.remote("finish"))
+    pool.start([_spec(), _spec()])
+    assert pool._actors == actors
+    pool.close()
+
+
 def test_runs_are_put_together_by_tasks(cluster: None, tmp_path: Path) -> None:
     how: dict[str, Any] = {"keep_sums": True, **FIT}
     a, b = (

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import classified, classifier
+from commands import classified, classifier, flags_of, run_here, write_rows
 from test_resume import (
     FIT,
     INFLUENCE,
@@ -23,10 +23,12 @@ from test_resume import (
     ROWS,
     assert_close,
     assert_same,
+    commits,
     delete,
     each_stop,
     empty,
     flip,
+    kill_when,
     stopped,
     truncate,
 )
@@ -269,6 +271,28 @@ def test_a_finished_operation_is_not_done_again(tmp_path: Path) -> None:
                 break
         # One operation a stop is lost at most.
         assert once <= len(done) <= once + at
+
+
+FLAGS: dict[str, Any] = FIT | SWEPT | {"model": "commands:classifier", "commit_seconds": 1e-9}
+MOMENTS: dict[str, Callable[[Path], int]] = {
+    "on the way forward": lambda out: len(spooled(out)["hidden"]) - 3,
+    "in a first pass": lambda out: commits(out, "covariance/group-0002"),
+    "in a second pass": lambda out: commits(out, "corrected/group-0001"),
+    "in the last pass": lambda out: commits(out, "corrected/group-0000"),
+}
+
+
+def test_a_sweep_that_was_killed_again_and_again_ends_as_if_it_had_not_been(
+    whole: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    data = write_rows(tmp_path / "rows.parquet", ROWS)
+    settings = {k: v for k, v in FLAGS.items() if k != "quiet"}
+    flags = flags_of(settings | {"out": out, "data": data})
+    for moment in MOMENTS.values():
+        kill_when("fit.py", flags, lambda moment=moment: moment(out) > 0)
+    assert run_here("fit.py", flags).code == 0
+    assert_same(out, whole[0])
 
 
 # What the spool loses
