@@ -285,9 +285,7 @@ class _Influence:
         """IHVPs of a group of queries, and with ``score`` the training examples' scores on them;
         gives the files of these."""
         place = self._place(group)
-        feeds: dict[str, Feed] = {}
-        if self._without_products(place, self.blocks):
-            feeds["queries"] = self._query_feed(group)
+        feeds = {"queries": self._query_feed(group)}
         if score:
             assert self.train is not None
             feeds["train"] = Feed(
@@ -295,19 +293,22 @@ class _Influence:
                 self.train.reader(self.dtype),
                 self.train.lengths,
             )
+        # What waits in the spool is of use whether or not all products have been made by now.
+        spool = open_spool(
+            self.store, self.settings.spool_dir, self.manifest, self.workers, list(feeds.values())
+        )
+        if not self._without_products(place, self.blocks):
+            del feeds["queries"]
         if not feeds:
             return []
         sweep = Sweep(
             self.workers,
             self.store,
-            open_spool(
-                self.store, self.settings.spool_dir, self.manifest, self.workers,
-                list(feeds.values()),
-            ),
+            spool,
             feeds,
             self.reporter,
             self.settings.commit_seconds,
-        )  # fmt: skip
+        )
         lowest = 0 if score else min(self._unasked(sweep, place))
         sweep.forward()
         files: list[str] = []
