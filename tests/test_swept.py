@@ -236,12 +236,14 @@ def test_swept_scores_that_stopped_anywhere_end_as_if_they_had_not(
     ],
     ids=str,
 )
-@pytest.mark.parametrize("at", [2, 9, 16])
+@pytest.mark.parametrize(
+    ("point", "at"), [("a forward", 9), ("a backward", 2), ("a backward", 9), ("a backward", 16)]
+)
 def test_a_sweep_may_go_on_with_other_stages(
-    at: int, changes: dict[str, Any], whole: tuple[Path, Path], tmp_path: Path
+    point: str, at: int, changes: dict[str, Any], whole: tuple[Path, Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    assert stopped("a backward", at, False, lambda: fit(out, commit_seconds=1e-9))
+    assert stopped(point, at, False, lambda: fit(out, commit_seconds=1e-9))
     fit(out, **changes)
     assert_close(out, whole[0])
 

@@ -33,8 +33,9 @@ from raycurv.driver.combined import (
     take_over_factors,
 )
 from raycurv.driver.corpus import Corpus, DrawnLabels
+from raycurv.driver.layout import Layout
 from raycurv.driver.parents import Parents, open_parents
-from raycurv.driver.pipeline import Feed, Given, NoSink, Sink
+from raycurv.driver.pipeline import Feed, NoSink, Sink
 from raycurv.driver.progress import Reporter
 from raycurv.driver.rows import ExampleRows, write_drawn, write_examples
 from raycurv.driver.settings import DTYPES, FitSettings, identity
@@ -48,7 +49,6 @@ from raycurv.files.artifacts import (
     eigen_file,
     factor_file,
     keeps_sum,
-    read_blocks,
     read_factor,
     write_eigen,
 )
@@ -65,7 +65,6 @@ from raycurv.mathematics.tiles import check_axes, tile_widths
 from raycurv.models.model import ModelSource, open_model
 from raycurv.stages.passes import CorrectedPass, CovariancePass, LossPass, ReplayPass
 from raycurv.stages.placement import eigh_cost, longest_first
-from raycurv.stages.pool import Pool
 from raycurv.stages.stage import Pass
 
 # The name of the examples among what is spooled.
@@ -195,7 +194,12 @@ class _Fit:
             self.reporter.say(f"{without:,} examples have no loss term: loss 0, gradient 0")
         self.manifest.facts |= self.parents.facts(self.corpus)
         take_over_blocks(self.store, self.parents)
-        self._know_blocks()
+        layout = Layout(
+            self.store, self.workers, self.corpus, DTYPES[settings.dtype], settings.batch_tokens,
+            self.reporter,
+        )  # fmt: skip
+        if layout.known:
+            self._learn(layout.read(self.blocks))
         if self.parents.how is not None:
             self.reporter.say(str(self.parents))
             self._take_over()
@@ -208,8 +212,8 @@ class _Fit:
             self.reporter,
             settings.commit_seconds,
         )
-        if not self._laid_out:
-            self._lay_out(sweep)
+        if not layout.known:
+            self._lay_out(layout, sweep)
         before: set[int] = set()
         # A file that goes while others are made is found in the next round.
         while unfinished := self._unfinished(sweep):
@@ -271,61 +275,16 @@ class _Fit:
 
     # Which blocks read the same tensor
 
-    @property
-    def _laid_out(self) -> bool:
-        return self.store.exists("blocks.json")
-
-    def _know_blocks(self) -> None:
-        """Take over what ``blocks.json`` says, if it is there."""
-        if not self._laid_out:
-            return
-        there = read_blocks(self.store)
-        if {dataclasses.replace(b, input_factor="") for b in there} != set(self.blocks):
-            raise DamagedFile(
-                self.store.path("blocks.json"), "the blocks of the model", "others",
-                "Delete it and run the command again.",
-            )  # fmt: skip
-        self._learn(there)
-
     def _learn(self, blocks: tuple[Block, ...]) -> None:
         self.blocks = blocks
         self.workers.assign(blocks)
 
-    def _meet(self, group: int, pool: Pool, given: Given) -> None:
-        """See which blocks of a group read the same tensor, by the first example that enters it."""
-        name = f"work/layout/group-{group:04d}.json"
-        if self.store.exists(name):
-            return
-        read = self.corpus.reader(DTYPES[self.settings.dtype])
-        with self.reporter.phase(
-            "layout", pool.stages, "stages", self.workers.named(group)
-        ) as phase:
-            # The first of a microbatch is its longest: alone, it is as long as all of them.
-            first = self.corpus.plan(self.settings.batch_tokens)[0][:1]
-            batch = pool.put(read(0, first))
-            hidden: Any = None if given.hidden is None else pool.put(given.hidden[:1])
-            found: list[Any] = []
-            for stage in range(pool.stages):
-                hidden, blocks = pool.call(stage, "discover", batch, hidden, returns=2)
-                found.append(blocks)
-                phase.advance(1)
-            mine = [b for handle in found for b in pool.get(handle)]
-        self.store.write_json(name, [dataclasses.asdict(b) for b in mine])
-
-    def _lay_out(self, sweep: Sweep) -> None:
-        """``blocks.json``, from a look at every group on the way forward."""
+    def _lay_out(self, layout: Layout, sweep: Sweep) -> None:
         self._mending()
         if sweep.level < sweep.last:
             sweep.end()  # the layout went after the sweep had come past it
-        sweep.forward(self._meet)
-        found = [
-            Block(**said)
-            for group in range(len(self.workers.groups))
-            for said in self.store.read_json(f"work/layout/group-{group:04d}.json")
-        ]
-        self.store.write_json("blocks.json", [dataclasses.asdict(b) for b in found])
-        self.store.delete_directory("work/layout")
-        self._learn(tuple(found))
+        sweep.forward(layout.meet)
+        self._learn(layout.write())
         self._done("layout")
 
     def _factors(self, blocks: Sequence[Block]) -> dict[str, tuple[Block, str]]:
