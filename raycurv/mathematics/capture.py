@@ -218,7 +218,7 @@ def _place(x: Tensor) -> tuple[int, int]:
 
     torch keeps one Python object for a storage as long as the storage lives.
     """
-    return id(x.untyped_storage()), x.storage_offset()
+    return id(x.untyped_storage()), int(x.storage_offset())
 
 
 def check_finite(captured: Captured) -> None:
