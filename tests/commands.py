@@ -23,12 +23,14 @@ from torch import Tensor, nn
 from raycurv.driver.command import run_job
 from raycurv.driver.fitting import fit
 from raycurv.driver.influence import influence
-from raycurv.driver.settings import FitSettings, InfluenceSettings
+from raycurv.driver.planning import plan
+from raycurv.driver.settings import FitSettings, InfluenceSettings, PlanSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 JOBS: dict[str, tuple[Any, Callable[..., Any]]] = {
     "fit.py": (FitSettings, fit),
     "influence.py": (InfluenceSettings, influence),
+    "plan.py": (PlanSettings, plan),
 }
 
 

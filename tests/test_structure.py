@@ -18,7 +18,10 @@ FILES = {
 }
 
 # Who may import whom: a package imports those that stand before it, and itself.
-ORDER = ("batch", "errors", "mathematics", "models", "data", "files", "stages", "driver", "run")
+ORDER = (
+    "batch", "errors", "mathematics", "models", "data", "files", "stages", "planning", "driver",
+    "run",
+)  # fmt: skip
 # Mathematics and plans: functions of tensors and numbers, without files, clusters or libraries of
 # models.
 PURE = [
@@ -128,7 +131,8 @@ def test_a_file_fits_on_a_few_pages() -> None:
 
 def test_a_job_without_ray_or_a_language_model_waits_for_neither() -> None:
     code = (
-        "import sys; import raycurv, raycurv.driver.fitting, raycurv.driver.influence; "
+        "import sys; import raycurv, raycurv.driver.fitting, raycurv.driver.influence, "
+        "raycurv.driver.planning; "
         "print(sorted({'ray', 'transformers'} & sys.modules.keys()))"
     )
     found = subprocess.run(

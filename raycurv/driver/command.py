@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import tyro
 
 from raycurv.errors import RaycurvError, UserError
+from raycurv.files.store import Store
 
 Settings = TypeVar("Settings")
 
@@ -18,7 +19,7 @@ def run_job(settings: type[Settings], job: Callable[[Settings], Any], name: str)
     """Read the command line, run the job, and exit.
 
     Exit code 0 when done, 2 for a user's mistake (one message, no traceback), 1 for anything else.
-    The last line of the output is JSON: status and where the results lie.
+    The last line of the output is JSON: status, and where the results lie or what was found.
     """
     chosen = tyro.cli(
         settings,
@@ -27,11 +28,12 @@ def run_job(settings: type[Settings], job: Callable[[Settings], Any], name: str)
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     try:
-        store = job(chosen)
+        found = job(chosen)
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except RaycurvError as error:
         print(f"{name}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-    print(json.dumps({"status": "complete", "job": name, "out": store.root}))
+    said = {"out": found.root} if isinstance(found, Store) else found
+    print(json.dumps({"status": "complete", "job": name} | said))

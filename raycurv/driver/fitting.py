@@ -36,6 +36,7 @@ from raycurv.driver.corpus import Corpus, DrawnLabels
 from raycurv.driver.layout import Layout
 from raycurv.driver.parents import Parents, open_parents
 from raycurv.driver.pipeline import Feed, NoSink, Sink
+from raycurv.driver.planning import check_fit
 from raycurv.driver.progress import Reporter
 from raycurv.driver.rows import ExampleRows, write_drawn, write_examples
 from raycurv.driver.settings import DTYPES, FitSettings, identity
@@ -122,6 +123,8 @@ def fit(
     with reporter.phase("examples", 1, "sources") as phase:
         corpus = open_examples(store, parents, source, network, settings, manifest.facts, reporter)
         phase.advance(1)
+    if "tables" not in manifest.complete and len(corpus):
+        check_fit(settings, network, blocks, corpus.lengths, store)
     job = _Fit(settings, store, per_token, blocks, corpus, parents, manifest, workers, reporter)
     try:
         job.run()

@@ -20,6 +20,7 @@ from raycurv.data.sources import Source, fingerprint
 from raycurv.driver.corpus import Corpus, open_corpus
 from raycurv.driver.fitted import check_model, fitted_model, read_fit
 from raycurv.driver.pipeline import Feed, NoSink, Sink, last_commit, plan_mark
+from raycurv.driver.planning import check_influence
 from raycurv.driver.progress import Reporter
 from raycurv.driver.rows import ScoreRows, merge_top
 from raycurv.driver.settings import DTYPES, InfluenceSettings, identity, parse_bytes
@@ -111,6 +112,8 @@ def influence(
             )
             phase.advance(1)
     workers = Workers(settings, network, named, blocks, DTYPES[dtype], fit.settings["seed"])
+    lengths = None if training is None else training.lengths
+    check_influence(settings, fit.settings, network, blocks, asked.lengths, lengths, store)
     source = CurvatureSource(
         fitted,
         fit.settings["method"],

@@ -32,7 +32,7 @@ from raycurv.stages.stage import Pass
 Results = dict[str, Tensor]
 
 # Between two commits, unless the settings say otherwise: seconds, and times what one takes.
-_COMMIT_SECONDS, _COMMIT_TIMES = 60.0, 10.0
+COMMIT_SECONDS, _COMMIT_TIMES = 60.0, 10.0
 
 
 class Sink(Protocol):
@@ -174,7 +174,7 @@ def run_pass(
     with reporter.phase(label, len(feed.plan), "microbatches") as phase:
         phase.advance(done)
         while done < len(feed.plan):
-            wait = commit_seconds or max(_COMMIT_SECONDS, _COMMIT_TIMES * writing)
+            wait = commit_seconds or max(COMMIT_SECONDS, _COMMIT_TIMES * writing)
             until = time.monotonic() + wait
 
             def span(start: int = done, until: float = until) -> Iterator[tuple[int, Given]]:

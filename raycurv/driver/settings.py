@@ -51,6 +51,8 @@ class Execution:
     or ten times what writing one takes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where stages compute; `auto` takes a GPU when there is one."""
+    force: bool = False
+    """Start even what cannot fit on this machine's memory or disk."""
 
     def check(self) -> None:
         """Refuse what cannot work.
@@ -216,6 +218,60 @@ class FitSettings(Execution, Reading):
 
 
 @dataclass(frozen=True)
+class PlanSettings(FitSettings):
+    """What a fit and a scoring would take, without running them: takes every flag of fit.py.
+
+    Of an HF model, config.json is enough. Without --stages, as few as fit.
+    """
+
+    out: str = "."
+    """Where results would go: its free disk is what there is, its speed is measured."""
+    examples: int = 10_000
+    """Examples of the fit, without --data."""
+    tokens: int = 512
+    """Tokens of each example, without --data."""
+    queries: int = 100
+    """Queries of the scoring, of --tokens each."""
+    train_examples: int | None = None
+    """Training examples of the scoring. Default: those of the fit."""
+    rank: str = "32"
+    """Rank that IHVPs are truncated to, or `full`."""
+    query_memory: str = "2GiB"
+    """Memory of a stage for IHVPs."""
+    self_influence: Annotated[bool, tyro.conf.arg(name="self")] = False
+    """Also score every training example against itself."""
+    ihvp: bool = False
+    """Also write the queries' IHVPs."""
+    replicas: int = 1
+    """Copies of every stage, each on its own part of the data."""
+    nodes: int | None = None
+    """Machines that share the stages. Default: this one; with --memory, one for each stage."""
+    memory: str | None = None
+    """Memory of a node, such as 128GB. Default: what this machine has left."""
+    disk: str | None = None
+    """Disk for the results. Default: what is free at --out."""
+    gpus: int = 0
+    """GPUs that stages compute on, evenly shared; 0 for CPUs."""
+    gpu_memory: str = "80GB"
+    """Memory of a GPU."""
+    json: bool = False
+    """Print nothing but the plan as one line of JSON."""
+
+    def check(self, in_memory: bool = False) -> None:
+        super().check(in_memory=True)
+        _given(self, "model")
+        for flag in ("examples", "tokens", "queries", "train_examples", "replicas", "nodes"):
+            if getattr(self, flag) is not None:
+                _positive(flag, getattr(self, flag))
+        for flag in ("query_memory", "memory", "disk", "gpu_memory"):
+            if getattr(self, flag) is not None:
+                parse_bytes(f"--{flag.replace('_', '-')}", getattr(self, flag))
+        rank_number(self.rank)
+        if self.gpus < 0:
+            raise UserError("--gpus", "a number of at least 0", str(self.gpus), "")
+
+
+@dataclass(frozen=True)
 class InfluenceSettings(Execution, Reading):
     """Scores of every query against every training example."""
 
@@ -281,16 +337,21 @@ class InfluenceSettings(Execution, Reading):
                 _positive(flag, getattr(self, flag))
 
     def rank_number(self) -> int | None:
-        """The rank; ``None`` for full.
+        """The rank; ``None`` for full."""
+        return rank_number(self.rank)
 
-        Raises:
-            UserError: neither a positive number nor ``full``.
-        """
-        if self.rank == "full":
-            return None
-        if not self.rank.isdecimal() or int(self.rank) < 1:
-            raise UserError("--rank", "a positive number or `full`", repr(self.rank), "")
-        return int(self.rank)
+
+def rank_number(rank: str) -> int | None:
+    """A rank as a number; ``None`` for full.
+
+    Raises:
+        UserError: neither a positive number nor ``full``.
+    """
+    if rank == "full":
+        return None
+    if not rank.isdecimal() or int(rank) < 1:
+        raise UserError("--rank", "a positive number or `full`", repr(rank), "")
+    return int(rank)
 
 
 def identity(settings: FitSettings | InfluenceSettings) -> dict[str, Any]:

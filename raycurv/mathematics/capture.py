@@ -130,7 +130,7 @@ class Capture:
             )
         linear = block.kind != "conv2d"
         tensors = tuple(
-            (c.x.data_ptr(), c.x.shape, c.x.stride(), c.version, c.x.dtype, c.start) for c in calls
+            (*_place(c.x), c.x.shape, c.x.stride(), c.version, c.x.dtype, c.start) for c in calls
         )
         return tensors, block.bias, linear, geometry
 
@@ -211,6 +211,14 @@ class Capture:
                 g = g * mask[..., None].to(g.dtype)
             parts.append(g)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _place(x: Tensor) -> tuple[int, int]:
+    """Equal for tensors that lie in the same memory; on the meta device, where none has any, too.
+
+    torch keeps one Python object for a storage as long as the storage lives.
+    """
+    return id(x.untyped_storage()), int(x.storage_offset())
 
 
 def check_finite(captured: Captured) -> None:

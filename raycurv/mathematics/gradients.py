@@ -19,7 +19,7 @@ from raycurv.mathematics.eigen import Eigenbasis
 
 # Elements of the per-example gradients that are formed at once, where whole ones are needed
 # (float32: 32 MiB), and where parts will do: those stay in the cache while they are used.
-_CHUNK, _PIECE = 2**23, 2**20
+CHUNK, PIECE = 2**23, 2**20
 
 
 def rotate_before(
@@ -107,7 +107,7 @@ class Rotations:
             return
         turned = self.turned_rows(block)
         a, g = rows if turned is None else turned
-        step = max(1, _CHUNK // (block.d_in * block.d_out))
+        step = max(1, CHUNK // (block.d_in * block.d_out))
         left, right = self._bases[block.output_factor], self._bases[block.input_factor]
         for start in range(0, len(a), step):
             part = slice(start, min(start + step, len(a)))
@@ -128,8 +128,8 @@ class Rotations:
                 yield part, slice(0, block.d_out), m_NOI
             return
         a, g = turned
-        at_once = max(1, _PIECE // (block.d_in * block.d_out))
-        outputs = min(block.d_out, max(1, _PIECE // block.d_in))
+        at_once = max(1, PIECE // (block.d_in * block.d_out))
+        outputs = min(block.d_out, max(1, PIECE // block.d_in))
         for start in range(0, block.d_out, outputs):
             rows = slice(start, min(start + outputs, block.d_out))
             for first in range(0, len(a), at_once):

@@ -15,7 +15,7 @@ from raycurv.mathematics.products import add_outer
 
 # Additions between two folds of the float32 part into the float64 master: rounding error grows with
 # their number, the cost of folding (20 bytes an element) falls with it.
-_FOLD_EVERY = 32
+FOLD_EVERY = 32
 
 
 class RunningSum:
@@ -57,7 +57,7 @@ class RunningSum:
 
     def _count(self) -> None:
         self.pending += 1
-        if self.pending >= _FOLD_EVERY and self.part.dtype != torch.float64:
+        if self.pending >= FOLD_EVERY and self.part.dtype != torch.float64:
             self._fold()
 
     def _fold(self) -> None:

@@ -35,6 +35,7 @@ class FactoryModel:
             than an ``nn.Module``, or weights that are not finite.
     """
 
+    width: int | None = None
     default_scope: tuple[str, ...] = ()
     tied_head: str | None = None
     max_positions: int | None = None
@@ -94,6 +95,10 @@ class FactoryModel:
     def weight_bytes(self, units: range, dtype: torch.dtype) -> int:
         """Bytes of the tensors of ``units``, floating-point ones cast to ``dtype``."""
         return sum(self._bytes[unit][0] * dtype.itemsize + self._bytes[unit][1] for unit in units)
+
+    def rehearse(self, skeleton: nn.Module, examples: int, tokens: int) -> bool:
+        """No: what such a network takes is known from the data alone."""
+        return False
 
     def build(
         self, units: range, dtype: torch.dtype, device: torch.device

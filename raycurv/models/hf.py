@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from raycurv.batch import Batch
 from raycurv.errors import UserError
 from raycurv.models.checkpoint import Checkpoint, Weights
-from raycurv.models.layout import AS_FACTORY, META, Layout, find_layout, hidden_of
+from raycurv.models.layout import AS_FACTORY, META, Layout, find_layout, hidden_of, run_on_meta
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -33,15 +33,14 @@ TOKENIZER_FILES = (
 )
 
 
-class HFModel:
-    """A causal language model in a directory with ``config.json`` and safetensors.
+class HFOutline:
+    """What the ``config.json`` in a directory says of a causal language model, without weights.
 
-    Opening it resolves every weight against the checkpoint and runs the architecture once on the
-    meta device, reading no weights: so a mistake shows before any stage starts.
+    Opening it runs the architecture once on the meta device.
 
     Raises:
-        UserError: no or an unknown configuration, a weight missing or misshapen, a damaged file,
-            a quantised checkpoint, or an architecture whose layers speak past the hidden states.
+        UserError: no or an unknown configuration, a quantised checkpoint, or an architecture whose
+            layers speak past the hidden states.
     """
 
     token_inputs = True
@@ -50,16 +49,18 @@ class HFModel:
         self.name = name
         self.directory = directory
         self.config = _read_config(directory)
-        self.checkpoint = Checkpoint(directory)
-        self._class = _causal_class(self.config, directory)
-        self._skeleton: nn.Module | None = None
-        whole, used = self._load(Weights(self.checkpoint, META), torch.float32, None, None)
-        whole.to(META)
-        self.layout = find_layout(whole, self.config, self.checkpoint, used, directory)
-        self._skeleton = whole
+        whole = self._on_meta()
+        self.layout = find_layout(whole, self.config, self._stored_twice, directory)
+        self._skeleton: nn.Module | None = whole
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_skeleton": None}
+
+    def _on_meta(self) -> nn.Module:
+        return _causal_model(self.config, self.directory)
+
+    def _stored_twice(self, shape: torch.Size) -> bool:
+        return False
 
     @property
     def units(self) -> int:
@@ -73,6 +74,11 @@ class HFModel:
         costs = [float(numel[self.layout.layer(i)]) for i in range(self.units)]
         costs[-1] += numel[self.layout.head]
         return tuple(costs)
+
+    @property
+    def width(self) -> int:
+        """Columns of the hidden states."""
+        return self.layout.width
 
     @property
     def default_scope(self) -> tuple[str, ...]:
@@ -103,9 +109,13 @@ class HFModel:
     def skeleton(self) -> nn.Module:
         """The whole model on the meta device."""
         if self._skeleton is None:
-            weights = Weights(self.checkpoint, META)
-            self._skeleton = self._load(weights, torch.float32, None, self.layout)[0].to(META)
+            self._skeleton = self._on_meta()
         return self._skeleton
+
+    def rehearse(self, skeleton: nn.Module, examples: int, tokens: int) -> bool:
+        """Run the skeleton, or a copy of it in another dtype, for those who watch its modules."""
+        run_on_meta(skeleton, examples, tokens, self.layout.masked)
+        return True
 
     def unit_of(self, module_name: str) -> int:
         """The layer that holds a module: 0 what runs before them, the last what runs behind."""
@@ -114,10 +124,6 @@ class HFModel:
             return int(module_name.removeprefix(prefix).split(".")[0])
         return 0 if module_name in self.layout.early else self.units - 1
 
-    def fingerprint(self) -> dict[str, dict[str, Any]]:
-        """Per tensor of the checkpoint its dtype, shape and a hash of sampled bytes."""
-        return self.checkpoint.fingerprint()
-
     def weight_bytes(self, units: range, dtype: torch.dtype) -> int:
         """Bytes of the weights that the segment of ``units`` holds, cast to ``dtype``."""
         layout = self.layout
@@ -125,6 +131,32 @@ class HFModel:
         if layout.tied and {layout.embedding, layout.head} <= names:
             names.remove(layout.head)
         return dtype.itemsize * sum(layout.numel[name] for name in names)
+
+
+class HFModel(HFOutline):
+    """A causal language model in a directory with ``config.json`` and safetensors.
+
+    Opening it resolves every weight against the checkpoint and runs the architecture once on the
+    meta device, reading no weights: so a mistake shows before any stage starts.
+
+    Raises:
+        UserError: as for an outline; a weight missing or misshapen, or a damaged file.
+    """
+
+    def _on_meta(self) -> nn.Module:
+        self.checkpoint = Checkpoint(self.directory)
+        self._class = type(super()._on_meta())
+        whole, self._used = self._load(Weights(self.checkpoint, META), torch.float32, None, None)
+        return whole.to(META)
+
+    def _stored_twice(self, shape: torch.Size) -> bool:
+        alike = [key for key in self._used if self.checkpoint.shape(key) == tuple(shape)]
+        prints = self.checkpoint.fingerprint(alike)
+        return len(alike) > len({prints[key]["hash"] for key in alike})
+
+    def fingerprint(self) -> dict[str, dict[str, Any]]:
+        """Per tensor of the checkpoint its dtype, shape and a hash of sampled bytes."""
+        return self.checkpoint.fingerprint()
 
     def build(self, units: range, dtype: torch.dtype, device: torch.device) -> HFSegment:
         """The layers ``units`` with weights, frozen, in eval mode, and what runs beside them.
@@ -411,10 +443,14 @@ def _read_config(directory: Path) -> Any:
     return config
 
 
-def _causal_class(config: Any, directory: Path) -> type[nn.Module]:
+def _causal_model(config: Any, directory: Path) -> nn.Module:
+    """The whole model on the meta device."""
     try:
         with META, _quiet():
-            return type(transformers.AutoModelForCausalLM.from_config(config))
+            return cast(
+                nn.Module,
+                transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32),
+            )
     except (ImportError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(
             f"{directory / 'config.json'}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from raycurv.errors import UserError
-from raycurv.models.checkpoint import Checkpoint
 
 META = torch.device("meta")
 AS_FACTORY = (
@@ -34,6 +33,7 @@ class Layout:
         late: the same behind the last layer. A module can be both.
         idle: modules outside the layers with weights that this forward does not run.
         tied: whether the head's weight is the embedding's.
+        masked: whether the forward takes a mask that is complete already.
         numel: number of weights of each module above, and of each layer (``layers.3``).
     """
 
@@ -47,6 +47,7 @@ class Layout:
     late: frozenset[str]
     idle: frozenset[str]
     tied: bool
+    masked: bool
     numel: Mapping[str, int]
 
     def layer(self, index: int) -> str:
@@ -64,9 +65,13 @@ class Layout:
 
 
 def find_layout(
-    whole: Any, config: Any, checkpoint: Checkpoint, used: list[str], directory: Path
+    whole: Any, config: Any, stored_twice: Callable[[torch.Size], bool], directory: Path
 ) -> Layout:
-    """Find the parts, and prove on the meta device that layers speak through hidden states only."""
+    """Find the parts, and prove on the meta device that layers speak through hidden states only.
+
+    Args:
+        stored_twice: whether two weights of this shape hold the same values: HF ties them then.
+    """
 
     def refuse(got: str) -> UserError:
         return UserError(
@@ -100,18 +105,18 @@ def find_layout(
         prefix = f"{name}." if name else ""
         if any(other != name and other.startswith(prefix) for other in (*outside, layers_name)):
             raise refuse(f"{name or 'the model'} with weights beside those of its parts")
-    # A mask that is complete already is passed on as it is; making one reads values, of which the
-    # meta device has none. Architectures with masks of their own take none instead.
-    found = _trace(whole, layers, outside, torch.zeros((1, 1, 2, 2), device=META))
+    masked = True
+    found = _trace(whole, layers, outside, masked)
     if isinstance(found, Exception):
-        found = _trace(whole, layers, outside, None)
+        masked = False
+        found = _trace(whole, layers, outside, masked)
     if isinstance(found, Exception):
         raise refuse(f"a forward that fails: {type(found).__name__}: {found}") from found
     early, late, tuples, problem = found
     if problem:
         raise refuse(problem)
     tied = names[id(head)] + ".weight" in whole.all_tied_weights_keys and (
-        head.weight is embedding.weight or _stored_twice(checkpoint, used, embedding.weight.shape)
+        head.weight is embedding.weight or stored_twice(embedding.weight.shape)
     )
     numel = {
         name: sum(p.numel() for p in whole.get_submodule(name).parameters(recurse=False))
@@ -130,22 +135,30 @@ def find_layout(
         late=frozenset(late),
         idle=frozenset(outside.keys() - early - late),
         tied=tied,
+        masked=masked,
         numel=numel,
     )
 
 
-def _stored_twice(checkpoint: Checkpoint, used: list[str], shape: torch.Size) -> bool:
-    """Whether the checkpoint holds one and the same matrix under both names: HF ties it then."""
-    alike = [key for key in used if checkpoint.shape(key) == tuple(shape)]
-    prints = checkpoint.fingerprint(alike)
-    return len(alike) > len({prints[key]["hash"] for key in alike})
+def run_on_meta(whole: nn.Module, examples: int, tokens: int, masked: bool) -> Tensor:
+    """Logits ``[N, T, V]`` without values: the forward of a model on the meta device.
+
+    A mask that is complete already is passed on as it is; making one reads values, of which the
+    meta device has none. Architectures with masks of their own take none instead.
+    """
+    ids = torch.zeros((examples, tokens), dtype=torch.int64, device=META)
+    mask: Tensor | None = None
+    if masked:
+        dtype = next(whole.parameters()).dtype
+        mask = torch.zeros((1, 1, tokens, tokens), dtype=dtype, device=META)
+    return cast(Tensor, whole(input_ids=ids, attention_mask=mask, use_cache=False).logits)
 
 
 def _trace(
     whole: nn.Module,
     layers: nn.ModuleList,
     outside: Mapping[str, nn.Module],
-    mask: Tensor | None,
+    masked: bool,
 ) -> tuple[set[str], set[str], bool, str] | Exception:
     """Run the model once on the meta device and watch what reaches its layers and its head.
 
@@ -163,7 +176,6 @@ def _trace(
     problems: list[str] = []
     tuples: list[bool] = []
     current: list[Tensor] = []
-    ids = torch.zeros((1, 2), dtype=torch.int64, device=META)
     handles = []
 
     def mark(tensor: Tensor) -> Tensor:
@@ -214,7 +226,7 @@ def _trace(
         handles.append(layer.register_forward_hook(behind_layer(index)))
     try:
         whole.eval().requires_grad_(False)
-        logits = whole(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        logits = run_on_meta(whole, 1, 2, masked)
     except Exception as error:
         # Foreign code on a device without values: what it raises becomes the reason to refuse.
         return error

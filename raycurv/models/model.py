@@ -52,13 +52,14 @@ class Segment(Protocol):
         ...
 
 
-class Model(Protocol):
-    """A description of a model: picklable, without weights of its own when it is pickled.
+class Outline(Protocol):
+    """What is known of a model without its weights.
 
     Attributes:
         name: what the user gave.
         units: number of consecutive pieces that can be separated.
         unit_costs: relative cost of each.
+        width: columns of the hidden states between units, if the model says so.
         default_scope: prefixes of the module names in which blocks are chosen by default;
             ``()`` for everywhere.
         tied_head: name of the output embedding if its weight is the input embedding's.
@@ -75,6 +76,9 @@ class Model(Protocol):
 
     @property
     def unit_costs(self) -> tuple[float, ...]: ...
+
+    @property
+    def width(self) -> int | None: ...
 
     @property
     def default_scope(self) -> tuple[str, ...]: ...
@@ -102,12 +106,24 @@ class Model(Protocol):
         """The unit that a module of the skeleton belongs to."""
         ...
 
-    def fingerprint(self) -> dict[str, dict[str, Any]]:
-        """Per tensor ``{"dtype": str, "shape": list, "hash": hex of sampled bytes}``."""
-        ...
-
     def weight_bytes(self, units: range, dtype: torch.dtype) -> int:
         """Bytes of the tensors of a segment."""
+        ...
+
+    def rehearse(self, skeleton: nn.Module, examples: int, tokens: int) -> bool:
+        """Run the skeleton (or a copy in another dtype) forward, for those who watch its modules.
+
+        Returns:
+            Whether it could run: a model of unknown inputs cannot.
+        """
+        ...
+
+
+class Model(Outline, Protocol):
+    """A description of a model: picklable, without weights of its own when it is pickled."""
+
+    def fingerprint(self) -> dict[str, dict[str, Any]]:
+        """Per tensor ``{"dtype": str, "shape": list, "hash": hex of sampled bytes}``."""
         ...
 
     def build(self, units: range, dtype: torch.dtype, device: torch.device) -> Segment:
@@ -130,6 +146,31 @@ def open_model(source: ModelSource, base: str | Path | None = None) -> Model:
     Raises:
         UserError: what the source names is not there, or is not such a model.
     """
+    factory, directory = _look(source, base)
+    if factory is not None:
+        return factory
+    # Importing transformers takes seconds and memory that other models need not pay for.
+    from raycurv.models.hf import HFModel
+
+    return HFModel(str(source), directory)
+
+
+def open_outline(source: ModelSource, base: str | Path | None = None) -> Outline:
+    """As :func:`open_model`, but of an HF directory ``config.json`` alone is read.
+
+    Raises:
+        UserError: what the source names is not there, or is not such a model.
+    """
+    factory, directory = _look(source, base)
+    if factory is not None:
+        return factory
+    from raycurv.models.hf import HFOutline
+
+    return HFOutline(str(source), directory)
+
+
+def _look(source: ModelSource, base: str | Path | None) -> tuple[FactoryModel | None, Path]:
+    """The model of a factory, or ``None`` and the directory that the source names."""
     folder = Path.cwd() if base is None else Path(base).absolute()
     if not isinstance(source, str):
         # A module is callable, too, but calling it is a forward.
@@ -140,14 +181,11 @@ def open_model(source: ModelSource, base: str | Path | None = None) -> Model:
                 f"a {type(source).__name__}",
                 "Pass a function that builds the network, not the network.",
             )
-        return FactoryModel(_name_of(source), source, folder)
+        return FactoryModel(_name_of(source), source, folder), folder
     directory = folder / Path(source).expanduser()
     if not directory.exists() and re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", source):
-        return FactoryModel(source, None, folder)
-    # Importing transformers takes seconds and memory that other models need not pay for.
-    from raycurv.models.hf import HFModel
-
-    return HFModel(source, directory)
+        return FactoryModel(source, None, folder), folder
+    return None, directory
 
 
 def _name_of(source: Callable[[], nn.Module]) -> str:

@@ -12,7 +12,7 @@ import torch
 from ray.exceptions import RayActorError, RayTaskError
 
 from raycurv.errors import RaycurvError, UserError
-from raycurv.stages.memory import give_back
+from raycurv.stages.memory import give_back, give_back_at_once
 from raycurv.stages.stage import Stage, StageSpec
 from raycurv.stages.transport import pack, unpack
 
@@ -203,6 +203,7 @@ class OnRay:
 
 def _single_threaded(function: Callable[..., Any], *args: Any) -> Any:
     torch.set_num_threads(1)
+    give_back_at_once()
     return function(*args)
 
 

@@ -21,6 +21,7 @@ from raycurv.mathematics.capture import Capture, Captured, Record, check_finite
 from raycurv.mathematics.evaluate import Target, evaluate
 from raycurv.mathematics.objective import open_objective
 from raycurv.models.model import Model
+from raycurv.stages.memory import give_back_at_once
 
 
 class Gatherer(Protocol):
@@ -112,6 +113,7 @@ class Stage:
     """
 
     def __init__(self, spec: StageSpec) -> None:
+        give_back_at_once()
         if spec.threads is not None:
             torch.set_num_threads(spec.threads)
         self.spec = spec

@@ -1,0 +1,1 @@
+"""What a job takes before it runs: memory, disk, bytes moved, FLOPs, time; and whether it fits."""

@@ -1,0 +1,77 @@
+"""Bytes of disk: what each phase leaves, and what lies there besides while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from raycurv.planning.memory import products_bytes, sum_bytes
+from raycurv.planning.shapes import DataShape, Recipe, StageShape, squares
+
+Group = Sequence[StageShape]
+
+# A token in Parquet, int32, which zstd makes smaller; a drawn label likewise.
+TOKEN = 4
+# A score with its two ids (dictionary-coded) in Parquet.
+SCORE = 6
+
+
+def factor_sums(group: Group, recipe: Recipe) -> int:
+    """``factors/``: the sums."""
+    return recipe.computed * factor_elements(group, recipe)
+
+
+def eigenbases(group: Group, recipe: Recipe) -> int:
+    """``eigen/``: bases in the store's dtype, eigenvalues in float64."""
+    if not recipe.has_factors:
+        return 0
+    widths = sum(sum(t) for s in group for t in s.factors(recipe.max_factor_dim).values())
+    return recipe.store_dtype.itemsize * factor_elements(group, recipe) + 8 * widths
+
+
+def largest_basis(group: Group, recipe: Recipe) -> int:
+    """The largest file below ``eigen/``."""
+    factors = [t for s in group for t in s.factors(recipe.max_factor_dim).values()]
+    return recipe.store_dtype.itemsize * max(map(squares, factors), default=0)
+
+
+def corrected(group: Group, recipe: Recipe) -> int:
+    """``corrected/``: Λ of every block, and its sum where sums are kept."""
+    if not recipe.has_corrected:
+        return 0
+    kept = recipe.computed if recipe.keep_sums else 0
+    return (recipe.store_dtype.itemsize + kept) * block_elements(group)
+
+
+def factor_elements(group: Group, recipe: Recipe) -> int:
+    """Elements of all factors."""
+    return sum(squares(t) for s in group for t in s.factors(recipe.max_factor_dim).values())
+
+
+def block_elements(group: Group) -> int:
+    """Elements of Λ, and of one dense gradient."""
+    return sum(b.d_in * b.d_out for s in group for b in s.blocks)
+
+
+def products(group: Group, recipe: Recipe, queries: int) -> int:
+    """``ihvp/``: IHVPs of so many queries."""
+    return sum(products_bytes(stage, recipe, queries) for stage in group)
+
+
+def factor_commit(group: Group, recipe: Recipe, data: DataShape) -> int:
+    """A commit of the first pass: sums as they stand, with their masters."""
+    return sum_bytes(recipe, data.microbatches) * factor_elements(group, recipe)
+
+
+def corrected_commit(group: Group, recipe: Recipe, data: DataShape) -> int:
+    """A commit of the second pass."""
+    return sum_bytes(recipe, data.microbatches) * block_elements(group)
+
+
+def spool(group: int, groups: int, recipe: Recipe, data: DataShape, width: int) -> int:
+    """What lies in the spool at most while a group is resident on the way back.
+
+    Hidden states that enter it and those before it, the gradient that it reads, and the one that it
+    writes.
+    """
+    one = data.positions * width * recipe.dtype.itemsize
+    return one * (group + recipe.draws * ((group < groups - 1) + (group > 0)))

@@ -1,0 +1,151 @@
+"""The phases of a fit, group of stages by group, and what each takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from raycurv.planning import disk, flops, memory
+from raycurv.planning.job import Group, Job, Place
+from raycurv.planning.plan import Phase, Plan
+from raycurv.planning.shapes import DataShape
+
+FORWARD = "forward"
+FIRST, EIGEN, SECOND, LOSSES = (
+    "first pass: A and G",
+    "eigendecompositions",
+    "second pass: Λ",
+    "losses",
+)
+
+
+def plan_fit(job: Job, data: DataShape) -> Plan:
+    """What a fit takes, phase by phase."""
+    recipe, stages = job.recipe, job.stages
+    on_disk, kept = _disk(job, data)
+    weights = sum(stage.weights for stage in stages)
+    through = sum(flops.forward(stage, data) for stage in stages)
+    back = sum(flops.backward(stage, recipe, data) for stage in stages)
+    spooled = _spooled(job, data)
+    phases = [_phase("loading", job.resident(lambda s: memory.loading(s, recipe), data))]
+    phases[0] = replace(phases[0], stored=weights, seconds=job.seconds(0.0, 0.0, weights))
+    if len(job.groups) > 1:
+        place = job.resident(lambda s: memory.forward_only(s, recipe, data, False), data)
+        phases.append(
+            replace(
+                _phase(FORWARD, place),
+                stored=spooled + weights,
+                flops=through,
+                seconds=job.seconds(through, 0.0, spooled + weights),
+            )
+        )
+    if recipe.has_factors:
+        outer = sum(flops.covariance(stage, recipe, data) for stage in stages)
+        place = job.resident(lambda s: memory.covariance(s, recipe, data), data)
+        sums, bases = disk.factor_sums(stages, recipe), disk.eigenbases(stages, recipe)
+        phases.append(
+            replace(
+                _phase(FIRST, place),
+                moved=job.moved(data, True),
+                stored=sums + spooled * (1 + recipe.draws),
+                flops=through + back + outer,
+                seconds=job.seconds(through + back, outer, sums + spooled * (1 + recipe.draws)),
+            )
+        )
+        phases.append(
+            replace(
+                _phase(EIGEN, job.decomposing()),
+                stored=sums + bases,
+                eigh_flops=sum(flops.decompositions(stages, recipe)),
+                seconds=job.decomposition_seconds(),
+            )
+        )
+    if recipe.has_corrected:
+        rotated = sum(flops.gradients(stage, recipe, data) for stage in stages)
+        place = job.resident(lambda s: memory.corrected(s, recipe, data), data)
+        stored = disk.eigenbases(stages, recipe) + disk.corrected(stages, recipe)
+        stored += spooled * (1 + recipe.draws)
+        phases.append(
+            replace(
+                _phase(SECOND, place),
+                moved=job.moved(data, True),
+                stored=stored,
+                flops=through + back + rotated,
+                seconds=job.seconds(through + back, rotated, stored),
+            )
+        )
+    if recipe.method == "identity":
+        place = job.resident(lambda s: memory.forward_only(s, recipe, data, True), data)
+        phases.append(
+            replace(
+                _phase(LOSSES, place),
+                moved=job.moved(data, False),
+                flops=through,
+                seconds=job.seconds(through),
+            )
+        )
+    phases = [replace(phase, disk=on_disk[phase.name]) for phase in phases]
+    return Plan("fit", tuple(phases), kept, job.most_spooled(data) if job.spool_apart else 0)
+
+
+def _phase(name: str, place: Place) -> Phase:
+    return Phase(name, place.peak, place.node, place.gpu, 0)
+
+
+def _spooled(job: Job, data: DataShape) -> int:
+    """Bytes of hidden states that a sweep writes, once."""
+    width = max(stage.width for stage in job.stages)
+    return (len(job.groups) - 1) * data.positions * width * job.recipe.dtype.itemsize
+
+
+def _disk(job: Job, data: DataShape) -> tuple[dict[str, int], int]:
+    """Phase -> bytes of the run's files at most; and bytes at the end.
+
+    Groups go from the last to the first: spools shrink while bases and Λ grow.
+    """
+    recipe, groups = job.recipe, job.groups
+    most: dict[str, int] = {}
+
+    def at(phase: str, size: int) -> None:
+        most[phase] = max(most.get(phase, 0), size)
+
+    kept = 2 * disk.TOKEN * data.tokens
+    at("loading", kept)
+    at(FORWARD, kept + (0 if job.spool_apart else _spooled(job, data)))
+    for number in range(len(groups) - 1, -1, -1):
+        group = groups[number]
+        beside = 0 if job.spool_apart else job.spool(data, number)
+        at(LOSSES, kept + beside)
+        if recipe.has_factors:
+            sums, bases = disk.factor_sums(group, recipe), disk.eigenbases(group, recipe)
+            commit = _commit(job, data, group, flops.covariance, disk.factor_commit)
+            # The old commit goes when the new one is whole; the last one when the results are.
+            at(FIRST, kept + beside + max(2 * commit, commit + sums))
+            stays = sums if recipe.keep_sums else 0
+            # A sum goes when its basis is there.
+            largest = disk.largest_basis(group, recipe)
+            at(EIGEN, kept + beside + max(sums + largest, bases + stays))
+            kept += bases + stays
+        if recipe.has_corrected:
+            lam = disk.corrected(group, recipe)
+            commit = _commit(job, data, group, flops.gradients, disk.corrected_commit)
+            at(SECOND, kept + beside + max(2 * commit, commit + lam))
+            kept += lam
+    return most, kept
+
+
+def _commit(
+    job: Job,
+    data: DataShape,
+    group: Group,
+    gathering: Callable[..., float],
+    size: Callable[..., int],
+) -> int:
+    """Bytes of a commit of a pass over a group; 0 for a pass too short to write one."""
+    recipe = job.recipe
+    model = sum(flops.forward(s, data) + flops.backward(s, recipe, data) for s in group)
+    other = sum(gathering(s, recipe, data) for s in group)
+    seconds = job.seconds(model, other)
+    if seconds is None or seconds <= job.commit_seconds:
+        return 0
+    return size(group, recipe, data)

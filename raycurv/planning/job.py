@@ -1,0 +1,183 @@
+"""A job before it runs: shapes, settings and places, and how they add up to memory and time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from raycurv.planning import disk, flops, memory
+from raycurv.planning.arrangement import Arrangement, Moments, Peak, process_peak, stage_peaks
+from raycurv.planning.rates import Rates
+from raycurv.planning.shapes import DataShape, Recipe, StageShape, squares
+
+# The head's daemons and the workers that Ray starts before there is work.
+RAY_DAEMONS = 450 * 1000**2
+# What a process takes of a GPU before its first tensor: context, and libraries' workspaces.
+GPU_CONTEXT = 1000 * 1000**2
+
+Group = Sequence[StageShape]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Memory of one phase: the largest process, the fullest node, the fullest GPU."""
+
+    peak: Peak
+    node: int
+    gpu: int = 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a plan is made from.
+
+    Attributes:
+        stages: of the model.
+        recipe: settings that decide sizes.
+        arrangement: who runs where.
+        base: bytes of a process before it has a stage.
+        rates: of a node (a GPU); ``None`` for a plan without times.
+        commit_seconds: a pass that is expected to take longer writes commits.
+        spool_apart: the spool has a disk of its own.
+    """
+
+    stages: tuple[StageShape, ...]
+    recipe: Recipe
+    arrangement: Arrangement
+    base: int
+    rates: Rates | None = None
+    commit_seconds: float = 60.0
+    spool_apart: bool = False
+
+    @property
+    def groups(self) -> list[Group]:
+        """Runs of stages that are resident together."""
+        return self.arrangement.groups(self.stages)
+
+    # Memory
+
+    def resident(self, moments: Moments, data: DataShape) -> Place:
+        """A phase in which the stages work."""
+        return most(self._resident(group, moments, data) for group in self.groups)
+
+    def _resident(self, group: Group, moments: Moments, data: DataShape) -> Place:
+        here = self.arrangement
+        microbatches = -(-data.microbatches // here.replicas)
+        if not here.ray:
+            peak = process_peak(group, moments, microbatches)
+            if here.gpus:
+                return Place(peak, self.base, peak.bytes + GPU_CONTEXT)
+            peak = self._with_base(peak)
+            return Place(peak, peak.bytes)
+        peaks = stage_peaks(group, moments, microbatches) * here.replicas
+        beside = self._beside(group, data)
+        if here.gpus:
+            # What a stage writes passes through its process, a factor or block at a time.
+            hosts = -(-len(peaks) // here.nodes) * (self.base + self._largest_written(group))
+            peak = max(peaks, key=lambda p: p.bytes)
+            gpu = self._fullest([p.bytes + GPU_CONTEXT for p in peaks], here.gpus)
+            return Place(peak, hosts + beside, gpu)
+        peaks = [self._with_base(p) for p in peaks]
+        node = self._fullest([p.bytes for p in peaks], here.nodes)
+        return Place(max(peaks, key=lambda p: p.bytes), node + beside)
+
+    def decomposing(self) -> Place:
+        """The phase in which factors are decomposed, beside resident stages."""
+        return most(self._decomposing(group) for group in self.groups)
+
+    def _decomposing(self, group: Group) -> Place:
+        here, recipe = self.arrangement, self.recipe
+        factors = [t for s in group for t in s.factors(recipe.max_factor_dim).values()]
+        tasks = sorted((memory.decomposition(t, recipe) for t in factors), reverse=True)
+        weights = sum(stage.weights for stage in group)
+        parts = {"this process": self.base, "a factor and its decomposition": tasks[0]}
+        peak = Peak(group[0].index, "decomposition", parts)
+        gpu = 0
+        if here.gpus:
+            # The matrix, its eigenvectors and the workspace of one tile a task.
+            tile = max(max(t) for t in factors) ** 2
+            gpu = GPU_CONTEXT + 32 * tile + -(-weights // here.gpus)
+            weights = 0
+        if not here.ray:
+            peak = replace(peak, parts=parts | ({"weights": weights} if weights else {}))
+            return Place(peak, peak.bytes, gpu)
+        actors = -(-len(group) * here.replicas // here.nodes)
+        waiting = -(-weights * here.replicas // here.nodes) + actors * self.base
+        at_once = tasks[: here.cores * here.nodes : here.nodes]
+        node = waiting + sum(at_once) + len(at_once) * self.base
+        return Place(peak, node + self._beside(group, None), gpu)
+
+    def _with_base(self, peak: Peak) -> Peak:
+        return replace(peak, parts={"this process": self.base, **peak.parts})
+
+    def _beside(self, group: Group, data: DataShape | None) -> int:
+        """The driver, Ray's daemons, and what lies in the object store of the fullest node."""
+        beside = self.base + RAY_DAEMONS
+        if data is not None:
+            hidden = data.rows * max(s.width for s in group) * self.recipe.dtype.itemsize
+            beside += 2 * (len(group) - 1) * hidden * (1 + self.recipe.draws)
+        return beside
+
+    def _largest_written(self, group: Group) -> int:
+        sizes = [
+            8 * squares(t) for s in group for t in s.factors(self.recipe.max_factor_dim).values()
+        ]
+        sizes += [8 * b.d_in * b.d_out for s in group for b in s.blocks]
+        return max(sizes, default=0)
+
+    @staticmethod
+    def _fullest(sizes: Sequence[int], places: int) -> int:
+        """Processes are dealt out evenly; the fullest place has the largest of every round."""
+        return sum(sorted(sizes, reverse=True)[::places])
+
+    # Bytes and time
+
+    def moved(self, data: DataShape, backward: bool) -> int:
+        """Bytes between stages in a pass: hidden states forward, their gradients backward."""
+        one = data.positions * self.recipe.dtype.itemsize * max(s.width for s in self.stages)
+        return (len(self.stages) - 1) * one * (1 + (self.recipe.draws if backward else 0))
+
+    def seconds(self, model: float, other: float = 0.0, stored: int = 0) -> float | None:
+        """Of a pass with so many FLOPs of the model's products and of others."""
+        rates, here = self.rates, self.arrangement
+        if rates is None:
+            return None
+        computed = model / rates.model + other / rates.covariance
+        # Stages in a pipeline work side by side.
+        most_at_once = max(map(len, self.groups)) * here.replicas
+        side_by_side = min(here.gpus or (here.nodes if here.ray else 1), most_at_once)
+        return computed / side_by_side + stored / min(rates.read, rates.write) / here.nodes
+
+    def decomposition_seconds(self) -> float | None:
+        """Of all eigendecompositions, dealt out longest first."""
+        rates, here = self.rates, self.arrangement
+        if rates is None:
+            return None
+        at_once = here.gpus or (here.cores * here.nodes if here.ray else 1)
+        total = 0.0
+        for group in self.groups:
+            costs = flops.decompositions(group, self.recipe)
+            total += max(costs[0], sum(costs) / at_once) / rates.eigh
+        return total
+
+    def spool(self, data: DataShape, group: int) -> int:
+        """Bytes of the spool at most while a group is resident on the way back."""
+        groups = len(self.groups)
+        if groups == 1:
+            return 0
+        width = max(stage.width for stage in self.stages)
+        return disk.spool(group, groups, self.recipe, data, width)
+
+    def most_spooled(self, data: DataShape) -> int:
+        """Bytes of the spool at most."""
+        return max(self.spool(data, group) for group in range(len(self.groups)))
+
+
+def most(places: Iterable[Place]) -> Place:
+    """Of several groups of stages the one that takes most, place by place."""
+    found = list(places)
+    return Place(
+        max(found, key=lambda place: place.peak.bytes).peak,
+        max(place.node for place in found),
+        max(place.gpu for place in found),
+    )

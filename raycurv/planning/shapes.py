@@ -1,0 +1,194 @@
+"""What of a model, its data and the settings decides how much a job takes. Plain numbers.
+
+Axis letters: N examples of a microbatch, T positions, I and O a block's axes, t a tile's width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from raycurv.data.microbatch import plan_microbatches
+from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.tiles import tile_widths
+from raycurv.models.model import Outline
+from raycurv.planning.trace import Trace
+
+
+@dataclass(frozen=True)
+class DataShape:
+    """Examples, and the microbatches that they make.
+
+    Attributes:
+        examples: how many.
+        tokens: in all, without padding.
+        positions: in all, with padding.
+        microbatches: how many.
+        batch_examples, batch_positions: N and T of the largest microbatch.
+        padded: whether any microbatch has padding.
+        longest: tokens of the longest example.
+    """
+
+    examples: int
+    tokens: int
+    positions: int
+    microbatches: int
+    batch_examples: int
+    batch_positions: int
+    padded: bool
+    longest: int
+
+    @property
+    def rows(self) -> int:
+        """Positions of the largest microbatch."""
+        return self.batch_examples * self.batch_positions
+
+    @property
+    def row_length(self) -> int:
+        """Positions of an example, on the mean."""
+        return max(1, round(self.positions / max(1, self.examples)))
+
+    @classmethod
+    def of_lengths(cls, lengths: Sequence[int], batch_tokens: int, window: int) -> DataShape:
+        """Of examples with so many tokens each, exactly."""
+        plan = plan_microbatches(lengths, batch_tokens, window)
+        sizes = [(len(members), max(lengths[n] for n in members)) for members in plan]
+        largest = max(sizes, key=lambda size: (size[0] * size[1], size[1]), default=(1, 1))
+        tokens, positions = sum(lengths), sum(n * t for n, t in sizes)
+        return cls(
+            len(lengths),
+            tokens,
+            positions,
+            len(sizes),
+            *largest,
+            positions > tokens,
+            max(lengths, default=1),
+        )
+
+    @classmethod
+    def uniform(cls, examples: int, tokens: int, batch_tokens: int) -> DataShape:
+        """Of examples with ``tokens`` each."""
+        size = max(1, batch_tokens // tokens)
+        total = examples * tokens
+        return cls(
+            examples, total, total, -(-examples // size), min(size, examples), tokens, False, tokens
+        )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings that decide sizes; as in the jobs' settings.
+
+    Attributes:
+        logits_chunk: logits formed at once (numbers).
+        rank: of IHVPs; ``None`` for full.
+        query_memory: bytes of IHVPs that a stage may hold.
+    """
+
+    method: str = "ekfac"
+    draws: int = 1
+    max_factor_dim: int | None = None
+    dtype: torch.dtype = torch.float32
+    store_dtype: torch.dtype = torch.float32
+    keep_sums: bool = False
+    logits_chunk: int = 2**24
+    rank: int | None = 32
+    query_memory: int = 2 * 1024**3
+    self_influence: bool = False
+    ihvp: bool = False
+
+    @property
+    def computed(self) -> int:
+        """Bytes of a number in factors, rotations and scores: never coarser than float32."""
+        return 8 if self.dtype == torch.float64 else 4
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether the method has Kronecker factors."""
+        return self.method in ("ekfac", "kfac")
+
+    @property
+    def has_corrected(self) -> bool:
+        """Whether the method has a second pass for Λ."""
+        return self.method in ("ekfac", "diagonal")
+
+
+@dataclass(frozen=True)
+class StageShape:
+    """What decides how much a stage takes.
+
+    Attributes:
+        index: its place in the chain.
+        blocks: with their input factors.
+        weights: bytes of its weights in the model's dtype.
+        largest_weight: elements of the largest weight.
+        graph: bytes that one open microbatch keeps for its backward.
+        flops: of the forward of one position (a multiplication and an addition are two).
+        width: columns of the hidden states.
+        first, last: whether it holds that end of the chain.
+        vocabulary: logits of a position, in the last stage; 0 elsewhere.
+    """
+
+    index: int
+    blocks: tuple[Block, ...]
+    weights: int
+    largest_weight: int
+    graph: int
+    flops: float
+    width: int
+    first: bool
+    last: bool
+    vocabulary: int
+
+    def factors(self, max_factor_dim: int | None) -> dict[str, tuple[int, ...]]:
+        """Factor -> widths of its tiles, in the order in which they are summed up."""
+        return factor_tiles(self.blocks, max_factor_dim)
+
+
+def factor_tiles(blocks: Sequence[Block], max_factor_dim: int | None) -> dict[str, tuple[int, ...]]:
+    """Factor -> widths of its tiles; a shared input factor counts once."""
+    widths: dict[str, int] = {}
+    for block in blocks:
+        widths.setdefault(block.input_factor, block.d_in)
+        widths[block.output_factor] = block.d_out
+    return {name: tile_widths(width, max_factor_dim) for name, width in widths.items()}
+
+
+def squares(tiles: Sequence[int]) -> int:
+    """Elements of a factor in tiles: ``Σ t²``."""
+    return sum(t * t for t in tiles)
+
+
+def stage_shapes(
+    outline: Outline, cuts: Sequence[range], traced: Trace, dtype: torch.dtype, rows: int
+) -> tuple[StageShape, ...]:
+    """The stages of a model.
+
+    Args:
+        cuts: layers of each stage.
+        traced: of a microbatch of ``rows`` positions.
+        dtype: of the model's computation.
+    """
+    largest = max((p.numel() for p in outline.skeleton().parameters()), default=0)
+    shapes = []
+    for index, units in enumerate(cuts):
+        last = units.stop == outline.units
+        blocks = tuple(b for b in traced.blocks if outline.unit_of(b.name) in units)
+        flops = sum(traced.flops[u] for u in units) + (traced.head_flops if last else 0)
+        shapes.append(
+            StageShape(
+                index=index,
+                blocks=blocks,
+                weights=outline.weight_bytes(units, dtype),
+                largest_weight=min(largest, outline.weight_bytes(units, dtype) // dtype.itemsize),
+                graph=sum(traced.kept[u] for u in units),
+                flops=flops / rows,
+                width=outline.width or max((b.d_out for b in blocks), default=1),
+                first=units.start == 0,
+                last=last,
+                vocabulary=(outline.vocab_size or 0) if last else 0,
+            )
+        )
+    return tuple(shapes)

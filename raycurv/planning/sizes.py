@@ -1,0 +1,49 @@
+"""The sizes of a model's curvature: what decides where it can run at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from raycurv.planning import disk, flops
+from raycurv.planning.shapes import Recipe, StageShape
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Shared inputs count once.
+
+    Attributes:
+        blocks: how many.
+        weights: bytes of the whole model in its dtype.
+        factors: bytes of all factors as they are summed, float32 (or float64).
+        lam: bytes of Λ in the same dtype, and of one query's dense gradient.
+        matrices: how many factors.
+        widest: columns of the widest factor, before it is cut into tiles.
+        covariance: FLOPs of A and G for a token.
+        propagation: FLOPs of the blocks forward and backward for a token.
+    """
+
+    blocks: int
+    weights: int
+    factors: int
+    lam: int
+    matrices: int
+    widest: int
+    covariance: float
+    propagation: float
+
+
+def sizes(stages: Sequence[StageShape], recipe: Recipe) -> Sizes:
+    """Of all stages together."""
+    tiles = [t for s in stages for t in s.factors(recipe.max_factor_dim).values()]
+    return Sizes(
+        blocks=sum(len(s.blocks) for s in stages),
+        weights=sum(s.weights for s in stages),
+        factors=disk.factor_sums(stages, recipe),
+        lam=recipe.computed * disk.block_elements(stages),
+        matrices=len(tiles),
+        widest=max(map(sum, tiles), default=0),
+        covariance=sum(flops.covariance_of_position(s, recipe) for s in stages),
+        propagation=sum(flops.propagation_of_position(s) for s in stages),
+    )

@@ -1,0 +1,355 @@
+"""Claims about plans: exact counts, what holds when settings change, refusals by how much."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import Outcome, run_here, save_llama, texts, write_rows
+
+from raycurv.batch import Batch
+from raycurv.driver import planning
+from raycurv.errors import UserError
+from raycurv.mathematics.blocks import Block, choose_blocks
+from raycurv.mathematics.capture import Capture, Record
+from raycurv.models.model import Outline, open_model, open_outline
+from raycurv.planning.advice import Bounds, advise, as_sentence
+from raycurv.planning.arrangement import Arrangement, Peak
+from raycurv.planning.fit import plan_fit
+from raycurv.planning.influence import plan_influence
+from raycurv.planning.job import Job
+from raycurv.planning.plan import Phase, Plan
+from raycurv.planning.rates import Rates
+from raycurv.planning.shapes import DataShape, Recipe, StageShape, stage_shapes
+from raycurv.planning.sizes import sizes
+from raycurv.planning.supply import Supply, memory_here
+from raycurv.planning.trace import trace
+from raycurv.stages.placement import cut_stages
+
+# hidden, feed-forward, layers, heads, key-value heads, vocabulary; then sizes worked out by hand:
+# factors and Λ in float32 (GB), factors, widest, covariance and propagation (GFLOP a token).
+PUBLISHED = {
+    "Llama-3-8B": ((4096, 14336, 32, 32, 8, 128256), (92, 28, 352, 14336, 46, 28)),
+    "Llama-2-13B": ((5120, 13824, 40, 40, 40, 32000), (125, 51, 440, 13824, 63, 51)),
+    "Qwen2.5-32B": ((5120, 27648, 64, 40, 8, 152064), (628, 125, 704, 27648, 314, 125)),
+    "Llama-3-70B": ((8192, 28672, 80, 64, 8, 128256), (919, 274, 880, 28672, 459, 274)),
+}
+SMALL = (256, 512, 6, 4, 2, 1000)
+BASE = 300 * 10**6
+
+
+def write_config(folder: Path, *shape: int, **more: Any) -> Path:
+    """The ``config.json`` of a Llama, without weights."""
+    hidden, inner, layers, heads, groups, vocabulary = shape
+    said = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": False,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(said | more))
+    return folder
+
+
+def chosen(outline: Outline) -> tuple[Block, ...]:
+    return choose_blocks(outline.skeleton(), (), outline.default_scope, outline.tied_head)
+
+
+def shapes(
+    outline: Outline, recipe: Recipe, count: int = 1, batch: tuple[int, int] = (8, 512)
+) -> tuple[StageShape, ...]:
+    traced = trace(outline, chosen(outline), *batch, recipe.dtype)
+    assert traced.seen
+    cuts = cut_stages(outline.unit_costs, count)
+    return stage_shapes(outline, cuts, traced, recipe.dtype, batch[0] * batch[1])
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Outline:
+    return open_outline(str(write_config(tmp_path_factory.mktemp("small"), *SMALL)))
+
+
+def job(outline: Outline, stages: int = 1, **more: Any) -> Job:
+    place = {k: more.pop(k) for k in ("homes", "replicas", "ray", "nodes", "gpus") if k in more}
+    recipe = Recipe(**more)
+    return Job(shapes(outline, recipe, stages), recipe, Arrangement(**place), BASE)
+
+
+DATA = DataShape.uniform(256, 512, 4096)
+
+
+# Counts
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_sizes_are_those_worked_out_by_hand(name: str, tmp_path: Path) -> None:
+    shape, published = PUBLISHED[name]
+    found = sizes(shapes(open_outline(str(write_config(tmp_path, *shape))), Recipe()), Recipe())
+    counted = (
+        round(found.factors / 1e9),
+        round(found.lam / 1e9),
+        found.matrices,
+        found.widest,
+        round(found.covariance / 1e9),
+        round(found.propagation / 1e9),
+    )
+    assert counted == published
+    assert found.blocks == 7 * shape[2]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_outline_says_what_the_model_says(tmp_path: Path, tied: bool) -> None:
+    folder = save_llama(tmp_path / "m", layers=3, tie_word_embeddings=tied)
+    model, outline = open_model(str(folder)), open_outline(str(folder))
+    (folder / "model.safetensors").unlink()
+    assert open_outline(str(folder)).units == 3
+    assert (outline.unit_costs, outline.width) == (model.unit_costs, model.width)
+    assert outline.tied_head == model.tied_head and (outline.tied_head is not None) == tied
+    assert chosen(outline) == chosen(model)
+    for units in (range(0, 1), range(1, 3), range(0, 3)):
+        assert outline.weight_bytes(units, torch.float32) == model.weight_bytes(
+            units, torch.float32
+        )
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        open_model(str(folder))
+
+
+def test_a_trace_keeps_what_a_forward_keeps(tmp_path: Path) -> None:
+    """With padding, where attention kernels take a mask; activations dominate at this length."""
+    model = open_model(str(save_llama(tmp_path / "m", max_position_embeddings=128)))
+    blocks = chosen(model)
+    mask = torch.ones(4, 64, dtype=torch.bool)
+    mask[0, 40:] = False
+    batch = Batch(0, ("a", "b", "c", "d"), torch.zeros(4, 64, dtype=torch.int64), mask)
+    segment = model.build(range(0, 2), torch.float32, torch.device("cpu"))
+    capture, record = Capture(segment.module, blocks), Record(batch)
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[id(storage)] = storage
+        return tensor
+
+    with capture.recording(record), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        segment.forward(batch, None)
+    for calls in record.calls.values():
+        keep(calls[0].x)
+    for parameter in segment.module.parameters():
+        kept.pop(id(parameter.untyped_storage()), None)
+    really = sum(storage.nbytes() for storage in kept.values())
+    traced = trace(open_outline(str(tmp_path / "m")), blocks, 4, 64, torch.float32)
+    # The mask and the rotary tables are the model's, not a layer's.
+    assert sum(traced.kept) == pytest.approx(really, rel=0.1)
+    half = trace(open_outline(str(tmp_path / "m")), blocks, 2, 64, torch.float32)
+    assert sum(half.kept) < 0.6 * sum(traced.kept)
+    found = capture.discover(record)
+    assert traced.blocks == found
+    assert len({b.input_factor for b in found}) == 2 * 4 < len(found)
+
+
+def test_a_fits_files_take_what_was_planned(tmp_path: Path) -> None:
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 2}
+    model = save_llama(tmp_path / "m", **shape)
+    data = write_rows(tmp_path / "d.parquet", texts(12))
+    flags = ["--model", model, "--data", data, "--keep-sums", "--store-dtype", "bfloat16"]
+    said = run_here("plan.py", [*flags, "--json", "--out", tmp_path])
+    planned = json.loads(said.out)["plans"]["fit"]
+    assert run_here("fit.py", [*flags, "--out", tmp_path / "r", "--address", "none"]).code == 0
+    large = ("factors", "eigen", "corrected")
+    files = [f for name in large for f in (tmp_path / "r" / name).iterdir()]
+    taken = sum(file.stat().st_size for file in files)
+    # Headers and checksums are 2 % of matrices as small as these.
+    assert planned["kept"] == pytest.approx(taken, rel=0.03)
+    assert planned["disk"] >= planned["kept"]
+
+
+# What holds when settings change
+
+
+def test_each_stage_of_many_takes_less(small: Outline) -> None:
+    """A stage for each layer: fewer sums and weights, though more microbatches are open."""
+    one, six = (plan_fit(job(small, k, nodes=k), DATA) for k in (1, 6))
+    assert six.process.peak.bytes < one.process.peak.bytes
+    together = plan_fit(job(small, 6, ray=False), DATA)
+    assert together.process.peak.bytes > one.process.peak.bytes - BASE  # nothing is won in one
+
+
+def test_a_sweep_takes_one_stage_of_memory_and_a_spool(small: Outline) -> None:
+    whole, swept = (plan_fit(job(small, 6, ray=False, homes=homes), DATA) for homes in (6, 1))
+    assert swept.memory.node < whole.memory.node
+    assert swept.disk.disk > whole.disk.disk
+    assert swept.kept == whole.kept
+    hidden = DATA.positions * 256 * 4
+    forward = next(phase for phase in swept.phases if phase.name == "forward")
+    assert forward.disk - 8 * DATA.tokens == 5 * hidden
+
+
+def test_replicas_divide_time_and_not_memory(small: Outline) -> None:
+    rates = Rates(1e12, 1e12, 1e10, 1e9, 1e9, "")
+    plans = [
+        plan_fit(replace(job(small, 2, replicas=r, nodes=2 * r), rates=rates), DATA) for r in (1, 2)
+    ]
+    assert plans[0].process.peak.bytes == plans[1].process.peak.bytes
+    assert plans[1].seconds is not None and plans[0].seconds is not None
+    assert plans[1].seconds < plans[0].seconds
+
+
+@pytest.mark.parametrize(
+    ("change", "phase"),
+    [
+        ({"max_factor_dim": 128}, "eigendecompositions"),
+        ({"store_dtype": torch.bfloat16}, "second pass: Λ"),
+        ({"dtype": torch.bfloat16}, "first pass: A and G"),
+    ],
+    ids=["tiles", "narrow store", "narrow model"],
+)
+def test_narrower_takes_less(small: Outline, change: dict[str, Any], phase: str) -> None:
+    def peak(**more: Any) -> int:
+        plan = plan_fit(job(small, ray=False, **more), DATA)
+        return next(p.peak.bytes for p in plan.phases if p.name == phase)
+
+    assert peak(**change) < peak()
+
+
+def test_a_gpu_takes_the_stage_and_the_node_its_process(small: Outline) -> None:
+    plan = plan_fit(job(small, 2, gpus=2), DATA)
+    assert plan.gpu.gpu > plan.process.peak.bytes
+    assert "this process" not in plan.process.peak.parts
+    assert plan_fit(job(small, 2), DATA).gpu.gpu == 0
+
+
+def test_queries_share_a_pass_as_far_as_memory_goes(small: Outline) -> None:
+    queries = DataShape.uniform(64, 512, 4096)
+    much = plan_influence(job(small), queries, DATA)
+    little = plan_influence(job(small, query_memory=2**22), queries, DATA)
+    assert little.process.peak.bytes < much.process.peak.bytes
+    assert little.phases[1].flops > 5 * much.phases[1].flops
+
+
+# Advice
+
+
+def made(memory: int) -> Plan:
+    peak = Peak(0, "", {"all": memory})
+    return Plan("fit", (Phase("first pass", peak, memory, 0, 0),), 0)
+
+
+def test_advice_names_the_fewest_stages_that_fit() -> None:
+    def attempt(changes: Mapping[str, Any]) -> Plan:
+        if changes.get("schedule") == "swept":
+            return made(10)
+        return made(
+            1000 // changes.get("stages", 1) // (4096 // changes.get("max_factor_dim", 4096))
+        )
+
+    found = advise(
+        lambda changes: attempt(changes).memory.node <= 180,
+        {"stages": 2, "schedule": "pipelined"},
+        Bounds(units=32, widest=4096, batch_tokens=512, longest=512),
+    )
+    assert {"stages": 6} in found and {"max_factor_dim": 512} in found
+    assert attempt({"stages": 5}).memory.node > 180
+    assert as_sentence(found) == (
+        "It would fit with at least --stages 6, or --max-factor-dim 512, "
+        "or --schedule swept --stages 32."
+    )
+
+
+def test_no_advice_where_nothing_helps() -> None:
+    now = {"stages": 2, "schedule": "pipelined"}
+    found = advise(lambda changes: False, now, Bounds(32, 4096, 512, 512))
+    assert found == [] and "more memory" in as_sentence(found)
+
+
+# The check
+
+
+def fit_here(tmp_path: Path, *flags: Any) -> Outcome:
+    model = save_llama(tmp_path / "model")
+    data = write_rows(tmp_path / "data.parquet", texts(6))
+    common = ["--model", model, "--data", data, "--out", tmp_path / "run", "--address", "none"]
+    return run_here("fit.py", [*common, *flags])
+
+
+@pytest.mark.parametrize(
+    ("supply", "missing"),
+    [
+        (Supply(10**6, None), "memory of a node"),
+        (Supply(10**12, 1000), "free disk"),
+        (Supply(10**12, None, process=10**6), "RLIMIT_DATA"),
+    ],
+    ids=["memory", "disk", "a process"],
+)
+def test_a_fit_that_cannot_fit_is_refused_by_how_much(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, supply: Supply, missing: str
+) -> None:
+    monkeypatch.setattr(planning, "supply_here", lambda directory: supply)
+    refused = fit_here(tmp_path)
+    assert refused.code == 2
+    assert missing in refused.err and "too much" in refused.err and "--force" in refused.err
+    assert not (tmp_path / "run/factors").exists()
+    assert fit_here(tmp_path, "--force").code == 0
+    # What is there need not be written again.
+    assert fit_here(tmp_path).code == 0
+
+
+def test_a_scoring_is_checked_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert fit_here(tmp_path).code == 0
+    flags = ["--run", tmp_path / "run", "--queries", tmp_path / "data.parquet"]
+    flags += ["--train", tmp_path / "data.parquet", "--out", tmp_path / "s", "--address", "none"]
+    with monkeypatch.context() as patch:
+        patch.setattr(planning, "supply_here", lambda directory: Supply(10**6, None))
+        refused = run_here("influence.py", flags)
+    assert refused.code == 2 and "too much" in refused.err
+    assert run_here("influence.py", flags).code == 0
+
+
+def test_limits_of_control_groups_and_free_memory_are_seen(tmp_path: Path) -> None:
+    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
+    (proc / "self").mkdir(parents=True)
+    groups.mkdir()
+    (proc / "self/statm").write_text("100 50 10 0 0 0 0")
+    (proc / "meminfo").write_text("MemTotal: 99 kB\nMemAvailable:    8000000 kB\n")
+    own = 40 * planning.resident.__globals__["_PAGE"]
+    assert memory_here(groups, proc) == (8_192_000_000 + own, "free memory of this machine")
+    (groups / "memory.max").write_text("5000000000\n")
+    (groups / "memory.current").write_text("2000000000\n")
+    (groups / "memory.stat").write_text("anon 1\ninactive_file 500000000\n")
+    assert memory_here(groups, proc)[0] == 3_500_000_000 + own
+    (groups / "memory.max").write_text("max\n")
+    assert memory_here(groups, proc)[0] == 8_192_000_000 + own
+
+
+# The job
+
+
+def test_plan_py_shows_a_model_without_weights(tmp_path: Path) -> None:
+    model = write_config(tmp_path / "m", *SMALL)
+    shown = run_here("plan.py", ["--model", model, "--examples", 50, "--memory", "64GB"])
+    assert shown.code == 0, shown.err
+    assert "first pass: A and G" in shown.out and "fits: 64.0 GB" in shown.out
+    assert json.loads(shown.out.splitlines()[-1])["fits"] is True
+    said = run_here("plan.py", ["--model", model, "--memory", "400MB", "--json"])
+    (line,) = said.out.splitlines()
+    found = json.loads(line)
+    assert found["status"] == "complete" and found["fits"] is False and found["short"]
+    assert found["plans"]["fit"]["memory"] > 400_000_000
+
+
+def test_plan_py_names_a_mistake(tmp_path: Path) -> None:
+    nothing = run_here("plan.py", ["--model", tmp_path / "none"])
+    assert nothing.code == 2 and "no such directory" in nothing.err
+    size = run_here("plan.py", ["--model", write_config(tmp_path, *SMALL), "--memory", "much"])
+    assert size.code == 2 and "--memory" in size.err
