@@ -464,13 +464,19 @@ def test_a_full_disk_leaves_every_finished_artefact_whole(
 
 CAPPED = """
 import json, resource, sys
-import numpy, torch, transformers.models.llama.modeling_llama
 import raycurv
-from raycurv.data.sources import Source
 
-torch.set_num_threads(1)
 model, out, megabytes = sys.argv[1], sys.argv[2], float(sys.argv[3])
 settings = json.loads(sys.argv[4])
+rows = [{"id": str(n), "input_ids": [(7 * n + t) % 50 for t in range(8)]} for n in range(4)]
+how = {"quiet": True, "address": "none", "batch_tokens": 32}
+
+
+def job(model, out):
+    run = raycurv.fit(model, rows, out, **settings, **how)
+    swept = {k: v for k, v in settings.items() if k in ("schedule", "stages")}
+    run.influence(rows[:2], rows, out + "-scores", rank=4, **how, **swept)
+    return run
 
 
 def data_bytes():
@@ -478,15 +484,11 @@ def data_bytes():
     return int(line.split()[1]) * 1024
 
 
-# An idle worker has loaded its libraries and run once.
-rows = [{"id": str(n), "input_ids": [(7 * n + t) % 50 for t in range(8)]} for n in range(4)]
-raycurv.fit(model + "-idle", rows, out + "-idle", quiet=True, address="none", dtype="bfloat16")
+# An idle worker has its libraries loaded, and their kernels for a layer of this shape.
+job(model + "-idle", out + "-idle")
 cap = data_bytes() + int(megabytes * 2**20)
 resource.setrlimit(resource.RLIMIT_DATA, (cap, cap))
-run = raycurv.fit(model, rows, out, quiet=True, address="none", **settings)
-swept = {k: v for k, v in settings.items() if k in ("schedule", "stages", "batch_tokens")}
-run.influence(rows[:2], rows, out + "-scores", rank=4, quiet=True, address="none", **swept)
-print(run.blocks().num_rows)
+print(job(model, out).blocks().num_rows)
 """
 
 
@@ -509,16 +511,17 @@ def capped(folder: Path, megabytes: float, **settings: Any) -> subprocess.Comple
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of 256 MiB beside one that is hardly any."""
+    """A model of 256 MiB beside one of a single layer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("large")
     torch.manual_seed(0)
-    shape = {"num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 64}
-    for name, width, ff, layers in (("model", 640, 1920, 29), ("model-idle", 32, 32, 1)):
-        config = LlamaConfig(
-            hidden_size=width, intermediate_size=ff, num_hidden_layers=layers, **shape
-        )
+    shape = {
+        "hidden_size": 640, "intermediate_size": 1920, "num_attention_heads": 8,
+        "num_key_value_heads": 2, "vocab_size": 64,
+    }  # fmt: skip
+    for name, layers in (("model", 29), ("model-idle", 1)):
+        config = LlamaConfig(num_hidden_layers=layers, **shape)
         LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / name)
     return folder
 
@@ -527,12 +530,12 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_model_of_four_times_the_memory_is_fitted_and_scored(large: Path) -> None:
     weights = sum(path.stat().st_size for path in (large / "model").glob("*.safetensors"))
     assert weights >= 4 * 64 * 2**20
-    made = capped(large, 64, schedule="swept", batch_tokens=32)
+    made = capped(large, 64, schedule="swept")
     assert made.returncode == 0, made.stderr[-2000:]
     assert made.stdout.strip().endswith(str(29 * 7))
 
 
 def test_the_memory_of_four_times_less_is_not_enough_without_sweeping(large: Path) -> None:
-    made = capped(large, 64, schedule="pipelined", stages=2, batch_tokens=32)
+    made = capped(large, 64, schedule="pipelined", stages=2)
     assert made.returncode != 0
     assert "memory" in made.stderr.lower() or "alloc" in made.stderr.lower()
