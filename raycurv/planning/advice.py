@@ -61,7 +61,14 @@ def shortfalls(plan: Plan, supply: Supply, existing: int = 0) -> list[Shortfall]
         found.append(Shortfall(supply.limit, memory.name, memory.node, supply.memory))
     largest = plan.process
     if supply.process is not None and largest.peak.bytes > supply.process:
-        found.append(Shortfall("RLIMIT_DATA", largest.name, largest.peak.bytes, supply.process))
+        found.append(
+            Shortfall(
+                "memory of a process (RLIMIT_DATA)",
+                largest.name,
+                largest.peak.bytes,
+                supply.process,
+            )
+        )
     if supply.gpu is not None and gpu.gpu > supply.gpu:
         found.append(Shortfall("memory of a GPU", gpu.name, gpu.gpu, supply.gpu))
     if supply.disk is not None and disk.disk - existing > supply.disk:
