@@ -75,7 +75,8 @@ class RunningSum:
             NumericalError: it is not finite; ``where`` names the factor or block.
         """
         total = self.part.double() if self.master is None else self.master + self.part
-        if not torch.isfinite(total).all():
+        # One number tells, without a mask of the sum's shape.
+        if not torch.isfinite(total.sum()):
             raise NumericalError(
                 where,
                 "a finite sum",

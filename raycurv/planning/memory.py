@@ -17,7 +17,8 @@ import torch
 
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.gradients import CHUNK, PIECE, rotate_before
-from raycurv.mathematics.ihvp import product_elements
+from raycurv.mathematics.ihvp import kept_rank, product_elements
+from raycurv.mathematics.scores import score_through_gradients
 from raycurv.mathematics.sums import FOLD_EVERY
 from raycurv.planning.shapes import DataShape, Recipe, StageShape, squares
 
@@ -165,12 +166,29 @@ def query_products(
 def scores(stage: StageShape, recipe: Recipe, data: DataShape, queries: int) -> tuple[Moment, ...]:
     """Training examples against the IHVPs of so many queries."""
     held = _weights(stage) | {"IHVPs": products_bytes(stage, recipe, queries)}
-    passing = {"gradients of some examples": 3 * recipe.computed * CHUNK}
+    most = max((_scored(block, recipe, data, queries) for block in stage.blocks), default=0)
+    passing = {"gradients or projections of some examples": most}
     if recipe.self_influence:
         elements = sum(b.d_in * b.d_out for b in stage.blocks)
         held |= _bases(stage, recipe) | {"1 / (Λ + λ)": recipe.computed * elements}
         passing = _gradients(stage, recipe, data, 1, pieces=True)
     return _running(stage, recipe, data, held, passing)
+
+
+def _scored(block: Block, recipe: Recipe, data: DataShape, queries: int) -> int:
+    """What a block's scores pass through: whole gradients and products, or projected rows."""
+    item, rows, size = recipe.computed, data.rows, block.d_in * block.d_out
+    cast = item * rows * _cast(recipe, block.d_in + block.d_out)
+    examples = min(data.batch_examples, max(1, CHUNK // size))
+    kept = kept_rank(recipe.rank, block.d_out, block.d_in)
+    if kept is not None and not score_through_gradients(
+        data.batch_positions, block.d_out, block.d_in, queries, kept, examples
+    ):
+        # The left and the right projection, and their product.
+        return cast + 3 * item * rows * kept * min(queries, max(1, CHUNK // (rows * kept)))
+    # Low-rank products are made whole, as many at a time as examples.
+    whole = 0 if kept is None else min(queries, max(1, CHUNK // size))
+    return cast + item * size * (examples + whole)
 
 
 def products_bytes(stage: StageShape, recipe: Recipe, queries: int) -> int:

@@ -104,6 +104,7 @@ class CovariancePass:
     def close(self, gatherer: FactorSums) -> None:
         for factor in gatherer.results():
             write_factor(self.store, factor, self.sum_dtype)
+            del factor  # before the next one is made: these are float64
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,7 @@ class CorrectedPass:
                 before = read_corrected(self.extends, block, self.draws, mark)
                 corrected = before.plus(corrected)
             write_corrected(self.store, block, corrected, self.store_dtype, mark, self.sum_dtype)
+            del corrected  # before the next one is made: these are float64
 
 
 @dataclass(frozen=True)
