@@ -62,19 +62,19 @@ class Case:
 CASES = (
     Case(
         "one process, pipelined, float32, padding",
-        *(1024, 1280, 4, 4096),
+        *(1536, 2048, 6, 4096),
         *(24, 32, 64),
         ("--address", "none", "--batch-tokens", "512"),
     ),
     Case(
         "two actors, pipelined, float32",
-        *(1024, 1280, 4, 4096),
+        *(1536, 2048, 6, 4096),
         *(16, 64, 64),
         ("--address", "local", "--stages", "2", "--batch-tokens", "512"),
     ),
     Case(
         "one process, swept, bfloat16, tiles of 512",
-        *(2048, 4096, 3, 16384),
+        *(4096, 8192, 2, 16384),
         *(16, 64, 64),
         (
             *("--address", "none", "--schedule", "swept", "--dtype", "bfloat16"),
@@ -83,7 +83,7 @@ CASES = (
     ),
     Case(
         "one process, K-FAC, sums kept, three stages in a pipeline",
-        *(1024, 1024, 6, 4096),
+        *(1536, 2048, 6, 4096),
         *(24, 32, 32),
         (
             *("--address", "none", "--method", "kfac", "--keep-sums", "--stages", "3"),
@@ -92,10 +92,10 @@ CASES = (
     ),
     Case(
         "one process, scoring at rank 128, of the diagonal",
-        *(1024, 2048, 4, 4096),
+        *(2048, 4096, 4, 4096),
         *(16, 64, 64),
         ("--address", "none", "--method", "diagonal", "--batch-tokens", "512"),
-        queries=32,
+        queries=8,
         scoring=("--rank", "128"),
     ),
 )
