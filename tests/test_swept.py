@@ -469,7 +469,8 @@ import raycurv
 model, out, megabytes = sys.argv[1], sys.argv[2], float(sys.argv[3])
 settings = json.loads(sys.argv[4])
 rows = [{"id": str(n), "input_ids": [(7 * n + t) % 50 for t in range(8)]} for n in range(4)]
-how = {"quiet": True, "address": "none", "batch_tokens": 32}
+# The kernel watches; a plan, which may be a fifth above what is used, need not agree.
+how = {"quiet": True, "address": "none", "batch_tokens": 32, "force": True}
 
 
 def job(model, out):
@@ -536,6 +537,6 @@ def test_a_model_of_four_times_the_memory_is_fitted_and_scored(large: Path) -> N
 
 
 def test_the_memory_of_four_times_less_is_not_enough_without_sweeping(large: Path) -> None:
-    made = capped(large, 64, schedule="pipelined", stages=2)
+    made = capped(large, 64, schedule="pipelined")
     assert made.returncode != 0
     assert "memory" in made.stderr.lower() or "alloc" in made.stderr.lower()

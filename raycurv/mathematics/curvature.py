@@ -155,7 +155,8 @@ class BlockCurvature:
                 f"damping {setting} and {int((self.lam_OI <= 0).sum())} zeros in Λ",
                 "Give --damping a positive value.",
             )
-        return lambda eigenvalues: 1.0 / (eigenvalues + lam)
+        # In place: of a wide block these are large.
+        return lambda eigenvalues: (eigenvalues + lam).reciprocal_()
 
     def _check(self, x: Tensor) -> None:
         wanted = (self.block.d_out, self.block.d_in)
