@@ -21,6 +21,7 @@ from typing import Any
 
 import footprint
 import llama_checkpoint
+import numpy as np
 import ray
 import torch
 import transformers
@@ -141,11 +142,11 @@ def report(settings: Settings, parameters: int, steps_taken: dict[str, dict[str,
         *(f"| fit: {k} | {v:,.0f} |" for k, v in run.manifest.seconds.items()),
         *(f"| influence: {k} | {v:,.0f} |" for k, v in scores.manifest.seconds.items()),
         "",
-        f"ΣΛ over all blocks {trace:.6g}, mean squared gradient norm {norms:.6g}: ratio "
-        f"{trace / norms:.6f} (1 whatever the bases; bf16 bases, 1e-3).",
+        f"ΣΛ over all blocks {trace:.6g}, mean squared gradient norm {norms:.6g} (both of gradients "
+        f"turned into the stored bases): ratio {trace / norms:.6f}.",
         "",
-        f"Scores: {matrix.size} of {len(queries)} queries, from {matrix.min():.4g} to "
-        f"{matrix.max():.4g}, all finite.",
+        f"Scores: {matrix.size}, {int(np.isfinite(matrix).sum())} of them finite, from "
+        f"{matrix.min():.4g} to {matrix.max():.4g}.",
         "",
     ]
     return "\n".join(lines)
