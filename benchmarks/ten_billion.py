@@ -142,8 +142,8 @@ def report(settings: Settings, parameters: int, steps_taken: dict[str, dict[str,
         *(f"| fit: {k} | {v:,.0f} |" for k, v in run.manifest.seconds.items()),
         *(f"| influence: {k} | {v:,.0f} |" for k, v in scores.manifest.seconds.items()),
         "",
-        f"ΣΛ over all blocks {trace:.6g}, mean squared gradient norm {norms:.6g} (both of gradients "
-        f"turned into the stored bases): ratio {trace / norms:.6f}.",
+        f"ΣΛ over all blocks {trace:.6g}, mean squared gradient norm {norms:.6g} (both of "
+        f"gradients turned into the stored bases): ratio {trace / norms:.6f}.",
         "",
         f"Scores: {matrix.size}, {int(np.isfinite(matrix).sum())} of them finite, from "
         f"{matrix.min():.4g} to {matrix.max():.4g}.",
