@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-import json
-import os
-import subprocess
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from commands import classified, classifier, flags_of, run_here, write_rows
+from commands import classifier, flags_of, run_here, write_rows
 from test_resume import (
     FIT,
     INFLUENCE,
@@ -34,7 +29,6 @@ from test_resume import (
 )
 
 import raycurv
-from raycurv.errors import NoSpace
 from raycurv.files.spool import KINDS, LostSpool, Spool, spool_directory
 from raycurv.files.store import Store
 from raycurv.stages.placement import group_stages
@@ -182,12 +176,11 @@ def test_spools_are_local() -> None:
 @pytest.mark.parametrize(
     ("point", "after", "commit_seconds", "step"),
     [
-        ("a write", False, 1e-9, 17),
-        ("a write", True, None, 13),
-        ("a deletion of a directory", False, None, 3),
-        ("a forward", False, None, 13),
-        ("a backward", False, None, 9),
-        ("a backward", True, 1e-9, 7),
+        ("a write", False, 1e-9, 67),
+        ("a write", True, None, 41),
+        ("a deletion of a directory", False, None, 5),
+        ("a forward", False, None, 17),
+        ("a backward", True, 1e-9, 13),
         ("a decomposition", True, None, 2),
     ],
 )
@@ -211,7 +204,7 @@ def test_a_sweep_that_stopped_anywhere_ends_as_if_it_had_not(
 
 @pytest.mark.parametrize(
     ("point", "after", "step"),
-    [("a write", False, 29), ("a backward", False, 11), ("a forward", True, 17)],
+    [("a write", False, 67), ("a backward", False, 13)],
 )
 def test_swept_scores_that_stopped_anywhere_end_as_if_they_had_not(
     point: str, after: bool, step: int, whole: tuple[Path, Path], tmp_path: Path
@@ -236,9 +229,7 @@ def test_swept_scores_that_stopped_anywhere_end_as_if_they_had_not(
     ],
     ids=str,
 )
-@pytest.mark.parametrize(
-    ("point", "at"), [("a forward", 9), ("a backward", 2), ("a backward", 9), ("a backward", 16)]
-)
+@pytest.mark.parametrize(("point", "at"), [("a forward", 9), ("a backward", 9), ("a backward", 16)])
 def test_a_sweep_may_go_on_with_other_stages(
     point: str, at: int, changes: dict[str, Any], whole: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -252,7 +243,7 @@ def test_a_sweep_may_go_on_with_other_stages(
 def test_a_finished_operation_is_not_done_again(
     job: str, whole: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """Stopped at every seventh write and gone on from there: a backward a stop is lost at most."""
+    """Stopped at every 23rd write and gone on from there: a backward a stop is lost at most."""
     done: list[int] = []
     backward = Stage.backward
     fitted = raycurv.open(whole[0])
@@ -275,9 +266,9 @@ def test_a_finished_operation_is_not_done_again(
         once = len(done)
         done.clear()
         stops = 0
-        while stopped("a write", 7, True, lambda: again(tmp_path / "run")):
+        while stopped("a write", 23, True, lambda: again(tmp_path / "run")):
             stops += 1
-    assert stops > 10
+    assert stops > 5
     assert once <= len(done) <= once + stops
     assert_same(tmp_path / "run", tmp_path / "once")
 
@@ -313,26 +304,25 @@ def spooled(folder: Path) -> dict[str, list[Path]]:
     return {kind: sorted(place.glob(f"*/{kind}/*/*.safetensors")) for kind in KINDS}
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, delete, empty])
+DAMAGE = (flip, truncate, delete, empty)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_the_spool_loses_is_made_again(
-    kind: str, damage: Callable[[Path], None], whole: tuple[Path, Path], tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    kind: str, whole: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     damaged = 0
-    for at in (9, 21, 27, 33):
+    for at in (9, 21, 33):
         out = tmp_path / str(at)
         assert stopped("a backward", at, False, lambda out=out: fit(out, commit_seconds=1e-9))
         files = spooled(out)[kind]
         damaged += len(files)
-        for path in files:
-            damage(path)
+        for number, path in enumerate(files):
+            DAMAGE[number % len(DAMAGE)](path)
         fit(out, quiet=False)
         assert_same(out, whole[0])
     assert damaged > 5
-    # What the way forward finds missing by its length it makes without a word.
-    if kind != "hidden" or damage is flip:
-        assert "making it again" in capsys.readouterr().err
+    assert "making it again" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -342,13 +332,13 @@ def test_what_the_spool_loses_of_scores_is_made_again(
     run = raycurv.open(whole[0])
     run._model = classifier
     damaged = 0
-    for at in (9, 13, 19):
+    for at in (9, 17):
         out = tmp_path / str(at)
         assert stopped("a backward", at, False, lambda out=out: score(run, out))
         files = spooled(out)[kind]
         damaged += len(files)
         for number, path in enumerate(files):
-            (truncate, flip, delete, empty)[number % 4](path)
+            DAMAGE[number % len(DAMAGE)](path)
         score(run, out)
         assert_same(out, whole[1])
     assert damaged > 5
@@ -378,165 +368,3 @@ def test_a_damaged_spool_file_is_never_read_as_if_it_were_whole(tmp_path: Path) 
 
 def spooled_in(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.safetensors"))
-
-
-# A full disk
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """A disk of so many KiB; called again it is enlarged."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted: list[Path] = []
-
-    def sized(kib: int) -> Path:
-        options = f"size={kib}k" + (",remount" if mounted else "")
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
-        made = subprocess.run(command, capture_output=True, text=True)
-        if made.returncode:
-            pytest.skip(f"no right to mount a small disk: {made.stderr}")
-        mounted.append(place)
-        return place
-
-    yield sized
-    if mounted:
-        subprocess.run(["umount", str(place)], check=True)
-
-
-LONG = classified(400)
-
-
-def test_a_full_disk_is_named_and_the_spool_goes_on_when_there_is_room(
-    small_disk: Callable[[int], Path], tmp_path: Path
-) -> None:
-    settings = FIT | SWEPT | {"batch_tokens": 40}
-    disk, out = small_disk(60), tmp_path / "run"
-    with pytest.raises(NoSpace, match="run the same command again") as caught:
-        raycurv.fit(classifier, LONG, out, spool_dir=str(disk), **settings)
-    assert str(disk) in caught.value.where and "bytes are free" in caught.value.got
-    assert not list(disk.rglob("*.part"))
-    kept = [path for path in disk.rglob("*.safetensors")]
-    assert kept
-    before = {path: path.stat().st_mtime_ns for path in kept}
-    small_disk(4000)
-    forwards: list[int] = []
-    with pytest.MonkeyPatch.context() as patch:
-        forward = Stage.forward
-
-        def count(self: Stage, batch: Any, hidden: Any) -> Any:
-            forwards.append(batch.index)
-            return forward(self, batch, hidden)
-
-        patch.setattr(Stage, "forward", count)
-        assert before == {path: path.stat().st_mtime_ns for path in kept}
-        raycurv.fit(classifier, LONG, out, spool_dir=str(disk), **settings)
-    raycurv.fit(classifier, LONG, tmp_path / "whole", **settings)
-    assert_same(out, tmp_path / "whole")
-    # 3 forwards a microbatch, and one less in the last stage; what was spooled was not done again.
-    assert len(forwards) == 10 * (3 + 3 + 2) - len(kept)
-
-
-def test_a_full_disk_leaves_every_finished_artefact_whole(
-    small_disk: Callable[[int], Path], tmp_path: Path
-) -> None:
-    raycurv.fit(classifier, LONG, tmp_path / "whole", **FIT, **SWEPT)
-    disk = small_disk(130)
-    flags = {"out": disk / "run"}
-    job = lambda: raycurv.fit(classifier, LONG, flags["out"], **FIT, **SWEPT)  # noqa: E731
-    sizes = itertools.count(150, 20)
-    failures = 0
-    while True:
-        try:
-            job()
-            break
-        except NoSpace as error:
-            failures += 1
-            assert str(disk) in error.where
-            assert not list(disk.rglob("*.part"))
-        small_disk(next(sizes))
-    assert failures >= 2
-    assert_same(disk / "run", tmp_path / "whole")
-
-
-# Memory
-
-
-CAPPED = """
-import json, resource, sys
-import raycurv
-
-model, out, megabytes = sys.argv[1], sys.argv[2], float(sys.argv[3])
-settings = json.loads(sys.argv[4])
-rows = [{"id": str(n), "input_ids": [(7 * n + t) % 50 for t in range(8)]} for n in range(4)]
-# The kernel watches; a plan, which may be a fifth above what is used, need not agree.
-how = {"quiet": True, "address": "none", "batch_tokens": 32, "force": True}
-
-
-def job(model, out):
-    run = raycurv.fit(model, rows, out, **settings, **how)
-    swept = {k: v for k, v in settings.items() if k in ("schedule", "stages")}
-    run.influence(rows[:2], rows, out + "-scores", rank=4, **how, **swept)
-    return run
-
-
-def data_bytes():
-    (line,) = [s for s in open("/proc/self/status") if s.startswith("VmData")]
-    return int(line.split()[1]) * 1024
-
-
-# An idle worker has its libraries loaded, and their kernels for a layer of this shape.
-job(model + "-idle", out + "-idle")
-cap = data_bytes() + int(megabytes * 2**20)
-resource.setrlimit(resource.RLIMIT_DATA, (cap, cap))
-print(job(model, out).blocks().num_rows)
-"""
-
-
-def capped(folder: Path, megabytes: float, **settings: Any) -> subprocess.CompletedProcess[str]:
-    chosen = {
-        "dtype": "bfloat16",
-        "store_dtype": "bfloat16",
-        "max_factor_dim": 128,
-        "fisher": "empirical",
-    } | settings
-    return subprocess.run(
-        [
-            sys.executable, "-c", CAPPED, str(folder / "model"), str(folder / "run"),
-            str(megabytes), json.dumps(chosen),
-        ],
-        env=dict(os.environ) | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of 256 MiB beside one of a single layer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("large")
-    torch.manual_seed(0)
-    shape = {
-        "hidden_size": 640, "intermediate_size": 1920, "num_attention_heads": 8,
-        "num_key_value_heads": 2, "vocab_size": 64,
-    }  # fmt: skip
-    for name, layers in (("model", 29), ("model-idle", 1)):
-        config = LlamaConfig(num_hidden_layers=layers, **shape)
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / name)
-    return folder
-
-
-# Slow: it loads 29 stages twice for the fit and twice for the scores.
-def test_a_model_of_four_times_the_memory_is_fitted_and_scored(large: Path) -> None:
-    weights = sum(path.stat().st_size for path in (large / "model").glob("*.safetensors"))
-    assert weights >= 4 * 64 * 2**20
-    made = capped(large, 64, schedule="swept")
-    assert made.returncode == 0, made.stderr[-2000:]
-    assert made.stdout.strip().endswith(str(29 * 7))
-
-
-def test_the_memory_of_four_times_less_is_not_enough_without_sweeping(large: Path) -> None:
-    made = capped(large, 64, schedule="pipelined")
-    assert made.returncode != 0
-    assert "memory" in made.stderr.lower() or "alloc" in made.stderr.lower()
