@@ -24,9 +24,6 @@ from raycurv.planning.shapes import DataShape, Recipe, StageShape, squares
 
 Bytes = dict[str, int]
 
-# A float64 tensor that is checked for NaN: itself, its absolute value, and two masks.
-CHECKED = 8 + 8 + 2
-
 
 @dataclass(frozen=True)
 class Moment:
@@ -91,15 +88,8 @@ def covariance(stage: StageShape, recipe: Recipe, data: DataShape) -> tuple[Mome
         ),
         default=0,
     )
-    finishing = 0
-    before = 0
-    for tiles in factors.values():
-        whole = squares(tiles)
-        # The factor before is let go when the next one is there.
-        here = 8 * before + max(
-            8 * whole + (CHECKED - 8) * max(tiles) ** 2, (8 + recipe.computed) * whole
-        )
-        finishing, before = max(finishing, here), whole
+    # The sum in float64, and as it is written.
+    finishing = (8 + recipe.computed) * max(map(squares, factors.values()), default=0)
     return (
         *_running(stage, recipe, data, held, {"covariance of a factor": adding}),
         Moment("writing factors", held, {"a factor in float64": finishing}),
@@ -125,12 +115,10 @@ def corrected(stage: StageShape, recipe: Recipe, data: DataShape) -> tuple[Momen
         additions = data.microbatches * recipe.draws * math.ceil(data.batch_examples / together)
         sums += size * sum_bytes(recipe, additions)
     held = _weights(stage) | _bases(stage, recipe) | {"sums of Λ": sums}
-    finishing, before = 0, 0
-    for block in stage.blocks:
-        whole = block.d_in * block.d_out
-        kept = recipe.computed if recipe.keep_sums else 0
-        here = whole * max(8 + 8 + recipe.store_dtype.itemsize + kept, CHECKED) + 8 * before
-        finishing, before = max(finishing, here), whole
+    # The sum and the mean in float64, and both as they are written.
+    written = recipe.store_dtype.itemsize + (recipe.computed if recipe.keep_sums else 0)
+    largest = max((b.d_in * b.d_out for b in stage.blocks), default=0)
+    finishing = (8 + 8 + written) * largest
     passing = _gradients(stage, recipe, data, 1, pieces=True)
     return (
         *_running(stage, recipe, data, held, passing),
