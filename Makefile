@@ -32,8 +32,9 @@ demo: $(VENV)/installed
 	$(BIN)/python demo/report.py --scores $(OUT)/influence --train $(OUT)/train.parquet \
 		--queries $(OUT)/queries.parquet
 
+# Ray's workers are as urgent as the tests that wait for them.
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
+	OMP_NUM_THREADS=1 RAY_worker_niceness=0 $(BIN)/python -m pytest -n 3 --dist loadfile
 
 check: $(VENV)/checkers
 	$(BIN)/ruff check .

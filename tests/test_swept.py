@@ -204,7 +204,7 @@ def test_a_sweep_that_stopped_anywhere_ends_as_if_it_had_not(
 
 @pytest.mark.parametrize(
     ("point", "after", "step"),
-    [("a write", False, 67), ("a backward", False, 13)],
+    [("a write", False, 47), ("a backward", False, 9)],
 )
 def test_swept_scores_that_stopped_anywhere_end_as_if_they_had_not(
     point: str, after: bool, step: int, whole: tuple[Path, Path], tmp_path: Path
@@ -268,7 +268,7 @@ def test_a_finished_operation_is_not_done_again(
         stops = 0
         while stopped("a write", 23, True, lambda: again(tmp_path / "run")):
             stops += 1
-    assert stops > 5
+    assert stops >= 5
     assert once <= len(done) <= once + stops
     assert_same(tmp_path / "run", tmp_path / "once")
 

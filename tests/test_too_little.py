@@ -22,7 +22,8 @@ from raycurv.stages.stage import Stage
 
 torch.set_num_threads(1)
 
-SWEPT: dict[str, Any] = {"schedule": "swept", "stages": 3}
+# Forced: the plan would refuse what has no room before the disk does.
+SWEPT: dict[str, Any] = {"schedule": "swept", "stages": 3, "force": True}
 
 
 # A full disk
@@ -147,7 +148,7 @@ def capped(folder: Path, megabytes: float, **settings: Any) -> subprocess.Comple
     } | settings
     return subprocess.run(
         [
-            sys.executable, "-c", CAPPED, str(folder / "model"), str(folder / "run"),
+            sys.executable, "-c", CAPPED, str(folder / "model"), str(folder / settings["schedule"]),
             str(megabytes), json.dumps(chosen),
         ],
         env=dict(os.environ) | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"},

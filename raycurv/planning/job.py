@@ -90,12 +90,14 @@ class Job:
         factors = [t for s in group for t in s.factors(recipe.max_factor_dim).values()]
         tasks = sorted((memory.decomposition(t, recipe) for t in factors), reverse=True)
         weights = sum(stage.weights for stage in group)
-        parts = {"this process": self.base, "a factor and its decomposition": tasks[0]}
+        # A group may be layers without weights alone, and have nothing to decompose.
+        largest = max(tasks, default=0)
+        parts = {"this process": self.base, "a factor and its decomposition": largest}
         peak = Peak(group[0].index, "decomposition", parts)
         gpu = 0
         if here.gpus:
             # The matrix, its eigenvectors and the workspace of one tile a task.
-            tile = max(max(t) for t in factors) ** 2
+            tile = max((max(t) for t in factors), default=0) ** 2
             gpu = GPU_CONTEXT + 32 * tile + -(-weights // here.gpus)
             weights = 0
         if not here.ray:
@@ -157,7 +159,7 @@ class Job:
         total = 0.0
         for group in self.groups:
             costs = flops.decompositions(group, self.recipe)
-            total += max(costs[0], sum(costs) / at_once) / rates.eigh
+            total += max(max(costs, default=0.0), sum(costs) / at_once) / rates.eigh
         return total
 
     def spool(self, data: DataShape, group: int) -> int:
