@@ -204,7 +204,7 @@ def test_a_sweep_that_stopped_anywhere_ends_as_if_it_had_not(
 
 @pytest.mark.parametrize(
     ("point", "after", "step"),
-    [("a write", False, 47), ("a backward", False, 9)],
+    [("a write", False, 29), ("a backward", False, 9)],
 )
 def test_swept_scores_that_stopped_anywhere_end_as_if_they_had_not(
     point: str, after: bool, step: int, whole: tuple[Path, Path], tmp_path: Path
