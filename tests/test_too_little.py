@@ -90,7 +90,7 @@ def test_a_full_disk_leaves_every_finished_artefact_whole(
     disk = small_disk(130)
     flags = {"out": disk / "run"}
     job = lambda: raycurv.fit(classifier, LONG, flags["out"], **FIT, **SWEPT)  # noqa: E731
-    sizes = itertools.count(150, 20)
+    sizes = itertools.count(190, 60)
     failures = 0
     while True:
         try:
