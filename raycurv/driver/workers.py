@@ -12,6 +12,7 @@ from raycurv.driver.settings import Execution
 from raycurv.errors import UserError
 from raycurv.mathematics.blocks import Block
 from raycurv.models.model import Model
+from raycurv.stages.memory import RESIDENT, SWEPT
 from raycurv.stages.placement import cut_stages, group_stages
 from raycurv.stages.pool import InProcess, Pool
 from raycurv.stages.stage import StageSpec, stage_specs
@@ -105,6 +106,7 @@ class Workers:
                 logits_chunk=self._settings.logits_chunk,
                 device=self.device,
                 threads=self._threads(),
+                gives_back=SWEPT if len(self.groups) > 1 else RESIDENT,
             )
             mine = self.groups[group]
             pool.start(stage_specs(base, self.cuts, self._blocks)[mine.start : mine.stop])

@@ -6,17 +6,20 @@ import ctypes
 import gc
 
 # From malloc.h. A fixed threshold also keeps glibc from raising its own, to 32 MiB in the end.
-_M_MMAP_THRESHOLD, _AT_ONCE = -3, 1 << 20
+_M_MMAP_THRESHOLD = -3
+# Bytes from which a tensor goes back at once: where stages come and go, and where they stay (there
+# a small model's passes take half as long again with the former: pages are made anew each time).
+SWEPT, RESIDENT = 1 << 20, 1 << 24
 
 
-def give_back_at_once() -> None:
-    """Let every tensor of a MiB or more go back to the system when it is freed.
+def give_back_at_once(size: int = SWEPT) -> None:
+    """Let every tensor of so many bytes or more go back to the system when it is freed.
 
     glibc would keep those below 32 MiB on its heap, in pieces that fit nothing: half as much again
-    as what is alive. Costs 2 % of a fit's CPU time. Where there is no glibc nothing happens.
+    as what is alive. Where there is no glibc nothing happens.
     """
     try:
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _AT_ONCE)
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, size)
     except (AttributeError, OSError):
         return
 

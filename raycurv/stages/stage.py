@@ -21,7 +21,7 @@ from raycurv.mathematics.capture import Capture, Captured, Record, check_finite
 from raycurv.mathematics.evaluate import Target, evaluate
 from raycurv.mathematics.objective import open_objective
 from raycurv.models.model import Model
-from raycurv.stages.memory import give_back_at_once
+from raycurv.stages.memory import RESIDENT, give_back_at_once
 
 
 class Gatherer(Protocol):
@@ -82,6 +82,7 @@ class StageSpec:
         logits_chunk: logits formed at once.
         device: where it computes.
         threads: for CPU kernels; ``None`` leaves them alone.
+        gives_back: bytes from which a freed tensor goes back to the system at once.
     """
 
     index: int
@@ -94,6 +95,7 @@ class StageSpec:
     logits_chunk: int
     device: str = "cpu"
     threads: int | None = None
+    gives_back: int = RESIDENT
 
 
 @dataclass
@@ -113,7 +115,7 @@ class Stage:
     """
 
     def __init__(self, spec: StageSpec) -> None:
-        give_back_at_once()
+        give_back_at_once(spec.gives_back)
         if spec.threads is not None:
             torch.set_num_threads(spec.threads)
         self.spec = spec
