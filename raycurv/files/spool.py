@@ -144,7 +144,7 @@ def spool_directory(run: Store, given: str | None) -> str:
                 "nothing",
                 "Give --spool-dir a directory on a fast disk of the machine that runs the job.",
             )
-        return f"{run.path()}/work/spool"
+        return run.path("work/spool")
     place = Store(os.path.abspath(os.path.expanduser(given)) if "://" not in given else given)
     if not place.local:
         raise UserError("--spool-dir", "a local directory", repr(given), "Spools are never remote.")
