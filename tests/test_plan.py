@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from commands import Outcome, run_here, save_llama, texts, write_rows
 
 from raycurv.batch import Batch
-from raycurv.driver import planning
+from raycurv.driver import check
 from raycurv.errors import UserError
 from raycurv.mathematics.blocks import Block, choose_blocks
 from raycurv.mathematics.capture import Capture, Record
@@ -295,7 +296,7 @@ def fit_here(tmp_path: Path, *flags: Any) -> Outcome:
 def test_a_fit_that_cannot_fit_is_refused_by_how_much(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, supply: Supply, missing: str
 ) -> None:
-    monkeypatch.setattr(planning, "supply_here", lambda directory: supply)
+    monkeypatch.setattr(check, "supply_here", lambda directory: supply)
     refused = fit_here(tmp_path)
     assert refused.code == 2
     assert missing in refused.err and "too much" in refused.err and "--force" in refused.err
@@ -310,7 +311,7 @@ def test_a_scoring_is_checked_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     flags = ["--run", tmp_path / "run", "--queries", tmp_path / "data.parquet"]
     flags += ["--train", tmp_path / "data.parquet", "--out", tmp_path / "s", "--address", "none"]
     with monkeypatch.context() as patch:
-        patch.setattr(planning, "supply_here", lambda directory: Supply(10**6, None))
+        patch.setattr(check, "supply_here", lambda directory: Supply(10**6, None))
         refused = run_here("influence.py", flags)
     assert refused.code == 2 and "too much" in refused.err
     assert run_here("influence.py", flags).code == 0
@@ -322,7 +323,7 @@ def test_limits_of_control_groups_and_free_memory_are_seen(tmp_path: Path) -> No
     groups.mkdir()
     (proc / "self/statm").write_text("100 50 10 0 0 0 0")
     (proc / "meminfo").write_text("MemTotal: 99 kB\nMemAvailable:    8000000 kB\n")
-    own = 40 * planning.resident.__globals__["_PAGE"]
+    own = 40 * os.sysconf("SC_PAGE_SIZE")
     assert memory_here(groups, proc) == (8_192_000_000 + own, "free memory of this machine")
     (groups / "memory.max").write_text("5000000000\n")
     (groups / "memory.current").write_text("2000000000\n")
@@ -353,3 +354,8 @@ def test_plan_py_names_a_mistake(tmp_path: Path) -> None:
     assert nothing.code == 2 and "no such directory" in nothing.err
     size = run_here("plan.py", ["--model", write_config(tmp_path, *SMALL), "--memory", "much"])
     assert size.code == 2 and "--memory" in size.err
+    # What a fit would refuse.
+    wide = write_config(tmp_path / "wide", 64, 40_000, 1, 4, 2, 100)
+    whole = run_here("plan.py", ["--model", wide])
+    assert whole.code == 2 and "mlp.gate_proj" in whole.err and "--max-factor-dim" in whole.err
+    assert run_here("plan.py", ["--model", wide, "--max-factor-dim", "4000"]).code == 0

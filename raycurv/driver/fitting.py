@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from raycurv.data.sources import Source, fingerprint
+from raycurv.driver.check import check_fit
 from raycurv.driver.combined import (
     combine_examples,
     copy_examples,
@@ -36,7 +37,6 @@ from raycurv.driver.corpus import Corpus, DrawnLabels
 from raycurv.driver.layout import Layout
 from raycurv.driver.parents import Parents, open_parents
 from raycurv.driver.pipeline import Feed, NoSink, Sink
-from raycurv.driver.planning import check_fit
 from raycurv.driver.progress import Reporter
 from raycurv.driver.rows import ExampleRows, write_drawn, write_examples
 from raycurv.driver.settings import DTYPES, FitSettings, identity

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from raycurv.data.sources import Source, fingerprint
+from raycurv.driver.check import check_influence
 from raycurv.driver.corpus import Corpus, open_corpus
 from raycurv.driver.fitted import check_model, fitted_model, read_fit
 from raycurv.driver.pipeline import Feed, NoSink, Sink, last_commit, plan_mark
-from raycurv.driver.planning import check_influence
 from raycurv.driver.progress import Reporter
 from raycurv.driver.rows import ScoreRows, merge_top
 from raycurv.driver.settings import DTYPES, InfluenceSettings, identity, parse_bytes

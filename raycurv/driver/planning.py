@@ -1,148 +1,39 @@
-"""Plan: what a fit and a scoring would take; and the same check at the start of each of them."""
+"""The job of plan.py: what a fit and a scoring would take, for a person or a machine."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from raycurv.data.reading import read_examples
 from raycurv.data.tokenizer import LazyTokenizer
-from raycurv.driver.corpus import WINDOW
-from raycurv.driver.pipeline import COMMIT_SECONDS
+from raycurv.driver.drafts import Drafts, ShapeOf, arrangement_of, of_lengths, recipe_of, with_spool
 from raycurv.driver.settings import (
     DTYPES,
-    Execution,
-    FitSettings,
-    InfluenceSettings,
     PlanSettings,
     parse_bytes,
-    rank_number,
 )
-from raycurv.errors import UserError
-from raycurv.files.store import Store
-from raycurv.mathematics.blocks import Block, choose_blocks
+from raycurv.mathematics.blocks import choose_blocks
+from raycurv.mathematics.tiles import check_axes
 from raycurv.models.model import Outline, open_outline
 from raycurv.planning import report
 from raycurv.planning.advice import (
-    Bounds,
     Shortfall,
     advise,
-    as_flags,
     as_sentence,
     fewest_stages,
     shortfalls,
 )
-from raycurv.planning.arrangement import Arrangement
-from raycurv.planning.fit import plan_fit
-from raycurv.planning.influence import plan_influence
 from raycurv.planning.job import Job
 from raycurv.planning.plan import Plan
 from raycurv.planning.rates import Rates, measure, on_h100
-from raycurv.planning.shapes import DataShape, Recipe, stage_shapes
+from raycurv.planning.shapes import DataShape
 from raycurv.planning.sizes import sizes
-from raycurv.planning.supply import Supply, existing_parent, free_disk, resident, supply_here
-from raycurv.planning.trace import Trace, trace
-from raycurv.stages.placement import cut_stages
-
-# Microbatches of so many tokens -> the shape of the data.
-ShapeOf = Callable[[int], DataShape]
-
-
-@dataclass
-class Drafts:
-    """Plans of one model and its data under changing settings.
-
-    Attributes:
-        outline: of the model.
-        blocks: chosen of it.
-        settings: how the job runs; a change may take the place of each.
-        recipe: settings that decide sizes.
-        arrangement: where it runs; homes are the settings'.
-        nodes_follow: every resident stage has a node of its own.
-        base: bytes of a process without a stage.
-        rates: of a node; ``None`` for plans without times.
-        spool_apart: the spool has a disk of its own.
-    """
-
-    outline: Outline
-    blocks: Sequence[Block]
-    settings: Execution
-    recipe: Recipe
-    arrangement: Arrangement
-    nodes_follow: bool = False
-    base: int = field(default_factory=resident)
-    rates: Rates | None = None
-    spool_apart: bool = False
-    _traces: dict[tuple[int, int], Trace] = field(default_factory=dict)
-
-    def fit(self, data: ShapeOf, changes: Mapping[str, Any]) -> Plan:
-        """The plan of a fit."""
-        shape = data(changes.get("batch_tokens", self.settings.batch_tokens))
-        return plan_fit(self.job(shape, changes), shape)
-
-    def influence(
-        self, queries: ShapeOf, train: ShapeOf | None, changes: Mapping[str, Any]
-    ) -> Plan:
-        """The plan of a scoring."""
-        tokens = changes.get("batch_tokens", self.settings.batch_tokens)
-        asked, trained = queries(tokens), None if train is None else train(tokens)
-        largest = max((s for s in (asked, trained) if s is not None), key=lambda s: s.rows)
-        return plan_influence(self.job(largest, changes), asked, trained)
-
-    def job(self, data: DataShape, changes: Mapping[str, Any]) -> Job:
-        """The job with some settings changed."""
-        execution = {k: v for k, v in changes.items() if hasattr(self.settings, k)}
-        numbers = {k: v for k, v in changes.items() if k in ("max_factor_dim", "store_dtype")}
-        if "store_dtype" in numbers:
-            numbers["store_dtype"] = DTYPES[numbers["store_dtype"]]
-        settings = replace(self.settings, **execution)
-        count = settings.stage_count(self.outline.units)
-        homes = settings.homes if settings.schedule == "swept" else count
-        place = replace(self.arrangement, homes=homes)
-        if self.nodes_follow:
-            place = replace(place, nodes=min(homes, count) * place.replicas)
-        cuts = cut_stages(self.outline.unit_costs, count)
-        traced = self._traced(data)
-        stages = stage_shapes(self.outline, cuts, traced, self.recipe.dtype, data.rows)
-        recipe = replace(self.recipe, **numbers)
-        seconds = settings.commit_seconds or COMMIT_SECONDS
-        return Job(stages, recipe, place, self.base, self.rates, seconds, self.spool_apart)
-
-    def _traced(self, data: DataShape) -> Trace:
-        key = (data.batch_examples, data.batch_positions)
-        if key not in self._traces:
-            self._traces[key] = trace(self.outline, self.blocks, *key, self.recipe.dtype)
-        return self._traces[key]
-
-    def bounds(self, data: ShapeOf) -> Bounds:
-        """Where to look for settings that fit."""
-        widest = max(max(b.d_in, b.d_out) for b in self.blocks)
-        tokens = self.settings.batch_tokens
-        return Bounds(
-            self.outline.units,
-            min(widest, self.recipe.max_factor_dim or widest),
-            tokens,
-            data(tokens).longest,
-        )
-
-    def now(self) -> dict[str, Any]:
-        """The settings that advice may change."""
-        settings = self.settings
-        store = next(name for name, dtype in DTYPES.items() if dtype == self.recipe.store_dtype)
-        return {
-            "stages": settings.stage_count(self.outline.units),
-            "schedule": settings.schedule,
-            "store_dtype": store,
-        }
-
-
-# The job
+from raycurv.planning.supply import Supply, supply_here
 
 
 def plan(settings: PlanSettings) -> dict[str, Any]:
@@ -156,14 +47,16 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
     blocks = choose_blocks(
         outline.skeleton(), settings.blocks, outline.default_scope, outline.tied_head
     )
+    if settings.method in ("ekfac", "kfac"):
+        check_axes(blocks, settings.max_factor_dim)
     directory = Path(settings.out).absolute() if "://" not in settings.out else None
-    supply = _with_spool(_supply(settings, directory), settings, directory)
+    supply = with_spool(_supply(settings, directory), settings, directory)
     drafts = Drafts(
         outline,
         blocks,
         settings,
-        _recipe(settings),
-        _arrangement(settings),
+        recipe_of(settings),
+        arrangement_of(settings),
         nodes_follow=settings.nodes is None and settings.memory is not None,
         rates=_rates(settings, directory),
         spool_apart=supply.spool is not None,
@@ -234,7 +127,7 @@ def _show(
         f"{len(job.stages)} stages, {resident_at_once}, on {where}; {data.examples:,} examples, "
         f"{data.tokens:,} tokens; times: {'' if job.rates is None else job.rates.where}"
     )
-    if not drafts._traced(data).seen:
+    if not drafts.traced(data).seen:
         say("inputs are not known without data: none are taken as shared, activations as guessed")
     for plan in plans:
         say("")
@@ -258,40 +151,6 @@ def _disk_there(supply: Supply) -> str:
     return "" if supply.disk is None else f", {report.size(supply.disk)} of disk"
 
 
-def _recipe(settings: FitSettings) -> Recipe:
-    settings = settings.resolved()
-    assert settings.store_dtype is not None
-    recipe = Recipe(
-        method=settings.method,
-        draws=settings.draws,
-        max_factor_dim=settings.max_factor_dim,
-        dtype=DTYPES[settings.dtype],
-        store_dtype=DTYPES[settings.store_dtype],
-        keep_sums=settings.keep_sums,
-        logits_chunk=settings.logits_chunk,
-    )
-    if not isinstance(settings, PlanSettings):
-        return recipe
-    return replace(
-        recipe,
-        rank=rank_number(settings.rank),
-        query_memory=parse_bytes("--query-memory", settings.query_memory),
-        self_influence=settings.self_influence,
-        ihvp=settings.ihvp,
-    )
-
-
-def _arrangement(settings: Execution) -> Arrangement:
-    place = Arrangement(ray=settings.address != "none", cores=os.cpu_count() or 1)
-    if isinstance(settings, PlanSettings):
-        return replace(
-            place, replicas=settings.replicas, nodes=settings.nodes or 1, gpus=settings.gpus
-        )
-    if settings.device != "cpu" and torch.cuda.is_available():
-        return replace(place, gpus=torch.cuda.device_count())
-    return place
-
-
 def _supply(settings: PlanSettings, directory: Path | None) -> Supply:
     supply = supply_here(directory)
     if settings.memory is not None:
@@ -307,19 +166,6 @@ def _supply(settings: PlanSettings, directory: Path | None) -> Supply:
     return supply
 
 
-def _with_spool(supply: Supply, settings: Execution, directory: Path | None) -> Supply:
-    """Counts the disk of the spool apart, if it has one of its own."""
-    if settings.spool_dir is None:
-        return supply
-    place = existing_parent(Path(settings.spool_dir).expanduser().absolute())
-    if (
-        directory is not None
-        and os.stat(existing_parent(directory)).st_dev == os.stat(place).st_dev
-    ):
-        return supply
-    return replace(supply, spool=free_disk(place))
-
-
 def _rates(settings: PlanSettings, directory: Path | None) -> Rates:
     dtype = DTYPES[settings.dtype]
     here = measure(dtype, directory)
@@ -328,10 +174,6 @@ def _rates(settings: PlanSettings, directory: Path | None) -> Rates:
 
 def _uniform(examples: int, tokens: int) -> ShapeOf:
     return lambda batch_tokens: DataShape.uniform(examples, tokens, batch_tokens)
-
-
-def _lengths(lengths: Sequence[int]) -> ShapeOf:
-    return lambda batch_tokens: DataShape.of_lengths(lengths, batch_tokens, WINDOW)
 
 
 def _data(settings: PlanSettings, outline: Outline) -> ShapeOf:
@@ -349,118 +191,4 @@ def _data(settings: PlanSettings, outline: Outline) -> ShapeOf:
         seed=settings.seed,
         token_inputs=outline.token_inputs,
     )
-    return _lengths([example.length for example in found])
-
-
-# The check at the start of a job
-
-
-def check_fit(
-    settings: FitSettings,
-    network: Outline,
-    blocks: Sequence[Block],
-    lengths: Sequence[int],
-    store: Store,
-) -> None:
-    """Refuse a fit that cannot fit on this machine's memory or disk.
-
-    Args:
-        blocks: chosen; which share an input is seen on the way.
-        lengths: tokens of every example.
-        store: of the run; what it holds already need not be written again.
-
-    Raises:
-        UserError: by how much it does not fit, and what would.
-    """
-    if settings.force:
-        return
-    drafts = Drafts(network, blocks, settings, _recipe(settings), _arrangement(settings))
-    data = _lengths(lengths)
-    _refuse(drafts, data, store, lambda changes: drafts.fit(data, changes))
-
-
-def check_influence(
-    settings: InfluenceSettings,
-    fitted: Mapping[str, Any],
-    network: Outline,
-    blocks: Sequence[Block],
-    queries: Sequence[int],
-    train: Sequence[int] | None,
-    store: Store,
-) -> None:
-    """Refuse a scoring that cannot fit on this machine's memory or disk.
-
-    Args:
-        fitted: the fit's settings.
-        queries, train: tokens of every query and of every training example.
-
-    Raises:
-        UserError: by how much it does not fit, and what would.
-    """
-    if settings.force:
-        return
-    recipe = Recipe(
-        method=fitted["method"],
-        max_factor_dim=fitted["max_factor_dim"],
-        dtype=DTYPES[settings.dtype or fitted["dtype"]],
-        store_dtype=DTYPES[fitted["store_dtype"]],
-        logits_chunk=settings.logits_chunk,
-        rank=settings.rank_number(),
-        query_memory=parse_bytes("--query-memory", settings.query_memory),
-        self_influence=settings.self_influence,
-        ihvp=settings.ihvp,
-    )
-    drafts = Drafts(network, blocks, settings, recipe, _arrangement(settings))
-    asked, trained = _lengths(queries), None if train is None else _lengths(train)
-    _refuse(
-        drafts,
-        asked if trained is None else trained,
-        store,
-        lambda changes: drafts.influence(asked, trained, changes),
-    )
-
-
-def _refuse(
-    drafts: Drafts, data: ShapeOf, store: Store, attempt: Callable[[Mapping[str, Any]], Plan]
-) -> None:
-    settings = drafts.settings
-    directory = Path(store.path()) if store.local else None
-    supply = _with_spool(supply_here(directory), settings, directory)
-    drafts.spool_apart = supply.spool is not None
-    address = settings.address or os.environ.get("RAY_ADDRESS") or "local"
-    if address not in ("local", "none"):
-        # Stages lie on other machines, whose memory Ray shares out.
-        supply = replace(supply, memory=2**62, process=None)
-    if drafts.arrangement.gpus:
-        supply = replace(supply, gpu=torch.cuda.get_device_properties(0).total_memory)
-    existing = 0 if directory is None else _bytes_below(directory)
-    missing = shortfalls(attempt({}), supply, existing)
-    if not missing:
-        return
-    options = advise(
-        lambda changes: not shortfalls(attempt(changes), supply, existing),
-        drafts.now(),
-        drafts.bounds(data),
-    )
-    flags = as_flags(drafts.now())
-    raise UserError(
-        f"the plan of this job ({flags})",
-        "; ".join(f"at most {report.size(m.available)} of {m.what}" for m in missing),
-        "; ".join(
-            f"{report.size(m.needed)} in the phase '{m.phase}', "
-            f"{report.size(m.needed - m.available)} too much"
-            for m in missing
-        ),
-        f"{as_sentence(options)} Or start it all the same with --force.",
-    )
-
-
-def _bytes_below(directory: Path) -> int:
-    total = 0
-    for folder, _, names in os.walk(directory):
-        for name in names:
-            try:
-                total += os.stat(os.path.join(folder, name)).st_size
-            except FileNotFoundError:
-                continue
-    return total
+    return of_lengths([example.length for example in found])
