@@ -365,9 +365,8 @@ class _Fit:
         again = ReplayPass(self._target, self.settings.draws)
         # Losses and drawn labels come from the model's end.
         sink = self._rows() if ending else NoSink()
-        names = self._pass(
-            sweep, group, lowest, work, again, "first pass: A and G", missing, False, sink
-        )
+        task = self._task(work, again, False, sink)
+        names = self._pass(sweep, group, lowest, task, "first pass: A and G", missing)
         if ending:
             self._keep_labels(names)
             if losses:
@@ -399,12 +398,9 @@ class _Fit:
         sweep: Sweep,
         group: int,
         lowest: int,
-        work: Pass,
-        again: Pass,
+        task: Task,
         label: str,
         gathers: frozenset[str],
-        carries: bool,
-        sink: Sink,
     ) -> list[str]:
         """Run a pass over all examples, from its last commit if that is of use; gives the files of
         its rows.
@@ -413,7 +409,7 @@ class _Fit:
             gathers: names of what the stages shall sum up.
         """
         self._mending()
-        place = sweep.place(work.name, group)
+        place = sweep.place(task.work.name, group)
         commit = self.store.read_json(f"{place}/commit.json")
         begun = self.store.read_json(f"{place}/gathers.json")
         if commit is not None and (
@@ -424,7 +420,7 @@ class _Fit:
             commit = None
         if commit is None:
             self.store.write_json(f"{place}/gathers.json", sorted(gathers))
-        return sweep.run(group, self._task(work, again, carries, sink), label, lowest)
+        return sweep.run(group, task, label, lowest)
 
     def _task(self, work: Pass, again: Pass, carries: bool, sink: Sink) -> Task:
         return Task(_STREAM, self._feed(work.target), work, again, carries, sink)
@@ -479,9 +475,8 @@ class _Fit:
             # Sums of squares in other bases than those that are there are of no use.
             marked = frozenset(f"{b.name} {self._mark(b)}" for b in missing)
             sink = self._rows() if group == 0 else NoSink()
-            names = self._pass(
-                sweep, group, lowest, work, again, "second pass: Λ", marked, examples, sink
-            )
+            task = self._task(work, again, examples, sink)
+            names = self._pass(sweep, group, lowest, task, "second pass: Λ", marked)
             if examples and group == 0:
                 self._keep_labels(names)
                 self._write_examples(names)
@@ -511,9 +506,8 @@ class _Fit:
     def _losses(self, sweep: Sweep, group: int) -> None:
         if not self._examples_there():
             work = LossPass()
-            names = self._pass(
-                sweep, group, group, work, work, "losses", frozenset(), False, self._rows()
-            )
+            task = self._task(work, work, False, self._rows())
+            names = self._pass(sweep, group, group, task, "losses", frozenset())
             self._write_examples(names)
 
     def _write_examples(self, names: Sequence[str]) -> None:
