@@ -34,9 +34,9 @@ class Settings:
 
     place: Path
     """Directory for the model, the run and the scores; its contents are replaced."""
-    examples: int = 80
+    examples: int = 1100
     """n."""
-    tokens: int = 32
+    tokens: int = 8
     """Tokens of an example."""
     queries: int = 4
     """Queries."""

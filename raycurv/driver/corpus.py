@@ -1,6 +1,6 @@
 """The examples of a run as they lie in its directory: tokenised once, read in windows by each pass.
 
-data/part-00000.parquet      the examples, 4,096 a file
+data/part-00000.parquet      the examples, 1,024 a file
 data/corpus.json             how many, their lengths' sum, the hash of their source
 """
 
@@ -33,7 +33,7 @@ from raycurv.files.store import Store
 from raycurv.files.tables import read_rows, read_table, write_table
 from raycurv.models.model import Model
 
-PART = 4096
+PART = 1024
 WINDOW = 1024
 
 
