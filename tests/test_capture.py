@@ -237,7 +237,7 @@ def test_factor_sums_go_on_from_a_commit_bitwise() -> None:
     second.load({name: t.clone() for name, t in first.state().items()})
     for n in range(40, 70):
         second.add(one(n))
-    for got, want in zip(second.results(), whole.results(), strict=True):
+    for got, want in ((second.result(n), whole.result(n)) for n in whole.names):
         assert got.count == want.count and got.rows == want.rows
         assert torch.equal(got.tiles[0], want.tiles[0])
 
@@ -262,7 +262,7 @@ def test_unit_rows_make_unit_factors() -> None:
     a = torch.tensor([[[1.0, 0.0]], [[0.0, 2.0]]], dtype=DOUBLE)
     g = torch.tensor([[[3.0]], [[1.0]]], dtype=DOUBLE)
     sums.add([Captured(batch_of(a), {"layer.input": a}, {"layer": g}, {"layer.input": 2})])
-    found = {factor.name: factor.mean()[0] for factor in sums.results()}
+    found = {name: sums.result(name).mean()[0] for name in sums.names}
     assert worst(found["layer.input"], torch.tensor([[0.5, 0], [0, 2.0]], dtype=DOUBLE)) == 0
     assert worst(found["layer.output"], torch.tensor([[5.0]], dtype=DOUBLE)) == 0
 

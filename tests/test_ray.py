@@ -32,7 +32,7 @@ import raycurv
 from raycurv import NumericalError, UserError, errors
 from raycurv.batch import Batch
 from raycurv.models.model import open_model
-from raycurv.stages.actors import OnRay
+from raycurv.onray.pool import OnRay
 from raycurv.stages.stage import StageSpec
 from raycurv.stages.transport import Packed, pack, unpack
 

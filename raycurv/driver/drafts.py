@@ -155,11 +155,11 @@ def recipe_of(settings: FitSettings) -> Recipe:
 
 def arrangement_of(settings: Execution) -> Arrangement:
     """Where the settings let a job run."""
-    place = Arrangement(ray=settings.address != "none", cores=os.cpu_count() or 1)
+    place = Arrangement(
+        replicas=settings.replicas, ray=settings.address != "none", cores=os.cpu_count() or 1
+    )
     if isinstance(settings, PlanSettings):
-        return replace(
-            place, replicas=settings.replicas, nodes=settings.nodes or 1, gpus=settings.gpus
-        )
+        return replace(place, nodes=settings.nodes or 1, gpus=settings.gpus)
     if settings.device != "cpu" and torch.cuda.is_available():
         return replace(place, gpus=torch.cuda.device_count())
     return place

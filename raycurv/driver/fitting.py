@@ -34,9 +34,10 @@ from raycurv.driver.combined import (
     take_over_factors,
 )
 from raycurv.driver.corpus import Corpus, DrawnLabels
+from raycurv.driver.feed import Feed
 from raycurv.driver.layout import Layout
 from raycurv.driver.parents import Parents, open_parents
-from raycurv.driver.pipeline import Feed, NoSink, Sink
+from raycurv.driver.pipeline import NoSink, Sink
 from raycurv.driver.progress import Reporter
 from raycurv.driver.rows import ExampleRows, write_drawn, write_examples
 from raycurv.driver.settings import DTYPES, FitSettings, identity
@@ -64,8 +65,10 @@ from raycurv.mathematics.evaluate import Target
 from raycurv.mathematics.objective import Objective, open_objective
 from raycurv.mathematics.tiles import check_axes, tile_widths
 from raycurv.models.model import ModelSource, open_model
+from raycurv.planning.memory import decomposition
 from raycurv.stages.passes import CorrectedPass, CovariancePass, LossPass, ReplayPass
 from raycurv.stages.placement import eigh_cost, longest_first
+from raycurv.stages.pool import Need
 from raycurv.stages.stage import Pass
 
 # The name of the examples among what is spooled.
@@ -105,7 +108,9 @@ def fit(
     )
     if settings.method in ("ekfac", "kfac"):
         check_axes(blocks, settings.max_factor_dim)
-    workers = Workers(settings, network, named, blocks, DTYPES[settings.dtype], settings.seed)
+    workers = Workers(
+        settings, network, named, blocks, DTYPES[settings.dtype], settings.seed, reporter
+    )
     source: Source = data if data is not None else settings.data
     parents = open_parents(settings, store, network)
     manifest = continue_or_refuse(
@@ -429,20 +434,21 @@ class _Fit:
 
     def _eigen(self, group: int) -> None:
         factors = self._factors(self._blocks_of(group))
-        missing = {
-            name: eigh_cost(tile_widths(_width(*factors[name]), self.settings.max_factor_dim))
+        tiles = {
+            name: tile_widths(_width(*factors[name]), self.settings.max_factor_dim)
             for name in self._undecomposed(group)
         }
-        if missing:
+        if tiles:
             self._mending()
-            order = longest_first(missing)
+            order = longest_first({name: eigh_cost(widths) for name, widths in tiles.items()})
             device = self.workers.device
             arguments = [(self.store, name, self.store_dtype, device) for name in order]
+            needs = [self._need(name, tiles[name]) for name in order]
             pool = self.workers.tasks()
             with self.reporter.phase(
                 "eigendecompositions", len(order), "factors", self.workers.named(group)
             ) as phase:
-                for place, outcome in pool.map(decompose_factor, arguments):
+                for place, outcome in pool.map(decompose_factor, arguments, needs):
                     phase.advance(1)
                     if not self.settings.keep_sums:
                         # Not in the task: Ray may run that twice.
@@ -451,6 +457,10 @@ class _Fit:
                         self.reporter.say(f"factor {order[place]}: {outcome}")
         if group == 0:
             self._done("eigen")
+
+    def _need(self, factor: str, tiles: tuple[int, ...]) -> Need:
+        memory = decomposition(tiles, self.store_dtype)
+        return Need(memory, eigh_cost(tiles), factor)
 
     # Second pass
 

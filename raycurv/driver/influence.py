@@ -18,9 +18,11 @@ import torch
 
 from raycurv.data.sources import Source, fingerprint
 from raycurv.driver.check import check_influence
+from raycurv.driver.commits import last_commit, plan_mark
 from raycurv.driver.corpus import Corpus, open_corpus
+from raycurv.driver.feed import Feed
 from raycurv.driver.fitted import check_model, fitted_model, read_fit
-from raycurv.driver.pipeline import Feed, NoSink, Sink, last_commit, plan_mark
+from raycurv.driver.pipeline import NoSink, Sink
 from raycurv.driver.progress import Reporter
 from raycurv.driver.rows import ScoreRows, merge_top
 from raycurv.driver.settings import DTYPES, InfluenceSettings, identity, parse_bytes
@@ -111,7 +113,9 @@ def influence(
                 "train", train, "--train", prints["train"], settings.max_examples
             )
             phase.advance(1)
-    workers = Workers(settings, network, named, blocks, DTYPES[dtype], fit.settings["seed"])
+    workers = Workers(
+        settings, network, named, blocks, DTYPES[dtype], fit.settings["seed"], reporter
+    )
     lengths = None if training is None else training.lengths
     check_influence(settings, fit.settings, network, blocks, asked.lengths, lengths, store)
     source = CurvatureSource(
@@ -424,7 +428,7 @@ class _Influence:
         for group in groups:
             place = commit_place(self._work(group), 0, len(self.workers.groups))
             commit = last_commit(self.store, place, mark)
-            known |= set() if commit is None else set(commit["rows"])
+            known |= set() if commit is None else set(commit.rows)
         for directory in ("scores", "self", "work/top"):
             for name in self.store.names(directory, ".parquet"):
                 if name not in known:

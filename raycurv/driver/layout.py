@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from raycurv.driver.corpus import Corpus
-from raycurv.driver.pipeline import Given
+from raycurv.driver.feed import Given
 from raycurv.driver.progress import Reporter
 from raycurv.driver.workers import Workers
 from raycurv.errors import DamagedFile
 from raycurv.files.artifacts import read_blocks
 from raycurv.files.store import Store
 from raycurv.mathematics.blocks import Block
-from raycurv.stages.pool import Pool
+from raycurv.stages.pool import Pool, StageLost
 
 _FILE = "blocks.json"
 
@@ -78,12 +78,13 @@ class Layout:
             first = self._corpus.plan(self._batch_tokens)[0][:1]
             batch = pool.put(self._corpus.reader(self._dtype)(0, first))
             hidden: Any = None if given.hidden is None else pool.put(given.hidden[:1])
-            found: list[Any] = []
-            for stage in range(pool.stages):
-                hidden, blocks = pool.call(stage, "discover", batch, hidden, returns=2)
-                found.append(blocks)
-                phase.advance(1)
-            mine = [b for handle in found for b in pool.get(handle)]
+            while True:
+                try:
+                    mine = _discovered(pool, batch, hidden)
+                    break
+                except StageLost as lost:
+                    pool.repair(0, lost)
+            phase.advance(pool.stages)
         self._store.write_json(name, [dataclasses.asdict(b) for b in mine])
 
     def write(self) -> tuple[Block, ...]:
@@ -102,3 +103,12 @@ class Layout:
         stages, cuts = self._workers.groups[group], self._workers.cuts
         start, stop = cuts[stages.start].start, cuts[stages.stop - 1].stop
         return f"work/layout/units-{start:04d}-{stop:04d}.json"
+
+
+def _discovered(pool: Pool, batch: Any, hidden: Any) -> list[Block]:
+    """The blocks of the resident stages, as one example that goes through them shows them."""
+    found = []
+    for stage in range(pool.stages):
+        hidden, blocks = pool.call(stage, "discover", batch, hidden, returns=2)
+        found.append(blocks)
+    return [block for handle in found for block in pool.get(handle)]

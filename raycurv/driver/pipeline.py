@@ -1,35 +1,26 @@
 """Drive one pass through the resident stages: its results to a sink, commits in between.
 
-A commit is a point where the pipeline is empty: every stage writes its sums, the sink its rows, and
-then one small JSON file says so. A restart goes on from there; what is not in that file does not
-exist.
-
-    PLACE/commit.json          microbatches done, the plan, the files
-    PLACE/00042/stage-0.safetensors, rows.parquet
+A commit is a point where all microbatches that entered have come out: every stage writes its sums,
+the sink its rows, and then one small JSON file says so (:mod:`raycurv.driver.commits`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
-from torch import Tensor
 
-from raycurv.batch import Batch
-from raycurv.driver.progress import Phase, Reporter
+from raycurv.driver import stopping
+from raycurv.driver.commits import Committed, last_commit, plan_mark, write_commit
+from raycurv.driver.crew import Crew
+from raycurv.driver.feed import Ends, Feed, Given, Results
+from raycurv.driver.progress import Reporter
 from raycurv.files.spool import LostSpool
 from raycurv.files.store import Store
 from raycurv.stages.pool import Pool
-from raycurv.stages.schedule import pipelined
 from raycurv.stages.stage import Pass
-
-Results = dict[str, Tensor]
 
 # Between two commits, unless the settings say otherwise: seconds, and times what one takes.
 COMMIT_SECONDS, _COMMIT_TIMES = 60.0, 10.0
@@ -51,6 +42,10 @@ class Sink(Protocol):
         """Write what was taken since the last commit; gives the files' names."""
         ...
 
+    def forget(self) -> None:
+        """Drop what was taken since the last commit: it will be given again."""
+        ...
+
 
 class NoSink:
     """Takes nothing: other groups of stages have their part of the results still to add."""
@@ -63,71 +58,7 @@ class NoSink:
     def commit(self, name: str) -> list[str]:
         return []
 
-
-@dataclass(frozen=True)
-class Feed:
-    """The microbatches of a pass.
-
-    Attributes:
-        plan: example numbers of each.
-        read: packs one.
-        lengths: tokens of every example, for the rate shown.
-    """
-
-    plan: Sequence[tuple[int, ...]]
-    read: Callable[[int, Sequence[int]], Batch]
-    lengths: Sequence[int]
-
-    def tokens(self, microbatch: int) -> int:
-        """Tokens of a microbatch, without padding."""
-        return sum(self.lengths[n] for n in self.plan[microbatch])
-
-
-@dataclass(frozen=True)
-class Given:
-    """What enters the resident stages with a microbatch.
-
-    Attributes:
-        hidden: for the first of them; ``None`` if it embeds the inputs.
-        gradient: for the last of them, ``[draws, ...]``; ``None`` if it starts from the loss.
-        carried: what the stages behind them found.
-    """
-
-    hidden: Tensor | None = None
-    gradient: Tensor | None = None
-    carried: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-class Ends(Protocol):
-    """What lies before and behind the resident stages."""
-
-    @property
-    def keeps(self) -> bool:
-        """Whether the tensor that leaves is wanted."""
-        ...
-
-    def load(self, microbatch: int) -> Given:
-        """What enters.
-
-        Raises:
-            LostSpool: it has to be made again.
-        """
-        ...
-
-    def leave(self, microbatch: int, tensor: Tensor | None, results: Results) -> None:
-        """Take what leaves: hidden states, or gradients; and all that was found so far."""
-        ...
-
-
-class ModelEnds:
-    """All stages are resident: nothing enters but the inputs, nothing leaves but results."""
-
-    keeps = False
-
-    def load(self, microbatch: int) -> Given:
-        return Given()
-
-    def leave(self, microbatch: int, tensor: Tensor | None, results: Results) -> None:
+    def forget(self) -> None:
         pass
 
 
@@ -159,20 +90,21 @@ def run_pass(
         The names of all files that the sink wrote, in order.
 
     Raises:
-        LostSpool: of a microbatch that is to come; those before it are committed.
+        LostSpool: of a microbatch; what was committed before is kept.
+        Stopped: the job was asked to stop; what was done is committed.
     """
     mark = plan_mark(feed.plan)
     before = last_commit(store, place, mark)
-    done = before["done"] if before else 0
-    rows: list[str] = before["rows"] if before else []
-    if before is not None and before["finished"]:
-        return rows
-    sums: list[str] = before["sums"] if before else []
-    begin(pool, work, (store, sums) if sums else None)
+    if before is not None and before.finished:
+        return before.rows
+    at = before or Committed(0, mark)
+    crew = Crew(pool, work, feed, ends, store)
+    crew.begin(before)
     lost: LostSpool | None = None
     writing = 0.0
-    with reporter.phase(label, len(feed.plan), "microbatches") as phase:
-        phase.advance(done)
+    with reporter.phase(label, len(feed.plan), "microbatches") as phase, stopping.deferred():
+        phase.advance(at.done)
+        done = at.done
         while done < len(feed.plan):
             wait = commit_seconds or max(COMMIT_SECONDS, _COMMIT_TIMES * writing)
             until = time.monotonic() + wait
@@ -183,6 +115,8 @@ def run_pass(
                     # Always one, or a commit that takes long would never let the pass go on.
                     if index > start and (sink.full or time.monotonic() > until):
                         return
+                    if stopping.asked():
+                        return
                     try:
                         given = ends.load(index)
                     except LostSpool as found:
@@ -191,112 +125,84 @@ def run_pass(
                         return
                     yield index, given
 
-            for index in through(pool, work, feed, ends, sink, span(), phase):
-                done = index + 1
+            try:
+                for arrived in crew.through(span()):
+                    results = combine([*arrived.results, dict(arrived.given.carried)])
+                    ends.leave(arrived.microbatch, arrived.leaving, results)
+                    sink.take(feed.plan[arrived.microbatch], results)
+                    phase.advance(1, feed.tokens(arrived.microbatch))
+                    done = arrived.microbatch + 1
+            except LostSpool:
+                # Of one that had to go again: all stages go back to the last commit.
+                sink.forget()
+                raise
             started = time.monotonic()
-            rows = rows + sink.commit(f"{place}/{done:07d}")
-            if done < len(feed.plan):
-                stale = sums
-                sums = [f"{place}/{done:07d}/stage-{s}.safetensors" for s in range(pool.stages)]
-                for handle in [pool.call(s, "commit", store, name) for s, name in enumerate(sums)]:
-                    pool.get(handle)
-                _write_commit(store, place, mark, done, rows, sums, finished=False)
-                for name in set(stale) - set(sums):
+            rows = at.rows + sink.commit(f"{place}/{done:07d}")
+            if at.done < done < len(feed.plan):
+                sums = crew.commit(place, done)
+                stale, at = at, Committed(done, mark, rows, sums)
+                write_commit(store, place, at)
+                crew.committed(sums)
+                for name in set(stale.files) - set(at.files):
                     store.delete(name)
             writing = time.monotonic() - started
             if lost is not None:
                 raise lost
+            if done < len(feed.plan):
+                stopping.stop_if_asked()
         # Results first, then the word that they are there.
-        for handle in [pool.call(s, "finish") for s in range(pool.stages)]:
-            pool.get(handle)
-        _write_commit(store, place, mark, done, rows, [], finished=True)
-        for name in sums:
+        crew.finish()
+        write_commit(store, place, Committed(done, mark, rows, finished=True))
+        for name in at.files:
             store.delete(name)
     return rows
 
 
-def begin(pool: Pool, work: Pass, commits: tuple[Store, Sequence[str]] | None = None) -> None:
-    """Tell all stages which pass comes, and the files of the commit from which it goes on."""
-    for handle in [pool.call(s, "begin", work, commits) for s in range(pool.stages)]:
-        pool.get(handle)
-
-
-def through(
+def take_through(
     pool: Pool,
     work: Pass,
     feed: Feed,
     ends: Ends,
-    sink: Sink,
-    span: Iterable[tuple[int, Given]],
-    phase: Phase,
-) -> Iterator[int]:
-    """Take microbatches through the stages; yields each when its results have been taken.
+    store: Store,
+    microbatches: Sequence[int],
+    reporter: Reporter,
+    label: str,
+    where: str,
+) -> None:
+    """Take some microbatches through the resident stages, gathering nothing.
 
     Args:
-        span: the microbatches, ascending, drawn from when the first stage can take the next one.
+        where: which stages, for the progress.
+
+    Raises:
+        LostSpool: of one of them; those before it have been through.
+        Stopped: the job was asked to stop.
     """
-    for index, given, leaving, found in _pipeline(pool, work, feed, ends.keeps, span):
-        results = combine([*found, dict(given.carried)])
-        ends.leave(index, leaving, results)
-        sink.take(feed.plan[index], results)
-        phase.advance(1, feed.tokens(index))
-        yield index
+    crew = Crew(pool, work, feed, ends, store)
+    crew.begin()
+    lost: list[LostSpool] = []
 
+    def span() -> Iterator[tuple[int, Given]]:
+        for m in microbatches:
+            if stopping.asked():
+                return
+            try:
+                given = ends.load(m)
+            except LostSpool as found:
+                lost.append(found)
+                return
+            yield m, given
 
-@dataclass
-class _Under:
-    """A microbatch on its way: what was given with it, and handles of what it leaves."""
-
-    given: Given
-    batch: Any
-    hidden: Any
-    gradient: Any = None
-    results: list[Any] = field(default_factory=list)
-
-
-def _pipeline(
-    pool: Pool, work: Pass, feed: Feed, keeps: bool, span: Iterable[tuple[int, Given]]
-) -> Iterator[tuple[int, Given, Tensor | None, list[Results]]]:
-    """Submit operations as the schedule says; yields microbatches as they end, in order."""
-    backward = work.target != "nothing"
-    under: dict[int, _Under] = {}
-    ended: deque[int] = deque()
-
-    def source() -> Iterator[int]:
-        for m, given in span:
-            hidden = None if given.hidden is None else pool.put(given.hidden)
-            under[m] = _Under(given, pool.put(feed.read(m, feed.plan[m])), hidden)
-            yield m
-
-    def collect(m: int) -> tuple[int, Given, Tensor | None, list[Results]]:
-        found = under.pop(m)
-        leaving = pool.get(found.gradient) if keeps else None
-        # Stages answered from the last to the first.
-        return m, found.given, leaving, [pool.get(handle) for handle in reversed(found.results)]
-
-    for operation in pipelined(pool.stages, source()):
-        m, stage = operation.microbatch, operation.stage
-        here = under[m]
-        if operation.kind == "forward":
-            here.hidden = pool.call(stage, "forward", here.batch, here.hidden)
-            continue
-        if operation.kind == "turn":
-            back = None if here.given.gradient is None else pool.put(here.given.gradient)
-            here.gradient, found = pool.call(
-                stage, "turn", here.batch, here.hidden, back, returns=2
-            )
-            here.results.append(found)
-            here.batch = here.hidden = None
-        elif backward:
-            here.gradient, found = pool.call(stage, "backward", m, here.gradient, returns=2)
-            here.results.append(found)
-        if stage == 0:
-            ended.append(m)
-        # Bounded in flight: no more than the pipeline holds, twice, waits to be collected.
-        while len(ended) > pool.stages:
-            yield collect(ended.popleft())
-    while ended:
-        yield collect(ended.popleft())
+    with reporter.phase(label, len(microbatches), "microbatches", where) as phase:
+        with stopping.deferred():
+            for arrived in crew.through(span()):
+                results = combine([*arrived.results, dict(arrived.given.carried)])
+                ends.leave(arrived.microbatch, arrived.leaving, results)
+                phase.advance(1, feed.tokens(arrived.microbatch))
+            stopping.stop_if_asked()
+        crew.finish()
+    if lost:
+        raise lost[0]
 
 
 def combine(results: Sequence[Results]) -> Results:
@@ -315,40 +221,3 @@ def combine(results: Sequence[Results]) -> Results:
         else:
             combined[key] = torch.stack([part.double() for part in parts]).sum(dim=0)
     return combined
-
-
-def last_commit(store: Store, place: str, mark: str) -> dict[str, Any] | None:
-    """What a pass's last commit says, if it is of the plan so marked and its files are there."""
-    said = store.read_json(f"{place}/commit.json")
-    if said is None or said["plan"] != mark:
-        return None
-    if not all(store.exists(name) for name in (*said["rows"], *said["sums"])):
-        return None
-    found: dict[str, Any] = said
-    return found
-
-
-def _write_commit(
-    store: Store,
-    place: str,
-    mark: str,
-    done: int,
-    rows: list[str],
-    sums: list[str],
-    finished: bool,
-) -> None:
-    store.write_json(
-        f"{place}/commit.json",
-        {
-            "done": done,
-            "plan": mark,
-            "rows": rows,
-            "sums": sums,
-            "finished": finished,
-        },
-    )
-
-
-def plan_mark(plan: Sequence[tuple[int, ...]]) -> str:
-    """Tells plans apart: another --batch-tokens makes other microbatches."""
-    return hashlib.blake2b(json.dumps(plan).encode(), digest_size=16).hexdigest()

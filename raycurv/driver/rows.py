@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raycurv.driver.corpus import PART, Corpus, DrawnLabels
-from raycurv.driver.pipeline import Results
+from raycurv.driver.feed import Results
 from raycurv.files.store import Store
 from raycurv.files.tables import (
     examples_schema,
@@ -77,8 +77,11 @@ class ExampleRows:
             }
         )
         write_table(self._store, f"{name}/rows.parquet", table)
-        self._rows, self._size = [], 0
+        self.forget()
         return [f"{name}/rows.parquet"]
+
+    def forget(self) -> None:
+        self._rows, self._size = [], 0
 
 
 def _rows_by_part(store: Store, names: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
@@ -181,9 +184,9 @@ class ScoreRows:
         self._schema = scores_schema(double, per_block, per_token)
         self._self_schema = self_schema(double)
         self._notes = notes
-        self._clear()
+        self.forget()
 
-    def _clear(self) -> None:
+    def forget(self) -> None:
         self._members: list[int] = []
         self._scores: list[Array] = []
         self._blocks: list[Array] = []
@@ -228,7 +231,7 @@ class ScoreRows:
         directory = "scores" if self._top_k is None else "work/top"
         written.append(f"{directory}/{self._part}-{number}.parquet")
         write_table(self._store, written[-1], self._table(order, ids), self._notes)
-        self._clear()
+        self.forget()
         return written
 
     def _table(self, order: Array, ids: pa.Array) -> pa.Table:

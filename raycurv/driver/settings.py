@@ -17,6 +17,7 @@ import tyro
 from raycurv.errors import UserError
 from raycurv.mathematics.curvature import Damping
 from raycurv.mathematics.tiles import LARGEST_EIGH, SMALLEST_TILE
+from raycurv.stages.failures import Limits
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 # Stands for the path of a model or of data that a Python caller holds.
@@ -37,6 +38,8 @@ class Execution:
     after the other, with what passes between them on disk: memory is that of one stage."""
     homes: int = 1
     """How many stages are resident at a time in a swept run, an actor each."""
+    replicas: int = 1
+    """Copies of every resident stage, each on its own part of the data."""
     spool_dir: str | None = None
     """Local directory for what a swept run keeps between stages. Default: below --out."""
     batch_tokens: int = 4096
@@ -49,6 +52,18 @@ class Execution:
     commit_seconds: float | None = None
     """Seconds between two commits of a pass: a restart repeats at most so much of it. Default: 60,
     or ten times what writing one takes."""
+    cpus_per_stage: float | None = None
+    """Cores that a stage's actor reserves in the cluster. Default: 1, or a part of one in a Ray of
+    the job's own that has fewer cores than actors."""
+    place_seconds: float = 300.0
+    """Seconds to wait for room in the cluster, for an autoscaler say, before that is an error."""
+    hang_seconds: float = 1800.0
+    """Seconds without any progress after which an actor counts as hung: it is ended, and built
+    again."""
+    max_failures: int = 20
+    """Actors and tasks that a run may lose; they are built or run again, from the last commit."""
+    max_actor_failures: int = 5
+    """Times that one actor may be lost."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where stages compute; `auto` takes a GPU when there is one."""
     force: bool = False
@@ -61,11 +76,24 @@ class Execution:
             UserError: naming the flag.
         """
         _check_types(self)
-        for flag in ("stages", "homes", "batch_tokens", "logits_chunk"):
+        for flag in ("stages", "homes", "replicas", "batch_tokens", "logits_chunk"):
             if getattr(self, flag) is not None:
                 _positive(flag, getattr(self, flag))
-        if self.commit_seconds is not None and not self.commit_seconds > 0:
-            raise UserError("--commit-seconds", "above 0", str(self.commit_seconds), "")
+        for flag in ("commit_seconds", "cpus_per_stage", "place_seconds", "hang_seconds"):
+            value = getattr(self, flag)
+            if value is not None and not value > 0:
+                raise UserError(f"--{flag.replace('_', '-')}", "above 0", str(value), "")
+        for flag in ("max_failures", "max_actor_failures"):
+            if getattr(self, flag) < 0:
+                raise UserError(
+                    f"--{flag.replace('_', '-')}", "at least 0", str(getattr(self, flag)), ""
+                )
+
+    def limits(self) -> Limits:
+        """What failures are borne."""
+        return Limits(
+            self.max_failures, self.max_actor_failures, self.hang_seconds, self.place_seconds
+        )
 
     def stage_count(self, units: int) -> int:
         """How many stages there are of a model that can be cut into ``units``."""
@@ -242,8 +270,6 @@ class PlanSettings(FitSettings):
     """Also score every training example against itself."""
     ihvp: bool = False
     """Also write the queries' IHVPs."""
-    replicas: int = 1
-    """Copies of every stage, each on its own part of the data."""
     nodes: int | None = None
     """Machines that share the stages. Default: this one; with --memory, one for each stage."""
     memory: str | None = None

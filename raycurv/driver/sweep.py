@@ -15,25 +15,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
 
-from raycurv.driver.pipeline import (
-    Ends,
-    Feed,
-    Given,
-    ModelEnds,
-    NoSink,
-    Results,
-    Sink,
-    begin,
-    plan_mark,
-    run_pass,
-    through,
-)
+from raycurv.driver.commits import plan_mark
+from raycurv.driver.feed import Ends, Feed, Given, ModelEnds, Results
+from raycurv.driver.pipeline import NoSink, Sink, run_pass, take_through
 from raycurv.driver.progress import Reporter
 from raycurv.driver.workers import Workers
 from raycurv.files.manifest import Manifest
@@ -227,27 +217,17 @@ class Sweep:
         label: str = "again, what the spool lost",
     ) -> None:
         """Take some microbatches through a group, gathering nothing."""
-        pool = self._resident(group)
-        begin(pool, task.work)
-        lost: list[LostSpool] = []
-
-        def span() -> Iterator[tuple[int, Given]]:
-            for m in microbatches:
-                try:
-                    given = ends.load(m)
-                except LostSpool as found:
-                    lost.append(found)
-                    return
-                yield m, given
-
-        where = self._workers.named(group)
-        with self._reporter.phase(label, len(microbatches), "microbatches", where) as phase:
-            for _ in through(pool, task.work, task.feed, ends, NoSink(), span(), phase):
-                pass
-        for handle in [pool.call(s, "finish") for s in range(pool.stages)]:
-            pool.get(handle)
-        if lost:
-            raise lost[0]
+        take_through(
+            self._resident(group),
+            task.work,
+            task.feed,
+            ends,
+            self._store,
+            microbatches,
+            self._reporter,
+            label,
+            self._workers.named(group),
+        )
 
     def _remake(self, lost: LostSpool, task: Task) -> None:
         """Make one microbatch's file again, and with it everything that it is made from."""

@@ -3,11 +3,13 @@ them."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from raycurv.driver.progress import Reporter
 from raycurv.driver.settings import Execution
 from raycurv.errors import UserError
 from raycurv.mathematics.blocks import Block
@@ -31,6 +33,7 @@ class Workers:
         blocks: all of them.
         dtype: of the model's computation.
         seed: of drawn labels.
+        reporter: is told of failures.
 
     Attributes:
         cuts: layers of each stage.
@@ -46,7 +49,9 @@ class Workers:
         blocks: Sequence[Block],
         dtype: torch.dtype,
         seed: int,
+        reporter: Reporter,
     ) -> None:
+        self._reporter = reporter
         self._settings, self._model, self._objective = settings, model, objective
         self._blocks, self._dtype, self._seed = tuple(blocks), dtype, seed
         self._pool: Pool | None = None
@@ -70,11 +75,16 @@ class Workers:
             )  # fmt: skip
         return there
 
+    @property
+    def own(self) -> bool:
+        """Whether the Ray cluster is the job's own."""
+        return (self._settings.address or os.environ.get("RAY_ADDRESS") or "local") == "local"
+
     def _gpus(self) -> int:
         if self._settings.address == "none":
             return torch.cuda.device_count()
         self.tasks()
-        from raycurv.stages.actors import cluster_gpus
+        from raycurv.onray.connection import cluster_gpus
 
         return cluster_gpus()
 
@@ -85,9 +95,15 @@ class Workers:
                 self._pool = InProcess()
             else:
                 # Ray takes a second to import, which a job without it need not wait for.
-                from raycurv.stages.actors import OnRay
+                from raycurv.onray.pool import OnRay
 
-                self._pool = OnRay(self._settings.address)
+                self._pool = OnRay(
+                    self._settings.address,
+                    self._settings.cpus_per_stage,
+                    self.own,
+                    self._settings.limits(),
+                    self._reporter.say,
+                )
         return self._pool
 
     def stages(self, group: int) -> Pool:
@@ -109,7 +125,8 @@ class Workers:
                 gives_back=SWEPT if len(self.groups) > 1 else RESIDENT,
             )
             mine = self.groups[group]
-            pool.start(stage_specs(base, self.cuts, self._blocks)[mine.start : mine.stop])
+            specs = stage_specs(base, self.cuts, self._blocks)[mine.start : mine.stop]
+            pool.start(specs, self._settings.replicas)
             self.resident = group
         return pool
 
@@ -117,9 +134,8 @@ class Workers:
         """Tell stages, now and when they are built, which blocks share input factors."""
         self._blocks = blocks
         if self.resident is not None:
-            for place, stage in enumerate(self.groups[self.resident]):
-                pool = self.tasks()
-                pool.get(pool.call(place, "assign", self.blocks_of(range(stage, stage + 1))))
+            mine = self.groups[self.resident]
+            self.tasks().assign([self.blocks_of(range(stage, stage + 1)) for stage in mine])
 
     def blocks_of(self, stages: range) -> tuple[Block, ...]:
         """The blocks of consecutive stages."""
@@ -144,8 +160,8 @@ class Workers:
     def _threads(self) -> int | None:
         if self._settings.address == "none":
             return None
-        from raycurv.stages.actors import cluster_cores, smallest_node_cores
+        from raycurv.onray.connection import cluster_cores, smallest_node_cores
 
         # All actors together never have more threads than there are cores.
-        resident = max(len(group) for group in self.groups)
+        resident = max(len(group) for group in self.groups) * self._settings.replicas
         return max(1, min(cluster_cores() // resident, smallest_node_cores()))

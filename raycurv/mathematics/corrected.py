@@ -9,7 +9,7 @@ orthonormal basis, ΣΛ is the mean squared gradient norm.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Captured
 from raycurv.mathematics.eigen import Eigenbasis
 from raycurv.mathematics.gradients import Rotations
-from raycurv.mathematics.sums import RunningSum, load_nested, nested_state
+from raycurv.mathematics.sums import RunningSum, join_nested, load_nested, nested_state
 
 
 @dataclass(frozen=True)
@@ -83,21 +83,26 @@ class CorrectedSums:
         self._examples = 0
         self._count = 0
 
-    def add(self, draws: Sequence[Captured]) -> dict[str, Tensor]:
-        """Add a microbatch's contribution; gives ``gradient_sq_norm [N]``, the mean over draws."""
+    def add(self, draws: Sequence[Captured], counts: bool = True) -> dict[str, Tensor]:
+        """Add a microbatch's contribution; gives ``gradient_sq_norm [N]``, the mean over draws.
+
+        Args:
+            counts: whether it enters the sums; without, it only gives the norms.
+        """
         examples = draws[0].batch.size
         norms = torch.zeros(examples, dtype=torch.float64, device=self._device)
         for captured in draws:
             blocks = tuple(self.blocks.values())
             rotations = Rotations(captured, self._bases, blocks, self._dtype)
             for block in blocks:
-                norms += self._add(block, rotations, examples)
-        self._examples += examples
-        self._count += examples * len(draws)
+                norms += self._add(block, rotations, examples, counts)
+        if counts:
+            self._examples += examples
+            self._count += examples * len(draws)
         return {"gradient_sq_norm": norms / len(draws)}
 
-    def _add(self, block: Block, rotations: Rotations, examples: int) -> Tensor:
-        running = self._sums.get(block.name)
+    def _add(self, block: Block, rotations: Rotations, examples: int, counts: bool) -> Tensor:
+        running = self._sums.get(block.name) if counts else None
         norms = torch.zeros(examples, dtype=torch.float64, device=self._device)
         turned = rotations.turned_rows(block)
         if turned is not None and turned[0].shape[1] == 1:
@@ -113,14 +118,19 @@ class CorrectedSums:
                 running.add(squares[0] if len(squares) == 1 else squares.sum(dim=0), outputs)
         return norms
 
-    def results(self) -> Iterator[CorrectedSum]:
-        """Λ of every block as a sum with its count.
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The blocks whose Λ is gathered."""
+        return tuple(self._sums)
+
+    def result(self, name: str) -> CorrectedSum:
+        """Λ of a block as a sum with its count.
 
         Raises:
-            NumericalError: a sum is not finite.
+            NumericalError: the sum is not finite.
         """
-        for name, running in self._sums.items():
-            yield CorrectedSum(name, running.value(f"block {name}"), self._count, self._examples)
+        total = self._sums[name].value(f"block {name}")
+        return CorrectedSum(name, total, self._count, self._examples)
 
     def state(self) -> dict[str, Tensor]:
         """Sums and counts as they stand."""
@@ -130,3 +140,10 @@ class CorrectedSums:
         """Go on from :meth:`state`."""
         load_nested(self._sums, state)
         self._examples, self._count = (int(x) for x in state["counts"])
+
+    def join(self, state: Mapping[str, Tensor]) -> None:
+        """Add the sums of other examples, given as their :meth:`state`."""
+        join_nested(self._sums, state)
+        examples, count = (int(x) for x in state["counts"])
+        self._examples += examples
+        self._count += count

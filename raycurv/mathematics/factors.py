@@ -9,7 +9,7 @@ Martens & Grosse 2015 (arXiv:1503.05671), sections 3 and 4; over tokens as in Gr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Captured
-from raycurv.mathematics.sums import RunningSum, load_nested, nested_state
+from raycurv.mathematics.sums import RunningSum, join_nested, load_nested, nested_state
 from raycurv.mathematics.tiles import tile_widths
 
 
@@ -101,8 +101,10 @@ class FactorSums:
         self._count = dict.fromkeys(self.tiles, 0)
         self._rows = dict.fromkeys(self.tiles, 0)
 
-    def add(self, draws: Sequence[Captured]) -> dict[str, Tensor]:
-        """Add a microbatch's whole contribution, or raise and add nothing."""
+    def add(self, draws: Sequence[Captured], counts: bool = True) -> dict[str, Tensor]:
+        """Add a microbatch's whole contribution, unless it is not to count again."""
+        if not counts:
+            return {}
         for captured in draws:
             for block in self._blocks:
                 g = captured.gradients[block.name]
@@ -130,20 +132,25 @@ class FactorSums:
             self._sums[f"{name}#{i}"].add_outer(tile, tile)
             start += width
 
-    def results(self) -> Iterator[FactorSum]:
-        """Every factor, in float64.
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The factors."""
+        return tuple(self.tiles)
+
+    def result(self, name: str) -> FactorSum:
+        """One factor, in float64.
 
         Raises:
-            NumericalError: a sum is not finite.
+            NumericalError: its sum is not finite.
         """
-        for name, tiles in self.tiles.items():
-            yield FactorSum(
-                name,
-                tuple(self._sums[f"{name}#{i}"].value(f"factor {name}") for i in range(len(tiles))),
-                self._count[name],
-                self._rows[name],
-                self._dtype,
-            )
+        tiles = range(len(self.tiles[name]))
+        return FactorSum(
+            name,
+            tuple(self._sums[f"{name}#{i}"].value(f"factor {name}") for i in tiles),
+            self._count[name],
+            self._rows[name],
+            self._dtype,
+        )
 
     def state(self) -> dict[str, Tensor]:
         """Sums and counts as they stand."""
@@ -157,3 +164,11 @@ class FactorSums:
         load_nested(self._sums, state)
         for name in self.tiles:
             self._count[name], self._rows[name] = (int(x) for x in state[f"{name}/count"])
+
+    def join(self, state: Mapping[str, Tensor]) -> None:
+        """Add the sums of other examples, given as their :meth:`state`."""
+        join_nested(self._sums, state)
+        for name in self.tiles:
+            count, rows = (int(x) for x in state[f"{name}/count"])
+            self._count[name] += count
+            self._rows[name] += rows

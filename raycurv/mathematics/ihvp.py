@@ -55,6 +55,11 @@ class BlockProducts:
         """The same on ``device``."""
         return BlockProducts(**{name: t.to(device) for name, t in self.tensors().items()})
 
+    def plus(self, other: BlockProducts) -> BlockProducts:
+        """The products of the queries of both: either has zeros where the other made its own."""
+        mine, theirs = self.tensors(), other.tensors()
+        return BlockProducts(**{name: mine[name] + theirs[name] for name in mine})
+
     def tensors(self) -> dict[str, Tensor]:
         """Those that are held, by name."""
         named = {"full": self.full, "left": self.left, "right": self.right}
@@ -140,8 +145,10 @@ class Products:
                 else BlockProducts(left=zeros(kept, block.d_out), right=zeros(kept, block.d_in))
             )
 
-    def add(self, draws: Sequence[Captured]) -> dict[str, Tensor]:
-        """Put the IHVPs of a microbatch of queries in their places."""
+    def add(self, draws: Sequence[Captured], counts: bool = True) -> dict[str, Tensor]:
+        """Put the IHVPs of a microbatch of queries in their places, unless they are there."""
+        if not counts:
+            return {}
         (captured,) = draws
         blocks, bases = self._preconditioner.blocks, self._preconditioner.bases
         rotations = Rotations(captured, bases, blocks, self._dtype)
@@ -181,3 +188,18 @@ class Products:
         for name, products in self.products.items():
             for key, tensor in products.tensors().items():
                 tensor.copy_(state[f"{name}/{key}"])
+
+    def join(self, state: Mapping[str, Tensor]) -> None:
+        """Add the products of other queries, given as their :meth:`state`."""
+        for name, products in self.products.items():
+            for key, tensor in products.tensors().items():
+                tensor.add_(state[f"{name}/{key}"].to(tensor.device))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The blocks."""
+        return tuple(self.products)
+
+    def result(self, name: str) -> BlockProducts:
+        """The products of a block: zeros for queries that did not come by."""
+        return self.products[name]

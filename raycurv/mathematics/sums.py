@@ -68,6 +68,17 @@ class RunningSum:
         self.part.zero_()
         self.pending = 0
 
+    def join(self, state: Mapping[str, Tensor]) -> None:
+        """Add another sum, given as its :meth:`state`."""
+        if self.part.dtype == torch.float64:
+            self.part.add_(state["part"])
+            return
+        self._fold()
+        assert self.master is not None
+        for key in ("master", "part"):
+            if key in state:
+                self.master.add_(state[key].to(self.master.device))
+
     def value(self, where: str) -> Tensor:
         """The sum in float64 (a copy).
 
@@ -107,10 +118,22 @@ def nested_state(sums: Mapping[str, RunningSum]) -> dict[str, Tensor]:
 
 def load_nested(sums: Mapping[str, RunningSum], state: Mapping[str, Tensor]) -> None:
     """Go on from :func:`nested_state`."""
+    for name, one in _by_sum(sums, state).items():
+        sums[name].load(one)
+
+
+def join_nested(sums: Mapping[str, RunningSum], state: Mapping[str, Tensor]) -> None:
+    """Add the sums of a :func:`nested_state`."""
+    for name, one in _by_sum(sums, state).items():
+        sums[name].join(one)
+
+
+def _by_sum(
+    sums: Mapping[str, RunningSum], state: Mapping[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
     keys: dict[str, dict[str, Tensor]] = {name: {} for name in sums}
     for key, tensor in state.items():
         name, _, part = key.rpartition("/")
         if name in keys:
             keys[name][part] = tensor
-    for name, running in sums.items():
-        running.load(keys[name])
+    return keys

@@ -88,7 +88,7 @@ class Job:
     def _decomposing(self, group: Group) -> Place:
         here, recipe = self.arrangement, self.recipe
         factors = [t for s in group for t in s.factors(recipe.max_factor_dim).values()]
-        tasks = sorted((memory.decomposition(t, recipe) for t in factors), reverse=True)
+        tasks = sorted((memory.decomposition(t, recipe.store_dtype) for t in factors), reverse=True)
         weights = sum(stage.weights for stage in group)
         # A group may be layers without weights alone, and have nothing to decompose.
         largest = max(tasks, default=0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,12 +26,12 @@ from raycurv.files.artifacts import (
 from raycurv.files.store import Store
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Captured
-from raycurv.mathematics.corrected import CorrectedSums
+from raycurv.mathematics.corrected import CorrectedSum, CorrectedSums
 from raycurv.mathematics.curvature import BlockCurvature, Damping
 from raycurv.mathematics.eigen import Eigenbasis
 from raycurv.mathematics.evaluate import Target
-from raycurv.mathematics.factors import FactorSums
-from raycurv.mathematics.ihvp import Products
+from raycurv.mathematics.factors import FactorSum, FactorSums
+from raycurv.mathematics.ihvp import BlockProducts, Products
 from raycurv.mathematics.scores import PairwiseScores, SelfScores
 
 
@@ -45,8 +46,8 @@ class LossPass:
     def open(self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device) -> Nothing:
         return Nothing()
 
-    def close(self, gatherer: Nothing) -> None:
-        """Nothing to write."""
+    def write(self, name: str, result: Any, blocks: Mapping[str, Block]) -> None:
+        """Nothing is gathered."""
 
 
 @dataclass(frozen=True)
@@ -60,20 +61,28 @@ class ReplayPass:
     def open(self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device) -> Nothing:
         return Nothing()
 
-    def close(self, gatherer: Nothing) -> None:
-        """Nothing to write."""
+    def write(self, name: str, result: Any, blocks: Mapping[str, Block]) -> None:
+        """Nothing is gathered."""
 
 
 class Nothing:
     """The gatherer that gathers nothing."""
 
-    def add(self, draws: Sequence[Captured]) -> dict[str, Tensor]:
+    names: tuple[str, ...] = ()
+
+    def add(self, draws: Sequence[Captured], counts: bool = True) -> dict[str, Tensor]:
         return {}
+
+    def result(self, name: str) -> Any:
+        raise KeyError(name)
 
     def state(self) -> dict[str, Tensor]:
         return {}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
+        pass
+
+    def join(self, state: Mapping[str, Tensor]) -> None:
         pass
 
 
@@ -101,10 +110,8 @@ class CovariancePass:
     ) -> FactorSums:
         return FactorSums(blocks, dtype, device, self.max_factor_dim, self.factors)
 
-    def close(self, gatherer: FactorSums) -> None:
-        for factor in gatherer.results():
-            write_factor(self.store, factor, self.sum_dtype)
-            del factor  # before the next one is made: these are float64
+    def write(self, name: str, result: FactorSum, blocks: Mapping[str, Block]) -> None:
+        write_factor(self.store, result, self.sum_dtype)
 
 
 @dataclass(frozen=True)
@@ -142,15 +149,12 @@ class CorrectedPass:
         only = frozenset(self.only & set(self_blocks))
         return CorrectedSums(blocks, bases, dtype, device, only)
 
-    def close(self, gatherer: CorrectedSums) -> None:
-        for corrected in gatherer.results():
-            block = gatherer.blocks[corrected.block]
-            mark = "" if self.diagonal else basis_mark(self.store, block)
-            if self.extends is not None:
-                before = read_corrected(self.extends, block, self.draws, mark)
-                corrected = before.plus(corrected)
-            write_corrected(self.store, block, corrected, self.store_dtype, mark, self.sum_dtype)
-            del corrected  # before the next one is made: these are float64
+    def write(self, name: str, result: CorrectedSum, blocks: Mapping[str, Block]) -> None:
+        block = blocks[name]
+        mark = "" if self.diagonal else basis_mark(self.store, block)
+        if self.extends is not None:
+            result = read_corrected(self.extends, block, self.draws, mark).plus(result)
+        write_corrected(self.store, block, result, self.store_dtype, mark, self.sum_dtype)
 
 
 @dataclass(frozen=True)
@@ -213,9 +217,8 @@ class QueryPass:
             device,
         )
 
-    def close(self, gatherer: Products) -> None:
-        for block, products in gatherer.products.items():
-            write_products(self.out, block, products, self.queries)
+    def write(self, name: str, result: BlockProducts, blocks: Mapping[str, Block]) -> None:
+        write_products(self.out, name, result, self.queries)
 
 
 @dataclass(frozen=True)
@@ -253,29 +256,23 @@ class ScorePass:
             own = SelfScores(self.source.read(blocks, device), self.source.damping, dtype, device)
         return ScoreGatherer(pairwise, own)
 
-    def close(self, gatherer: ScoreGatherer) -> None:
+    def write(self, name: str, result: Any, blocks: Mapping[str, Block]) -> None:
         """Scores went to the driver, microbatch by microbatch."""
 
 
-class ScoreGatherer:
-    """Pairwise scores and self-influence from the same gradients."""
+class ScoreGatherer(Nothing):
+    """Pairwise scores and self-influence from the same gradients; they leave at once."""
 
     def __init__(self, pairwise: PairwiseScores, own: SelfScores | None) -> None:
         self._parts: list[PairwiseScores | SelfScores] = [pairwise]
         if own is not None:
             self._parts.append(own)
 
-    def add(self, draws: Sequence[Captured]) -> dict[str, Tensor]:
+    def add(self, draws: Sequence[Captured], counts: bool = True) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for part in self._parts:
             found |= part.add(draws)
         return found
-
-    def state(self) -> dict[str, Tensor]:
-        return {}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        pass
 
 
 def _on(basis: Eigenbasis, device: torch.device) -> Eigenbasis:

@@ -3,33 +3,91 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from raycurv.mathematics.blocks import Block
 from raycurv.stages.memory import give_back
 from raycurv.stages.stage import Stage, StageSpec
+from raycurv.stages.timeline import Span, actor_name, timed
+
+# Is told what befalls the actors: deaths, rebuilding, waiting for a place.
+Say = Callable[[str], None]
+
+
+class StageLost(Exception):
+    """A call was not answered: its stage's actor, or one that it depends on, is gone or hangs.
+
+    Not an error of the run: :meth:`Pool.repair` says whether it can go on.
+    """
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a task takes.
+
+    Attributes:
+        memory: bytes.
+        flops: floating-point operations, for the time that it may take.
+        name: what it is about.
+    """
+
+    memory: int = 0
+    flops: float = 0.0
+    name: str = ""
 
 
 class Pool(Protocol):
-    """Holds the stages of a chain and runs tasks beside them.
+    """Holds replicas of the stages of a chain and runs tasks beside them.
 
     Results are handles; a handle may be given to any later call, and is opened with :meth:`get`.
+
+    Attributes:
+        spans: what was done, until somebody takes it.
     """
+
+    spans: list[Span]
 
     @property
     def stages(self) -> int:
         """How many stages there are."""
         ...
 
-    def start(self, specs: Sequence[StageSpec]) -> None:
+    @property
+    def replicas(self) -> int:
+        """How many copies of each."""
+        ...
+
+    def start(self, specs: Sequence[StageSpec], replicas: int = 1) -> None:
         """Build the stages, in place of those that were there.
 
         Raises:
             UserError: a stage cannot load its weights.
+            RaycurvError: there is no place for them.
         """
         ...
 
-    def call(self, stage: int, method: str, *args: Any, returns: int = 1) -> Any:
-        """Call a stage's method; gives one handle, or a tuple of ``returns``."""
+    def assign(self, blocks: Sequence[tuple[Block, ...]]) -> None:
+        """Tell every stage, now and whenever it is built again, its blocks with their factors."""
+        ...
+
+    def call(
+        self,
+        stage: int,
+        method: str,
+        *args: Any,
+        returns: int = 1,
+        replica: int = 0,
+        to: int | None = None,
+        microbatch: int = -1,
+    ) -> Any:
+        """Call a stage's method; gives one handle, or a tuple of ``returns``.
+
+        Args:
+            to: the stage of the same replica that takes the first of what it gives, if only one
+                does.
+            microbatch: which it is about, for those who look on.
+        """
         ...
 
     def put(self, value: Any) -> Any:
@@ -37,14 +95,32 @@ class Pool(Protocol):
         ...
 
     def get(self, handle: Any) -> Any:
-        """The value of a handle; raises what the call raised."""
+        """The value of a handle; raises what the call raised.
+
+        Raises:
+            StageLost: it will never come.
+        """
+        ...
+
+    def repair(self, replica: int, lost: StageLost) -> tuple[int, ...]:
+        """Build again the stages of a replica whose actors are gone; gives their numbers.
+
+        The others drop what they had under way.
+
+        Raises:
+            RaycurvError: too many actors were lost, one microbatch kills them, or there is no place
+                for a new one.
+        """
         ...
 
     def map(
-        self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]
+        self,
+        function: Callable[..., Any],
+        arguments: Sequence[tuple[Any, ...]],
+        needs: Sequence[Need] | None = None,
     ) -> Iterator[tuple[int, Any]]:
         """Run a function on each tuple of arguments, in the order given; yields (place, result) as
-        they end."""
+        they end. A function may be run again elsewhere when its process dies."""
         ...
 
     def stop(self) -> None:
@@ -60,18 +136,40 @@ class InProcess:
     """Everything in this process, one call after the other: for debugging, and as an oracle."""
 
     def __init__(self) -> None:
-        self._stages: list[Stage] = []
+        self._replicas: list[list[Stage]] = []
+        self.spans: list[Span] = []
 
     @property
     def stages(self) -> int:
-        return len(self._stages)
+        return len(self._replicas[0]) if self._replicas else 0
 
-    def start(self, specs: Sequence[StageSpec]) -> None:
+    @property
+    def replicas(self) -> int:
+        return len(self._replicas)
+
+    def start(self, specs: Sequence[StageSpec], replicas: int = 1) -> None:
         self.stop()
-        self._stages = [Stage(spec) for spec in specs]
+        self._replicas = [[Stage(spec) for spec in specs] for _ in range(replicas)]
 
-    def call(self, stage: int, method: str, *args: Any, returns: int = 1) -> Any:
-        return getattr(self._stages[stage], method)(*args)
+    def assign(self, blocks: Sequence[tuple[Block, ...]]) -> None:
+        for stages in self._replicas:
+            for stage, mine in zip(stages, blocks, strict=True):
+                stage.assign(mine)
+
+    def call(
+        self,
+        stage: int,
+        method: str,
+        *args: Any,
+        returns: int = 1,
+        replica: int = 0,
+        to: int | None = None,
+        microbatch: int = -1,
+    ) -> Any:
+        called = getattr(self._replicas[replica][stage], method)
+        value, span = timed(actor_name(replica, stage), method, called, args)
+        self.spans.append(span)
+        return value
 
     def put(self, value: Any) -> Any:
         return value
@@ -79,15 +177,23 @@ class InProcess:
     def get(self, handle: Any) -> Any:
         return handle
 
+    def repair(self, replica: int, lost: StageLost) -> tuple[int, ...]:
+        raise AssertionError("nothing is lost in one process") from lost
+
     def map(
-        self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]
+        self,
+        function: Callable[..., Any],
+        arguments: Sequence[tuple[Any, ...]],
+        needs: Sequence[Need] | None = None,
     ) -> Iterator[tuple[int, Any]]:
         for i, args in enumerate(arguments):
-            yield i, function(*args)
+            value, span = timed("task", function.__name__, function, args)
+            self.spans.append(replace(span, note="" if needs is None else needs[i].name))
+            yield i, value
 
     def stop(self) -> None:
-        if self._stages:
-            self._stages = []
+        if self._replicas:
+            self._replicas = []
             give_back()
 
     def close(self) -> None:

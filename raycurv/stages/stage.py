@@ -6,7 +6,7 @@ to the gatherer of the pass that is under way. What is gathered is the pass's bu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -27,8 +27,21 @@ from raycurv.stages.memory import RESIDENT, give_back_at_once
 class Gatherer(Protocol):
     """What a stage accumulates in a pass, a whole microbatch at a time."""
 
-    def add(self, draws: Sequence[Captured]) -> dict[str, Tensor]:
-        """Add a microbatch (one item a draw); gives what the driver shall collect, N first."""
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of what it has gathered when the pass ends."""
+        ...
+
+    def add(self, draws: Sequence[Captured], counts: bool = True) -> dict[str, Tensor]:
+        """Add a microbatch (one item a draw); gives what the driver shall collect, N first.
+
+        Args:
+            counts: whether it enters the sums; they have it already when it does not.
+        """
+        ...
+
+    def result(self, name: str) -> Any:
+        """One of what it has gathered; its ``plus`` adds that of another replica."""
         ...
 
     def state(self) -> dict[str, Tensor]:
@@ -37,6 +50,10 @@ class Gatherer(Protocol):
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Go on from :meth:`state`."""
+        ...
+
+    def join(self, state: dict[str, Tensor]) -> None:
+        """Add what another gatherer found in other microbatches, given as its :meth:`state`."""
         ...
 
 
@@ -62,9 +79,22 @@ class Pass(Protocol):
         """The gatherer of a stage with these blocks."""
         ...
 
-    def close(self, gatherer: Any) -> None:
-        """Write what was gathered to where the pass's results go."""
+    def write(self, name: str, result: Any, blocks: Mapping[str, Block]) -> None:
+        """Write one of what was gathered, added up over replicas, to where results go."""
         ...
+
+
+@dataclass(frozen=True)
+class Commit:
+    """Where the last commit of a pass lies.
+
+    Attributes:
+        store: of the run.
+        files: names of the files of all stages, for each replica whose sums are wanted.
+    """
+
+    store: Store
+    files: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -98,6 +128,10 @@ class StageSpec:
     gives_back: int = RESIDENT
 
 
+# Among a commit's tensors: the microbatches that its sums contain.
+_SEEN = "seen"
+
+
 @dataclass
 class _Open:
     """A microbatch between its forward and its backward."""
@@ -112,6 +146,9 @@ class Stage:
 
     ``forward`` and ``backward`` of one microbatch belong together; the last stage does both in
     ``turn``. Microbatches come back in the order in which they went.
+
+    A stage knows which microbatches its sums contain. One that comes again after a failure goes
+    through as any other, for the sake of the other stages, but is not added again.
     """
 
     def __init__(self, spec: StageSpec) -> None:
@@ -127,7 +164,8 @@ class Stage:
         self._open: dict[int, _Open] = {}
         self._pass: Pass | None = None
         self._gatherer: Gatherer | None = None
-        self._added = -1
+        self._seen: set[int] = set()
+        self._last = -1
 
     def discover(self, batch: Batch, hidden: Tensor | None) -> tuple[Tensor, tuple[Block, ...]]:
         """Run one microbatch forward and see which blocks read the same tensor.
@@ -146,27 +184,34 @@ class Stage:
         self.blocks = blocks
         self._capture.blocks = {block.name: block for block in blocks}
 
-    def begin(self, work: Pass, commits: tuple[Store, Sequence[str]] | None = None) -> None:
-        """Start a pass, or go on with it from the files of a commit.
-
-        Args:
-            work: the pass.
-            commits: where its last commit lies, and the names of the files (all stages').
-        """
+    def begin(self, work: Pass, commit: Commit | None = None) -> None:
+        """Start a pass, or go on with it from a commit."""
         self._open.clear()
         self._pass = work
         self._gatherer = work.open(self.blocks, self.spec.dtype, self._device)
-        self._added = -1
-        if commits is not None:
-            store, names = commits
-            owners = {key.rpartition("/")[0] for key in self._gatherer.state()}
+        self._seen, self._last = set(), -1
+        if commit is None:
+            return
+        owners = {key.rpartition("/")[0] for key in self._gatherer.state()}
+        for number, names in enumerate(commit.files):
             state: dict[str, Tensor] = {}
             for name in names:
-                file = open_tensors(store, name)
+                file = open_tensors(commit.store, name)
+                if _SEEN in file.names:
+                    self._seen |= set(file.read(_SEEN).tolist())
                 for key in file.names:
-                    if key.rpartition("/")[0] in owners:
+                    if key.rpartition("/")[0] in owners and key != _SEEN:
                         state[key] = file.read(key)
-            self._gatherer.load(state)
+            if number == 0:
+                self._gatherer.load(state)
+            else:
+                self._gatherer.join(state)
+
+    def abort(self) -> tuple[int, ...]:
+        """Drop the microbatches under way, which will come again; gives those in the sums."""
+        self._open.clear()
+        self._last = -1
+        return tuple(sorted(self._seen))
 
     def forward(self, batch: Batch, hidden: Tensor | None) -> Tensor:
         """Hidden states after this stage's last layer; the graph stays for ``backward``."""
@@ -242,7 +287,7 @@ class Stage:
         """
         assert self._gatherer is not None
         # Additions happen in one order, or float sums would depend on chance.
-        assert index > self._added, f"microbatch {index} comes after {self._added}"
+        assert index > self._last, f"microbatch {index} comes after {self._last}"
         opened = self._open.pop(index)
         record, draws, back = opened.record, [], []
         sources = ([] if opened.entered is None else [opened.entered]) + record.leaves
@@ -262,19 +307,40 @@ class Stage:
                 back.append(torch.zeros_like(opened.entered) if first is None else first)
             draws.append(self._capture.captured(record, draw))
             check_finite(draws[-1])
-        results = self._gatherer.add(draws)
-        self._added = index
+        results = self._gatherer.add(draws, index not in self._seen)
+        self._seen.add(index)
+        self._last = index
         return (torch.stack(back) if back else None), {k: v.cpu() for k, v in results.items()}
 
     def commit(self, store: Store, name: str) -> None:
-        """Write everything gathered so far into one file, atomically."""
+        """Write all sums so far, and which microbatches they contain, into one file, atomically."""
         assert self._gatherer is not None and not self._open
-        write_tensors(store, name, self._gatherer.state(), {})
+        seen = torch.tensor(sorted(self._seen), dtype=torch.int64)
+        write_tensors(store, name, self._gatherer.state() | {_SEEN: seen}, {})
+
+    def names(self) -> tuple[str, ...]:
+        """Names of what the pass has gathered here."""
+        assert self._gatherer is not None and not self._open
+        return self._gatherer.names
+
+    def result(self, name: str) -> Any:
+        """One of what the pass has gathered here."""
+        assert self._gatherer is not None
+        return self._gatherer.result(name)
+
+    def joined(self, left: Any, right: Any) -> Any:
+        """The sum of two replicas' results."""
+        return left.plus(right)
+
+    def write(self, name: str, result: Any = None) -> None:
+        """Write a result: that of all replicas, or what was gathered here."""
+        assert self._pass is not None
+        blocks = {block.name: block for block in self.blocks}
+        self._pass.write(name, self.result(name) if result is None else result, blocks)
 
     def finish(self) -> None:
-        """End the pass: write its results, and forget its sums."""
-        assert self._pass is not None and self._gatherer is not None and not self._open
-        self._pass.close(self._gatherer)
+        """End the pass, and forget its sums."""
+        self._open.clear()
         self._pass = self._gatherer = None
 
     def _entering(self, hidden: Tensor | None, differentiates: bool) -> Tensor | None:

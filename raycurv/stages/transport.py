@@ -7,14 +7,13 @@ change it in place.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from raycurv.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -27,12 +26,12 @@ class Packed:
 
 
 def pack(value: Any) -> Any:
-    """``value`` with every tensor in it (in tuples, lists, dicts and batches) packed."""
+    """``value`` with every tensor in it (in tuples, lists, dicts and dataclasses) packed."""
     if isinstance(value, Tensor):
         flat = value.detach().cpu().contiguous().reshape(-1)
         data = flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
         return Packed(data, value.dtype, tuple(value.shape))
-    return _inside(value, pack)
+    return inside(value, pack)
 
 
 def unpack(value: Any) -> Any:
@@ -43,16 +42,35 @@ def unpack(value: Any) -> Any:
             return torch.empty(value.shape, dtype=value.dtype)
         flat = torch.from_numpy(np.array(value.data, copy=True))
         return flat.view(value.dtype).reshape(value.shape)
-    return _inside(value, unpack)
+    return inside(value, unpack)
 
 
-def _inside(value: Any, change: Any) -> Any:
+def inside(value: Any, change: Callable[[Any], Any]) -> Any:
+    """``value`` with what it holds changed; itself where that changes nothing."""
     if isinstance(value, tuple):
         return tuple(change(v) for v in value)
     if isinstance(value, list):
         return [change(v) for v in value]
     if isinstance(value, dict):
         return {k: change(v) for k, v in value.items()}
-    if isinstance(value, Batch) and is_dataclass(value):
-        return Batch(**{f.name: change(getattr(value, f.name)) for f in fields(value)})
+    if is_dataclass(value) and not isinstance(value, type):
+        held = {f.name: getattr(value, f.name) for f in fields(value) if f.init}
+        changed = {name: change(v) for name, v in held.items()}
+        # What holds no tensor may be of a kind that is not made from its fields.
+        if all(changed[name] is held[name] or _plain(held[name]) for name in held):
+            return value
+        return replace(value, **changed)
     return value
+
+
+def _plain(value: Any) -> bool:
+    """Whether a container holds no tensor."""
+    if isinstance(value, (Tensor, Packed)):
+        return False
+    if isinstance(value, (tuple, list)):
+        return all(_plain(v) for v in value)
+    if isinstance(value, dict):
+        return all(_plain(v) for v in value.values())
+    if is_dataclass(value) and not isinstance(value, type):
+        return all(_plain(getattr(value, f.name)) for f in fields(value))
+    return True

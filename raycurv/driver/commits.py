@@ -1,0 +1,67 @@
+"""Commits of a pass: points to which a run, or an actor that was lost, goes back.
+
+    PLACE/commit.json                             microbatches done, the plan, the files
+    PLACE/0000042/replica-0-stage-0.safetensors   sums, and the microbatches that they contain
+    PLACE/0000042/rows.parquet                    what the driver collected
+
+What is not in ``commit.json`` does not exist.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+from raycurv.files.store import Store
+
+
+@dataclass(frozen=True)
+class Committed:
+    """What was committed of a pass.
+
+    Attributes:
+        done: the first so many microbatches.
+        plan: mark of the plan that they are counted in.
+        rows: files of the sink.
+        sums: files of the stages, for each replica that there was.
+        finished: whether the pass has come to its end.
+    """
+
+    done: int
+    plan: str
+    rows: list[str] = field(default_factory=list)
+    sums: list[list[str]] = field(default_factory=list)
+    finished: bool = False
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the files of all stages."""
+        return [name for replica in self.sums for name in replica]
+
+
+def last_commit(store: Store, place: str, mark: str) -> Committed | None:
+    """A pass's last commit, if it is of the plan so marked and its files are there."""
+    said = store.read_json(f"{place}/commit.json")
+    if said is None or said["plan"] != mark:
+        return None
+    found = Committed(**said)
+    if not all(store.exists(name) for name in (*found.rows, *found.files)):
+        return None
+    return found
+
+
+def write_commit(store: Store, place: str, commit: Committed) -> None:
+    """Say that a commit exists; its files are there."""
+    store.write_json(f"{place}/commit.json", asdict(commit))
+
+
+def sums_name(place: str, done: int, replica: int, stage: int) -> str:
+    """Where a stage's sums of a commit lie."""
+    return f"{place}/{done:07d}/replica-{replica}-stage-{stage}.safetensors"
+
+
+def plan_mark(plan: Sequence[tuple[int, ...]]) -> str:
+    """Tells plans apart: another --batch-tokens makes other microbatches."""
+    return hashlib.blake2b(json.dumps(plan).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,228 @@
+"""A crew: all replicas of the resident stages in one pass, and what is done when one is lost.
+
+Microbatch m goes to replica m mod R, whatever happens: so the order of additions, and with it every
+bit of the sums, is the same with failures and without. When an actor is lost its replica alone goes
+back: the stage is built again, takes its last commit, and its microbatches since then go through
+the replica's stages once more; those that have them already pass them on and add nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from raycurv.driver.commits import Committed, sums_name
+from raycurv.driver.feed import Ends, Feed, Given
+from raycurv.driver.line import Arrived, Line
+from raycurv.files.store import Store
+from raycurv.stages.placement import tree
+from raycurv.stages.pool import Pool, StageLost
+from raycurv.stages.stage import Commit, Pass
+
+Place = tuple[int, int]
+
+
+class Crew:
+    """Takes microbatches through all replicas, and their sums to the end of the pass.
+
+    Args:
+        pool: with its stages started.
+        work: the pass.
+        feed: its microbatches.
+        ends: of the stages.
+        store: of the run.
+    """
+
+    def __init__(self, pool: Pool, work: Pass, feed: Feed, ends: Ends, store: Store) -> None:
+        self._pool, self._work, self._ends, self._store = pool, work, ends, store
+        self._lines = [Line(pool, r, work, feed, ends.keeps) for r in range(pool.replicas)]
+        self._sums: list[list[str]] = []
+        self._collected = -1
+        self._next: Callable[[int], tuple[int, Given] | None] = lambda replica: None
+
+    def begin(self, committed: Committed | None = None) -> None:
+        """Start the pass in all stages, from a commit if there is one."""
+        if committed is not None:
+            self._sums, self._collected = committed.sums, committed.done - 1
+        self._everywhere("begin", self._beginning)
+
+    def through(self, source: Iterator[tuple[int, Given]]) -> Iterator[Arrived]:
+        """Take microbatches through the stages; yields each when its results are there, in order.
+
+        Args:
+            source: the microbatches, ascending, with what enters with them; drawn from when a first
+                stage can take one.
+
+        Raises:
+            LostSpool: what entered with a microbatch that has to go again is gone.
+        """
+        order: deque[int] = deque()
+        queues: list[deque[tuple[int, Given]]] = [deque() for _ in self._lines]
+
+        def following(replica: int) -> tuple[int, Given] | None:
+            while not queues[replica]:
+                found = next(source, None)
+                if found is None:
+                    return None
+                order.append(found[0])
+                queues[found[0] % len(queues)].append(found)
+            return queues[replica].popleft()
+
+        self._next = following
+        try:
+            for line in self._lines:
+                self._open(line)
+            while True:
+                # In turns, so that all replicas have work before anything is waited for.
+                while any([line.step() for line in self._lines]):
+                    pass
+                if not order:
+                    return
+                m = order.popleft()
+                arrived = self._collect(self._lines[m % len(self._lines)], m)
+                self._collected = m
+                yield arrived
+        finally:
+            self._next = lambda replica: None
+
+    def commit(self, place: str, done: int) -> list[list[str]]:
+        """Write the sums of all stages; gives the files' names, replica by replica."""
+        names = [
+            [sums_name(place, done, r, s) for s in range(self._pool.stages)]
+            for r in range(self._pool.replicas)
+        ]
+        self._everywhere("commit", lambda r, s: (self._store, names[r][s]))
+        return names
+
+    def committed(self, sums: list[list[str]]) -> None:
+        """Say that a commit exists: from now on, that is where a lost stage goes on from."""
+        self._sums = sums
+        for line in self._lines:
+            line.since.clear()
+
+    def finish(self) -> None:
+        """Add up what was gathered over replicas, write it, and end the pass."""
+        names = self._everywhere("names", lambda r, s: ())
+        # Stages side by side; a name at a time of each.
+        left = [
+            (stage, name)
+            for number in range(max(len(names[0, s]) for s in range(self._pool.stages)))
+            for stage in range(self._pool.stages)
+            for name in names[0, stage][number : number + 1]
+        ]
+        self._write(left)
+        for r, s in itertools.product(range(self._pool.replicas), range(self._pool.stages)):
+            # Who is lost has nothing to lose any more: the next pass finds out.
+            with contextlib.suppress(StageLost):
+                self._pool.get(self._pool.call(s, "finish", replica=r))
+
+    # Parts
+
+    def _write(self, left: list[tuple[int, str]]) -> None:
+        """Write results, each once: after a failure only those that were not written."""
+        while left:
+            under: deque[tuple[tuple[int, str], Any]] = deque()
+            ahead = iter(list(left))
+            try:
+                while True:
+                    for following in itertools.islice(ahead, 2 * self._pool.stages - len(under)):
+                        under.append((following, self._added_up(*following)))
+                    if not under:
+                        return
+                    found, handle = under[0]
+                    self._pool.get(handle)
+                    under.popleft()
+                    left.remove(found)
+            except StageLost as lost:
+                for line in self._lines:
+                    self._recover(line, lost)
+                    self._drain(line)
+
+    def _added_up(self, stage: int, name: str) -> Any:
+        """A handle of one result's writing: between actors, along a tree over replicas."""
+        if self._pool.replicas == 1:
+            return self._pool.call(stage, "write", name)
+        parts = [
+            self._pool.call(stage, "result", name, replica=r) for r in range(self._pool.replicas)
+        ]
+        for left, right, by in tree(self._pool.replicas):
+            parts[left] = self._pool.call(stage, "joined", parts[left], parts[right], replica=by)
+        return self._pool.call(stage, "write", name, parts[0])
+
+    def _everywhere(
+        self, method: str, args: Callable[[int, int], tuple[Any, ...]]
+    ) -> dict[Place, Any]:
+        """Call a method of every stage of every replica, again where one was lost."""
+        left = [(r, s) for r in range(self._pool.replicas) for s in range(self._pool.stages)]
+        found: dict[Place, Any] = {}
+        while left:
+            handles = {(r, s): self._pool.call(s, method, *args(r, s), replica=r) for r, s in left}
+            lost: dict[int, StageLost] = {}
+            for place, handle in handles.items():
+                try:
+                    found[place] = self._pool.get(handle)
+                except StageLost as found_lost:
+                    lost[place[0]] = found_lost
+            left = [place for place in left if place not in found]
+            for replica, error in lost.items():
+                self._recover(self._lines[replica], error)
+                # The method speaks of everything that went through; so let it go through.
+                self._drain(self._lines[replica])
+        return found
+
+    def _beginning(self, replica: int, stage: int) -> tuple[Any, ...]:
+        mine = self._sums[replica :: self._pool.replicas]
+        if not mine:
+            return (self._work, None)
+        return (self._work, Commit(self._store, tuple(tuple(names) for names in mine)))
+
+    def _open(self, line: Line, again: Sequence[tuple[int, Given]] = ()) -> None:
+        line.open(lambda: self._next(line.replica), again)
+
+    def _collect(self, line: Line, m: int) -> Arrived:
+        while True:
+            try:
+                arrived = line.collect()
+            except StageLost as lost:
+                self._recover(line, lost)
+                continue
+            assert arrived is not None
+            # What has to go again for the sake of one stage was collected before.
+            if arrived.microbatch == m:
+                return arrived
+
+    def _drain(self, line: Line) -> None:
+        """Let everything go through that has to go again; all of it was collected before."""
+        while True:
+            try:
+                if line.collect() is None:
+                    return
+            except StageLost as lost:
+                self._recover(line, lost)
+
+    def _recover(self, line: Line, lost: StageLost) -> None:
+        """Have the lost stages of a replica built again, and send in what they lack."""
+        pool, replica = self._pool, line.replica
+        waiting = line.waiting
+        while True:
+            try:
+                rebuilt = pool.repair(replica, lost)
+                for handle in [
+                    pool.call(stage, "begin", *self._beginning(replica, stage), replica=replica)
+                    for stage in rebuilt
+                ]:
+                    pool.get(handle)
+                answers = [
+                    pool.call(stage, "abort", replica=replica) for stage in range(pool.stages)
+                ]
+                seen = [set(pool.get(handle)) for handle in answers]
+                break
+            except StageLost as again:
+                lost = again
+        lacking = [
+            m for m in line.since if m > self._collected or not all(m in each for each in seen)
+        ]
+        self._open(line, [(m, waiting[m] if m in waiting else self._ends.load(m)) for m in lacking])

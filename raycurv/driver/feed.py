@@ -1,0 +1,80 @@
+"""What goes through the resident stages: microbatches, and what lies before and behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from raycurv.batch import Batch
+
+Results = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Feed:
+    """The microbatches of a pass.
+
+    Attributes:
+        plan: example numbers of each.
+        read: packs one.
+        lengths: tokens of every example, for the rate shown.
+    """
+
+    plan: Sequence[tuple[int, ...]]
+    read: Callable[[int, Sequence[int]], Batch]
+    lengths: Sequence[int]
+
+    def tokens(self, microbatch: int) -> int:
+        """Tokens of a microbatch, without padding."""
+        return sum(self.lengths[n] for n in self.plan[microbatch])
+
+
+@dataclass(frozen=True)
+class Given:
+    """What enters the resident stages with a microbatch.
+
+    Attributes:
+        hidden: for the first of them; ``None`` if it embeds the inputs.
+        gradient: for the last of them, ``[draws, ...]``; ``None`` if it starts from the loss.
+        carried: what the stages behind them found.
+    """
+
+    hidden: Tensor | None = None
+    gradient: Tensor | None = None
+    carried: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Ends(Protocol):
+    """What lies before and behind the resident stages."""
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the tensor that leaves is wanted."""
+        ...
+
+    def load(self, microbatch: int) -> Given:
+        """What enters.
+
+        Raises:
+            LostSpool: it has to be made again.
+        """
+        ...
+
+    def leave(self, microbatch: int, tensor: Tensor | None, results: Results) -> None:
+        """Take what leaves: hidden states, or gradients; and all that was found so far."""
+        ...
+
+
+class ModelEnds:
+    """All stages are resident: nothing enters but the inputs, nothing leaves but results."""
+
+    keeps = False
+
+    def load(self, microbatch: int) -> Given:
+        return Given()
+
+    def leave(self, microbatch: int, tensor: Tensor | None, results: Results) -> None:
+        pass

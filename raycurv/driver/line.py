@@ -1,0 +1,161 @@
+"""A line: the stages of one replica, and the microbatches on their way through them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from raycurv.driver.feed import Feed, Given, Results
+from raycurv.stages.pool import Pool
+from raycurv.stages.schedule import Operation, pipelined
+from raycurv.stages.stage import Pass
+
+# Gives the next microbatch of a replica, and what enters with it; None when there is none for now.
+Next = Callable[[], tuple[int, Given] | None]
+
+
+@dataclass
+class _Under:
+    """A microbatch on its way: what was given with it, and handles of what it leaves."""
+
+    given: Given
+    batch: Any
+    hidden: Any
+    gradient: Any = None
+    results: list[Any] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """A microbatch that has been through.
+
+    Attributes:
+        microbatch: which.
+        given: what entered with it.
+        leaving: hidden states or gradients, where they are wanted.
+        results: what every stage found, in their order.
+    """
+
+    microbatch: int
+    given: Given
+    leaving: Tensor | None
+    results: list[Results]
+
+
+class Line:
+    """Submits the operations of one replica as the schedule says.
+
+    Args:
+        pool: holds the stages.
+        replica: which.
+        work: the pass.
+        feed: its microbatches.
+        keeps: whether what leaves the stages is wanted.
+
+    Attributes:
+        since: microbatches that entered since the last commit, ascending.
+    """
+
+    def __init__(self, pool: Pool, replica: int, work: Pass, feed: Feed, keeps: bool) -> None:
+        self._pool, self.replica, self._work = pool, replica, work
+        self._feed, self._keeps = feed, keeps
+        self.since: list[int] = []
+        self._under: dict[int, _Under] = {}
+        self._ended: deque[int] = deque()
+        self._operations: Iterator[Operation] = iter(())
+
+    @property
+    def waiting(self) -> dict[int, Given]:
+        """Microbatches that entered and were not collected, with what was given."""
+        return {m: under.given for m, under in self._under.items()}
+
+    def open(self, following: Next, again: Iterable[tuple[int, Given]] = ()) -> None:
+        """Take microbatches in from now on; what was under way is forgotten.
+
+        Args:
+            following: gives one after the other.
+            again: those that come before, which have entered already.
+        """
+        self._under, self._ended = {}, deque()
+
+        def source() -> Iterator[int]:
+            for m, given in again:
+                self._enter(m, given)
+                yield m
+            while (found := following()) is not None:
+                self.since.append(found[0])
+                self._enter(*found)
+                yield found[0]
+
+        self._operations = pipelined(self._pool.stages, source())
+
+    def step(self) -> bool:
+        """Submit one operation; gives whether there was one and room for it."""
+        # Bounded in flight: no more than the pipeline holds, twice, waits to be collected.
+        if len(self._ended) > self._pool.stages:
+            return False
+        for operation in self._operations:
+            self._submit(operation)
+            return True
+        return False
+
+    def collect(self) -> Arrived | None:
+        """The oldest microbatch that has been submitted to its end; ``None`` when all are
+        collected.
+
+        Raises:
+            StageLost: it will not come.
+        """
+        while not self._ended:
+            if not self.step():
+                return None
+        m = self._ended[0]
+        found = self._under[m]
+        get = self._pool.get
+        # Stages answered from the last to the first.
+        results = [get(handle) for handle in reversed(found.results)]
+        leaving = get(found.gradient) if self._keeps else None
+        self._ended.popleft()
+        del self._under[m]
+        return Arrived(m, found.given, leaving, results)
+
+    def _enter(self, m: int, given: Given) -> None:
+        put = self._pool.put
+        hidden = None if given.hidden is None else put(given.hidden)
+        self._under[m] = _Under(given, put(self._feed.read(m, self._feed.plan[m])), hidden)
+
+    def _submit(self, operation: Operation) -> None:
+        m, stage = operation.microbatch, operation.stage
+        here = self._under[m]
+        if operation.kind == "forward":
+            here.hidden = self._call(operation, here.batch, here.hidden, to=stage + 1)
+            return
+        before = stage - 1 if stage > 0 else None
+        if operation.kind == "turn":
+            if self._work.target == "nothing":
+                before = None  # nobody goes back
+            back = None if here.given.gradient is None else self._pool.put(here.given.gradient)
+            here.gradient, found = self._call(
+                operation, here.batch, here.hidden, back, to=before, returns=2
+            )
+            here.results.append(found)
+            here.batch = here.hidden = None
+        elif self._work.target != "nothing":
+            here.gradient, found = self._call(operation, m, here.gradient, to=before, returns=2)
+            here.results.append(found)
+        if stage == 0:
+            self._ended.append(m)
+
+    def _call(self, operation: Operation, *args: Any, **how: Any) -> Any:
+        return self._pool.call(
+            operation.stage,
+            operation.kind,
+            *args,
+            replica=self.replica,
+            microbatch=operation.microbatch,
+            **how,
+        )

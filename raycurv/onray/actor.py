@@ -1,0 +1,127 @@
+"""A stage's actor: what comes in is unpacked, what goes out is packed, and every call is timed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+import torch
+
+from raycurv.errors import RaycurvError
+from raycurv.onray.metrics import ActorMetrics
+from raycurv.stages.memory import give_back, give_back_at_once
+from raycurv.stages.stage import Stage, StageSpec
+from raycurv.stages.timeline import Span, actor_name, timed
+from raycurv.stages.transport import pack, unpack
+
+# What these give is taken by another actor, never by the driver.
+_BETWEEN = ("forward", "result", "joined")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the driver collects of a call: its value, and what the actor did since the last one."""
+
+    value: Any
+    spans: tuple[Span, ...]
+
+
+class StageActor:
+    """A stage behind the transport.
+
+    Args:
+        replica, stage: its place.
+    """
+
+    def __init__(self, replica: int, stage: int) -> None:
+        self._name = actor_name(replica, stage)
+        self._stage: Stage | None = None
+        self._spans: list[Span] = []
+        self._metrics = ActorMetrics(self._name)
+
+    def ready(self) -> tuple[str, int]:
+        """Answers once the actor has a place: the node that it is on, and its process."""
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+
+    def build(self, spec: StageSpec) -> None:
+        """Build the stage, once the one that was there has gone.
+
+        Not in the constructor: of what that raises, Ray hands on the text alone.
+        """
+        self.drop()
+        spec = replace(spec, device=self._device(spec.device))
+        self._stage, span = timed(self._name, "load", Stage, (spec,))
+        self._note(span)
+
+    def drop(self) -> None:
+        """Let the stage go, and its memory."""
+        if self._stage is not None:
+            self._stage = None
+            give_back()
+
+    def call(self, method: str, returns: int, *args: Any) -> Any:
+        """Call a method of the stage.
+
+        The last of what it gives is an :class:`Answer`, unless it goes to another actor.
+        """
+        called: Callable[..., Any] = getattr(self._stage, method)
+        value, span = timed(self._name, method, called, args, unpack, pack)
+        self._note(span)
+        self._metrics.passed(args)
+        if method in _BETWEEN:
+            return value
+        spans, self._spans = tuple(self._spans), []
+        if returns == 1:
+            return Answer(value, spans)
+        return (*value[:-1], Answer(value[-1], spans))
+
+    def abort(self) -> None:
+        """Drop what is under way."""
+        if self._stage is not None:
+            self._stage.abort()
+
+    def _note(self, span: Span) -> None:
+        self._metrics.note(span)
+        self._spans.append(span)
+
+    def _device(self, wanted: str) -> str:
+        return wanted if wanted == "cpu" else assigned_gpu(self._name)
+
+
+def assigned_gpu(who: str) -> str:
+    """The device that Ray has assigned to this process, checked.
+
+    Raises:
+        RaycurvError: it assigned none, or torch does not see it.
+    """
+    ids = ray.get_gpu_ids()
+    if not ids:
+        raise RaycurvError(
+            who, "a GPU assigned by Ray", "none",
+            "Run with --device cpu, or on nodes whose GPUs Ray knows (`ray status`).",
+        )  # fmt: skip
+    count = torch.cuda.device_count()
+    if not torch.cuda.is_available() or count == 0:
+        raise RaycurvError(
+            who, f"GPU {ids[0]}, which Ray assigned, visible to torch",
+            f"{count} devices (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')!r}, "
+            f"torch {torch.__version__})",
+            "Install a torch with CUDA on the workers, or run with --device cpu.",
+        )  # fmt: skip
+    # Ray leaves only the assigned devices visible; where it may not, its number is the device's.
+    return "cuda:0" if count == len(ids) else f"cuda:{int(ids[0])}"
+
+
+def run_task(
+    function: Callable[..., Any], args: tuple[Any, ...], gpu: bool, note: str
+) -> tuple[Any, Span]:
+    """Run a function on one thread: as many at once as there are cores beats one at a time."""
+    torch.set_num_threads(1)
+    give_back_at_once()
+    if gpu:
+        torch.cuda.set_device(assigned_gpu(f"task {note}"))
+    value, span = timed("task", function.__name__, function, args)
+    return value, replace(span, note=note)

@@ -1,0 +1,85 @@
+"""What Ray's Prometheus endpoint shows of a job: counters and gauges, by actor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.util.metrics import Counter, Gauge
+
+from raycurv.batch import Batch
+from raycurv.stages.timeline import Span
+
+
+class ActorMetrics:
+    """The metrics of one stage's actor.
+
+    Args:
+        name: of the actor, the metrics' tag.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._tags = {"actor": name}
+        self._seconds = Counter(
+            "raycurv_seconds",
+            "Seconds of an actor that went into computing, transport and waiting for work.",
+            tag_keys=("actor", "kind"),
+        )
+        self._tokens = Counter(
+            "raycurv_tokens",
+            "Tokens, without padding, that came by an actor on their way forward.",
+            tag_keys=("actor",),
+        )
+        self._microbatches = Counter(
+            "raycurv_microbatches",
+            "Microbatches that came by an actor on their way forward.",
+            tag_keys=("actor",),
+        )
+        self._memory = Gauge(
+            "raycurv_memory_bytes", "Anonymous resident memory of an actor.", tag_keys=("actor",)
+        )
+        self._ended: float | None = None
+
+    def note(self, span: Span) -> None:
+        """An operation has ended."""
+        if self._ended is not None:
+            self._count("wait", span.start - self._ended)
+        self._count("transport", span.transport)
+        self._count("compute", span.end - span.start - span.transport)
+        self._ended = span.end
+        self._memory.set(span.memory, self._tags)
+
+    def passed(self, args: tuple[Any, ...]) -> None:
+        """A call with these arguments was made; a microbatch counts when it goes forward."""
+        if args and isinstance(args[0], Batch):
+            batch: Any = args[0]
+            self._microbatches.inc(1, self._tags)
+            tokens = len(batch.ids) if batch.mask is None else int(batch.mask.data.sum())
+            self._tokens.inc(tokens, self._tags)
+
+    def _count(self, kind: str, seconds: float) -> None:
+        if seconds > 0:
+            self._seconds.inc(seconds, {**self._tags, "kind": kind})
+
+
+class DriverMetrics:
+    """The metrics of the driver."""
+
+    def __init__(self) -> None:
+        self._failures = Counter(
+            "raycurv_retries",
+            "Actors built again and tasks run again after a failure.",
+            tag_keys=("what",),
+        )
+        self._tasks = Gauge(
+            "raycurv_tasks_left",
+            "Tasks (eigendecompositions and the like) that have not ended yet.",
+            tag_keys=("task",),
+        )
+
+    def retried(self, what: str) -> None:
+        """An actor or a task is tried again."""
+        self._failures.inc(1, {"what": what})
+
+    def left(self, task: str, count: int) -> None:
+        """So many tasks of a kind have not ended."""
+        self._tasks.set(count, {"task": task})

@@ -1,0 +1,176 @@
+"""Functions as tasks over the whole cluster: the longest first, on whatever is idle, elsewhere
+again when a process dies.
+
+Actors and tasks take turns: while a phase of tasks runs, the cores that actors reserve are idle, so
+tasks are sent to those, pinned to their node; and to the cluster's free cores, by Ray.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayTaskError,
+    TaskCancelledError,
+    WorkerCrashedError,
+)
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raycurv.errors import RaycurvError
+from raycurv.onray.actor import run_task
+from raycurv.onray.connection import nodes
+from raycurv.onray.metrics import DriverMetrics
+from raycurv.onray.placement import Places
+from raycurv.stages.failures import Failures, Limits
+from raycurv.stages.placement import Slot, next_task
+from raycurv.stages.pool import Need, Say
+from raycurv.stages.timeline import Span
+
+_LOST = (
+    WorkerCrashedError, OutOfMemoryError, NodeDiedError, ObjectLostError, TaskCancelledError,
+)  # fmt: skip
+# Slower than any core: what a task may take beyond the time for a hang.
+_SLOWEST_FLOPS = 2e8
+# Where Ray may choose the node.
+_ANYWHERE = ""
+
+
+@dataclass
+class _Running:
+    """A task under way."""
+
+    task: int
+    slot: Slot
+    since: float = field(default_factory=time.monotonic)
+
+
+@dataclass
+class Tasks:
+    """Runs functions once each.
+
+    Attributes:
+        places: of the actors, whose cores are idle; ``None`` without actors.
+        limits: what is borne.
+        failures: counts them.
+        metrics: shows what is left.
+        say: is told of failures.
+    """
+
+    places: Places | None
+    limits: Limits
+    failures: Failures
+    metrics: DriverMetrics
+    say: Say
+
+    def run(
+        self,
+        function: Callable[..., Any],
+        arguments: Sequence[tuple[Any, ...]],
+        needs: Sequence[Need] | None,
+        gpu: bool,
+    ) -> Iterator[tuple[int, tuple[Any, Span]]]:
+        """Run a function on each of some arguments; yields (place, (value, span)) as they end.
+
+        Raises:
+            RaycurvError: what the function raises; or too many failures.
+        """
+        needs = needs or [Need()] * len(arguments)
+        slots = self._slots(gpu, len(arguments))
+        memory = {node.id: node.memory for node in nodes()}
+        memory[_ANYWHERE] = max(memory.values(), default=0)
+        waiting = list(range(len(arguments)))
+        shunned: dict[int, set[str]] = {}
+        running: dict[Any, _Running] = {}
+        name = function.__name__
+        while waiting or running:
+            while True:
+                busy = [(r.slot, needs[r.task].memory) for r in running.values()]
+                found = next_task(waiting, slots, busy, [n.memory for n in needs], memory, shunned)
+                if found is None:
+                    break
+                task, slot = found
+                waiting.remove(task)
+                need = needs[task]
+                options = self._options(slot, need, memory)
+                remote = ray.remote(max_retries=0, **options)(run_task)
+                handle = remote.remote(function, arguments[task], gpu, need.name)
+                running[handle] = _Running(task, slot)
+            self.metrics.left(name, len(waiting) + len(running))
+            done, _ = ray.wait(list(running), num_returns=1, timeout=self._patience(running, needs))
+            if not done:
+                self._cancel_hung(running, needs)
+                continue
+            here = running.pop(done[0])
+            try:
+                value = ray.get(done[0])
+            except (RayTaskError, *_LOST) as error:
+                cause = error.cause if isinstance(error, RayTaskError) else error
+                if isinstance(cause, RaycurvError):
+                    raise cause from None
+                if not isinstance(cause, _LOST):
+                    raise
+                self._again(name, needs[here.task], cause)
+                shunned.setdefault(here.task, set()).add(here.slot.node)
+                waiting.insert(0, here.task)
+                slots = self._slots(gpu, len(arguments))
+                memory |= {node.id: node.memory for node in nodes()}
+                continue
+            yield here.task, value
+        self.metrics.left(name, 0)
+
+    def _slots(self, gpu: bool, most: int) -> list[Slot]:
+        """Where one task each can run now: actors' cores, and so many others as are free."""
+        if gpu and self.places is not None:
+            return [Slot(node, number) for number, (node, _) in enumerate(self.places.gpu_tasks())]
+        alive = {node.id for node in nodes()}
+        reserved = {} if self.places is None else self.places.cores()
+        slots = [
+            Slot(node, number)
+            for node, cores in reserved.items()
+            if node in alive
+            for number in range(cores)
+        ]
+        free = int(ray.available_resources().get("CPU", 0.0) + 1e-3)
+        if not slots:
+            # Ray starts a task when there is room, however long that takes.
+            free = max(free, int(sum(node.cpus for node in nodes())), 1)
+        return slots + [Slot(_ANYWHERE, number) for number in range(min(free, most))]
+
+    def _options(self, slot: Slot, need: Need, memory: dict[str, int]) -> dict[str, Any]:
+        if self.places is not None and slot.node != _ANYWHERE:
+            on_gpus = self.places.gpu_tasks()
+            if on_gpus:
+                return on_gpus[slot.number][1]
+            # The actors' reservation is the tasks' while actors wait.
+            strategy = NodeAffinitySchedulingStrategy(slot.node, soft=True)
+            return {"num_cpus": 0, "scheduling_strategy": strategy}
+        return {"num_cpus": 1, "memory": min(need.memory, memory[_ANYWHERE])}
+
+    def _patience(self, running: dict[Any, _Running], needs: Sequence[Need]) -> float:
+        now = time.monotonic()
+        ends = [r.since + self._may_take(needs[r.task]) for r in running.values()]
+        return max(0.0, min(ends) - now)
+
+    def _may_take(self, need: Need) -> float:
+        return self.limits.hang_seconds + need.flops / _SLOWEST_FLOPS
+
+    def _cancel_hung(self, running: dict[Any, _Running], needs: Sequence[Need]) -> None:
+        now = time.monotonic()
+        for handle, one in running.items():
+            if now - one.since >= self._may_take(needs[one.task]):
+                self.say(f"task {needs[one.task].name} hangs; it is ended")
+                ray.cancel(handle, force=True)
+                one.since = now
+
+    def _again(self, name: str, need: Need, cause: BaseException) -> None:
+        text = " ".join(str(cause).split())[:300]
+        self.say(f"{name} of {need.name} was lost: {text}; running it elsewhere")
+        self.metrics.retried("task")
+        self.failures.count(f"{name} of {need.name}", "run", -1, text)
