@@ -42,6 +42,7 @@ from raycurv.driver.progress import Reporter
 from raycurv.driver.rows import ExampleRows, write_drawn, write_examples
 from raycurv.driver.settings import DTYPES, FitSettings, identity
 from raycurv.driver.sweep import Sweep, Task, open_spool
+from raycurv.driver.timeline import write_timeline
 from raycurv.driver.workers import Workers
 from raycurv.errors import DamagedFile
 from raycurv.files.artifacts import (
@@ -134,7 +135,7 @@ def fit(
     try:
         job.run()
     finally:
-        workers.close()
+        workers.close(store)
     for name, seconds in reporter.seconds.items():
         manifest.seconds[name] = manifest.seconds.get(name, 0.0) + seconds
     manifest.write(store)
@@ -455,6 +456,7 @@ class _Fit:
                         self.store.delete(factor_file(order[place]))
                     if outcome != "ok":
                         self.reporter.say(f"factor {order[place]}: {outcome}")
+            write_timeline(self.store, pool, "eigendecompositions")
         if group == 0:
             self._done("eigen")
 

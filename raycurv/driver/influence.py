@@ -139,7 +139,7 @@ def influence(
     try:
         job.run()
     finally:
-        workers.close()
+        workers.close(store)
     for name, seconds in reporter.seconds.items():
         manifest.seconds[name] = manifest.seconds.get(name, 0.0) + seconds
     manifest.write(store)

@@ -17,6 +17,7 @@ from raycurv.driver.commits import Committed, last_commit, plan_mark, write_comm
 from raycurv.driver.crew import Crew
 from raycurv.driver.feed import Ends, Feed, Given, Results
 from raycurv.driver.progress import Reporter
+from raycurv.driver.timeline import write_timeline
 from raycurv.files.spool import LostSpool
 from raycurv.files.store import Store
 from raycurv.stages.pool import Pool
@@ -143,6 +144,7 @@ def run_pass(
                 stale, at = at, Committed(done, mark, rows, sums)
                 write_commit(store, place, at)
                 crew.committed(sums)
+                write_timeline(store, pool, label)
                 for name in set(stale.files) - set(at.files):
                     store.delete(name)
             writing = time.monotonic() - started
@@ -153,6 +155,7 @@ def run_pass(
         # Results first, then the word that they are there.
         crew.finish()
         write_commit(store, place, Committed(done, mark, rows, finished=True))
+        write_timeline(store, pool, label)
         for name in at.files:
             store.delete(name)
     return rows
@@ -201,6 +204,7 @@ def take_through(
                 phase.advance(1, feed.tokens(arrived.microbatch))
             stopping.stop_if_asked()
         crew.finish()
+        write_timeline(store, pool, label)
     if lost:
         raise lost[0]
 

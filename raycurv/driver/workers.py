@@ -11,7 +11,9 @@ import torch
 
 from raycurv.driver.progress import Reporter
 from raycurv.driver.settings import Execution
+from raycurv.driver.timeline import write_timeline
 from raycurv.errors import UserError
+from raycurv.files.store import Store
 from raycurv.mathematics.blocks import Block
 from raycurv.models.model import Model
 from raycurv.stages.memory import RESIDENT, SWEPT
@@ -151,9 +153,15 @@ class Workers:
             return f"stage {mine.start + 1} of {stages}"
         return f"stages {mine.start + 1} to {mine.stop} of {stages}"
 
-    def close(self) -> None:
-        """Let go of everything."""
+    def close(self, store: Store | None = None) -> None:
+        """Let go of everything.
+
+        Args:
+            store: where the timeline goes on, if anywhere.
+        """
         if self._pool is not None:
+            if store is not None:
+                write_timeline(store, self._pool, "")
             self._pool.close()
             self._pool = self.resident = None
 

@@ -61,6 +61,23 @@ SPECTRUM = pa.schema(
 )
 
 
+TIMELINE = pa.schema(
+    [
+        ("phase", pa.string()),
+        ("actor", pa.string()),
+        ("operation", pa.string()),
+        ("microbatch", pa.int32()),
+        ("start", pa.timestamp("us", "UTC")),
+        ("end", pa.timestamp("us", "UTC")),
+        ("transport", pa.float64()),
+        ("note", pa.string()),
+        ("node", pa.string()),
+        ("pid", pa.int32()),
+        ("memory", pa.int64()),
+    ]
+)
+
+
 def examples_schema(double: bool) -> pa.Schema:
     """``tables/examples``: one row a training example."""
     number = _number(double)

@@ -34,6 +34,8 @@ def connect(address: str | None) -> bool:
     if ray.is_initialized():
         return False
     address = address_of(address)
+    # A call whose actor is lost is seen to by whoever waits for the calls behind it.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     quiet = {"logging_level": "warning", "log_to_driver": False}
     if address == "local":
         ray.init(address="local", include_dashboard=False, **quiet)
