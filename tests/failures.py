@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,14 +20,15 @@ from raycurv.onray.pool import OnRay
 
 @dataclass
 class Strike:
-    """A signal for the actor that is about to be asked for something.
+    """A blow to the actor that is about to be asked for something.
 
     Attributes:
         method: what is asked for.
         microbatch: of which; any if ``None``.
         replica, stage: of whom.
-        number: which signal.
+        act: is given the actor, its ``pid`` and ``node``; kills it by default.
         skip: so many such calls pass before.
+        after: only when that one has struck.
         done: whether it has struck.
     """
 
@@ -35,13 +36,16 @@ class Strike:
     microbatch: int | None = None
     replica: int = 0
     stage: int = 0
-    number: int = signal.SIGKILL
+    act: Callable[[Any], None] = lambda actor: os.kill(actor.pid, signal.SIGKILL)
     skip: int = 0
+    after: Strike | None = None
     done: bool = field(default=False)
 
     def meets(self, method: str, microbatch: int, replica: int, stage: int) -> bool:
         """Whether this call is the moment."""
         if self.done or (method, replica, stage) != (self.method, self.replica, self.stage):
+            return False
+        if self.after is not None and not self.after.done:
             return False
         if self.microbatch is not None and self.microbatch != microbatch:
             return False
@@ -59,13 +63,18 @@ def striking(*strikes: Strike) -> Iterator[None]:
         for strike in strikes:
             if strike.meets(method, microbatch, replica, stage):
                 strike.done = True
-                os.kill(pool._actors[replica][stage].pid, strike.number)
+                strike.act(pool._actors[replica][stage])
         return called(pool, stage, method, *args, **how)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OnRay, "call", call)
         yield
     assert all(strike.done for strike in strikes), "a strike found no moment"
+
+
+def hang(actor: Any) -> None:
+    """Stop a process without ending it."""
+    os.kill(actor.pid, signal.SIGSTOP)
 
 
 def timeline(folder: Path | str) -> list[dict[str, Any]]:

@@ -16,9 +16,9 @@ import torch
 from commands import classified, classifier, flags_of, run_here, write_rows
 from dense import worst
 from networks import LLAMA, MLP, REGRESSION, Case, arrays
+from results import assert_same
 from safetensors.torch import load_file
 from test_corrected import EXACT, bases
-from test_resume import assert_same
 
 import raycurv
 from raycurv import UserError

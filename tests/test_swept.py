@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 import torch
 from commands import classifier, flags_of, run_here, write_rows
+from results import assert_close, assert_same
 from test_resume import (
     FIT,
     INFLUENCE,
     POINTS,
     QUERIES,
     ROWS,
-    assert_close,
-    assert_same,
     commits,
     delete,
     each_stop,

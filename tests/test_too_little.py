@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 from commands import classified, classifier
-from test_resume import FIT, assert_same
+from results import assert_same
+from test_resume import FIT
 
 import raycurv
 from raycurv.errors import NoSpace

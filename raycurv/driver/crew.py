@@ -137,8 +137,10 @@ class Crew:
                     under.popleft()
                     left.remove(found)
             except StageLost as lost:
+                # An addition fails with either of its sides: look at all replicas.
+                if not any([self._recover(line) for line in self._lines]):
+                    self._recover(self._lines[0], lost)
                 for line in self._lines:
-                    self._recover(line, lost)
                     self._drain(line)
 
     def _added_up(self, stage: int, name: str) -> Any:
@@ -203,13 +205,15 @@ class Crew:
             except StageLost as lost:
                 self._recover(line, lost)
 
-    def _recover(self, line: Line, lost: StageLost) -> None:
-        """Have the lost stages of a replica built again, and send in what they lack."""
+    def _recover(self, line: Line, lost: StageLost | None = None) -> bool:
+        """Have the lost stages of a replica built again, and send in what they lack; gives whether
+        there were any."""
         pool, replica = self._pool, line.replica
-        waiting = line.waiting
+        waiting, some = line.waiting, False
         while True:
             try:
                 rebuilt = pool.repair(replica, lost)
+                some = some or bool(rebuilt)
                 for handle in [
                     pool.call(stage, "begin", *self._beginning(replica, stage), replica=replica)
                     for stage in rebuilt
@@ -226,3 +230,4 @@ class Crew:
             m for m in line.since if m > self._collected or not all(m in each for each in seen)
         ]
         self._open(line, [(m, waiting[m] if m in waiting else self._ends.load(m)) for m in lacking])
+        return some

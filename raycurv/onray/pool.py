@@ -176,7 +176,7 @@ class OnRay:
             value = value.value
         return unpack(value)
 
-    def repair(self, replica: int, lost: StageLost) -> tuple[int, ...]:
+    def repair(self, replica: int, lost: StageLost | None) -> tuple[int, ...]:
         began = time.time()
         doing = {stage: self._doing(replica, stage) for stage in range(self.stages)}
         # On the main queue, behind everything that was asked for before.
@@ -193,7 +193,7 @@ class OnRay:
                     raise
                 gone[stage] = _first_line(error)
         self._under[replica] = {}
-        if not gone:
+        if not gone and lost is not None:
             # What was lost is an object: its node went, or it was not kept.
             self._lost(f"replica {replica}", "a tensor on its way", -1, str(lost), began)
         for stage, cause in gone.items():
@@ -274,7 +274,7 @@ class OnRay:
         """Wait until an actor answers, and note where it is."""
         ready = actor.handle.ready.remote()
         try:
-            actor.node, actor.pid = ray.get(ready, timeout=self._limits.hang_seconds)
+            actor.node, actor.pid = ray.get(ready, timeout=self._limits.start_seconds)
         except (*LOST, GetTimeoutError) as error:
             raise StageLost(_first_line(error)) from error
 
@@ -297,7 +297,7 @@ class OnRay:
         failed = []
         for (replica, stage), handle in built.items():
             try:
-                if not ray.wait([handle], timeout=self._limits.hang_seconds)[0]:
+                if not ray.wait([handle], timeout=self._limits.start_seconds)[0]:
                     self._kill(self._actors[replica][stage])
                 self.get(handle)
             except StageLost as lost:

@@ -159,7 +159,7 @@ class Tasks:
         return max(0.0, min(ends) - now)
 
     def _may_take(self, need: Need) -> float:
-        return self.limits.hang_seconds + need.flops / _SLOWEST_FLOPS
+        return self.limits.start_seconds + need.flops / _SLOWEST_FLOPS
 
     def _cancel_hung(self, running: dict[Any, _Running], needs: Sequence[Need]) -> None:
         now = time.monotonic()

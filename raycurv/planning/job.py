@@ -9,6 +9,7 @@ from raycurv.planning import disk, flops, memory
 from raycurv.planning.arrangement import Arrangement, Moments, Peak, process_peak, stage_peaks
 from raycurv.planning.rates import Rates
 from raycurv.planning.shapes import DataShape, Recipe, StageShape, squares
+from raycurv.stages.placement import makespan
 
 # The head's daemons and the workers that Ray starts before there is work.
 RAY_DAEMONS = 450 * 1000**2
@@ -159,7 +160,7 @@ class Job:
         total = 0.0
         for group in self.groups:
             costs = flops.decompositions(group, self.recipe)
-            total += max(max(costs, default=0.0), sum(costs) / at_once) / rates.eigh
+            total += makespan(costs, at_once) / rates.eigh
         return total
 
     def spool(self, data: DataShape, group: int) -> int:

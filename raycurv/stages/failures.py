@@ -10,6 +10,8 @@ from raycurv.errors import RaycurvError
 # So often may an actor die of the same operation on the same microbatch before that is taken for
 # the cause.
 _SAME = 3
+# That a process may take to start, on a machine that is busy or a disk that is far away.
+_START_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,11 @@ class Limits:
     actor_failures: int = 5
     hang_seconds: float = 1800.0
     place_seconds: float = 300.0
+
+    @property
+    def start_seconds(self) -> float:
+        """For a process to start and import what it needs, and then to hang."""
+        return _START_SECONDS + self.hang_seconds
 
 
 @dataclass

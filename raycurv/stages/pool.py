@@ -102,10 +102,13 @@ class Pool(Protocol):
         """
         ...
 
-    def repair(self, replica: int, lost: StageLost) -> tuple[int, ...]:
+    def repair(self, replica: int, lost: StageLost | None) -> tuple[int, ...]:
         """Build again the stages of a replica whose actors are gone; gives their numbers.
 
         The others drop what they had under way.
+
+        Args:
+            lost: what says that something is, if that is known of this replica.
 
         Raises:
             RaycurvError: too many actors were lost, one microbatch kills them, or there is no place
@@ -177,7 +180,7 @@ class InProcess:
     def get(self, handle: Any) -> Any:
         return handle
 
-    def repair(self, replica: int, lost: StageLost) -> tuple[int, ...]:
+    def repair(self, replica: int, lost: StageLost | None) -> tuple[int, ...]:
         raise AssertionError("nothing is lost in one process") from lost
 
     def map(
