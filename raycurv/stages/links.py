@@ -308,19 +308,19 @@ class _Incoming(_End):
                 f"tensor {self._number} of epoch {self._epoch}",
                 f"the ticket of tensor {ticket.number} of epoch {ticket.epoch}",
             )
-        flat = self._pair.room(ticket.nbytes)
+        room = self._pair.room(ticket.nbytes)
         if ticket.nbytes:
             with self._busy:
                 try:
                     with _losing(self._peer, operation, self._timeout):
                         self._control.say(ticket.number)
                         self._control.hear(self._timeout)
-                        self._pair.receive(flat, self._control.check)
+                        self._pair.receive(room, self._control.check)
                 except LostPeer as error:
                     self._lost = self._lost or error.got
                     raise LostPeer(self._peer, operation, self._lost) from error.__cause__
         self._number += 1
-        return self._pair.unpack(flat).view(ticket.dtype).reshape(ticket.shape)
+        return self._pair.unpack(room).view(ticket.dtype).reshape(ticket.shape)
 
     def free(self, patience: float) -> None:
         if self._busy.acquire(timeout=patience):
@@ -357,7 +357,7 @@ def _prefixed(prefix: str, store: Any) -> Any:
 
 
 def _join_store(host: str, port: int, timeout_seconds: float) -> Any:
-    timeout = timedelta(seconds=timeout_seconds)
+    timeout = timedelta(seconds=math.ceil(timeout_seconds))  # in torch 2.4 whole ones only
     return _c10d.TCPStore(host, port, None, False, timeout, wait_for_workers=False)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,7 +28,9 @@ from torch import Tensor
 
 Backend = Literal["gloo", "nccl"]
 
-# What NCCL is asked about: often at first, since most tensors take less than a millisecond.
+# How often a transfer's caller looks whether the other end lives.
+_CHECK_SECONDS = 0.05
+# How often NCCL is asked: much at first, since most tensors take less than a millisecond.
 _SHORTEST_POLL, _LONGEST_POLL = 2e-5, 1e-3
 
 
@@ -49,7 +52,7 @@ def backend_between(one: str, other: str) -> Backend:
 
 @dataclass(frozen=True)
 class Parcel:
-    """A tensor on its way: its bytes ``[n]``, and the event after which they are there."""
+    """A tensor's bytes ``[n]``, and the event after which a device may touch them."""
 
     flat: Tensor
     ready: Any = None
@@ -93,36 +96,33 @@ class Pair:
         tensor = tensor.detach()
         if self.backend == "gloo":
             tensor = tensor.cpu()
-        flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-        if not flat.is_cuda:
-            return Parcel(flat)
-        return Parcel(flat, torch.cuda.current_stream(flat.device).record_event())
+        return _parcel(tensor.contiguous().reshape(-1).view(torch.uint8))
 
     def send(self, parcel: Parcel, check: Callable[[], None]) -> None:
         """Send, and return when the bytes have left.
 
         Args:
-            check: called while it waits, where it can be; what it raises ends the wait.
-        """
-        with self._after(parcel.ready):
-            self._finish(self._group.send([parcel.flat], 1, 0), check)
+            parcel: from :meth:`pack`.
+            check: called now and then; what it raises ends the wait.
 
-    def room(self, count: int) -> Tensor:
+        Raises:
+            RuntimeError: of torch's, when it fails.
+            TimeoutError: the other end is silent.
+        """
+        self._watch(lambda group: group.send([parcel.flat], 1, 0), parcel.ready, check)
+
+    def room(self, count: int) -> Parcel:
         """Memory for ``count`` bytes to be received."""
-        device = "cpu" if self.backend == "gloo" else self._device
-        return torch.empty(count, dtype=torch.uint8, device=device)
+        device = torch.device("cpu") if self.backend == "gloo" else self._device
+        return _parcel(torch.empty(count, dtype=torch.uint8, device=device))
 
-    def receive(self, room: Tensor, check: Callable[[], None]) -> None:
-        """Fill ``room`` with what was sent next, and return when it is there.
+    def receive(self, room: Parcel, check: Callable[[], None]) -> None:
+        """Fill ``room`` with what was sent next, and return when it is there; see :meth:`send`."""
+        self._watch(lambda group: group.recv([room.flat], 0, 0), room.ready, check)
 
-        Args:
-            check: as for :meth:`send`.
-        """
-        self._finish(self._group.recv([room], 0, 0), check)
-
-    def unpack(self, room: Tensor) -> Tensor:
+    def unpack(self, room: Parcel) -> Tensor:
         """The bytes received, on the device."""
-        return room.to(self._device)
+        return room.flat.to(self._device)
 
     def abandon(self) -> None:
         """Let the group go, whatever is under way. Does not wait for the other end."""
@@ -145,18 +145,58 @@ class Pair:
         with torch.cuda.stream(self._stream):
             yield
 
-    def _finish(self, work: Any, check: Callable[[], None]) -> None:
-        if self.backend == "nccl":
-            # A process that dies on this node leaves NCCL waiting: look for that meanwhile. (For
-            # gloo, whose connection breaks, there is nothing to ask: it only knows after a wait.)
-            pause, until = _SHORTEST_POLL, time.monotonic() + self._timeout.total_seconds()
-            while not work.is_completed():
-                check()
-                if time.monotonic() > until:
-                    raise TimeoutError
-                time.sleep(pause)
-                pause = min(2 * pause, _LONGEST_POLL)
-        work.wait(self._timeout)
+    def _watch(self, begin: Callable[[Any], Any], ready: Any, check: Callable[[], None]) -> None:
+        """Run a transfer in a thread of its own, and ``check`` meanwhile.
+
+        When the other process dies, either backend may leave its caller waiting until the time is
+        over: gloo when some of the bytes were through, NCCL also while it makes its connection. So
+        it is left to wait by itself.
+        """
+        transfer = _Transfer(lambda: self._transfer(begin, ready))
+        until = time.monotonic() + self._timeout.total_seconds()
+        while not transfer.over.wait(_CHECK_SECONDS):
+            check()
+            if time.monotonic() > until:
+                raise TimeoutError
+        if transfer.error is not None:
+            raise transfer.error
+
+    def _transfer(self, begin: Callable[[Any], Any], ready: Any) -> None:
+        with self._after(ready):
+            work = begin(self._group)
+            if self.backend == "nccl":
+                # Its own wait looks every 10 ms only, in some versions.
+                pause, until = _SHORTEST_POLL, time.monotonic() + self._timeout.total_seconds()
+                while not work.is_completed():
+                    if time.monotonic() > until:
+                        raise TimeoutError
+                    time.sleep(pause)
+                    pause = min(2 * pause, _LONGEST_POLL)
+            work.wait(self._timeout)
+
+
+class _Transfer:
+    """Something that runs in a thread, which may outlive the interest in it."""
+
+    def __init__(self, run: Callable[[], None]) -> None:
+        self.over = threading.Event()
+        self.error: Exception | None = None
+        threading.Thread(target=self._run, args=(run,), name="transfer", daemon=True).start()
+
+    def _run(self, run: Callable[[], None]) -> None:
+        try:
+            run()
+        except Exception as error:
+            self.error = error
+        finally:
+            del run  # it holds the tensor
+            self.over.set()
+
+
+def _parcel(flat: Tensor) -> Parcel:
+    if not flat.is_cuda:
+        return Parcel(flat)
+    return Parcel(flat, torch.cuda.current_stream(flat.device).record_event())
 
 
 def _gloo(store: Any, place: int, address: str, timeout: timedelta) -> Any:
