@@ -39,3 +39,29 @@ class NoSpace(RaycurvError):
 
 class DamagedFile(RaycurvError):
     """A result file whose content does not match its own checksum or length."""
+
+
+class LostPeer(RaycurvError):
+    """The process at the other end of a link is gone or silent: what was under way is lost.
+
+    Args:
+        rank: of that process in its chain.
+        operation: what was being done when it was missed.
+        got: how it was missed.
+    """
+
+    def __init__(self, rank: int, operation: str, got: str) -> None:
+        super().__init__(
+            f"{operation}, rank {rank}",
+            "an answer",
+            got,
+            "Run the same command again: it goes on from the last commit.",
+        )
+        self.rank, self.operation = rank, operation
+
+    def __reduce__(self) -> tuple[type[LostPeer], tuple[int, str, str]]:
+        return type(self), (self.rank, self.operation, self.got)
+
+
+class OutOfOrder(RaycurvError):
+    """A tensor was asked for before one that was sent earlier, twice, or of another chain."""

@@ -1,0 +1,294 @@
+"""Claims about links: what arrives, in which order, and what happens when a process dies."""
+
+from __future__ import annotations
+
+import pickle
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from link_process import MIB, Chain, Handle, bits_of, tensors
+
+from raycurv.errors import LostPeer, OutOfOrder
+from raycurv.stages import pair as pair_module
+from raycurv.stages.links import Links, Ticket
+from raycurv.stages.pair import Pair, backend_between
+
+# Long enough for a machine under load, short enough to wait for.
+SILENT_SECONDS = 2.0
+# A death is seen when it happens, not when a time is over.
+SOON_SECONDS = 1.0
+
+
+@pytest.fixture(scope="module")
+def spares() -> Iterator[list[Handle]]:
+    """Processes, started all at once; who lets one die takes another."""
+    handles = [Handle() for _ in range(6)]
+    spares = list(handles)
+    yield spares
+    for handle in handles:
+        handle.kill()
+
+
+@pytest.fixture(scope="module")
+def three(spares: list[Handle]) -> Chain:
+    return Chain([spares.pop() for _ in range(3)])
+
+
+@pytest.fixture
+def chain(three: Chain) -> Iterator[Chain]:
+    """Three processes with links under an epoch of their own."""
+    three.timeout = 20.0
+    three.connect()
+    yield three
+    three.all("close")
+
+
+def test_tensors_arrive_bit_for_bit(chain: Chain) -> None:
+    for source, target in ((0, 1), (1, 2), (2, 1), (1, 0)):
+        tickets = chain.ranks[source].call("send_kinds", target)
+        assert chain.ranks[target].call("receive_kinds", tickets) == []
+
+
+def test_bits_tell_apart_what_equality_does_not() -> None:
+    assert bits_of(torch.zeros(3)) != bits_of(-torch.zeros(3))
+    assert bits_of(torch.zeros(3)) != bits_of(torch.zeros(3, 1))
+    assert bits_of(torch.zeros(0)) != bits_of(torch.zeros(0, dtype=torch.bfloat16))
+    assert bits_of(tensors()[0]) == bits_of(tensors()[0].clone())
+
+
+def test_a_ticket_is_small(chain: Chain) -> None:
+    ticket = chain.ranks[0].call("send", 1, 0.0, 4.0)
+    assert ticket.nbytes == 4 * MIB
+    assert len(pickle.dumps(ticket)) < 300
+    assert chain.ranks[1].call("receive", ticket) == 0.0
+
+
+@pytest.mark.parametrize("slow", [0, 1, 2])
+def test_a_pipeline_flows_both_ways_at_once_whoever_is_slow(chain: Chain, slow: int) -> None:
+    microbatches, numbers = 12, MIB  # 4 MiB forward, 8 back
+    calls = [("work", (microbatches, numbers, 0.02 * (rank == slow))) for rank in range(3)]
+    assert chain.each(calls) == [microbatches, 2 * microbatches, microbatches]
+
+
+def test_sends_that_nobody_asks_for_yet_do_not_wait(chain: Chain) -> None:
+    started = time.monotonic()
+    to_1 = [chain.ranks[0].call("send", 1, float(i), 8.0) for i in range(4)]
+    to_0 = [chain.ranks[1].call("send", 0, float(i), 8.0) for i in range(4)]
+    assert time.monotonic() - started < SILENT_SECONDS
+    assert [chain.ranks[1].call("receive", ticket) for ticket in to_1] == [0, 1, 2, 3]
+    assert [chain.ranks[0].call("receive", ticket) for ticket in to_0] == [0, 1, 2, 3]
+
+
+def test_a_ticket_out_of_order_is_named_and_costs_nothing(chain: Chain) -> None:
+    first, second = (chain.ranks[0].call("send", 1, float(i)) for i in range(2))
+    with pytest.raises(OutOfOrder, match=r"from rank 0, rank 1: expected tensor 0 .* of tensor 1"):
+        chain.ranks[1].call("receive", second)
+    assert chain.ranks[1].call("receive", first) == 0
+    with pytest.raises(OutOfOrder, match=r"expected tensor 1 .* of tensor 0"):
+        chain.ranks[1].call("receive", first)
+    with pytest.raises(OutOfOrder, match="of epoch another"):
+        chain.ranks[1].call("receive", replace(second, epoch="another"))
+    with pytest.raises(OutOfOrder, match="to rank 1, got one from rank 0 to rank 2"):
+        chain.ranks[1].call("receive", replace(second, target=2))
+    assert chain.ranks[1].call("receive", second) == 1
+
+
+def test_memory_of_what_was_received_is_given_back(chain: Chain) -> None:
+    count, mib = 10, 40
+    calls = [("stream", (count, mib, None, 1)), ("stream", (count, mib, 0, None)), ("resident", ())]
+    sender, receiver, _ = chain.each(calls)
+    assert sender < 2 * mib * MIB
+    assert receiver < 2 * mib * MIB
+    # Kept until then, and until the links are closed.
+    before = chain.ranks[0].call("resident")
+    for _ in range(4):
+        chain.ranks[0].call("send", 1, 0.0, mib)
+    assert chain.ranks[0].call("resident") - before > 3 * mib * MIB
+    chain.ranks[0].call("close")
+    assert chain.ranks[0].call("resident") - before < mib * MIB
+
+
+def test_epochs_leave_nothing_behind(three: Chain) -> None:
+    three.timeout = 20.0
+    seen = []
+    for _ in range(6):
+        three.connect()
+        three.ranks[0].call("send", 1, 0.0)  # never received
+        ticket = three.ranks[2].call("send", 1, 7.0)
+        assert three.ranks[1].call("receive", ticket) == 7.0
+        three.all("close")
+        seen.append(three.all("threads_and_files"))
+    assert seen[-1] == seen[1]
+
+
+def test_a_peer_that_closes_is_lost_at_once(chain: Chain) -> None:
+    ticket = chain.ranks[0].call("send", 1, 0.0)
+    chain.ranks[0].call("close")
+    error, seconds = chain.ranks[1].call("timed_receive", ticket)
+    assert isinstance(error, LostPeer) and error.rank == 0 and seconds < SOON_SECONDS
+    error, seconds = chain.ranks[1].call("send_until_lost", 0)
+    assert isinstance(error, LostPeer) and error.rank == 0 and seconds < SOON_SECONDS
+    # The others are as near as ever.
+    assert chain.ranks[2].call("receive", chain.ranks[1].call("send", 2, 3.0)) == 3.0
+
+
+def test_a_silent_peer_is_named_when_the_time_is_over(three: Chain) -> None:
+    three.timeout = SILENT_SECONDS
+    three.connect()
+    ticket = three.ranks[2].call("send", 1, 0.0)
+    three.ranks[2].signal(signal.SIGSTOP)
+    try:
+        error, seconds = three.ranks[1].call("timed_receive", ticket)
+        assert isinstance(error, LostPeer)
+        assert str(error).startswith("receive of tensor 0, rank 2: expected an answer, got none in")
+        assert SILENT_SECONDS - 0.1 < seconds < 2 * SILENT_SECONDS
+        assert three.ranks[1].call("close") < SOON_SECONDS
+    finally:
+        three.ranks[2].signal(signal.SIGCONT)
+    three.all("close")
+
+
+def test_closing_ends_a_wait_in_another_thread(chain: Chain) -> None:
+    ticket = chain.ranks[2].call("send", 1, 0.0)
+    chain.ranks[2].signal(signal.SIGSTOP)
+    try:
+        error, seconds = chain.ranks[1].call("receive_while_closing", ticket, 0.2)
+    finally:
+        chain.ranks[2].signal(signal.SIGCONT)
+    assert isinstance(error, LostPeer) and "these links were closed" in str(error)
+    assert seconds < 0.2 + SOON_SECONDS
+
+
+@pytest.mark.parametrize("when", ["before it answers", "in the transfer"])
+def test_a_dead_sender_is_lost_at_once_and_another_takes_its_place(
+    three: Chain, spares: list[Handle], when: str
+) -> None:
+    three.timeout = 20.0
+    three.connect()
+    dying = three.ranks[2]
+    ticket = dying.call("send", 1, 0.0, 400.0)
+    three.ranks[1].call("send", 2, 0.0, 32.0)  # never received
+    if when == "in the transfer":
+        dying.call("die_in_transfer", 0.02)
+    else:
+        dying.signal(signal.SIGSTOP)
+    three.ranks[1].begin("timed_receive", ticket)
+    if when == "before it answers":
+        time.sleep(0.3)
+        dying.kill()
+    error, seconds = three.ranks[1].end()
+    assert isinstance(error, LostPeer) and error.rank == 2
+    assert seconds < 0.3 + SOON_SECONDS
+    replace_rank_2(three, spares, ticket)
+
+
+def test_a_receiver_that_dies_in_the_transfer_is_lost_at_once(
+    three: Chain, spares: list[Handle]
+) -> None:
+    three.timeout = 20.0
+    three.connect()
+    ticket = three.ranks[1].call("send", 2, 0.0, 400.0)
+    three.ranks[2].call("die_in_transfer", 0.02)
+    three.ranks[2].begin("timed_receive", ticket)
+    error, seconds = three.ranks[1].call("send_until_lost", 2)
+    assert isinstance(error, LostPeer) and error.rank == 2
+    assert seconds < SOON_SECONDS
+    replace_rank_2(three, spares, ticket)
+
+
+def replace_rank_2(three: Chain, spares: list[Handle], old: Ticket) -> None:
+    """Those who are left close, and go on with another process."""
+    error, seconds = three.ranks[1].call("send_until_lost", 2)
+    assert isinstance(error, LostPeer) and error.rank == 2 and seconds < SOON_SECONDS
+    three.ranks[2].kill()
+    three.ranks[2] = spares.pop()
+    assert three.ranks[0].call("close") < SOON_SECONDS
+    assert three.ranks[1].call("close") < SOON_SECONDS
+    three.connect()
+    assert three.all("work", 4, MIB, 0.0) == [4, 8, 4]
+    with pytest.raises(OutOfOrder):
+        three.ranks[1].call("receive", old)
+    three.all("close")
+
+
+def test_who_does_not_come_is_named() -> None:
+    address = Links.host("127.0.0.1")
+    assert Links.host("127.0.0.1") == address
+    with pytest.raises(LostPeer, match=r"connect, rank 1: expected an answer, got none in 0\.5 s"):
+        Links(0, 2, address, "alone", torch.device("cpu"), 0.5)
+
+
+def test_a_chain_of_one_needs_nobody() -> None:
+    Links(0, 1, "", "alone", torch.device("cpu"), 0.5).close()
+
+
+def test_errors_survive_pickling() -> None:
+    lost = pickle.loads(pickle.dumps(LostPeer(3, "receive of tensor 5", "none in 2 s")))
+    assert (type(lost), lost.rank, lost.operation) == (LostPeer, 3, "receive of tensor 5")
+    assert str(lost).startswith("receive of tensor 5, rank 3: expected an answer, got none in 2 s.")
+    error = OutOfOrder("receive", "tensor 1", "tensor 2")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "backend"),
+    [
+        ("gpu 0", "gpu 1", "nccl"),
+        ("gpu 0", "gpu 0", "gloo"),  # shared: NCCL would refuse
+        ("gpu 0", "", "gloo"),
+        ("", "", "gloo"),
+    ],
+)
+def test_two_gpus_use_nccl_and_everybody_else_gloo(one: str, other: str, backend: str) -> None:
+    assert backend_between(one, other) == backend
+
+
+class Group:
+    """Stands for NCCL's group, with a transfer that is done when it is asked so many times."""
+
+    def __init__(self, asked: int) -> None:
+        self.asked, self.waited, self.aborted = asked, 0, 0
+
+    def recv(self, *_: Any) -> Group:
+        return self
+
+    def is_completed(self) -> bool:
+        self.asked -= 1
+        return self.asked <= 0
+
+    def wait(self, *_: Any) -> None:
+        self.waited += 1
+
+    def abort(self) -> None:
+        self.aborted += 1
+        self.asked = 0
+
+
+def test_whoever_waits_for_nccl_looks_for_the_peer_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def gone() -> None:
+        raise ConnectionResetError
+
+    for asked, check, outcome in (
+        (3, gone, None),  # done before anyone would look
+        (10**9, gone, ConnectionResetError),
+        (10**9, lambda: None, TimeoutError),
+    ):
+        group = Group(asked)
+        monkeypatch.setattr(pair_module, "_nccl", lambda *_, group=group: group)
+        pair = Pair("nccl", None, 1, "", torch.device("cpu"), 0.2)
+        if outcome is None:
+            pair.receive(pair.room(8), check)
+            assert group.waited == 1
+        else:
+            with pytest.raises(outcome):
+                pair.receive(pair.room(8), check)
+        pair.abandon()
+        pair.abandon()
+        assert group.aborted == 1
