@@ -70,7 +70,8 @@ def assert_close(folder: Path, reference: Path) -> None:
 
 
 def changed(before: dict[str, tuple[int, bytes]], folder: Path) -> set[str]:
-    """Which files were written, deleted or made since a snapshot; run.json apart."""
+    """Which files were written, deleted or made since a snapshot; apart from run.json, and the
+    timeline, which every run carries on."""
     after = snapshot(folder)
     names = {n for n in before.keys() | after.keys() if before.get(n) != after.get(n)}
-    return names - {"run.json"}
+    return {n for n in names if n != "run.json" and not n.startswith("tables/timeline/")}

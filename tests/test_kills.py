@@ -283,3 +283,12 @@ def test_replicas_and_stages_give_the_same_numbers(
         address = cluster.address if (replicas, stages) in ((3, 1), (1, 3)) else "none"
         fit(out, address, replicas=replicas, stages=stages)
         assert_close(out, single)
+
+
+def test_tensors_by_torch_distributed_are_the_same_and_so_is_recovery(
+    cluster: Cluster, undisturbed: tuple[Path, Path], tmp_path: Path
+) -> None:
+    with striking(Strike("turn", 5, replica=1, stage=1)):
+        fit(tmp_path / "run", cluster.address, transport="distributed", **TWO_BY_TWO)
+    assert_same(tmp_path / "run", undisturbed[0])
+    assert len(lost(timeline(tmp_path / "run"))) == 1

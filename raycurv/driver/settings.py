@@ -55,6 +55,10 @@ class Execution:
     cpus_per_stage: float | None = None
     """Cores that a stage's actor reserves in the cluster. Default: 1, or a part of one in a Ray of
     the job's own that has fewer cores than actors."""
+    transport: Literal["auto", "object-store", "distributed"] = "auto"
+    """How hidden states and gradients go from stage to stage: through Ray's object store, or from
+    process to process by torch.distributed (NCCL between GPUs, else Gloo); `auto` takes the latter
+    on GPUs."""
     place_seconds: float = 300.0
     """Seconds to wait for room in the cluster, for an autoscaler say, before that is an error."""
     hang_seconds: float = 1800.0

@@ -104,6 +104,7 @@ class Workers:
                     self._settings.cpus_per_stage,
                     self.own,
                     self._settings.limits(),
+                    self._settings.transport,
                     self._reporter.say,
                 )
         return self._pool

@@ -12,6 +12,7 @@ import torch
 
 from raycurv.errors import RaycurvError
 from raycurv.onray.metrics import ActorMetrics
+from raycurv.stages.links import Links, Ticket
 from raycurv.stages.memory import give_back, give_back_at_once
 from raycurv.stages.stage import Stage, StageSpec
 from raycurv.stages.timeline import Span, actor_name, timed
@@ -39,6 +40,7 @@ class StageActor:
     def __init__(self, replica: int, stage: int) -> None:
         self._name = actor_name(replica, stage)
         self._stage: Stage | None = None
+        self._links: Links | None = None
         self._spans: list[Span] = []
         self._metrics = ActorMetrics(self._name)
 
@@ -56,19 +58,48 @@ class StageActor:
         self._stage, span = timed(self._name, "load", Stage, (spec,))
         self._note(span)
 
+    def host(self) -> str:
+        """Where the replica's stages meet to be linked: at this one."""
+        return Links.host(ray.util.get_node_ip_address())
+
+    def link(self, rank: int, size: int, address: str, epoch: str, timeout: float) -> None:
+        """Link the stage to its neighbours, all of which are asked at the same time.
+
+        Args:
+            rank, size: its place among the replica's resident stages, and how many they are.
+            address: see :meth:`host`.
+            epoch: never used before.
+            timeout: seconds without an answer after which a neighbour counts as lost.
+        """
+        self._unlink()
+        device = torch.device("cpu" if self._stage is None else self._stage.spec.device)
+        self._links = Links(rank, size, address, epoch, device, timeout)
+
     def drop(self) -> None:
         """Let the stage go, and its memory."""
+        self._unlink()
         if self._stage is not None:
             self._stage = None
             give_back()
 
-    def call(self, method: str, returns: int, *args: Any) -> Any:
+    def call(self, method: str, returns: int, to: int | None, *args: Any) -> Any:
         """Call a method of the stage.
 
         The last of what it gives is an :class:`Answer`, unless it goes to another actor.
+
+        Args:
+            to: the stage that the first of what it gives goes to, if it goes to one alone.
         """
         called: Callable[..., Any] = getattr(self._stage, method)
-        value, span = timed(self._name, method, called, args, unpack, pack)
+
+        def leave(value: Any) -> Any:
+            if self._links is None or to is None:
+                return pack(value)
+            if returns == 1:
+                return self._links.send(value, to)
+            return (self._links.send(value[0], to), *pack(value[1:]))
+
+        value, span = timed(self._name, method, called, args, self._enter, leave)
         self._note(span)
         self._metrics.passed(args)
         if method in _BETWEEN:
@@ -80,8 +111,20 @@ class StageActor:
 
     def abort(self) -> None:
         """Drop what is under way."""
+        self._unlink()
         if self._stage is not None:
             self._stage.abort()
+
+    def _enter(self, value: Any) -> Any:
+        if isinstance(value, Ticket):
+            assert self._links is not None
+            return self._links.receive(value)
+        return unpack(value)
+
+    def _unlink(self) -> None:
+        if self._links is not None:
+            self._links.close()
+            self._links = None
 
     def _note(self, span: Span) -> None:
         self._metrics.note(span)

@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.exceptions import (
@@ -29,7 +29,7 @@ from ray.exceptions import (
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raycurv.errors import RaycurvError
+from raycurv.errors import LostPeer, OutOfOrder, RaycurvError
 from raycurv.mathematics.blocks import Block
 from raycurv.onray.actor import Answer, StageActor
 from raycurv.onray.connection import connect
@@ -41,6 +41,8 @@ from raycurv.stages.pool import Need, Say, StageLost
 from raycurv.stages.stage import StageSpec
 from raycurv.stages.timeline import Span, actor_name
 from raycurv.stages.transport import pack, unpack
+
+Transport = Literal["auto", "object-store", "distributed"]
 
 # What says that a process or what it held is gone, and not that it went wrong.
 LOST = (
@@ -80,6 +82,8 @@ class OnRay:
         own: whether the cluster is the job's own.
         limits: what is borne.
         say: is told of failures.
+        transport: how hidden states and gradients go from stage to stage: through Ray's object
+            store, by torch.distributed, or ``auto``, which is the latter on GPUs.
     """
 
     def __init__(
@@ -88,10 +92,11 @@ class OnRay:
         cpus: float | None = None,
         own: bool = True,
         limits: Limits | None = None,
+        transport: Transport = "auto",
         say: Say = lambda text: None,
     ) -> None:
         self._owner = connect(address)
-        self._cpus, self._own, self._say = cpus, own, say
+        self._cpus, self._own, self._say, self._transport = cpus, own, say, transport
         self._limits = limits or Limits()
         self.failures = Failures(self._limits)
         self.spans: list[Span] = []
@@ -122,6 +127,11 @@ class OnRay:
         lacking = [(r, s) for r in range(replicas) for s in range(len(specs))]
         while lacking:
             lacking = self._build(lacking)
+        for replica in range(replicas):
+            try:
+                self._linked(replica)
+            except StageLost as lost:
+                self.repair(replica, lost)
 
     def assign(self, blocks: Sequence[tuple[Block, ...]]) -> None:
         self._specs = [
@@ -148,7 +158,7 @@ class OnRay:
     ) -> Any:
         packed = tuple(a if isinstance(a, ray.ObjectRef) else pack(a) for a in args)
         actor = self._actors[replica][stage].handle
-        handle = actor.call.options(num_returns=returns).remote(method, returns, *packed)
+        handle = actor.call.options(num_returns=returns).remote(method, returns, to, *packed)
         last = handle[-1] if returns > 1 else handle
         number = next(self._numbers)
         self._under[replica][last.task_id()] = _Call(number, last, stage, method, microbatch)
@@ -163,10 +173,10 @@ class OnRay:
             value = ray.get(handle)
         except RayTaskError as error:
             cause = error.cause
+            if isinstance(cause, (*LOST, LostPeer, OutOfOrder)):
+                raise StageLost(_first_line(cause)) from error
             if isinstance(cause, RaycurvError):
                 raise cause from None
-            if isinstance(cause, LOST):
-                raise StageLost(_first_line(cause)) from error
             raise
         except LOST as error:
             raise StageLost(_first_line(error)) from error
@@ -207,6 +217,10 @@ class OnRay:
             lacking = self._build(lacking)
         if gone:
             self._note_rebuilt(replica, tuple(gone), began)
+        try:
+            self._linked(replica)
+        except StageLost as again:
+            return tuple(sorted({*gone, *self.repair(replica, again)}))
         return tuple(gone)
 
     def map(
@@ -306,6 +320,34 @@ class OnRay:
         for at in failed:
             self._renew(*at)
         return failed
+
+    def _linked(self, replica: int) -> None:
+        """Link the stages of a replica, if tensors go from one to the next without Ray.
+
+        Raises:
+            StageLost: one of them was lost meanwhile.
+        """
+        distributed = self._transport == "distributed" or (
+            self._transport == "auto" and self._specs[0].device != "cpu"
+        )
+        if not distributed or self.stages == 1:
+            return
+        actors = self._of(replica)
+        epoch = f"replica-{replica}-{next(self._numbers)}"
+        try:
+            address = ray.get(actors[0].handle.host.remote(), timeout=self._limits.start_seconds)
+            links = [
+                actor.handle.link.remote(
+                    rank, len(actors), address, epoch, self._limits.hang_seconds
+                )
+                for rank, actor in enumerate(actors)
+            ]
+            ray.get(links, timeout=self._limits.start_seconds)
+        except (*LOST, GetTimeoutError, RayTaskError) as error:
+            cause = error.cause if isinstance(error, RayTaskError) else error
+            if not isinstance(cause, (*LOST, LostPeer, GetTimeoutError)):
+                raise
+            raise StageLost(_first_line(cause)) from error
 
     def _kill(self, actor: _Actor) -> None:
         """End a process that does not answer, wherever it is."""
