@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,6 +226,28 @@ def deadly() -> nn.Module:
     """A network whose second layer ends its process."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(5, 4), Deadly(4, 3))
+
+
+class Greedy(nn.Linear):
+    """Takes memory until its process is ended for it, the first time that gradients are wanted."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mark = Path(os.environ["GREEDY_MARK"])
+        if torch.is_grad_enabled() and not mark.exists():
+            mark.touch()
+            held = []
+            while sum(map(len, held)) < int(os.environ["GREEDY_BYTES"]):
+                held.append(bytearray(b"x") * 2**26)
+                time.sleep(0.05)
+            # Ended late rather than never: what looks after memory looks now and then.
+            time.sleep(20)
+        return super().forward(x)
+
+
+def greedy() -> nn.Module:
+    """A network whose second layer takes too much memory, once."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 4), Greedy(4, 3))
 
 
 class Squares:

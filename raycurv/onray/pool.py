@@ -21,6 +21,7 @@ from ray.exceptions import (
     GetTimeoutError,
     NodeDiedError,
     ObjectLostError,
+    OutOfMemoryError,
     RayActorError,
     RayError,
     RayTaskError,
@@ -46,8 +47,8 @@ Transport = Literal["auto", "object-store", "distributed"]
 
 # What says that a process or what it held is gone, and not that it went wrong.
 LOST = (
-    RayActorError, ActorUnavailableError, ObjectLostError, NodeDiedError, WorkerCrashedError,
-    TaskCancelledError,
+    RayActorError, ActorUnavailableError, ObjectLostError, OutOfMemoryError, NodeDiedError,
+    WorkerCrashedError, TaskCancelledError,
 )  # fmt: skip
 # For a process that was killed to be seen to be gone.
 _GONE_SECONDS = 30.0
