@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,23 @@ class Fits:
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
+
+
+_imported = 0
+
+
+@pytest.fixture(autouse=True)
+def libraries_are_no_garbage() -> None:
+    """What was imported is left out of all later collections of garbage.
+
+    Whenever stages are given back every object is looked at: those of the libraries are so many
+    that a tiny fit would do little else.
+    """
+    global _imported
+    if len(sys.modules) != _imported:
+        _imported = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture
