@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "footprint.py"
 MB = 10**6
 HELD = 64 * MB  # what the commands below take; the interpreter itself takes 10 MB at most
 PYTHON = [sys.executable, "-S", "-E", "-c"]  # without site: it starts in some 20 ms
-ALLOCATE = f"import time; held = bytearray({HELD}); held[::4096] = held[::4096]; time.sleep(0.4)"
+ALLOCATE = f"import time; held = bytearray({HELD}); held[::4096] = held[::4096]; time.sleep(1.0)"
 
 
 def load() -> ModuleType:
@@ -52,12 +52,12 @@ def start(*lines: str) -> str:
                 "    os.fork() or os.execv(words[0], words)",
                 "    os._exit(0)",
                 "os.wait()",
-                "time.sleep(0.5)",
+                "time.sleep(1.1)",
             ),
             id="of a daemon whose parent is gone",
         ),
         pytest.param(
-            start("subprocess.Popen(words, env={})", "time.sleep(0.5)"),
+            start("subprocess.Popen(words, env={})", "time.sleep(1.1)"),
             id="of a child with another environment",
         ),
     ],
@@ -82,7 +82,7 @@ def test_pages_that_processes_share_count_once(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(footprint, "shared_memory_bytes", lambda: next(in_use, 4 * MB))
     taken = measure(
         f"import mmap, os, time; m = mmap.mmap(-1, {HELD}); m.write(bytes({HELD}))\n"
-        "pid = os.fork(); n = sum(m[::4096]); time.sleep(0.3); pid and os.wait()"
+        "pid = os.fork(); n = sum(m[::4096]); time.sleep(1.0); pid and os.wait()"
     )
     assert taken.shared_bytes == 4 * MB
     assert taken.processes == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import pickle
 import time
 import warnings
@@ -17,6 +18,7 @@ import pytest
 import ray
 import torch
 from commands import (
+    ROOT,
     Squares,
     classified,
     classifier,
@@ -56,7 +58,7 @@ def cluster() -> Iterator[None]:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.delenv("RAY_ADDRESS", raising=False)
         # Workers import by name what the tests hand them.
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "tests"))))
         ray.init(
             address="local",
             num_cpus=2,

@@ -111,7 +111,7 @@ def test_a_full_disk_leaves_every_finished_artefact_whole(
 
 
 CAPPED = """
-import json, resource, sys
+import gc, json, resource, sys
 import raycurv
 
 model, out, megabytes = sys.argv[1], sys.argv[2], float(sys.argv[3])
@@ -135,6 +135,8 @@ def data_bytes():
 
 # An idle worker has its libraries loaded, and their kernels for a layer of this shape.
 job(model + "-idle", out + "-idle")
+gc.collect()
+gc.freeze()  # libraries, which every stage's end would look through
 cap = data_bytes() + int(megabytes * 2**20)
 resource.setrlimit(resource.RLIMIT_DATA, (cap, cap))
 print(job(model, out).blocks().num_rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -45,7 +46,6 @@ class Manifest:
 
     def write(self, store: Store) -> None:
         """Write ``run.json``, atomically."""
-        versions = {name: version(name) for name in ("raycurv", "torch", "transformers", "pyarrow")}
         store.write_json(
             NAME,
             {
@@ -56,7 +56,7 @@ class Manifest:
                 "facts": self.facts,
                 "complete": self.complete,
                 "seconds": self.seconds,
-                "versions": versions | {"python": platform.python_version()},
+                "versions": dict(_versions()),
                 "threads": torch.get_num_threads(),
             },
         )
@@ -82,6 +82,13 @@ class Manifest:
                 "Give another --out.",
             )
         return cls(**{key: said[key] for key in keys})
+
+
+@cache
+def _versions() -> Mapping[str, str]:
+    """What this process runs on; reading the packages' metadata takes longer than a small phase."""
+    names = ("raycurv", "torch", "transformers", "pyarrow")
+    return {name: version(name) for name in names} | {"python": platform.python_version()}
 
 
 def continue_or_refuse(store: Store, wanted: Manifest) -> Manifest:

@@ -121,6 +121,7 @@ def choose_blocks(
             )
         return not default_scope or any(name.startswith(prefix) for prefix in default_scope)
 
+    holders = _holders(modules)
     chosen = []
     for name, module in modules.items():
         if not wanted(name):
@@ -133,7 +134,7 @@ def choose_blocks(
                     "an output embedding that is tied to the input embedding",
                     f"Leave it out: --blocks '!{name}'.",
                 )
-            _refuse_shared_weight(name, module, modules)
+            _refuse_shared_weight(name, module, holders)
             chosen.append(describe_block(name, module))
         elif include or not default_scope:
             _refuse_other_weights(name, module)
@@ -147,10 +148,19 @@ def choose_blocks(
     return tuple(chosen)
 
 
-def _refuse_shared_weight(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> None:
+def _holders(modules: dict[str, nn.Module]) -> dict[int, list[str]]:
+    """Names of the modules that hold each parameter, by its identity."""
     # On the meta device, too, modules that share a weight hold one Parameter.
-    for other, holder in modules.items():
-        if other != name and any(p is module.weight for p in holder.parameters(recurse=False)):
+    holders: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        for key in {id(parameter) for parameter in module.parameters(recurse=False)}:
+            holders.setdefault(key, []).append(name)
+    return holders
+
+
+def _refuse_shared_weight(name: str, module: nn.Module, holders: dict[int, list[str]]) -> None:
+    for other in holders.get(id(module.weight), ()):
+        if other != name:
             raise UserError(
                 f"block {name}",
                 "a weight of its own",
