@@ -39,3 +39,7 @@ class NoSpace(RaycurvError):
 
 class DamagedFile(RaycurvError):
     """A result file whose content does not match its own checksum or length."""
+
+
+class LostLock(RaycurvError):
+    """Another job took a directory over while this one did not give a sign of life."""
