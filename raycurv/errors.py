@@ -65,3 +65,7 @@ class LostPeer(RaycurvError):
 
 class OutOfOrder(RaycurvError):
     """A tensor was asked for before one that was sent earlier, twice, or of another chain."""
+
+
+class LostLock(RaycurvError):
+    """Another job took a directory over while this one did not give a sign of life."""

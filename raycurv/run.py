@@ -114,11 +114,11 @@ class Run:
 
     @property
     def path(self) -> str:
-        """The run directory."""
+        """The run directory; a URI without its credentials, which ``os.fspath`` keeps."""
         return self._store.root
 
     def __fspath__(self) -> str:
-        return self.path
+        return self._store.uri
 
     def blocks(self) -> pa.Table:
         """One row a block: shape, trace, mean eigenvalue, effective ranks, outcome."""
@@ -275,7 +275,7 @@ class Run:
         numbers = ("rank", "damping", "query_memory")
         settings = {k: str(v) if k in numbers else v for k, v in settings.items()}
         chosen = InfluenceSettings(
-            run=self._store.root,
+            run=self._store.uri,
             queries=_named(queries),
             train="" if train is None else _named(train),
             out=os.fspath(out),

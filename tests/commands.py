@@ -296,3 +296,47 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+class Holder:
+    """A process that holds the lock of a directory (``holder.py``), killed at the latest at the end
+    of the ``with``.
+
+    Attributes:
+        pid: of the process.
+    """
+
+    def __init__(self, *arguments: object) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).parent / "holder.py"), *map(str, arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.pid = self._process.pid
+
+    def __enter__(self) -> Holder:
+        assert self.read() == "held"
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.signal(signal.SIGKILL)
+        self._process.communicate()
+
+    def read(self) -> str:
+        """The next line that it says."""
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    def tell(self, line: str) -> str:
+        """Tell it to do something; gives what it then says."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{line}\n")
+        self._process.stdin.flush()
+        return self.read()
+
+    def signal(self, number: int) -> None:
+        """Send it a signal; after SIGKILL it is gone when this returns."""
+        self._process.send_signal(number)
+        if number == signal.SIGKILL:
+            self._process.wait()

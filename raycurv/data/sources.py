@@ -25,6 +25,7 @@ from raycurv.data.parts import (
     TablePart,
     unreadable,
 )
+from raycurv.data.uri import check_answers, is_uri, redacted, shown
 from raycurv.errors import UserError
 
 Source: TypeAlias = "str | Path | pa.Table | Sequence[Mapping[str, Any]]"
@@ -106,15 +107,15 @@ def fingerprint(source: Source) -> dict[str, Any]:
 
 def _files(source: str) -> Iterator[Part]:
     """The parts of a path, a glob or a URI of either, sorted by name."""
-    is_uri = "://" in source
+    remote = is_uri(source)
     filesystem, root, names = (
-        _find_remote(source) if is_uri else _find_local(os.path.expanduser(source))
+        _find_remote(source) if remote else _find_local(os.path.expanduser(source))
     )
     readable = [name for name in names if os.path.splitext(name)[1].lower() in FORMATS]
     if not readable:
         some = ", ".join(sorted(names)[:5])
         raise UserError(
-            source,
+            shown(source),
             f"{READABLE} files",
             f"none of these, but {len(names)} other files ({some})" if names else "no file at all",
             "Check the path; a glob needs quotes on the command line, and ** for subdirectories.",
@@ -123,7 +124,7 @@ def _files(source: str) -> Iterator[Part]:
         kind = PART_KINDS[FORMATS[os.path.splitext(name)[1].lower()]]
         path = f"{root.rstrip('/')}/{name}" if root else name
         # Of a URI pyarrow gives back a bare path; the message shows what the user typed.
-        location = f"{name} in {source}" if is_uri else path
+        location = f"{name} in {shown(source)}" if remote else path
         yield kind(name=name, location=location, path=path, filesystem=filesystem)
 
 
@@ -152,6 +153,7 @@ def _find_remote(source: str) -> tuple[Any, str, list[str]]:
     address, mark, options = source.partition("?")
     magic = re.search(r"[*\[]", address) is not None
     root = _glob_root(address) if magic else address
+    check_answers(source, shown(source))
     try:
         filesystem, path = pyarrow.fs.FileSystem.from_uri(root + mark + options)
         info = filesystem.get_file_info(path)
@@ -163,11 +165,11 @@ def _find_remote(source: str) -> tuple[Any, str, list[str]]:
         below = filesystem.get_file_info(pyarrow.fs.FileSelector(path, recursive=True))
     except (*READ_ERRORS, ImportError) as error:
         raise UserError(
-            source,
+            shown(source),
             "a URI that pyarrow.fs understands and may read",
-            str(error),
+            redacted(error, source),
             "Check the scheme, the address and the credentials, or copy the data to a local disk.",
-        ) from error
+        ) from None  # the error itself may show credentials
     start = len(path.rstrip("/")) + 1
     files = [info.path[start:] for info in below if info.type == pyarrow.fs.FileType.File]
     names = [name for name in files if all(_wanted(step) for step in name.split("/"))]
@@ -263,7 +265,7 @@ def _rows_hash(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _no_such_data(source: str) -> UserError:
     return UserError(
-        source,
+        shown(source),
         "a file, a directory, a glob or a URI of data",
         "nothing of that name",
         "Check the path; a relative one starts from the working directory of this process.",

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from raycurv.data.sources import Source, fingerprint
+from raycurv.data.uri import shown
 from raycurv.driver.check import check_fit
 from raycurv.driver.combined import (
     combine_examples,
@@ -56,6 +57,7 @@ from raycurv.files.artifacts import (
     write_eigen,
 )
 from raycurv.files.block_rows import BLOCKS_FILE, SPECTRUM_FILE, write_blocks, write_spectrum
+from raycurv.files.lock import hold
 from raycurv.files.manifest import Manifest, continue_or_refuse
 from raycurv.files.store import Store, open_store
 from raycurv.files.tables import footer, read_rows
@@ -94,13 +96,27 @@ def fit(
         reporter: shows progress; by default to the terminal.
 
     Raises:
-        UserError: a mistake in settings, model or data; nothing that was computed is lost.
+        UserError: a mistake in settings, model or data, or another job works on the same directory;
+            nothing that was computed is lost.
         NumericalError: a result that cannot be trusted; names the block or factor.
     """
     settings.check(in_memory=model is not None or data is not None)
     settings = settings.resolved()
     reporter = reporter or Reporter()
     store = open_store(settings.out, "--out")
+    with hold(store, "fit.py", reporter.say):
+        return _fit_held(settings, store, model, data, objective, reporter)
+
+
+def _fit_held(
+    settings: FitSettings,
+    store: Store,
+    model: ModelSource | None,
+    data: Source | None,
+    objective: Objective | None,
+    reporter: Reporter,
+) -> Store:
+    """The fit, while no other job writes to its directory."""
     network = open_model(model if model is not None else settings.model)
     named = objective if objective is not None else settings.objective
     per_token = open_objective(named).per_token
@@ -123,7 +139,7 @@ def fit(
                 "model": network.fingerprint(),
                 "data": {} if parents.combined else fingerprint(source),
             },
-            {"model": _lasting(settings.model), "data": settings.data} | parents.places(),
+            {"model": _lasting(settings.model), "data": shown(settings.data)} | parents.places(),
         ),
     )
     with reporter.phase("examples", 1, "sources") as phase:

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from raycurv.data.sources import Source, fingerprint
+from raycurv.data.uri import shown
 from raycurv.driver.check import check_influence
 from raycurv.driver.commits import last_commit, plan_mark
-from raycurv.driver.corpus import Corpus, open_corpus
+from raycurv.driver.corpus import Corpus, open_corpus, stored_corpus
 from raycurv.driver.feed import Feed
 from raycurv.driver.fitted import check_model, fitted_model, read_fit
 from raycurv.driver.pipeline import NoSink, Sink
@@ -30,6 +31,7 @@ from raycurv.driver.sweep import Sweep, Task, commit_place, open_spool
 from raycurv.driver.workers import Workers
 from raycurv.errors import DamagedFile, UserError
 from raycurv.files.artifacts import ihvp_file, read_blocks, read_products, write_products
+from raycurv.files.lock import hold
 from raycurv.files.manifest import Manifest, continue_or_refuse
 from raycurv.files.store import Store, open_store
 from raycurv.files.tables import footer, read_rows
@@ -60,7 +62,8 @@ def influence(
         reporter: shows progress; by default to the terminal.
 
     Raises:
-        UserError: a mistake in settings, run, model or data; nothing that was computed is lost.
+        UserError: a mistake in settings, run, model or data, or another job works on the same
+            directory; nothing that was computed is lost.
     """
     if queries is None:
         queries = settings.queries
@@ -69,11 +72,25 @@ def influence(
     settings.check(has_train=train is not None)
     reporter = reporter or Reporter()
     store = open_store(settings.out, "--out")
+    with hold(store, "influence.py", reporter.say):
+        return _influence_held(settings, store, queries, train, model, objective, reporter)
+
+
+def _influence_held(
+    settings: InfluenceSettings,
+    store: Store,
+    queries: Source,
+    train: Source | None,
+    model: ModelSource | None,
+    objective: Objective | None,
+    reporter: Reporter,
+) -> Store:
+    """The scoring, while no other job writes to its directory."""
     fitted = open_store(settings.run, "--run")
     fit = read_fit(fitted)
     blocks = read_blocks(fitted)
-    network = open_model(model if model is not None else fitted_model(fit, settings.run))
-    check_model(fit, network, settings.run)
+    network = open_model(model if model is not None else fitted_model(fit, fitted.root))
+    check_model(fit, network, fitted.root)
     named = objective if objective is not None else fit.settings["objective"]
     per_token = open_objective(named).per_token
     if settings.per_token and not per_token:
@@ -94,7 +111,11 @@ def influence(
             {k: v for k, v in identity(settings).items() if k not in ("run", "queries", "train")}
             | {"dtype": dtype},
             prints,
-            {"run": fitted.root, "queries": settings.queries, "train": settings.train},
+            {
+                "run": fitted.root,
+                "queries": shown(settings.queries),
+                "train": shown(settings.train),
+            },
         ),
     )
     if "scores" in manifest.complete:
@@ -185,9 +206,14 @@ class _Corpora:
             getattr(settings, key) == fit.settings[key] for key in ("max_length", "long")
         )
         if same and max_examples is None and fit.settings["max_examples"] is None:
-            return open_corpus(
-                self.fitted, "data", source, flag, self.network, settings, None, settings.seed
-            )
+            # Reading beside another job needs no lock: files are whole. Making them again does.
+            there = stored_corpus(self.fitted, "data")
+            if there is not None:
+                return there
+            with hold(self.fitted, "influence.py", flag="--run"):
+                return open_corpus(
+                    self.fitted, "data", source, flag, self.network, settings, None, settings.seed
+                )
         return open_corpus(
             self.store,
             f"work/{name}",

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -190,7 +189,7 @@ def _open(how: str, name: str, out: Store) -> Parent:
     flag = f"--{how}"
     store = open_store(name, flag)
     flag = f"{flag} {store.root}"
-    if _place(store) == _place(out):
+    if store == out:
         raise UserError(
             f"--out {out.root}", "a directory of its own", f"that of {flag}",
             "Give another --out: the runs that it starts from stay as they are.",
@@ -210,10 +209,6 @@ def _open(how: str, name: str, out: Store) -> Parent:
             "Its bases are those of the run before; fit its data anew with --keep-sums.",
         )  # fmt: skip
     return Parent(flag, store, fit, read_blocks(store))
-
-
-def _place(store: Store) -> str:
-    return os.path.realpath(store.path()) if store.local else store.root
 
 
 def _differences(run: Parent, wanted: dict[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import torch
 import tyro
 
+from raycurv.data.uri import shown
 from raycurv.errors import UserError
 from raycurv.mathematics.curvature import Damping
 from raycurv.mathematics.tiles import LARGEST_EIGH, SMALLEST_TILE
@@ -227,7 +228,8 @@ class FitSettings(Execution, Reading):
         runs: tuple[str, ...] = getattr(self, flag)
         if len(runs) < 2:
             raise UserError(
-                f"--{flag}", "two or more run directories", f"{len(runs)}: {' '.join(runs)}",
+                f"--{flag}", "two or more run directories",
+                f"{len(runs)}: {' '.join(map(shown, runs))}",
                 f"Give them one after the other: --{flag} RUN_A RUN_B.",
             )  # fmt: skip
         if self.method not in ("ekfac", "kfac"):
@@ -240,7 +242,7 @@ class FitSettings(Execution, Reading):
                 name = f"--{other.replace('_', '-')}"
                 raise UserError(
                     f"--{flag}", f"no {name}: the examples are those of the runs",
-                    f"{name} {getattr(self, other)}", f"Leave {name} out.",
+                    f"{name} {shown(str(getattr(self, other)))}", f"Leave {name} out.",
                 )  # fmt: skip
 
     def resolved(self) -> FitSettings:
@@ -385,9 +387,15 @@ def rank_number(rank: str) -> int | None:
 
 
 def identity(settings: FitSettings | InfluenceSettings) -> dict[str, Any]:
-    """The settings that a result depends on, ready for JSON."""
+    """The settings that a result depends on, ready for JSON and without credentials."""
     values = {name: getattr(settings, name) for name in settings.IDENTITY}
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    return {k: _recorded(v) for k, v in values.items()}
+
+
+def _recorded(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_recorded(v) for v in value]
+    return shown(value) if isinstance(value, str) else value
 
 
 def parse_bytes(flag: str, text: str) -> int:

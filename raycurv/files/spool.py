@@ -147,7 +147,9 @@ def spool_directory(run: Store, given: str | None) -> str:
         return run.path("work/spool")
     place = Store(os.path.abspath(os.path.expanduser(given)) if "://" not in given else given)
     if not place.local:
-        raise UserError("--spool-dir", "a local directory", repr(given), "Spools are never remote.")
+        raise UserError(
+            "--spool-dir", "a local directory", repr(place.root), "Spools are never remote."
+        )
     # Runs may share a disk for their spools; each has a directory of its own.
     own = hashlib.blake2b(run.root.encode(), digest_size=8).hexdigest()
     return f"{place.path()}/raycurv-{own}"

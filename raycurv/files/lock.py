@@ -1,0 +1,234 @@
+"""A lock on a run directory: one job at a time writes to it.
+
+On a file system it is ``flock`` on ``run.lock``: the kernel lets go of it with the process, however
+that ends, and on NFS the server does. The file says who holds it; left behind by a process that was
+killed it locks nothing. Processes that this one starts do not inherit the lock. On a file system
+without locks a warning says so, and the job goes on.
+
+On an object store it is a lease (lease.py), which has to be renewed.
+
+Readers take no lock: files are there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+from raycurv.errors import UserError
+from raycurv.files.lease import Lease, Rhythm
+from raycurv.files.store import Store
+
+NAME = "run.lock"
+
+# A file may go while it is opened, when the job that held it ends; not again and again.
+_TRIES = 100
+
+# File descriptors of the locks that this process holds: a forked child closes its copies, which
+# would hold a lock for as long as the child lives.
+_descriptors: set[int] = set()
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who holds a lock.
+
+    Attributes:
+        job: what it runs.
+        host: its machine.
+        pid: its process there.
+        since: when it took the lock, by its own clock, UTC.
+    """
+
+    job: str
+    host: str
+    pid: int
+    since: str
+
+    @classmethod
+    def here(cls, job: str) -> Owner:
+        """This process."""
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        return cls(job, socket.gethostname(), os.getpid(), now)
+
+    def __str__(self) -> str:
+        return f"{self.job} in process {self.pid} on {self.host}, since {self.since}"
+
+
+@contextmanager
+def hold(
+    store: Store,
+    job: str,
+    say: Callable[[str], None] | None = None,
+    flag: str = "--out",
+    rhythm: Rhythm | None = None,
+) -> Iterator[None]:
+    """Hold the lock on a store while the body runs.
+
+    Args:
+        store: of the run. On an object store it is guarded: once the lease is lost, it refuses to
+            write.
+        job: what is run, for whoever is refused.
+        say: tells the person why this waits (on an object store, for a lease that may be dead).
+        flag: what named the store, for errors.
+        rhythm: of a lease.
+
+    Raises:
+        UserError: another job holds it; says who.
+        LostLock: from the body, at its next write: another job took the directory over, since this
+            one was suspended for longer than its lease.
+    """
+    if store.local:
+        with _locked(store, job, flag):
+            yield
+        return
+    where = f"{flag} {store.root}"
+    lease = Lease(store, NAME, asdict(Owner.here(job)), where, rhythm)
+    try:
+        store.make()
+        holder = lease.take(say or (lambda text: None))
+    except OSError as error:
+        raise UserError(
+            where, "a directory that can be written", str(error),
+            "Give another --out, or correct the credentials and their rights.",
+        ) from error  # fmt: skip
+    if holder is not None:
+        raise _held(store, flag, _owner(holder))
+    before, store.guard = store.guard, lease.check
+    try:
+        yield
+    finally:
+        store.guard = before
+        lease.release()
+
+
+# On a file system ------------------------------------------------------------------------------
+
+
+@contextmanager
+def _locked(store: Store, job: str, flag: str) -> Iterator[None]:
+    directory = store.path()
+    made = not os.path.isdir(directory)
+    file = None
+    try:
+        file = _take(store)
+    except BlockingIOError:
+        raise _held(store, flag, _read_owner(store.path(NAME))) from None
+    except OSError:
+        pass  # where no file can be made no job can write, and its own first file says why
+    if file is None:
+        yield
+        return
+    try:
+        with suppress(OSError):  # a full disk, say: it locks all the same
+            os.ftruncate(file, 0)
+            os.pwrite(file, json.dumps(asdict(Owner.here(job))).encode() + b"\n", 0)
+        yield
+    finally:
+        if file in _descriptors:  # a forked child has none
+            # While it is still locked: whoever has opened this file in the meantime finds that it
+            # is not the one of that name any more.
+            with suppress(OSError):
+                os.unlink(store.path(NAME))
+                if made:
+                    os.rmdir(directory)  # only if nothing was written
+            _descriptors.discard(file)
+            os.close(file)
+
+
+def _take(store: Store) -> int:
+    """A descriptor of the locked file.
+
+    Raises:
+        BlockingIOError: another descriptor holds it, in this process or another one.
+        OSError: there can be no file, or no lock on it.
+    """
+    path = store.path(NAME)
+    for _ in range(_TRIES):
+        store.make()
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:
+            continue  # a refused job has just taken its empty directory away
+        except PermissionError:
+            # Another person's file in a shared directory can be locked without writing to it.
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _flock(file, path)
+            if _same(file, path):
+                _descriptors.add(file)
+                return file
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)  # its owner has just deleted it
+    raise OSError(errno.ENOENT, "a file that does not stay", path)
+
+
+def _flock(file: int, path: str) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if isinstance(error, BlockingIOError):
+            raise
+        warnings.warn(
+            f"{path} cannot be locked ({error.strerror}); see to it that no other job writes to "
+            "this directory",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        raise
+
+
+def _same(file: int, path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _read_owner(path: str) -> Owner | None:
+    try:
+        with open(path) as file:
+            return _owner(json.load(file))
+    except (OSError, ValueError):
+        return None
+
+
+def _close_copies() -> None:
+    # Not unlocked: that would be the parent's lock, which the two share.
+    for file in _descriptors:
+        with suppress(OSError):
+            os.close(file)
+    _descriptors.clear()
+
+
+os.register_at_fork(after_in_child=_close_copies)
+
+
+# Both --------------------------------------------------------------------------------------------
+
+
+def _owner(said: Any) -> Owner | None:
+    try:
+        return Owner(**{key: said[key] for key in ("job", "host", "pid", "since")})
+    except (KeyError, TypeError):
+        return None
+
+
+def _held(store: Store, flag: str, owner: Owner | None) -> UserError:
+    return UserError(
+        f"{flag} {store.root}",
+        "a directory that no other job works on",
+        str(owner) if owner is not None else "one that another job has just taken",
+        "Wait for its end or stop it (the lock goes with it), or give another directory.",
+    )
