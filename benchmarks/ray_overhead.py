@@ -187,9 +187,9 @@ def main(settings: Settings) -> None:
         "    python benchmarks/ray_overhead.py --place PLACE",
         "",
         f"- K-FAC's pass over {settings.many - settings.few} examples of {settings.tokens} tokens, "
-        f"a Llama-shaped model of {settings.layers} layers of {settings.width}, float32, one "
-        f"thread a process, {os.cpu_count()} cores; medians of {settings.repeats} alternating runs, "
-        f"{(time.monotonic() - began) / 60:.0f} minutes",
+        f"a Llama-shaped model of {settings.layers} layers of {settings.width}, float32, "
+        f"one thread a process, {os.cpu_count()} cores; medians of {settings.repeats} alternating "
+        f"runs, {(time.monotonic() - began) / 60:.0f} minutes",
         "- processor seconds of all processes (driver, actors, Ray's daemons), and of the driver",
         "",
         "| stages | an operation | in one process | on actors | ratio | driver | its share |",

@@ -180,9 +180,9 @@ def main(settings: Settings) -> None:
         f"    python benchmarks/soak.py --place PLACE --kills {settings.kills}",
         "",
         f"- {killer.killed.total()} kills by SIGKILL ({dict(killer.killed)}) in {minutes:.1f} "
-        f"minutes, over {runs} fits and {runs} scorings of {settings.examples} examples, by turns "
-        "1 replica of 2 stages and 2 replicas of 1 stage, commits every 0.2 s, on a cluster of three "
-        f"nodes on one machine of {os.cpu_count()} cores",
+        f"minutes, over {runs} fits and {runs} scorings of {settings.examples} examples, by "
+        "turns 1 replica of 2 stages and 2 replicas of 1 stage, commits every 0.2 s, on a cluster "
+        f"of three nodes on one machine of {os.cpu_count()} cores",
         f"- wrong results: 0 of {2 * runs} (bit for bit against undisturbed runs in one process); "
         "hangs: 0",
         f"- jobs started again because the driver was killed: {starts.total() - 2 * runs}; losses "

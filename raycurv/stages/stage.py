@@ -373,12 +373,15 @@ def stage_specs(
     base: StageSpec, cuts: Sequence[range], blocks: Sequence[Block]
 ) -> tuple[StageSpec, ...]:
     """One spec a run of layers, each with the blocks that lie in it."""
+    by_unit: dict[int, list[Block]] = {}
+    for block in blocks:
+        by_unit.setdefault(base.model.unit_of(block.name), []).append(block)
     return tuple(
         replace(
             base,
             index=i,
             units=units,
-            blocks=tuple(b for b in blocks if base.model.unit_of(b.name) in units),
+            blocks=tuple(b for unit in units for b in by_unit.get(unit, ())),
         )
         for i, units in enumerate(cuts)
     )
