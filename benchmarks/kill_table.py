@@ -137,11 +137,11 @@ def main(settings: Settings) -> None:
         "",
         "    python benchmarks/kill_table.py --place PLACE",
         "",
-        f"- fits and scorings of {settings.examples} examples in microbatches of 2, 2 replicas of 2 "
-        "stages, commits every 0.1 s, a cluster of three nodes on one machine of "
+        f"- fits and scorings of {settings.examples} examples in microbatches of 2; 2 replicas of "
+        "2 stages, commits every 0.1 s, a cluster of three nodes on one machine of "
         f"{os.cpu_count()} cores; SIGKILL; SIGSTOP for what hangs",
-        "- seconds: from the moment that the loss was seen until all stages were built and restored "
-        "(a process that imports torch takes most of it); of the driver, from its start to "
+        "- seconds: from the moment that the loss was seen until all stages are built and "
+        "restored (a process that imports torch takes most of it); of the driver, from its start to "
         "the first new microbatch",
         "",
         "| lost | seconds | operations done twice | results |",
