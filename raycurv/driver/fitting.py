@@ -99,7 +99,7 @@ def fit(
     """
     settings.check(in_memory=model is not None or data is not None)
     settings = settings.resolved()
-    reporter = reporter or Reporter()
+    reporter = reporter or Reporter(log=settings.log)
     store = open_store(settings.out, "--out")
     network = open_model(model if model is not None else settings.model)
     named = objective if objective is not None else settings.objective
