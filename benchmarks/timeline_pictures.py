@@ -2,7 +2,8 @@
 
     python benchmarks/timeline_pictures.py --work DIR
 
-About a minute on 2 cores. The runs stay in DIR, where the pictures are made from them by
+Two to three minutes on 2 cores that had much else to do (2026-11-25). The runs stay in DIR; the
+pictures are made from them by
 
     python jobs/timeline.py --run DIR/stages --picture docs/timeline.png
     python jobs/timeline.py --run DIR/lost --picture docs/timeline-lost.png

@@ -425,6 +425,11 @@ def test_what_is_too_dense_for_bars_is_shown_by_height(tmp_path: Path) -> None:
             heights[lane] = float((low - high).mean()) / BAR
     # A fifth, and seven tenths, of the time.
     assert list(heights.values()) == pytest.approx([0.2, 0.7], abs=0.01)
+    # A burst in a long time is no reason.
+    few = [span(ACTORS[0], "forward", m / 100, m / 100 + 0.001, m) for m in range(100)]
+    few.append(span(ACTORS[0], "forward", 500, 1000, 100))
+    burst = draw(read_lanes(write(tmp_path / "burst", ("a phase", few))), "a burst")
+    assert len(drawn(burst, FORWARD.label)[ACTORS[0]]) == 101
     # A part of it has room for bars.
     part = draw(read_lanes(Store(str(tmp_path)), start=100, end=150), "a part")
     assert len(drawn(part, FORWARD.label)) == 2 and not drawn(figure, FORWARD.label)

@@ -143,7 +143,7 @@ class Lanes:
         found: dict[str, list[Interval]] = {}
         for one in self.stretches:
             found.setdefault(one.phase, []).append((one.start, one.end))
-        cut = {phase: _common(_union(times), self.window) for phase, times in found.items()}
+        cut = {phase: _common(union(times), self.window) for phase, times in found.items()}
         return {phase: times for phase, times in cut.items() if times}
 
 
@@ -184,7 +184,7 @@ def read_lanes(
     shown = [one for one in stretches if not phases or one.phase in phases]
     if phases:
         rows = [row for row in rows if row["phase"] in phases]
-        window = _common(_union((one.start, one.end) for one in shown), [limits])
+        window = _common(union((one.start, one.end) for one in shown), [limits])
     else:
         window = _common([(0.0, last)], [limits])
     rows = [row for row in rows if row["end"] >= limits[0] and row["start"] <= limits[1]]
@@ -257,20 +257,20 @@ def _packed(tasks: Sequence[Bar]) -> list[Lane]:
 def _share(lane: Lane, window: Sequence[Interval]) -> Share:
     compute = transport = 0.0
     for bar in lane.bars:
-        inside = _length(_common([(bar.start, bar.end)], window))
+        inside = length(_common([(bar.start, bar.end)], window))
         part = inside / (bar.end - bar.start) if bar.end > bar.start else 0.0
         compute += inside - bar.transport * part
         transport += bar.transport * part
-    busy = _common(_union((bar.start, bar.end) for bar in lane.bars), window)
-    down = _common(_union((bar.start, bar.end) for bar in lane.rebuilt), window)
+    busy = _common(union((bar.start, bar.end) for bar in lane.bars), window)
+    down = _common(union((bar.start, bar.end) for bar in lane.rebuilt), window)
     # What a new actor loads is part of its rebuilding, and counts as work.
-    rebuilding = _length(down) - _length(_common(busy, down))
-    waiting = _length(window) - _length(busy) - rebuilding
+    rebuilding = length(down) - length(_common(busy, down))
+    waiting = length(window) - length(busy) - rebuilding
     died = sum(any(a <= bar.start <= b for a, b in window) for bar in lane.lost)
     return Share(lane.name, compute, transport, rebuilding, max(0.0, waiting), died)
 
 
-def _union(intervals: Iterable[Interval]) -> list[Interval]:
+def union(intervals: Iterable[Interval]) -> list[Interval]:
     """The same times without overlaps, ascending."""
     found: list[Interval] = []
     for start, end in sorted(intervals):
@@ -295,5 +295,6 @@ def _common(one: Sequence[Interval], other: Sequence[Interval]) -> list[Interval
     return found
 
 
-def _length(intervals: Sequence[Interval]) -> float:
+def length(intervals: Sequence[Interval]) -> float:
+    """Seconds of times that do not overlap."""
     return sum(end - start for start, end in intervals)

@@ -10,13 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from raycurv.driver.lanes import Bar, Lane, Lanes, Stretch
+from raycurv.driver.lanes import Bar, Lane, Lanes, Stretch, length, union
 from raycurv.errors import UserError
 
 # Inches.
@@ -25,8 +24,9 @@ _LEGEND_LINE, _PHASE_LINE = 0.2, 0.14
 _POINTS = 72.0
 # Points: the font of small text, how wide one of its letters is, and the thinnest bar.
 _FONT, _LETTER, _HAIRLINE = 7.0, 3.9, 0.8
-# Where lanes are shown by height: points of a moment, and the least height of what is in it.
-_MOMENT, _LEAST = 2.0, 0.06
+# Lanes are shown by height where bars would fill so much more of them; in moments of so many
+# points, each with a least height of what is in it.
+_FULLER, _MOMENT, _LEAST = 0.05, 2.0, 0.06
 # Of a lane's height, that of a bar.
 BAR = 0.72
 # More numbers than these are a grey cloud.
@@ -233,10 +233,11 @@ class _Picture:
                 self._numbers.append(((bar.start + bar.end) / 2, y, text, kind))
 
     def _crowded(self, bars: Sequence[Bar]) -> bool:
-        """Whether most bars are hairlines without room between them."""
-        least = _HAIRLINE / self._points
-        close = sum(b.start - a.start < 2 * least for a, b in pairwise(bars))
-        return close > len(bars) / 2 and len(bars) > _MOMENT
+        """Whether bars that are no thinner than hairlines would make a lane much fuller."""
+        least = 2 * _HAIRLINE / self._points
+        full = length(union((bar.start, bar.end) for bar in bars))
+        drawn = length(union((bar.start, max(bar.end, bar.start + least)) for bar in bars))
+        return drawn - full > _FULLER * (self._lanes.end - self._lanes.start)
 
     def _heights(self, y: int, lane: Lane, kinds: Mapping[Kind, Sequence[Bar]]) -> None:
         """What a lane's actor did in each moment, as heights one on the other."""
