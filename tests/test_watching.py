@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import statistics
 import sys
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ import pytest
 import ray
 import torch
 from commands import classified, classifier, run_here
+from endpoint import scraped, settled
 from failures import Strike, lost, striking, timeline
 from rich.console import Console
 
@@ -119,41 +118,6 @@ def broken(undisturbed: Watched, tmp_path_factory: pytest.TempPathFactory) -> Wa
 
 
 # The endpoint
-
-
-def scraped() -> dict[tuple[str, str], float]:
-    """What Ray's Prometheus endpoints show of raycurv: (name, tags of ours) -> value, over all
-    processes."""
-    found: Counter[tuple[str, str]] = Counter()
-    for node in ray.nodes():
-        url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            text = answer.read().decode()
-        for line in text.splitlines():
-            if line.startswith("ray_raycurv_"):
-                name, _, rest = line.partition("{")
-                tags, _, value = rest.rpartition("} ")
-                found[name.removeprefix("ray_raycurv_"), ours(tags)] += float(value)
-    return dict(found)
-
-
-def ours(tags: str) -> str:
-    """``actor kind``, of all the tags that Ray adds its own to."""
-    pairs = dict(re.findall(r'(\w+)="([^"]*)"', tags))
-    return " | ".join(pairs[name] for name in ("actor", "kind", "what", "task") if name in pairs)
-
-
-def settled(before: dict[tuple[str, str], float]) -> dict[tuple[str, str], float]:
-    """The metrics of what came since, once two readings have brought nothing new."""
-    last: dict[tuple[str, str], float] = {}
-    same, deadline = 0, time.monotonic() + 15
-    while same < 2 and time.monotonic() < deadline:
-        time.sleep(0.7)
-        now = scraped()
-        same = same + 1 if now == last and now != before else 0
-        last = now
-    totals = {key: value - before.get(key, 0.0) for key, value in last.items()}
-    return {key: v if key[0].endswith("_total") else last[key] for key, v in totals.items()}
 
 
 def test_the_endpoint_counts_microbatches_and_tokens_exactly(undisturbed: Watched) -> None:
@@ -630,8 +594,3 @@ def test_what_an_earlier_run_did_says_nothing_about_the_rate() -> None:
     resumed.advance(10)
     assert fresh.seconds_left == pytest.approx(90, rel=0.01)
     assert resumed.seconds_left == pytest.approx(10, rel=0.01)
-
-
-def test_a_span_is_in_utc(tmp_path: Path) -> None:
-    write(tmp_path, *MADE_UP)
-    assert timeline(tmp_path)[0]["start"] == datetime.fromtimestamp(1e9, timezone.utc)
