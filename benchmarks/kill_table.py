@@ -141,8 +141,8 @@ def main(settings: Settings) -> None:
         "2 stages, commits every 0.1 s, a cluster of three nodes on one machine of "
         f"{os.cpu_count()} cores; SIGKILL; SIGSTOP for what hangs",
         "- seconds: from the moment that the loss was seen until all stages are built and "
-        "restored (a process that imports torch takes most of it); of the driver, from its start to "
-        "the first new microbatch",
+        "restored (a process that imports torch takes most of it); of the driver, from its start "
+        "to the first new microbatch",
         "",
         "| lost | seconds | operations done twice | results |",
         "|---|---|---|---|",

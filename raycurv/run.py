@@ -69,7 +69,7 @@ def fit(
         model=None if isinstance(model, (str, os.PathLike)) else model,
         data=None if isinstance(data, (str, os.PathLike)) else data,
         objective=None if isinstance(objective, str) else objective,
-        reporter=Reporter(quiet),
+        reporter=Reporter(quiet, chosen.log),
     )
     made = Run(store)
     made._model = None if isinstance(model, (str, os.PathLike)) else model
@@ -287,7 +287,7 @@ class Run:
             train=None if isinstance(train, (str, os.PathLike)) else train,
             model=self._model,
             objective=self._objective,
-            reporter=Reporter(quiet),
+            reporter=Reporter(quiet, chosen.log),
         )
 
 

@@ -25,13 +25,20 @@ from raycurv.driver.command import run_job
 from raycurv.driver.fitting import fit
 from raycurv.driver.influence import influence
 from raycurv.driver.planning import plan
-from raycurv.driver.settings import FitSettings, InfluenceSettings, PlanSettings
+from raycurv.driver.settings import (
+    FitSettings,
+    InfluenceSettings,
+    PlanSettings,
+    TimelineSettings,
+)
+from raycurv.driver.watching import show_timeline
 
 ROOT = Path(__file__).resolve().parent.parent
 JOBS: dict[str, tuple[Any, Callable[..., Any]]] = {
     "fit.py": (FitSettings, fit),
     "influence.py": (InfluenceSettings, influence),
     "plan.py": (PlanSettings, plan),
+    "timeline.py": (TimelineSettings, show_timeline),
 }
 
 

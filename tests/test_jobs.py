@@ -270,7 +270,9 @@ def test_the_run_directory_is_laid_out_as_the_contract_says(made: Made) -> None:
             assert set(file.keys()) == {"eigenvectors", "eigenvalues"}
             q = file.get_tensor("eigenvectors").double()
             assert (q.T @ q - torch.eye(row["d_out"])).abs().max() < 1e-5
-    assert {path.name for path in made.scores.iterdir()} == {"run.json", "scores", "self"}
+    assert {path.name for path in made.scores.iterdir()} == {
+        "run.json", "scores", "self", "tables",
+    }  # fmt: skip
 
 
 def test_duckdb_and_pandas_read_the_tables_as_pyarrow_does(made: Made) -> None:

@@ -30,6 +30,7 @@ from raycurv.driver.corpus import (
 from raycurv.driver.parents import How, Parent, Parents, check_new
 from raycurv.driver.progress import Reporter
 from raycurv.driver.settings import FitSettings
+from raycurv.driver.timeline import write_timeline
 from raycurv.errors import DamagedFile, UserError
 from raycurv.files.artifacts import eigen_file, read_factor, write_factor
 from raycurv.files.store import Store
@@ -138,8 +139,10 @@ def take_over_factors(
         label, function = "A and G of the runs", combine_factor
         arguments = [(store, stores, parents.how, name) for name in factors]
     with reporter.phase(label, len(factors), "factors") as phase:
-        for _ in tasks().map(function, arguments):
+        pool = tasks()
+        for _ in pool.map(function, arguments):
             phase.advance(1)
+    write_timeline(store, pool, label)
 
 
 def copy_basis(store: Store, run: Store, name: str) -> None:

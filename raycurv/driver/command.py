@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import tyro
 
+from raycurv.driver.displays import Event, json_line
 from raycurv.errors import RaycurvError, UserError
 from raycurv.files.store import Store
 
@@ -30,10 +31,19 @@ def run_job(settings: type[Settings], job: Callable[[Settings], Any], name: str)
     try:
         found = job(chosen)
     except UserError as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        _complain(chosen, name, error)
         raise SystemExit(2) from None
     except RaycurvError as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        _complain(chosen, name, error)
         raise SystemExit(1) from None
     said = {"out": found.root} if isinstance(found, Store) else found
     print(json.dumps({"status": "complete", "job": name} | said))
+
+
+def _complain(chosen: Any, name: str, error: Exception) -> None:
+    """Say what went wrong, as everything else is said."""
+    if getattr(chosen, "log", "text") == "json":
+        text = json_line(Event(str(error), "failed", "error", {"job": name}))
+    else:
+        text = f"{name}: {error}"
+    print(text, file=sys.stderr)

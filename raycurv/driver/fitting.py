@@ -102,7 +102,7 @@ def fit(
     """
     settings.check(in_memory=model is not None or data is not None)
     settings = settings.resolved()
-    reporter = reporter or Reporter()
+    reporter = reporter or Reporter(log=settings.log)
     store = open_store(settings.out, "--out")
     with hold(store, "fit.py", reporter.say):
         return _fit_held(settings, store, model, data, objective, reporter)

@@ -28,6 +28,7 @@ from raycurv.driver.progress import Reporter
 from raycurv.driver.rows import ScoreRows, merge_top
 from raycurv.driver.settings import DTYPES, InfluenceSettings, identity, parse_bytes
 from raycurv.driver.sweep import Sweep, Task, commit_place, open_spool
+from raycurv.driver.timeline import write_timeline
 from raycurv.driver.workers import Workers
 from raycurv.errors import DamagedFile, UserError
 from raycurv.files.artifacts import ihvp_file, read_blocks, read_products, write_products
@@ -70,7 +71,7 @@ def influence(
     if train is None:
         train = settings.train or None
     settings.check(has_train=train is not None)
-    reporter = reporter or Reporter()
+    reporter = reporter or Reporter(log=settings.log)
     store = open_store(settings.out, "--out")
     with hold(store, "influence.py", reporter.say):
         return _influence_held(settings, store, queries, train, model, objective, reporter)
@@ -473,6 +474,7 @@ class _Influence:
             arguments = [(places, self.store, name) for name in missing]
             for _ in pool.map(join_products, arguments):
                 phase.advance(1)
+        write_timeline(self.store, pool, "IHVPs")
 
     def _notes(self) -> dict[str, str]:
         said = identity(self.settings) | {"fit": self.source.store.root}

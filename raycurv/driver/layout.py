@@ -14,6 +14,7 @@ import torch
 from raycurv.driver.corpus import Corpus
 from raycurv.driver.feed import Given
 from raycurv.driver.progress import Reporter
+from raycurv.driver.timeline import write_timeline
 from raycurv.driver.workers import Workers
 from raycurv.errors import DamagedFile
 from raycurv.files.artifacts import read_blocks
@@ -85,6 +86,7 @@ class Layout:
                 except StageLost as lost:
                     pool.repair(0, lost)
             phase.advance(pool.stages)
+        write_timeline(self._store, pool, "layout")
         self._store.write_json(name, [dataclasses.asdict(b) for b in mine])
 
     def write(self) -> tuple[Block, ...]:

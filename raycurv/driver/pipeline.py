@@ -104,7 +104,7 @@ def run_pass(
     lost: LostSpool | None = None
     writing = 0.0
     with reporter.phase(label, len(feed.plan), "microbatches") as phase, stopping.deferred():
-        phase.advance(at.done)
+        phase.skip(at.done)
         done = at.done
         while done < len(feed.plan):
             wait = commit_seconds or max(COMMIT_SECONDS, _COMMIT_TIMES * writing)

@@ -1,76 +1,20 @@
-"""What a person sees while a job runs: which phase, how far, how fast, how long still."""
+"""What a person sees while a job runs: which phase, how far, how fast, how long still, and what
+becomes of the actors."""
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
-# Seconds between two lines where there is no terminal to redraw.
-_LINE_EVERY = 10.0
+from raycurv.driver.activity import Activity
+from raycurv.driver.displays import Display, Event, JsonLines, Lines, Silent, Terminal
+from raycurv.driver.phase import Phase
+from raycurv.stages.timeline import Span
 
-
-@dataclass
-class Phase:
-    """One phase under way.
-
-    Attributes:
-        name: what a person calls it.
-        total: of ``unit``.
-        unit: what is counted.
-        where: which part of the model, if only a part.
-        done: so far.
-        tokens: so far, for the rate; 0 where there are none.
-    """
-
-    name: str
-    total: int
-    unit: str
-    where: str = ""
-    done: int = 0
-    tokens: int = 0
-    started: float = field(default_factory=time.monotonic)
-    _shown: float = field(default_factory=time.monotonic)
-    _bar: Progress | None = None
-
-    def advance(self, count: int, tokens: int = 0) -> None:
-        """``count`` more are done, with so many tokens."""
-        self.done += count
-        self.tokens += tokens
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=self.done, rate=self._rate())
-            return
-        now = time.monotonic()
-        if now - self._shown >= _LINE_EVERY:
-            self._shown = now
-            print(self.line(), file=sys.stderr, flush=True)
-
-    def line(self) -> str:
-        """``covariance 120/300 microbatches, 4,200 tokens/s, 0:42 left``."""
-        elapsed = time.monotonic() - self.started
-        name = f"{self.name}, {self.where}:" if self.where else self.name
-        parts = [f"{name} {self.done:,}/{self.total:,} {self.unit}"]
-        if self.tokens:
-            parts.append(self._rate())
-        if 0 < self.done < self.total:
-            parts.append(f"{_clock(elapsed * (self.total - self.done) / self.done)} left")
-        return ", ".join(parts)
-
-    def _rate(self) -> str:
-        elapsed = max(time.monotonic() - self.started, 1e-9)
-        return f"{self.tokens / elapsed:,.0f} tokens/s" if self.tokens else ""
+Log = Literal["text", "json"]
 
 
 class Reporter:
@@ -78,17 +22,36 @@ class Reporter:
 
     Args:
         quiet: show nothing.
+        log: for a person, or one JSON object a line.
+        console: the terminal or what there is in its place; by default stderr.
     """
 
-    def __init__(self, quiet: bool = False) -> None:
-        self.quiet = quiet
+    def __init__(
+        self, quiet: bool = False, log: Log = "text", console: Console | None = None
+    ) -> None:
         self.seconds: dict[str, float] = {}
-        self._console = Console(stderr=True)
+        self.activity = Activity()
+        self._open: list[Phase] = []
+        self._display = self._chosen(quiet, log, console or Console(stderr=True))
+
+    def _chosen(self, quiet: bool, log: Log, console: Console) -> Display:
+        if quiet:
+            return Silent()
+        if log == "json":
+            return JsonLines(self.activity)
+        if console.is_terminal:
+            return Terminal(console, self.activity)
+        return Lines(console, self.activity)
 
     def say(self, text: str) -> None:
         """One line for the person."""
-        if not self.quiet:
-            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._display.tell(Event(text))
+
+    def watch(self, span: Span) -> None:
+        """An actor or a task has done something, or was lost."""
+        self.activity.add(span)
+        if span.operation in ("lost", "rebuild"):
+            self._display.tell(_event(span, self._open[-1].name if self._open else ""))
 
     @contextmanager
     def phase(self, name: str, total: int, unit: str, where: str = "") -> Iterator[Phase]:
@@ -97,47 +60,43 @@ class Reporter:
         Args:
             where: the part of the model that it is about, if not the whole.
         """
-        phase = Phase(name, total, unit, where)
+        if not self._open:
+            self.activity.begin()
+        phase = Phase(name, total, unit, where, changed=self._display.advanced)
+        self._open.append(phase)
+        self._display.opened(phase)
+        whole = False
         try:
-            if self.quiet:
-                phase._shown = float("inf")
-                yield phase
-            elif self._console.is_terminal:
-                with self._bar() as bar:
-                    shown = f"{name}, {where}" if where else name
-                    bar.add_task(shown, total=total, unit=unit, rate="")
-                    phase._bar = bar
-                    yield phase
-            else:
-                yield phase
-                self.say(phase.line() + f", {_clock(time.monotonic() - phase.started)}")
+            yield phase
+            whole = True
         finally:
-            took = time.monotonic() - phase.started
-            self.seconds[name] = self.seconds.get(name, 0.0) + took
-
-    def _bar(self) -> Progress:
-        return Progress(
-            TextColumn("{task.description:<24}"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[unit]}"),
-            TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self._console,
-        )
+            self._display.closed(phase, whole)
+            self._open.remove(phase)
+            self.seconds[name] = self.seconds.get(name, 0.0) + phase.seconds
 
     def summary(self, title: str, places: dict[str, str]) -> None:
         """Phases with their seconds, and where the results lie."""
-        self.say(title)
-        for name, seconds in self.seconds.items():
-            self.say(f"  {name:<28}{seconds:>9.1f} s")
-        for what, where in places.items():
-            self.say(f"  {what:<28}{where}")
+        lines = [title]
+        lines += [f"  {name:<28}{seconds:>9.1f} s" for name, seconds in self.seconds.items()]
+        lines += [f"  {what:<28}{where}" for what, where in places.items()]
+        seconds = {name: round(seconds, 3) for name, seconds in self.seconds.items()}
+        # One line for machines: the rest is in the facts.
+        facts = {"message": title, "seconds": seconds, **places}
+        self._display.tell(Event("\n".join(lines), "summary", facts=facts))
 
 
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+def _event(span: Span, phase: str) -> Event:
+    """What a person is told of a failure and its mending."""
+    facts: dict[str, Any] = {"phase": phase, "actor": span.actor}
+    if span.operation == "rebuild":
+        took = span.end - span.start
+        text = f"{span.actor} rebuilt in {took:.1f} s"
+        return Event(text, "rebuild", facts=facts | {"seconds": round(took, 3)})
+    at, _, cause = span.note.partition(": ")
+    facts |= {"operation": at, "cause": cause}
+    if span.microbatch >= 0:
+        facts |= {"microbatch": span.microbatch}
+        at = f"{at} of microbatch {span.microbatch}"
+    if span.actor == "task":
+        return Event(f"{at} was lost: {cause}; it runs again elsewhere", "lost", "warning", facts)
+    return Event(f"{span.actor} was lost in {at}: {cause}", "lost", "warning", facts)

@@ -71,6 +71,8 @@ class Execution:
     """Times that one actor may be lost."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where stages compute; `auto` takes a GPU when there is one."""
+    log: Literal["text", "json"] = "text"
+    """What is told on stderr: `text` for a person, or `json`, one object a line."""
     force: bool = False
     """Start even what cannot fit on this machine's memory or disk."""
 
@@ -384,6 +386,33 @@ def rank_number(rank: str) -> int | None:
     if not rank.isdecimal() or int(rank) < 1:
         raise UserError("--rank", "a positive number or `full`", repr(rank), "")
     return int(rank)
+
+
+@dataclass(frozen=True)
+class TimelineSettings:
+    """What the actors of a run did, and when: how busy each was, and a picture of it."""
+
+    run: str = ""
+    """Directory of a fit or a scoring, finished or under way."""
+    picture: str | None = None
+    """Where the picture goes, a .png or .svg: an actor a lane, an operation a bar, waiting empty.
+    Takes matplotlib (`pip install -e '.[plots]'`)."""
+    phase: Blocks = ()
+    """Only this phase, repeatable; by default all."""
+    start: Annotated[float | None, tyro.conf.arg(name="from")] = None
+    """Only from this second on, counted from the first operation."""
+    to: float | None = None
+    """Only to this second."""
+
+    def check(self) -> None:
+        """Refuse what cannot work.
+
+        Raises:
+            UserError: naming the flag.
+        """
+        _given(self, "run")
+        if self.start is not None and self.to is not None and self.start >= self.to:
+            raise UserError("--from", f"before --to {self.to:g}", f"{self.start:g}", "")
 
 
 def identity(settings: FitSettings | InfluenceSettings) -> dict[str, Any]:

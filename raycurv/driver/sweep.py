@@ -25,6 +25,7 @@ from raycurv.driver.commits import plan_mark
 from raycurv.driver.feed import Ends, Feed, Given, ModelEnds, Results
 from raycurv.driver.pipeline import NoSink, Sink, run_pass, take_through
 from raycurv.driver.progress import Reporter
+from raycurv.driver.timeline import write_timeline
 from raycurv.driver.workers import Workers
 from raycurv.files.manifest import Manifest
 from raycurv.files.spool import LostSpool, Spool, spool_directory
@@ -171,6 +172,7 @@ class Sweep:
         ) as p:
             pool = self._workers.stages(group)
             p.advance(len(stages))
+        write_timeline(self._store, pool, "loading")
         return pool
 
     def _missing(

@@ -26,7 +26,7 @@ def write_timeline(store: Store, pool: Pool, phase: str) -> None:
         pool: that did it.
         phase: in which.
     """
-    spans, pool.spans = pool.spans, []
+    spans = pool.spans.take()
     if not spans:
         return
     number = len(store.names(DIRECTORY, ".parquet"))

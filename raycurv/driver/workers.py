@@ -35,7 +35,7 @@ class Workers:
         blocks: all of them.
         dtype: of the model's computation.
         seed: of drawn labels.
-        reporter: is told of failures.
+        reporter: is told what actors and tasks do, and of failures.
 
     Attributes:
         cuts: layers of each stage.
@@ -107,6 +107,7 @@ class Workers:
                     self._settings.transport,
                     self._reporter.say,
                 )
+            self._pool.spans.watch = self._reporter.watch
         return self._pool
 
     def stages(self, group: int) -> Pool:

@@ -48,7 +48,7 @@ class StageActor:
         """Answers once the actor has a place: the node that it is on, and its process."""
         return ray.get_runtime_context().get_node_id(), os.getpid()
 
-    def build(self, spec: StageSpec) -> None:
+    def build(self, spec: StageSpec) -> Answer:
         """Build the stage, once the one that was there has gone.
 
         Not in the constructor: of what that raises, Ray hands on the text alone.
@@ -57,6 +57,7 @@ class StageActor:
         spec = replace(spec, device=self._device(spec.device))
         self._stage, span = timed(self._name, "load", Stage, (spec,))
         self._note(span)
+        return Answer(None, self._taken())
 
     def host(self) -> str:
         """Where the replica's stages meet to be linked: at this one."""
@@ -101,13 +102,12 @@ class StageActor:
 
         value, span = timed(self._name, method, called, args, self._enter, leave)
         self._note(span)
-        self._metrics.passed(args)
+        self._metrics.passed(method, args)
         if method in _BETWEEN:
             return value
-        spans, self._spans = tuple(self._spans), []
         if returns == 1:
-            return Answer(value, spans)
-        return (*value[:-1], Answer(value[-1], spans))
+            return Answer(value, self._taken())
+        return (*value[:-1], Answer(value[-1], self._taken()))
 
     def abort(self) -> None:
         """Drop what is under way."""
@@ -129,6 +129,11 @@ class StageActor:
     def _note(self, span: Span) -> None:
         self._metrics.note(span)
         self._spans.append(span)
+
+    def _taken(self) -> tuple[Span, ...]:
+        """What nobody was told of yet."""
+        spans, self._spans = tuple(self._spans), []
+        return spans
 
     def _device(self, wanted: str) -> str:
         return wanted if wanted == "cpu" else assigned_gpu(self._name)

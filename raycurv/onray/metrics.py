@@ -1,4 +1,7 @@
-"""What Ray's Prometheus endpoint shows of a job: counters and gauges, by actor."""
+"""What Ray's Prometheus endpoint shows of a job, by actor.
+
+Ray puts ``ray_`` before the names, and ``_total`` behind those of counters where it is asked to.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,11 @@ from ray.util.metrics import Counter, Gauge
 
 from raycurv.batch import Batch
 from raycurv.stages.timeline import Span
+
+# Each microbatch comes by a stage once in one of these; what else takes one looks at it only.
+_FORWARD = ("forward", "turn")
+# Gauges of their own.
+_NAMED = {"decompose_factor": "eigendecompositions"}
 
 
 class ActorMetrics:
@@ -48,9 +56,10 @@ class ActorMetrics:
         self._ended = span.end
         self._memory.set(span.memory, self._tags)
 
-    def passed(self, args: tuple[Any, ...]) -> None:
-        """A call with these arguments was made; a microbatch counts when it goes forward."""
-        if args and isinstance(args[0], Batch):
+    def passed(self, method: str, args: tuple[Any, ...]) -> None:
+        """A method was called with these arguments, packed; a microbatch counts on its way
+        forward, tokens where there are any, examples otherwise."""
+        if method in _FORWARD and args and isinstance(args[0], Batch):
             batch: Any = args[0]
             self._microbatches.inc(1, self._tags)
             tokens = len(batch.ids) if batch.mask is None else int(batch.mask.data.sum())
@@ -71,10 +80,12 @@ class DriverMetrics:
             tag_keys=("what",),
         )
         self._tasks = Gauge(
-            "raycurv_tasks_left",
-            "Tasks (eigendecompositions and the like) that have not ended yet.",
-            tag_keys=("task",),
+            "raycurv_tasks_left", "Tasks that have not ended yet.", tag_keys=("task",)
         )
+        self._named = {
+            task: Gauge(f"raycurv_{name}_left", f"{name.capitalize()} that have not ended yet.")
+            for task, name in _NAMED.items()
+        }
 
     def retried(self, what: str) -> None:
         """An actor or a task is tried again."""
@@ -83,3 +94,5 @@ class DriverMetrics:
     def left(self, task: str, count: int) -> None:
         """So many tasks of a kind have not ended."""
         self._tasks.set(count, {"task": task})
+        if task in self._named:
+            self._named[task].set(count)

@@ -40,7 +40,7 @@ from raycurv.onray.tasks import Tasks
 from raycurv.stages.failures import Failures, Limits
 from raycurv.stages.pool import Need, Say, StageLost
 from raycurv.stages.stage import StageSpec
-from raycurv.stages.timeline import Span, actor_name
+from raycurv.stages.timeline import Record, Span, actor_name
 from raycurv.stages.transport import pack, unpack
 
 Transport = Literal["auto", "object-store", "distributed"]
@@ -82,7 +82,7 @@ class OnRay:
         cpus: cores that a stage's actor reserves, see :func:`raycurv.onray.placement.demand_of`.
         own: whether the cluster is the job's own.
         limits: what is borne.
-        say: is told of failures.
+        say: is told of what is no span: that there is no room, that an actor hangs.
         transport: how hidden states and gradients go from stage to stage: through Ray's object
             store, by torch.distributed, or ``auto``, which is the latter on GPUs.
     """
@@ -100,7 +100,7 @@ class OnRay:
         self._cpus, self._own, self._say, self._transport = cpus, own, say, transport
         self._limits = limits or Limits()
         self.failures = Failures(self._limits)
-        self.spans: list[Span] = []
+        self.spans = Record()
         self._places: Places | None = None
         self._actors: list[list[_Actor]] = []
         self._specs: list[StageSpec] = []
@@ -183,7 +183,7 @@ class OnRay:
             raise StageLost(_first_line(error)) from error
         self._ended(handle)
         if isinstance(value, Answer):
-            self.spans += value.spans
+            self.spans.extend(value.spans)
             value = value.value
         return unpack(value)
 
@@ -230,7 +230,9 @@ class OnRay:
         arguments: Sequence[tuple[Any, ...]],
         needs: Sequence[Need] | None = None,
     ) -> Iterator[tuple[int, Any]]:
-        tasks = Tasks(self._places, self._limits, self.failures, self._metrics, self._say)
+        tasks = Tasks(
+            self._places, self._limits, self.failures, self._metrics, self._say, self.spans
+        )
         gpu = bool(self._specs) and self._specs[0].device != "cpu"
         for place, (value, span) in tasks.run(function, arguments, needs, gpu):
             self.spans.append(span)
@@ -424,19 +426,14 @@ class OnRay:
         self._kill(self._actors[replica][call.stage])
 
     def _lost(self, who: str, method: str, microbatch: int, cause: str, began: float) -> None:
-        at = f" of microbatch {microbatch}" if microbatch >= 0 else ""
-        self._say(f"{who} was lost in {method}{at}: {cause}")
         self._metrics.retried("actor")
         self.spans.append(Span(who, "lost", microbatch, began, began, note=f"{method}: {cause}"))
         self.failures.count(who, method, microbatch, cause)
 
     def _note_rebuilt(self, replica: int, stages: tuple[int, ...], began: float) -> None:
-        took = time.time() - began
-        names = ", ".join(actor_name(replica, stage) for stage in stages)
-        self._say(f"{names} rebuilt in {took:.1f} s")
+        ended = time.time()
         for stage in stages:
-            who = actor_name(replica, stage)
-            self.spans.append(Span(who, "rebuild", -1, began, began + took))
+            self.spans.append(Span(actor_name(replica, stage), "rebuild", -1, began, ended))
 
 
 def _end_process(pid: int) -> None:

@@ -31,7 +31,7 @@ from raycurv.onray.placement import Places
 from raycurv.stages.failures import Failures, Limits
 from raycurv.stages.placement import Slot, next_task
 from raycurv.stages.pool import Need, Say
-from raycurv.stages.timeline import Span
+from raycurv.stages.timeline import Record, Span
 
 _LOST = (
     WorkerCrashedError, OutOfMemoryError, NodeDiedError, ObjectLostError, TaskCancelledError,
@@ -60,7 +60,8 @@ class Tasks:
         limits: what is borne.
         failures: counts them.
         metrics: shows what is left.
-        say: is told of failures.
+        say: is told of those that hang.
+        spans: has those that were lost.
     """
 
     places: Places | None
@@ -68,6 +69,7 @@ class Tasks:
     failures: Failures
     metrics: DriverMetrics
     say: Say
+    spans: Record
 
     def run(
         self,
@@ -170,7 +172,8 @@ class Tasks:
                 one.since = now
 
     def _again(self, name: str, need: Need, cause: BaseException) -> None:
-        text = " ".join(str(cause).split())[:300]
-        self.say(f"{name} of {need.name} was lost: {text}; running it elsewhere")
+        text, now = " ".join(str(cause).split())[:300], time.time()
+        what = f"{name} of {need.name}" if need.name else name
         self.metrics.retried("task")
-        self.failures.count(f"{name} of {need.name}", "run", -1, text)
+        self.spans.append(Span("task", "lost", -1, now, now, note=f"{what}: {text}"))
+        self.failures.count(what, "run", -1, text)

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 from raycurv.mathematics.blocks import Block
 from raycurv.stages.memory import give_back
 from raycurv.stages.stage import Stage, StageSpec
-from raycurv.stages.timeline import Span, actor_name, timed
+from raycurv.stages.timeline import Record, actor_name, timed
 
-# Is told what befalls the actors: deaths, rebuilding, waiting for a place.
+# Is told what befalls the pool and is no span: waiting for a place, say.
 Say = Callable[[str], None]
 
 
@@ -46,7 +46,7 @@ class Pool(Protocol):
         spans: what was done, until somebody takes it.
     """
 
-    spans: list[Span]
+    spans: Record
 
     @property
     def stages(self) -> int:
@@ -140,7 +140,7 @@ class InProcess:
 
     def __init__(self) -> None:
         self._replicas: list[list[Stage]] = []
-        self.spans: list[Span] = []
+        self.spans = Record()
 
     @property
     def stages(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,11 +20,12 @@ class Span:
 
     Attributes:
         actor: who: ``replica 0, stage 1``, ``task``, or ``driver``.
-        operation: what: a method of the stage, or the name of a task.
+        operation: what: a method of the stage, ``load``, the name of a task; ``lost`` and
+            ``rebuild`` of one that died.
         microbatch: which, -1 for none.
         start, end: seconds since the epoch, by the clock of the node.
         transport: seconds of it that went into taking in and giving out tensors.
-        note: more about it: a factor, a cause of death.
+        note: more about it: a factor; of a death, what it was at and the cause, ``turn: …``.
         node: host name.
         pid: of the process.
         memory: anonymous resident bytes of the process at the end.
@@ -40,6 +41,40 @@ class Span:
     node: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
     memory: int = 0
+
+
+class Record:
+    """Spans in the order in which they became known, until somebody takes them.
+
+    Attributes:
+        watch: is told of each at once, if anybody is.
+    """
+
+    def __init__(self) -> None:
+        self.watch: Callable[[Span], None] | None = None
+        self._spans: list[Span] = []
+
+    def append(self, span: Span) -> None:
+        """One more."""
+        self._spans.append(span)
+        if self.watch is not None:
+            self.watch(span)
+
+    def extend(self, spans: Iterable[Span]) -> None:
+        """Some more."""
+        for span in spans:
+            self.append(span)
+
+    def take(self) -> list[Span]:
+        """All that nobody has taken."""
+        spans, self._spans = self._spans, []
+        return spans
+
+    def __iter__(self) -> Iterator[Span]:
+        return iter(self._spans)
+
+    def __len__(self) -> int:
+        return len(self._spans)
 
 
 def timed(
@@ -94,3 +129,9 @@ def resident() -> int:
 def actor_name(replica: int, stage: int) -> str:
     """What a stage's actor is called."""
     return f"replica {replica}, stage {stage}"
+
+
+def actor_order(actor: str) -> tuple[bool, tuple[int, ...], str]:
+    """Sorts actors by replica, then stage; others behind them."""
+    numbers = tuple(int(part.split()[-1]) for part in actor.split(", ") if part[-1:].isdecimal())
+    return not numbers, numbers, actor
