@@ -127,7 +127,7 @@ def test_an_actor_lost_in_each_phase_changes_no_bit(
     assert_same(tmp_path / "run", undisturbed[0])
     rows = timeline(tmp_path / "run")
     assert [row["actor"] for row in lost(rows)] == [
-        "replica 0, stage 1", "replica 0, stage 0", "replica 1, stage 0",
+        "replica 0, stage 1", "replica 0, stage 0", "task", "replica 1, stage 0",
     ]  # fmt: skip
     assert len(seconds_to_rebuild(rows)) == 3
     assert (tmp_path / "died").exists()
