@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 JOBS: dict[str, tuple[Any, Callable[..., Any]]] = {
     "fit.py": (FitSettings, fit),
     "influence.py": (InfluenceSettings, influence),
-    "plan.py": (PlanSettings, plan),
+    "plan.py": (PlanSettings, lambda settings, reporter: plan(settings)),
 }
 
 
@@ -89,6 +91,14 @@ def run(job: str, flags: Sequence[Any], seconds: float = 120.0, **more: str | No
         process.communicate()
         raise
     return Outcome(process.returncode, out, err)
+
+
+def failure_in(outcome: Outcome) -> dict[str, Any]:
+    """What the last line of a job that failed says; nothing else is on its output."""
+    (line,) = outcome.out.splitlines()
+    said: dict[str, Any] = json.loads(line)
+    assert said["status"] == "failed"
+    return said
 
 
 def flags_of(settings: Mapping[str, Any]) -> list[str]:
@@ -227,6 +237,35 @@ def deadly() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 4), Deadly(4, 3))
 
 
+class Paced(nn.Linear):
+    """A layer that takes its time, and leaves a byte in a file for every example that it sees."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        trace = os.environ.get("PACED_TRACE")
+        if trace:
+            with open(trace, "ab") as file:
+                file.write(b"." * len(x))
+            time.sleep(0.02)
+        return super().forward(x)
+
+
+def paced() -> nn.Module:
+    """A network whose microbatches can be counted, and whose factors take time to decompose."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        Paced(5, 600), nn.Tanh(), nn.Linear(600, 600), nn.Tanh(), nn.Linear(600, 3)
+    )
+
+
+def waiting() -> nn.Module:
+    """A network that is not there for a while, once."""
+    trace = Path(os.environ["WAITING_TRACE"])
+    if not trace.exists():
+        trace.touch()
+        time.sleep(30)
+    return classifier()
+
+
 class Squares:
     """An objective of one's own: half the squared distance to the class, one-hot."""
 
@@ -241,6 +280,13 @@ class Squares:
 
     def sample(self, outputs: Tensor, batch: Any, uniform: Any) -> Tensor:
         return (uniform(1)[:, 0] * outputs.shape[1]).long()
+
+
+class Raising(Squares):
+    """An objective with a mistake of its own."""
+
+    def loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return outputs.sum(dim=1) / (0 // len(outputs) // 0)
 
 
 class NotFinite:

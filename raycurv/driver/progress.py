@@ -18,6 +18,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from raycurv.driver import stopping
+
 # Seconds between two lines where there is no terminal to redraw.
 _LINE_EVERY = 10.0
 
@@ -97,6 +99,7 @@ class Reporter:
         Args:
             where: the part of the model that it is about, if not the whole.
         """
+        stopping.look()
         phase = Phase(name, total, unit, where)
         try:
             if self.quiet:
