@@ -1,8 +1,11 @@
 """`python jobs/fit.py --help`; unchanged under `ray job submit --working-dir . -- …`."""
 
-from raycurv.driver.command import run_job
-from raycurv.driver.fitting import fit
-from raycurv.driver.settings import FitSettings
+from loading import loading
+
+with loading("fit.py"):
+    from raycurv.driver.command import run_job
+    from raycurv.driver.fitting import fit
+    from raycurv.driver.settings import FitSettings
 
 if __name__ == "__main__":
     run_job(FitSettings, fit, "fit.py")

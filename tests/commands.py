@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import signal
 import subprocess
@@ -37,8 +38,8 @@ ROOT = Path(__file__).resolve().parent.parent
 JOBS: dict[str, tuple[Any, Callable[..., Any]]] = {
     "fit.py": (FitSettings, fit),
     "influence.py": (InfluenceSettings, influence),
-    "plan.py": (PlanSettings, plan),
-    "timeline.py": (TimelineSettings, show_timeline),
+    "plan.py": (PlanSettings, lambda settings, reporter: plan(settings)),
+    "timeline.py": (TimelineSettings, lambda settings, reporter: show_timeline(settings)),
 }
 
 
@@ -97,6 +98,14 @@ def run(job: str, flags: Sequence[Any], seconds: float = 120.0, **more: str | No
         process.communicate()
         raise
     return Outcome(process.returncode, out, err)
+
+
+def failure_in(outcome: Outcome) -> dict[str, Any]:
+    """What the last line of a job that failed says; nothing else is on its output."""
+    (line,) = outcome.out.splitlines()
+    said: dict[str, Any] = json.loads(line)
+    assert said["status"] == "failed"
+    return said
 
 
 def flags_of(settings: Mapping[str, Any]) -> list[str]:
@@ -257,6 +266,35 @@ def greedy() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 4), Greedy(4, 3))
 
 
+class Paced(nn.Linear):
+    """A layer that takes its time, and leaves a byte in a file for every example that it sees."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        trace = os.environ.get("PACED_TRACE")
+        if trace:
+            with open(trace, "ab") as file:
+                file.write(b"." * len(x))
+            time.sleep(0.02)
+        return super().forward(x)
+
+
+def paced() -> nn.Module:
+    """A network whose microbatches can be counted, and whose factors take time to decompose."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        Paced(5, 600), nn.Tanh(), nn.Linear(600, 600), nn.Tanh(), nn.Linear(600, 3)
+    )
+
+
+def waiting() -> nn.Module:
+    """A network that is not there for a while, once."""
+    trace = Path(os.environ["WAITING_TRACE"])
+    if not trace.exists():
+        trace.touch()
+        time.sleep(30)
+    return classifier()
+
+
 class Squares:
     """An objective of one's own: half the squared distance to the class, one-hot."""
 
@@ -271,6 +309,13 @@ class Squares:
 
     def sample(self, outputs: Tensor, batch: Any, uniform: Any) -> Tensor:
         return (uniform(1)[:, 0] * outputs.shape[1]).long()
+
+
+class Raising(Squares):
+    """An objective with a mistake of its own."""
+
+    def loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return outputs.sum(dim=1) / (0 // len(outputs) // 0)
 
 
 class NotFinite:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import classified, classifier, flags_of, run_here, write_rows
+from commands import classified, classifier, failure_in, flags_of, run_here, write_rows
 from dense import worst
 from networks import LLAMA, MLP, REGRESSION, Case, arrays
 from results import assert_same
@@ -613,7 +613,8 @@ MISTAKES: dict[str, tuple[list[str], tuple[str, ...]]] = {
 def test_a_mistake_is_named_and_ends_with_2(name: str, runs: Runs, tmp_path: Path) -> None:
     flags, says = MISTAKES[name]
     outcome = run_here("fit.py", runs.flags(tmp_path / "out", flags))
-    assert outcome.code == 2 and outcome.out == "" and "Traceback" not in outcome.err
+    assert outcome.code == 2 and "Traceback" not in outcome.err
+    assert failure_in(outcome)["error"]["kind"] == "UserError"
     message = outcome.err.strip().splitlines()[-1]
     assert ": expected " in message and ", got " in message
     for piece in says:

@@ -113,7 +113,9 @@ def test_the_last_line_of_output_is_json(made: Made) -> None:
         (made.influence_out, "influence.py", made.scores),
     ):
         said = json.loads(out.splitlines()[-1])
+        phases = said.pop("phases")
         assert said == {"status": "complete", "job": job, "out": str(folder)}
+        assert "loading" in phases and all(seconds >= 0 for seconds in phases.values())
 
 
 HELP = {

@@ -20,6 +20,7 @@ from commands import (
     classified,
     classifier,
     dead,
+    failure_in,
     flags_of,
     run,
     run_here,
@@ -449,9 +450,11 @@ def influence_flags(place: Place, settings: Settings) -> list[str]:
 
 def check(outcome: Outcome, says: tuple[str, ...]) -> None:
     assert outcome.code == 2, outcome.err
-    assert outcome.out == ""
     assert "Traceback" not in outcome.err
     message = outcome.err.strip().splitlines()[-1]
+    said = failure_in(outcome)
+    assert message.endswith(said["message"]) and said["error"]["kind"] == "UserError"
+    assert all(said["error"][part] in message for part in ("where", "expected", "got", "remedy"))
     assert message.count(": expected ") == 1 and ", got " in message
     for piece in says:
         assert piece in message
@@ -497,7 +500,7 @@ def test_a_mistake_in_a_process_of_its_own_ends_with_2_without_a_traceback(
 ) -> None:
     settings, says = SUBPROCESSES[name](place)
     outcome = run("fit.py", fit_flags(place, settings))
-    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.code == 2 and failure_in(outcome)["error"]["kind"] == "UserError"
     assert says in outcome.err and "Traceback" not in outcome.err
 
 
@@ -515,7 +518,7 @@ def test_a_mistake_in_a_process_of_its_own_ends_with_2_without_a_traceback(
 )
 def test_a_flag_that_cannot_be_read_ends_with_2(job: str, flags: list[str], says: str) -> None:
     outcome = run_here(job, flags)
-    assert outcome.code == 2 and outcome.out == ""
+    assert outcome.code == 2 and says in failure_in(outcome)["error"]["got"]
     assert says in outcome.err and "Traceback" not in outcome.err
 
 

@@ -22,6 +22,7 @@ from commands import (
     Squares,
     classified,
     classifier,
+    failure_in,
     flags_of,
     infinite,
     overflowing,
@@ -232,7 +233,7 @@ def test_a_mistake_in_an_actor_ends_a_job_with_2(cluster: None, tmp_path: Path) 
         "address": "local",
     }
     outcome = run_here("fit.py", flags_of(flags))
-    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.code == 2 and failure_in(outcome)["error"]["kind"] == "UserError"
     assert "finite weights" in outcome.err and "Traceback" not in outcome.err
 
 

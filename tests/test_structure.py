@@ -90,7 +90,11 @@ def test_jobs_import_raycurv_alone() -> None:
     jobs = sorted((ROOT / "jobs").glob("*.py"))
     assert {"fit.py", "influence.py"} <= {path.name for path in jobs}
     for path in jobs:
-        assert packages(path) == {"raycurv"}
+        # What stands in while libraries load cannot be one of them.
+        if path.name == "loading.py":
+            assert packages(path) <= sys.stdlib_module_names
+        else:
+            assert packages(path) == {"loading", "raycurv"}
 
 
 def cycle(graph: dict[str, set[str]]) -> list[str]:

@@ -44,7 +44,7 @@ from raycurv.driver.rows import ExampleRows, write_drawn, write_examples
 from raycurv.driver.settings import DTYPES, FitSettings, identity
 from raycurv.driver.sweep import Sweep, Task, open_spool
 from raycurv.driver.timeline import write_timeline
-from raycurv.driver.workers import Workers
+from raycurv.driver.workers import Workers, check_address
 from raycurv.errors import DamagedFile
 from raycurv.files.artifacts import (
     basis_mark,
@@ -126,7 +126,7 @@ def _fit_held(
     if settings.method in ("ekfac", "kfac"):
         check_axes(blocks, settings.max_factor_dim)
     workers = Workers(
-        settings, network, named, blocks, DTYPES[settings.dtype], settings.seed, reporter
+        settings, network, named, blocks, DTYPES[settings.dtype], settings.seed, reporter, store
     )
     source: Source = data if data is not None else settings.data
     parents = open_parents(settings, store, network)
@@ -142,6 +142,8 @@ def _fit_held(
             {"model": _lasting(settings.model), "data": shown(settings.data)} | parents.places(),
         ),
     )
+    if "tables" not in manifest.complete:
+        check_address(settings)
     with reporter.phase("examples", 1, "sources") as phase:
         corpus = open_examples(store, parents, source, network, settings, manifest.facts, reporter)
         phase.advance(1)

@@ -29,7 +29,7 @@ from raycurv.driver.rows import ScoreRows, merge_top
 from raycurv.driver.settings import DTYPES, InfluenceSettings, identity, parse_bytes
 from raycurv.driver.sweep import Sweep, Task, commit_place, open_spool
 from raycurv.driver.timeline import write_timeline
-from raycurv.driver.workers import Workers
+from raycurv.driver.workers import Workers, check_address
 from raycurv.errors import DamagedFile, UserError
 from raycurv.files.artifacts import ihvp_file, read_blocks, read_products, write_products
 from raycurv.files.lock import hold
@@ -125,6 +125,7 @@ def _influence_held(
         else:
             reporter.say(f"complete: {store.root}")
             return store
+    check_address(settings)
     corpora = _Corpora(store, fitted, fit, network, settings)
     with reporter.phase("examples", 1 if train is None else 2, "sources") as phase:
         asked = corpora.open("queries", queries, "--queries", prints["queries"], None)
@@ -136,7 +137,7 @@ def _influence_held(
             )
             phase.advance(1)
     workers = Workers(
-        settings, network, named, blocks, DTYPES[dtype], fit.settings["seed"], reporter
+        settings, network, named, blocks, DTYPES[dtype], fit.settings["seed"], reporter, store
     )
     lengths = None if training is None else training.lengths
     check_influence(settings, fit.settings, network, blocks, asked.lengths, lengths, store)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from raycurv.driver import stopping
 from raycurv.driver.activity import Activity
 from raycurv.driver.displays import Display, Event, JsonLines, Lines, Silent, Terminal
 from raycurv.driver.phase import Phase
@@ -60,6 +61,7 @@ class Reporter:
         Args:
             where: the part of the model that it is about, if not the whole.
         """
+        stopping.look()
         if not self._open:
             self.activity.begin()
         phase = Phase(name, total, unit, where, changed=self._display.advanced)

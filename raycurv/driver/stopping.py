@@ -1,4 +1,5 @@
-"""Stopping on request: SIGTERM (`ray job stop`) ends a job at the next point worth keeping.
+"""Stopping on request: SIGTERM (`ray job stop`) or SIGINT (Ctrl-C) ends a job at the next point
+worth keeping.
 
 A pass commits what it has done and stops there; everywhere else results are whole files already,
 and the job stops at once.
@@ -6,50 +7,81 @@ and the job stops at once.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_asked = False
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# How long a call that Python cannot interrupt (a decomposition in this process) is waited for:
+# `ray job stop` kills after three seconds.
+_SECONDS = 1.5
+
+_asked = 0
 _deferred = 0
+_seen = threading.Event()
 
 
-class Stopped(BaseException):
-    """The job was asked to stop; the same command goes on. Not an error, which might be caught."""
+class Stopped(KeyboardInterrupt):
+    """The job was asked to stop; the same command goes on. Not an error, which might be caught.
+
+    A ``KeyboardInterrupt``, since no other exception of a signal's gets out of a wait of Ray's;
+    what arrives from there is a plain one.
+    """
 
 
 @contextmanager
-def listening() -> Iterator[None]:
-    """Take SIGTERM for a request to stop, as long as this lasts (in the main thread)."""
+def listening(at_once: Callable[[int], None] | None = None) -> Iterator[None]:
+    """Take SIGTERM and SIGINT for a request to stop, as long as this lasts (in the main thread).
+
+    Args:
+        at_once: ends the process with that exit code, from another thread: for when the main one is
+            within a call that it cannot leave, and nothing is under way that is worth a commit.
+    """
     global _asked
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _asked = False
-    before = signal.signal(signal.SIGTERM, _on_signal)
+    _asked = 0
+    _seen.clear()
+    before = [(number, signal.signal(number, _on_signal)) for number in _SIGNALS]
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    woken = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(reading, at_once), daemon=True).start()
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
-        _asked = False
+        signal.set_wakeup_fd(woken)
+        os.close(writing)
+        for number, handler in before:
+            signal.signal(number, handler)
+        _asked = 0
 
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Only note a request: whoever runs this looks at :func:`asked`."""
+    """Only note a request: whoever runs this looks at :func:`asked`, and stops at the end of this
+    at the latest."""
     global _deferred
     _deferred += 1
     try:
         yield
     finally:
         _deferred -= 1
+    look()
 
 
 def asked() -> bool:
     """Whether the job was asked to stop."""
-    return _asked
+    return bool(_asked)
+
+
+def exit_code() -> int:
+    """Of a job that stopped: 128 and the signal's number, as shells have it."""
+    return 128 + (_asked or signal.SIGINT)
 
 
 def stop_if_asked() -> None:
@@ -62,10 +94,28 @@ def stop_if_asked() -> None:
         raise Stopped
 
 
+def look() -> None:
+    """As :func:`stop_if_asked`, where nothing is deferred: for a request whose exception was lost,
+    raised where Python ignores it."""
+    if not _deferred:
+        stop_if_asked()
+
+
 def _on_signal(number: int, frame: FrameType | None) -> None:
     global _asked
-    if _asked or not _deferred:
+    again = bool(_asked)
+    _asked = _asked or number
+    _seen.set()
+    if again or not _deferred:
         # Asked twice, or with nothing under way that is worth a commit.
-        _asked = True
         raise Stopped
-    _asked = True
+
+
+def _watch(reading: int, at_once: Callable[[int], None] | None) -> None:
+    """Wait for signals beside the main thread, until the other end of the pipe is closed."""
+    with os.fdopen(reading, "rb", buffering=0) as arriving:
+        while found := arriving.read(1):
+            if found[0] not in _SIGNALS or _deferred or at_once is None:
+                continue
+            if not _seen.wait(_SECONDS) and not _deferred:
+                at_once(128 + found[0])

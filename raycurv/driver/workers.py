@@ -22,6 +22,18 @@ from raycurv.stages.pool import InProcess, Pool
 from raycurv.stages.stage import StageSpec, stage_specs
 
 
+def check_address(settings: Execution) -> None:
+    """Refuse a cluster that does not answer, before anything takes time.
+
+    Raises:
+        UserError: nobody does, or somebody else.
+    """
+    # Without Ray, which takes a second to import.
+    from raycurv.onray.address import address_of, check_answers
+
+    check_answers(address_of(settings.address))
+
+
 class Workers:
     """Holds the pool of one job, and one group of stages in it at a time.
 
@@ -36,6 +48,7 @@ class Workers:
         dtype: of the model's computation.
         seed: of drawn labels.
         reporter: is told what actors and tasks do, and of failures.
+        store: of the results, which every node must reach.
 
     Attributes:
         cuts: layers of each stage.
@@ -52,8 +65,9 @@ class Workers:
         dtype: torch.dtype,
         seed: int,
         reporter: Reporter,
+        store: Store,
     ) -> None:
-        self._reporter = reporter
+        self._reporter, self._store = reporter, store
         self._settings, self._model, self._objective = settings, model, objective
         self._blocks, self._dtype, self._seed = tuple(blocks), dtype, seed
         self._pool: Pool | None = None
@@ -98,6 +112,7 @@ class Workers:
             else:
                 # Ray takes a second to import, which a job without it need not wait for.
                 from raycurv.onray.pool import OnRay
+                from raycurv.onray.preflight import preflight
 
                 self._pool = OnRay(
                     self._settings.address,
@@ -107,6 +122,7 @@ class Workers:
                     self._settings.transport,
                     self._reporter.say,
                 )
+                preflight(self._store, self.own)
             self._pool.spans.watch = self._reporter.watch
         return self._pool
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-import socket
+import platform
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
+from ray.exceptions import AuthenticationError
 
 from raycurv.errors import UserError
-
-_CONNECT_SECONDS = 3.0
-
-
-def address_of(address: str | None) -> str:
-    """What ``--address`` says, or ``RAY_ADDRESS``, or ``local``."""
-    return address or os.environ.get("RAY_ADDRESS") or "local"
+from raycurv.onray.address import address_of, check_answers
 
 
 def connect(address: str | None) -> bool:
@@ -29,7 +28,8 @@ def connect(address: str | None) -> bool:
         Whether this call made the connection, so that its maker can end it.
 
     Raises:
-        UserError: nothing answers at the address.
+        UserError: no Ray answers at the address, it is of another version, or does not let this
+            process in.
     """
     if ray.is_initialized():
         return False
@@ -37,37 +37,58 @@ def connect(address: str | None) -> bool:
     # A call whose actor is lost is seen to by whoever waits for the calls behind it.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     quiet = {"logging_level": "warning", "log_to_driver": False}
-    if address == "local":
-        ray.init(address="local", include_dashboard=False, **quiet)
-        return True
-    if address != "auto" and "://" not in address:
-        _check_answers(address)
-    try:
-        ray.init(address=address, **quiet)
-    except (ConnectionError, RuntimeError) as error:
-        raise UserError(
-            f"--address {address}",
-            "a running Ray cluster that lets this process in",
-            str(error),
-            "Start one with `ray start --head`, or leave --address out for a Ray of its own.",
-        ) from error
+    with _listeners_kept():
+        if address == "local":
+            ray.init(address="local", include_dashboard=False, **quiet)
+            return True
+        check_answers(address)
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, RuntimeError, AuthenticationError) as error:
+            raise _refused(address, error) from error
     return True
 
 
-def _check_answers(address: str) -> None:
-    """``ray.init`` to a dead address never returns: try a socket first."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        raise UserError("--address", "local, auto, none or HOST:PORT", repr(address), "")
+@contextmanager
+def _listeners_kept() -> Iterator[None]:
+    """``ray.init`` takes SIGTERM for itself, as a ``sys.exit``: who listened to it before goes on
+    to, and hears what came meanwhile."""
+    before = signal.getsignal(signal.SIGTERM)
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
     try:
-        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
-    except OSError as error:
-        raise UserError(
-            f"--address {address}",
-            "a Ray cluster that answers",
-            str(error),
-            "Check the address with `ray status --address`, or use --address local.",
-        ) from error
+        yield
+    except SystemExit as end:
+        if end.code != signal.SIGTERM:
+            raise
+        signal.signal(signal.SIGTERM, before)
+        ray.shutdown()
+        before(signal.SIGTERM, None)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _refused(address: str, error: Exception) -> UserError:
+    """What Ray says when it does not let this process in, as ours."""
+    where, got = f"--address {address}", " ".join(str(error).split())
+    if isinstance(error, AuthenticationError):
+        return UserError(
+            where, "a cluster that takes this process's token", got,
+            "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) as on the "
+            "cluster.",
+        )  # fmt: skip
+    if "ersion mismatch" in got:
+        return UserError(
+            where, f"a cluster of Ray {ray.__version__} and Python {platform.python_version()}",
+            got, "Run the job with the versions that the cluster has, from its own image say.",
+        )  # fmt: skip
+    return UserError(
+        where, "a running Ray cluster that lets this process in", got,
+        "If the cluster wants a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN as there; or "
+        "leave --address out for a Ray of its own.",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -124,5 +145,7 @@ def supply() -> str:
         for node in nodes()
     ]
     free = ray.available_resources()
-    unused = f"{free.get('CPU', 0.0):g} CPU" + (f" {free['GPU']:g} GPU" if "GPU" in free else "")
+    unused = f"{free.get('CPU', 0.0):g} CPU"
+    if cluster_gpus():
+        unused += f" {free.get('GPU', 0.0):g} GPU"
     return f"{unused} free of {len(each)} nodes ({', '.join(each)})"

@@ -95,7 +95,12 @@ class Places:
         self._group: PlacementGroup = placement_group(
             self._bundles, strategy="SPREAD" if self._packed else "PACK"
         )
-        self.wait()
+        try:
+            self.wait()
+        except BaseException:
+            # Whoever asked has not got this yet, to remove it.
+            self.remove()
+            raise
 
     def wait(self) -> None:
         """Until every bundle has a node.

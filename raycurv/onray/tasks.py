@@ -91,40 +91,49 @@ class Tasks:
         shunned: dict[int, set[str]] = {}
         running: dict[Any, _Running] = {}
         name = function.__name__
-        while waiting or running:
-            while True:
-                busy = [(r.slot, needs[r.task].memory) for r in running.values()]
-                found = next_task(waiting, slots, busy, [n.memory for n in needs], memory, shunned)
-                if found is None:
-                    break
-                task, slot = found
-                waiting.remove(task)
-                need = needs[task]
-                options = self._options(slot, need, memory)
-                remote = ray.remote(max_retries=0, **options)(run_task)
-                handle = remote.remote(function, arguments[task], gpu, need.name)
-                running[handle] = _Running(task, slot)
-            self.metrics.left(name, len(waiting) + len(running))
-            done, _ = ray.wait(list(running), num_returns=1, timeout=self._patience(running, needs))
-            if not done:
-                self._cancel_hung(running, needs)
-                continue
-            here = running.pop(done[0])
-            try:
-                value = ray.get(done[0])
-            except (RayTaskError, *_LOST) as error:
-                cause = error.cause if isinstance(error, RayTaskError) else error
-                if isinstance(cause, RaycurvError):
-                    raise cause from None
-                if not isinstance(cause, _LOST):
-                    raise
-                self._again(name, needs[here.task], cause)
-                shunned.setdefault(here.task, set()).add(here.slot.node)
-                waiting.insert(0, here.task)
-                slots = self._slots(gpu, len(arguments))
-                memory |= {node.id: node.memory for node in nodes()}
-                continue
-            yield here.task, value
+        try:
+            while waiting or running:
+                while True:
+                    busy = [(r.slot, needs[r.task].memory) for r in running.values()]
+                    found = next_task(
+                        waiting, slots, busy, [n.memory for n in needs], memory, shunned
+                    )
+                    if found is None:
+                        break
+                    task, slot = found
+                    waiting.remove(task)
+                    need = needs[task]
+                    options = self._options(slot, need, memory)
+                    remote = ray.remote(max_retries=0, **options)(run_task)
+                    handle = remote.remote(function, arguments[task], gpu, need.name)
+                    running[handle] = _Running(task, slot)
+                self.metrics.left(name, len(waiting) + len(running))
+                done, _ = ray.wait(
+                    list(running), num_returns=1, timeout=self._patience(running, needs)
+                )
+                if not done:
+                    self._cancel_hung(running, needs)
+                    continue
+                here = running.pop(done[0])
+                try:
+                    value = ray.get(done[0])
+                except (RayTaskError, *_LOST) as error:
+                    cause = error.cause if isinstance(error, RayTaskError) else error
+                    if isinstance(cause, RaycurvError):
+                        raise cause from None
+                    if not isinstance(cause, _LOST):
+                        raise
+                    self._again(name, needs[here.task], cause)
+                    shunned.setdefault(here.task, set()).add(here.slot.node)
+                    waiting.insert(0, here.task)
+                    slots = self._slots(gpu, len(arguments))
+                    memory |= {node.id: node.memory for node in nodes()}
+                    continue
+                yield here.task, value
+        finally:
+            # Of a job that stops, or whose other task went wrong: they would take up cores.
+            for handle in running:
+                ray.cancel(handle, force=True)
         self.metrics.left(name, 0)
 
     def _slots(self, gpu: bool, most: int) -> list[Slot]:
