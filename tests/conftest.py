@@ -19,7 +19,10 @@ torch.set_num_threads(1)
 
 
 # These begin before all others, or one of them would be under way alone at the end.
-LONGEST = ("ray", "too_little", "resume", "combine", "swept", "invariance", "jobs", "mistakes")
+LONGEST = (
+    "kills", "submitted", "ray", "too_little", "stopping", "preflight", "watching", "object_store",
+    "resume", "combine", "swept", "invariance", "out_of_memory", "links", "jobs", "mistakes",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
