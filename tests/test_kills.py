@@ -7,7 +7,6 @@ order, whatever is lost.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import signal
@@ -24,7 +23,7 @@ import torch
 from commands import classified, classifier, flags_of, snapshot, start, write_rows
 from failures import Strike, hang, lost, seconds_to_rebuild, striking, timeline
 from ray.cluster_utils import Cluster
-from results import assert_same, changed
+from results import assert_close, assert_same, changed
 
 import raycurv
 from raycurv import RaycurvError
@@ -272,17 +271,16 @@ def test_a_node_without_a_spare_ends_in_demand_and_supply(
 # The same numbers
 
 
-# 30 s: 22 actors start.
-def test_replicas_and_stages_give_the_same_numbers(
-    cluster: Cluster, single: Path, tmp_path: Path
+# 20 s: nine actors start.
+@pytest.mark.parametrize(("replicas", "stages"), [(3, 2), (1, 3)])
+def test_replicas_of_actors_give_the_numbers_of_one_process(
+    replicas: int, stages: int, cluster: Cluster, single: Path, tmp_path: Path
 ) -> None:
-    from results import assert_close
-
-    for replicas, stages in itertools.product((1, 2, 3), (1, 2, 3)):
-        out = tmp_path / f"{replicas}x{stages}"
-        address = cluster.address if (replicas, stages) in ((3, 1), (1, 3)) else "none"
-        fit(out, address, replicas=replicas, stages=stages)
-        assert_close(out, single)
+    how: dict[str, Any] = {"replicas": replicas, "stages": stages}
+    fit(tmp_path / "run", cluster.address, cpus_per_stage=0.5, **how)
+    assert_close(tmp_path / "run", single)
+    fit(tmp_path / "alone", "none", **how)
+    assert_same(tmp_path / "run", tmp_path / "alone")
 
 
 def test_tensors_by_torch_distributed_are_the_same_and_so_is_recovery(
