@@ -64,8 +64,8 @@ def demand_of(actors: int, cpus: float | None, gpu: bool, own: bool) -> Demand:
 class Places:
     """The bundles of all actors.
 
-    A replica is one bundle where a node has room for all its stages, and a bundle a stage where
-    none has.
+    A replica is one bundle where nodes have room for all stages of one, and a bundle a stage
+    where they have not.
 
     Args:
         replicas, stages: how many.
@@ -85,10 +85,9 @@ class Places:
         self._demand, self._stages, self._replicas = demand, stages, replicas
         self._wait_seconds, self._say = wait_seconds, say
         whole = demand.times(stages)
-        self._packed = any(
-            node.cpus >= whole.get("CPU", 0.0) and node.gpus >= whole.get("GPU", 0.0)
-            for node in nodes()
-        )
+        there = [{"CPU": node.cpus, "GPU": node.gpus} for node in nodes()]
+        room = sum(int(min(has[what] / need for what, need in whole.items())) for has in there)
+        self._packed = room >= replicas
         self._bundles = (
             [whole] * replicas if self._packed else [demand.times(1)] * (replicas * stages)
         )

@@ -37,7 +37,7 @@ from raycurv.onray.connection import connect
 from raycurv.onray.metrics import DriverMetrics
 from raycurv.onray.placement import Places, demand_of
 from raycurv.onray.tasks import Tasks
-from raycurv.stages.failures import Failures, Limits
+from raycurv.stages.failures import IDLE, Failures, Limits
 from raycurv.stages.pool import Need, Say, StageLost
 from raycurv.stages.stage import StageSpec
 from raycurv.stages.timeline import Record, Span, actor_name
@@ -209,7 +209,7 @@ class OnRay:
             self._lost(f"replica {replica}", "a tensor on its way", -1, str(lost), began)
         for stage, cause in gone.items():
             call = doing[stage]
-            method, microbatch = ("idle", -1) if call is None else (call.method, call.microbatch)
+            method, microbatch = (IDLE, -1) if call is None else (call.method, call.microbatch)
             self._lost(actor_name(replica, stage), method, microbatch, cause, began)
         lacking = [(replica, stage) for stage in gone]
         for at in lacking:

@@ -10,6 +10,8 @@ from raycurv.errors import RaycurvError
 # So often may an actor die of the same operation on the same microbatch before that is taken for
 # the cause.
 _SAME = 3
+# What an actor does that is lost while nothing is asked of it: no operation is the cause.
+IDLE = "idle"
 # That a process may take to start, on a machine that is busy or a disk that is far away.
 _START_SECONDS = 120.0
 
@@ -66,7 +68,7 @@ class Failures:
         self._by_operation[actor, operation, microbatch] += 1
         at = f"{operation} of microbatch {microbatch}" if microbatch >= 0 else operation
         again = "what was committed is kept, and the same command goes on from there."
-        if self._by_operation[actor, operation, microbatch] >= _SAME:
+        if operation != IDLE and self._by_operation[actor, operation, microbatch] >= _SAME:
             raise RaycurvError(
                 f"{actor}, {at}", f"to end, in {_SAME} attempts", f"the actor was lost: {cause}",
                 "If memory ran out, use more --stages or fewer --batch-tokens (`jobs/plan.py` says "
