@@ -267,7 +267,7 @@ def refusal(words: list[str]) -> str:
         return f"no {script}"
     job = Path(script).name
 
-    def checked(settings: Any) -> dict[str, Any]:
+    def checked(settings: Any, reporter: Any) -> dict[str, Any]:
         settings.check()
         return {}
 

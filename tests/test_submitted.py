@@ -3,8 +3,10 @@ can read how it ended."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import shlex
 import shutil
 import socket
@@ -82,13 +84,14 @@ class Cluster:
 
 
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+    """Ports that nobody is given by chance in the meantime, as those the kernel hands out are."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as one, contextlib.suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            found.append(port)
+    return found
 
 
 def started(token: str) -> Iterator[Cluster]:
@@ -122,7 +125,9 @@ def started(token: str) -> Iterator[Cluster]:
             until = time.monotonic() + SECONDS
             while True:
                 try:
+                    # The head takes jobs, and its agent starts them.
                     cluster.ask("")
+                    urllib.request.urlopen(f"http://127.0.0.1:{agent}/api/healthz", timeout=10)
                     break
                 except OSError:
                     assert head.poll() is None, (folder / "log").read_text()

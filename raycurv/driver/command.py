@@ -168,8 +168,8 @@ class _Heard(io.StringIO):
 
 
 def _root(chosen: Any) -> str | None:
-    """The run directory that the settings name; ``None`` for a plan, which leaves nothing."""
-    if isinstance(chosen, PlanSettings):
+    """The run directory that the settings name; ``None`` for what leaves nothing in one."""
+    if isinstance(chosen, PlanSettings) or not hasattr(chosen, "out"):
         return None
     try:
         return open_store(chosen.out, "--out").root
