@@ -73,7 +73,7 @@ class Killer:
     def run(self) -> None:
         """Until ``most`` were killed."""
         while self.killed.total() < self.most:
-            time.sleep(self.rng.uniform(0.2, 4.0))
+            time.sleep(self.rng.uniform(0.5, 6.0))
             driver = self.driver
             if driver is None or driver.poll() is not None:
                 continue

@@ -250,7 +250,10 @@ def test_the_death_of_an_actor_is_named_and_ends_with_1(cluster: None, tmp_path:
     # Ray itself may tell of the death on the output.
     assert outcome.code == 1 and '"complete"' not in outcome.out
     # It is built again, until the cause is plain.
-    assert "replica 0, stage 0, discover: expected to end, in 3 attempts" in outcome.err
+    assert (
+        "replica 0, stage 0, discover of microbatch 0: expected to end, in 3 attempts"
+        in outcome.err
+    )
     assert "the same command goes on from there" in outcome.err
     assert "Traceback" not in outcome.err
     assert time.monotonic() - begun < 60

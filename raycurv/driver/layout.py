@@ -111,6 +111,6 @@ def _discovered(pool: Pool, batch: Any, hidden: Any) -> list[Block]:
     """The blocks of the resident stages, as one example that goes through them shows them."""
     found = []
     for stage in range(pool.stages):
-        hidden, blocks = pool.call(stage, "discover", batch, hidden, returns=2)
+        hidden, blocks = pool.call(stage, "discover", batch, hidden, returns=2, microbatch=0)
         found.append(blocks)
     return [block for handle in found for block in pool.get(handle)]

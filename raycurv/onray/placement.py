@@ -132,7 +132,7 @@ class Places:
         found: dict[str, float] = {}
         for number, node in self._nodes().items():
             found[node] = found.get(node, 0.0) + self._bundles[number].get("CPU", 0.0)
-        return {node: max(1, int(cores + 1e-3)) for node, cores in found.items()}
+        return {node: max(1, int(cores + 0.01)) for node, cores in found.items()}
 
     def gpu_tasks(self) -> list[tuple[str, dict[str, Any]]]:
         """Where tasks find the other half of the actors' GPUs: a node, and Ray's options."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +38,7 @@ from raycurv.onray.connection import connect
 from raycurv.onray.metrics import DriverMetrics
 from raycurv.onray.placement import Places, demand_of
 from raycurv.onray.tasks import Tasks
-from raycurv.stages.failures import IDLE, Failures, Limits
+from raycurv.stages.failures import Failures, Limits
 from raycurv.stages.pool import Need, Say, StageLost
 from raycurv.stages.stage import StageSpec
 from raycurv.stages.timeline import Record, Span, actor_name
@@ -50,6 +51,8 @@ LOST = (
     RayActorError, ActorUnavailableError, ObjectLostError, OutOfMemoryError, NodeDiedError,
     WorkerCrashedError, TaskCancelledError,
 )  # fmt: skip
+# The part of Ray's message that says how a process ended.
+_DETAIL = re.compile(r"Worker exit detail: (.*?\.)(?: Some common causes|$)", re.MULTILINE)
 # For a process that was killed to be seen to be gone.
 _GONE_SECONDS = 30.0
 
@@ -209,7 +212,7 @@ class OnRay:
             self._lost(f"replica {replica}", "a tensor on its way", -1, str(lost), began)
         for stage, cause in gone.items():
             call = doing[stage]
-            method, microbatch = (IDLE, -1) if call is None else (call.method, call.microbatch)
+            method, microbatch = ("idle", -1) if call is None else (call.method, call.microbatch)
             self._lost(actor_name(replica, stage), method, microbatch, cause, began)
         lacking = [(replica, stage) for stage in gone]
         for at in lacking:
@@ -444,6 +447,8 @@ def _end_process(pid: int) -> None:
 
 
 def _first_line(error: BaseException) -> str:
+    """What Ray says of a loss, without its advice."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = " ".join(lines[:1] + [line for line in lines[1:] if "memory" in line.lower()][:1])
+    detail = _DETAIL.search(str(error))
+    text = " ".join(lines[:1] + ([detail[1].strip()] if detail else []))
     return text[:300] or type(error).__name__

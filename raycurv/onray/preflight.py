@@ -79,7 +79,7 @@ def _ask(there: list[Node], directory: str, patience_seconds: float) -> list[tup
     handles = {}
     for node in there:
         here = NodeAffinitySchedulingStrategy(node.id, soft=False)
-        remote = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=here)(_probe())
+        remote = ray.remote(num_cpus=0, max_retries=3, scheduling_strategy=here)(_probe())
         handles[remote.remote(directory, node.id)] = node
     answered, _ = ray.wait(list(handles), num_returns=len(handles), timeout=patience_seconds)
     found = []

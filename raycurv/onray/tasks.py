@@ -28,7 +28,7 @@ from raycurv.onray.actor import run_task
 from raycurv.onray.connection import nodes
 from raycurv.onray.metrics import DriverMetrics
 from raycurv.onray.placement import Places
-from raycurv.stages.failures import Failures, Limits
+from raycurv.stages.failures import RUN, Failures, Limits
 from raycurv.stages.placement import Slot, next_task
 from raycurv.stages.pool import Need, Say
 from raycurv.stages.timeline import Record, Span
@@ -185,4 +185,4 @@ class Tasks:
         what = f"{name} of {need.name}" if need.name else name
         self.metrics.retried("task")
         self.spans.append(Span("task", "lost", -1, now, now, note=f"{what}: {text}"))
-        self.failures.count(what, "run", -1, text)
+        self.failures.count(what, RUN, -1, text)

@@ -10,8 +10,8 @@ from raycurv.errors import RaycurvError
 # So often may an actor die of the same operation on the same microbatch before that is taken for
 # the cause.
 _SAME = 3
-# What an actor does that is lost while nothing is asked of it: no operation is the cause.
-IDLE = "idle"
+# What a task does.
+RUN = "run"
 # That a process may take to start, on a machine that is busy or a disk that is far away.
 _START_SECONDS = 120.0
 
@@ -68,7 +68,9 @@ class Failures:
         self._by_operation[actor, operation, microbatch] += 1
         at = f"{operation} of microbatch {microbatch}" if microbatch >= 0 else operation
         again = "what was committed is kept, and the same command goes on from there."
-        if operation != IDLE and self._by_operation[actor, operation, microbatch] >= _SAME:
+        # A call about no microbatch may meet three losses by chance: there the actor's limit holds.
+        causes = microbatch >= 0 or operation == RUN
+        if causes and self._by_operation[actor, operation, microbatch] >= _SAME:
             raise RaycurvError(
                 f"{actor}, {at}", f"to end, in {_SAME} attempts", f"the actor was lost: {cause}",
                 "If memory ran out, use more --stages or fewer --batch-tokens (`jobs/plan.py` says "
