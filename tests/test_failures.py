@@ -34,7 +34,7 @@ def test_what_is_about_no_microbatch_is_borne_as_often_as_the_actor_may_be_lost(
     failures = Failures(Limits(failures=100, actor_failures=6))
     for _ in range(6):
         failures.count("replica 0, stage 1", operation, -1, "killed")
-    with pytest.raises(RaycurvError, match="at most 6 failures.*--max-actor-failures"):
+    with pytest.raises(RaycurvError, match=r"at most 6 failures.*--max-actor-failures"):
         failures.count("replica 0, stage 1", operation, -1, "killed")
 
 
