@@ -174,12 +174,13 @@ def main(settings: Settings) -> None:
             print(json.dumps({"runs": runs, "killed": dict(killer.killed)}), flush=True)
     minutes = (time.monotonic() - began) / 60
     rebuilt.sort()
+    of_whom = ", ".join(f"{count} of a {whom}" for whom, count in killer.killed.items())
     report = [
         f"# Random kills, {date.today()}",
         "",
         f"    python benchmarks/soak.py --place PLACE --kills {settings.kills}",
         "",
-        f"- {killer.killed.total()} kills by SIGKILL ({dict(killer.killed)}) in {minutes:.1f} "
+        f"- {killer.killed.total()} kills by SIGKILL ({of_whom}) in {minutes:.1f} "
         f"minutes, over {runs} fits and {runs} scorings of {settings.examples} examples, by "
         "turns 1 replica of 2 stages and 2 replicas of 1 stage, commits every 0.2 s, on a cluster "
         f"of three nodes on one machine of {os.cpu_count()} cores",
