@@ -21,14 +21,15 @@ from typing import Any
 
 import pytest
 import tyro
-from local_cluster import TESTS, cluster
 from ray.cluster_utils import Cluster
 
 ROOT = Path(__file__).parents[1]
+TESTS = ROOT / "tests"
 sys.path.insert(0, str(TESTS))
 
 from commands import classified, classifier, flags_of, start, write_rows  # noqa: E402
 from failures import Strike, hang, seconds_to_rebuild, striking, timeline  # noqa: E402
+from local_cluster import cluster  # noqa: E402
 from results import assert_same  # noqa: E402
 
 import raycurv  # noqa: E402

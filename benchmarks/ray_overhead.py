@@ -23,13 +23,13 @@ import llama_checkpoint
 import pytest
 import ray
 import tyro
-from local_cluster import TESTS
 
 import raycurv
 from raycurv.onray.pool import OnRay
 from raycurv.stages.pool import InProcess
 
 ROOT = Path(__file__).parents[1]
+TESTS = ROOT / "tests"
 TICKS = os.sysconf("SC_CLK_TCK")
 
 

@@ -23,14 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from local_cluster import TESTS, cluster, workers
 from ray.cluster_utils import Cluster
 
 ROOT = Path(__file__).parents[1]
+TESTS = ROOT / "tests"
 sys.path.insert(0, str(TESTS))
 
 from commands import classified, flags_of, write_rows  # noqa: E402
 from failures import lost, seconds_to_rebuild, timeline  # noqa: E402
+from local_cluster import cluster, workers  # noqa: E402
 from results import assert_same  # noqa: E402
 
 # Of one job, killed however often: more than that is a hang.

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import local_cluster
 import pytest
-import ray
 import torch
 from commands import classified, classifier, flags_of, snapshot, start, write_rows
 from failures import Strike, hang, lost, seconds_to_rebuild, striking, timeline
@@ -52,31 +52,8 @@ INFLUENCE: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.delenv("RAY_ADDRESS", raising=False)
-        patch.setenv("RAY_IGNORE_UNHANDLED_ERRORS", "1")
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
-        made = Cluster(
-            initialize_head=True,
-            head_node_args={
-                "num_cpus": 0,
-                "include_dashboard": False,
-                # A node that goes is missed within a second or two.
-                "_system_config": {
-                    "health_check_initial_delay_ms": 500,
-                    "health_check_period_ms": 500,
-                    "health_check_timeout_ms": 1000,
-                    "health_check_failure_threshold": 3,
-                },
-            },
-        )
-        for _ in range(2):
-            made.add_node(num_cpus=2)
-        ray.init(address=made.address, logging_level="warning", log_to_driver=False)
+    with local_cluster.cluster(nodes=2, cores=2) as made:
         yield made
-        ray.shutdown()
-        made.shutdown()
 
 
 def fit(out: Path, address: str, **settings: Any) -> raycurv.Run:
