@@ -18,18 +18,28 @@ import raycurv
 torch.set_num_threads(1)
 
 
-# These begin before all others, or one of them would be under way alone at the end.
+# A cluster is many processes: files that start one take turns, in two lines of about one length.
+CLUSTERS = (
+    ("kills", "preflight", "watching", "out_of_memory"), ("submitted", "stopping", "ray"),
+)  # fmt: skip
+# Of the others these begin first, or one of them would be under way alone at the end.
 LONGEST = (
-    "kills", "submitted", "too_little", "resume", "combine", "swept", "invariance", "ray",
-    "object_store", "stopping", "preflight", "watching", "out_of_memory", "links", "jobs",
+    "too_little", "resume", "combine", "object_store", "swept", "invariance", "links", "jobs",
     "mistakes",
 )  # fmt: skip
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the files that take longest first (``--no-loadscope-reorder`` keeps them there)."""
-    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+    """Keep each file on one worker (``--dist loadgroup``), and put those that take longest first
+    (``--no-loadscope-reorder`` keeps them there)."""
+    lines = {f"test_{name}.py": str(line) for line, names in enumerate(CLUSTERS) for name in names}
+    order = (CLUSTERS[0][0], CLUSTERS[1][0], LONGEST[0], *CLUSTERS[0], *CLUSTERS[1], *LONGEST)
+    places = {f"test_{name}.py": place for place, name in reversed(list(enumerate(order)))}
+    items.sort(key=lambda item: places.get(item.path.name, len(order)))
+    for item in items:
+        group = lines.get(item.path.name, item.path.name)
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 class Fits:

@@ -92,7 +92,7 @@ def _ask(there: list[Node], directory: str, patience_seconds: float) -> list[tup
         except (NodeDiedError, TaskUnschedulableError):
             continue
         except RayError as error:
-            ray.cancel(handle, force=True)
+            ray.cancel(handle, force=False)
             raise RaycurvError(
                 where, "an answer to a small task", " ".join(str(error).split())[:500],
                 "Look at that node (`ray status`, and its raylet's log), or take it away.",

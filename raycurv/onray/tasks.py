@@ -131,9 +131,10 @@ class Tasks:
                     continue
                 yield here.task, value
         finally:
-            # Of a job that stops, or whose other task went wrong: they would take up cores.
+            # Of a job that stops, or whose other task went wrong: they would take up cores. Not by
+            # force: an answer that comes at that moment makes Ray 2.60 end this process.
             for handle in running:
-                ray.cancel(handle, force=True)
+                ray.cancel(handle, force=False)
         self.metrics.left(name, 0)
 
     def _slots(self, gpu: bool, most: int) -> list[Slot]:
