@@ -34,7 +34,7 @@ demo: $(VENV)/installed
 
 # Ray's workers are as urgent as the tests that wait for them.
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 RAY_worker_niceness=0 $(BIN)/python -m pytest -n 3 --dist loadgroup \
+	OMP_NUM_THREADS=1 RAY_worker_niceness=0 $(BIN)/python -m pytest -n 3 --dist loadscope \
 		--no-loadscope-reorder
 
 check: $(VENV)/checkers

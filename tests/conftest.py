@@ -12,6 +12,7 @@ import pytest
 import torch
 from dense import Truth
 from networks import Case, save_checkpoint
+from xdist.scheduler import LoadScopeScheduling
 
 import raycurv
 
@@ -29,17 +30,27 @@ LONGEST = (
 )  # fmt: skip
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep each file on one worker (``--dist loadgroup``), and put those that take longest first
-    (``--no-loadscope-reorder`` keeps them there)."""
-    lines = {f"test_{name}.py": str(line) for line, names in enumerate(CLUSTERS) for name in names}
+    """Put the files that take longest first (``--no-loadscope-reorder`` keeps them there)."""
     order = (CLUSTERS[0][0], CLUSTERS[1][0], LONGEST[0], *CLUSTERS[0], *CLUSTERS[1], *LONGEST)
     places = {f"test_{name}.py": place for place, name in reversed(list(enumerate(order)))}
     items.sort(key=lambda item: places.get(item.path.name, len(order)))
-    for item in items:
-        group = lines.get(item.path.name, item.path.name)
-        item.add_marker(pytest.mark.xdist_group(group))
+
+
+class Lines(LoadScopeScheduling):  # type: ignore[misc]
+    """Deals files out to workers, each whole; those that start clusters go to one of two."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        name = nodeid.split("::", 1)[0]
+        for number, names in enumerate(CLUSTERS):
+            if Path(name).stem.removeprefix("test_") in names:
+                return f"clusters {number}"
+        return name
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Lines:
+    return Lines(config, log)
 
 
 class Fits:
