@@ -160,7 +160,7 @@ def test_too_many_failures_end_the_run_and_keep_its_commits(
     ):
         fit(tmp_path / "run", cluster.address, stages=2, commit_seconds=1e-6, max_failures=1)
     assert "turn of microbatch 4" in caught.value.got and "--max-failures" in str(caught.value)
-    commit = json.loads((tmp_path / "run/work/covariance/commit.json").read_text())
+    commit = json.loads((tmp_path / "run" / "work" / "covariance" / "commit.json").read_text())
     assert 2 <= commit["done"] <= 4
     fit(tmp_path / "run", cluster.address, stages=2)
     assert_same(tmp_path / "run", single)

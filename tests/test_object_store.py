@@ -306,13 +306,13 @@ def test_a_server_that_fails_for_a_moment_is_asked_again(between: Proxy) -> None
 def test_a_name_stands_before_the_options() -> None:
     store = Store("s3://bucket/run/?endpoint_override=http://127.0.0.1:9/&scheme=http")
     assert store.root == "s3://bucket/run?endpoint_override=http://127.0.0.1:9/&scheme=http"
-    inside = store.inside("work/pass 1")
-    assert inside.root.startswith("s3://bucket/run/work/pass%201?endpoint_override=")
-    assert (store.path("a"), inside.path("a")) == ("bucket/run/a", "bucket/run/work/pass 1/a")
+    inside = store.inside("products/pass 1")
+    assert inside.root.startswith("s3://bucket/run/products/pass%201?endpoint_override=")
+    assert (store.path("a"), inside.path("a")) == ("bucket/run/a", "bucket/run/products/pass 1/a")
     assert store == Store("s3://bucket/run?scheme=http&endpoint_override=127.0.0.1:9")
     assert store == Store("s3://key:secret@bucket/run?endpoint_override=127.0.0.1:9")
     assert store != Store("s3://bucket/run?endpoint_override=127.0.0.1:10")
-    assert store != inside and len({store, inside, store.inside("work/pass 1")}) == 2
+    assert store != inside and len({store, inside, store.inside("products/pass 1")}) == 2
     assert Store("/a/b/").inside("c d").root == "/a/b/c d"
     assert Store("/a?b").inside("c").path("d") == "/a?b/c/d"
 

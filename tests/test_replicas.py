@@ -130,7 +130,7 @@ def test_a_run_goes_on_with_other_replicas_and_stages(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Stage, "backward", stops)
         fit(tmp_path / "run", replicas=2, stages=2, **how)
-    commits = sorted((tmp_path / "run/work/covariance").glob("*/replica-*.safetensors"))
+    commits = sorted((tmp_path / "run" / "work" / "covariance").glob("*/replica-*.safetensors"))
     assert {path.name[:9] for path in commits} == {"replica-0", "replica-1"}
     begun: list[int] = []
 
