@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any, Literal, Protocol
@@ -149,7 +150,7 @@ class Terminal:
         )
 
 
-class _Paced:
+class _Paced(ABC):
     """Shows a phase every ten seconds."""
 
     def __init__(self) -> None:
@@ -168,8 +169,9 @@ class _Paced:
     def closed(self, phase: Phase, whole: bool) -> None:
         del self._shown[id(phase)]
 
+    @abstractmethod
     def _progress(self, phase: Phase) -> None:
-        raise NotImplementedError
+        """Show how far a phase is."""
 
 
 class Lines(_Paced):

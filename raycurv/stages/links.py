@@ -21,6 +21,7 @@ import json
 import math
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -219,7 +220,7 @@ class Links:
         return f"{self.epoch}/{source}-{target}"
 
 
-class _End:
+class _End(ABC):
     """What both ends of one direction have."""
 
     def __init__(self, links: Links, peer: int, control: Control, pair: Pair) -> None:
@@ -233,9 +234,9 @@ class _End:
         self._lost = self._lost or "none: these links were closed"
         self._control.shut()
 
+    @abstractmethod
     def free(self, patience: float) -> None:
         """Give everything back, waiting for what is under way for ``patience`` seconds."""
-        raise NotImplementedError
 
     def _raise_if_lost(self, operation: str) -> None:
         if self._lost is not None:
