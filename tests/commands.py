@@ -43,6 +43,25 @@ JOBS: dict[str, tuple[Any, Callable[..., Any]]] = {
 }
 
 
+# A fit and scores in this process whose numbers are equal bit for bit from run to run.
+EXACT_FIT: dict[str, Any] = {
+    "objective": "classification",
+    "address": "none",
+    "dtype": "float64",
+    "batch_tokens": 4,
+    "quiet": True,
+}
+EXACT_INFLUENCE: dict[str, Any] = {
+    "address": "none",
+    "rank": "full",
+    "batch_tokens": 4,
+    "per_block": True,
+    "self_influence": True,
+    "ihvp": True,
+    "quiet": True,
+}
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a job ended: its exit code, and what it wrote."""

@@ -19,7 +19,15 @@ import pyarrow as pa
 import pyarrow.feather
 import pytest
 import torch
-from commands import Holder, classified, classifier, run_here, write_rows
+from commands import (
+    EXACT_FIT,
+    EXACT_INFLUENCE,
+    Holder,
+    classified,
+    classifier,
+    run_here,
+    write_rows,
+)  # fmt: skip
 from s3 import ENVIRONMENT, Proxy, Server, free_port, proxy, server
 
 import raycurv
@@ -36,22 +44,6 @@ torch.set_num_threads(1)
 
 ROWS = classified(11)
 QUERIES = ROWS[:3]
-FIT: dict[str, Any] = {
-    "objective": "classification",
-    "address": "none",
-    "dtype": "float64",
-    "batch_tokens": 4,
-    "quiet": True,
-}
-INFLUENCE: dict[str, Any] = {
-    "address": "none",
-    "rank": "full",
-    "batch_tokens": 4,
-    "per_block": True,
-    "self_influence": True,
-    "ihvp": True,
-    "quiet": True,
-}
 QUICK = Rhythm(beat=0.1, good=2.0, settle=0.05)
 MIB = 1 << 20
 
@@ -91,11 +83,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[raycurv.Run, raycur
 
 
 def fit(out: Any, data: Any = ROWS, **settings: Any) -> raycurv.Run:
-    return raycurv.fit(classifier, data, out, **(FIT | settings))
+    return raycurv.fit(classifier, data, out, **(EXACT_FIT | settings))
 
 
 def score(run: raycurv.Run, out: Any, **settings: Any) -> raycurv.Scores:
-    return run.influence(QUERIES, ROWS, out, **(INFLUENCE | settings))
+    return run.influence(QUERIES, ROWS, out, **(EXACT_INFLUENCE | settings))
 
 
 def results(found: raycurv.Run | raycurv.Scores) -> dict[str, Any]:
@@ -238,7 +230,7 @@ def test_data_on_an_object_store_is_that_of_a_disk(
         run = fit(tmp_path / "run", data=s3.uri("bucket/data/parquet"))
         assert_same(run, whole[0])
         uri = s3.uri("bucket/data/parquet/data.parquet")
-        scores = run.influence(uri, uri, tmp_path / "scores", **INFLUENCE)
+        scores = run.influence(uri, uri, tmp_path / "scores", **EXACT_INFLUENCE)
         mine = scores.table().filter(pa.compute.is_in(
             scores.table()["query_id"], pa.array([q["id"] for q in QUERIES])
         ))  # fmt: skip
@@ -353,7 +345,7 @@ def test_credentials_reach_the_store_and_nothing_else(
     assert {key.partition("/")[0] for key in between.keys if key} == {"LETMEIN"}
     run = fit(s3.uri("bucket/keys/run", keys=keys), s3.uri("bucket/keys/data", keys=keys))
     data = s3.uri("bucket/keys/data/rows.parquet", keys=keys)
-    run.influence(data, data, s3.uri("bucket/keys/scores", keys=keys), **INFLUENCE)
+    run.influence(data, data, s3.uri("bucket/keys/scores", keys=keys), **EXACT_INFLUENCE)
     everything = Store(s3.uri("bucket/keys"))
     assert "scores/run.json" in everything.names()
     for name in everything.names():

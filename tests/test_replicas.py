@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import classified
+from commands import EXACT_FIT, EXACT_INFLUENCE, classified
 from results import assert_close, assert_same
 from torch import nn
 
@@ -18,22 +18,6 @@ from raycurv.stages.stage import Stage
 torch.set_num_threads(1)
 
 ROWS = classified(23)
-FIT: dict[str, Any] = {
-    "objective": "classification",
-    "address": "none",
-    "dtype": "float64",
-    "batch_tokens": 4,
-    "quiet": True,
-}
-INFLUENCE: dict[str, Any] = {
-    "address": "none",
-    "rank": "full",
-    "batch_tokens": 4,
-    "per_block": True,
-    "self_influence": True,
-    "ihvp": True,
-    "quiet": True,
-}
 
 
 def deep() -> nn.Module:
@@ -46,11 +30,11 @@ def deep() -> nn.Module:
 
 
 def fit(out: Path, rows: list[dict[str, Any]] = ROWS, **settings: Any) -> raycurv.Run:
-    return raycurv.fit(deep, rows, out, **(FIT | settings))
+    return raycurv.fit(deep, rows, out, **(EXACT_FIT | settings))
 
 
 def score(run: raycurv.Run, out: Path, queries: int = 5, **settings: Any) -> raycurv.Scores:
-    return run.influence(ROWS[:queries], ROWS, out, **(INFLUENCE | settings))
+    return run.influence(ROWS[:queries], ROWS, out, **(EXACT_INFLUENCE | settings))
 
 
 @pytest.fixture(scope="module")

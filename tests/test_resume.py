@@ -15,7 +15,17 @@ from typing import IO, Any
 
 import pytest
 import torch
-from commands import classified, classifier, flags_of, run_here, snapshot, start, write_rows
+from commands import (
+    EXACT_FIT,
+    EXACT_INFLUENCE,
+    classified,
+    classifier,
+    flags_of,
+    run_here,
+    snapshot,
+    start,
+    write_rows,
+)  # fmt: skip
 from results import assert_close, assert_same, changed, tensors
 from safetensors.torch import load_file
 
@@ -32,23 +42,8 @@ torch.set_num_threads(1)
 
 ROWS = classified(23)
 QUERIES = ROWS[:5]
-FIT: dict[str, Any] = {
-    "objective": "classification",
-    "address": "none",
-    "dtype": "float64",
-    "batch_tokens": 4,
-    "quiet": True,
-}
-INFLUENCE: dict[str, Any] = {
-    "address": "none",
-    "rank": "full",
-    "batch_tokens": 4,
-    "per_block": True,
-    "self_influence": True,
-    "ihvp": True,
-    "query_memory": 2500,  # two queries a pass
-    "quiet": True,
-}
+FIT = EXACT_FIT
+INFLUENCE = EXACT_INFLUENCE | {"query_memory": 2500}  # two queries a pass
 
 
 def fit(out: Path, **settings: Any) -> raycurv.Run:

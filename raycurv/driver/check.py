@@ -105,8 +105,7 @@ def _refuse(
     directory = Path(store.path()) if store.local else None
     supply = with_spool(supply_here(directory), settings, directory)
     drafts.spool_apart = supply.spool is not None
-    address = settings.address or os.environ.get("RAY_ADDRESS") or "local"
-    if address not in ("local", "none"):
+    if settings.cluster not in ("local", "none"):
         # Stages lie on other machines, whose memory Ray shares out.
         supply = replace(supply, memory=2**62, process=None)
     if drafts.arrangement.gpus:

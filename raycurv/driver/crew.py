@@ -166,8 +166,8 @@ class Crew:
             for place, handle in handles.items():
                 try:
                     found[place] = self._pool.get(handle)
-                except StageLost as found_lost:
-                    lost[place[0]] = found_lost
+                except StageLost as missed:
+                    lost[place[0]] = missed
             left = [place for place in left if place not in found]
             for replica, error in lost.items():
                 self._recover(self._lines[replica], error)

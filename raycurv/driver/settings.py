@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -95,6 +96,11 @@ class Execution:
                 raise UserError(
                     f"--{flag.replace('_', '-')}", "at least 0", str(getattr(self, flag)), ""
                 )
+
+    @property
+    def cluster(self) -> str:
+        """The address, defaults filled in."""
+        return self.address or os.environ.get("RAY_ADDRESS") or "local"
 
     def limits(self) -> Limits:
         """What failures are borne."""

@@ -3,7 +3,6 @@ them."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,9 +28,9 @@ def check_address(settings: Execution) -> None:
         UserError: nobody does, or somebody else.
     """
     # Without Ray, which takes a second to import.
-    from raycurv.onray.address import address_of, check_answers
+    from raycurv.onray.address import check_answers
 
-    check_answers(address_of(settings.address))
+    check_answers(settings.cluster)
 
 
 class Workers:
@@ -94,7 +93,7 @@ class Workers:
     @property
     def own(self) -> bool:
         """Whether the Ray cluster is the job's own."""
-        return (self._settings.address or os.environ.get("RAY_ADDRESS") or "local") == "local"
+        return self._settings.cluster == "local"
 
     def _gpus(self) -> int:
         if self._settings.address == "none":
@@ -115,7 +114,7 @@ class Workers:
                 from raycurv.onray.preflight import preflight
 
                 self._pool = OnRay(
-                    self._settings.address,
+                    self._settings.cluster,
                     self._settings.cpus_per_stage,
                     self.own,
                     self._settings.limits(),

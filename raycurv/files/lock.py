@@ -149,7 +149,8 @@ def _take(store: Store) -> int:
     """A descriptor of the locked file.
 
     Raises:
-        BlockingIOError: another descriptor holds it, in this process or another one.
+        BlockingIOError: another descriptor holds it, in this process or another one; or others take
+            it and let go of it all the time.
         OSError: there can be no file, or no lock on it.
     """
     path = store.path(NAME)
@@ -171,7 +172,7 @@ def _take(store: Store) -> int:
             os.close(file)
             raise
         os.close(file)  # its owner has just deleted it
-    raise OSError(errno.ENOENT, "a file that does not stay", path)
+    raise BlockingIOError(errno.EAGAIN, "a file that does not stay", path)
 
 
 def _flock(file: int, path: str) -> None:

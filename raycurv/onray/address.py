@@ -15,16 +15,11 @@ _SECONDS, _ANSWER_SECONDS = 2.0, 3.0
 _HEALTH, _SERVING = "/grpc.health.v1.Health/Check", b"\x08\x01"
 
 
-def address_of(address: str | None) -> str:
-    """What ``--address`` says, or ``RAY_ADDRESS``, or ``local``."""
-    return address or os.environ.get("RAY_ADDRESS") or "local"
-
-
 def check_answers(address: str) -> None:
     """Refuse an address where no Ray cluster answers, within seconds.
 
     Args:
-        address: as :func:`address_of` gives it.
+        address: ``local``, ``auto``, ``none`` or ``HOST:PORT``.
 
     Raises:
         UserError: not an address; nobody answers; or somebody who is no Ray's head.

@@ -14,15 +14,14 @@ import ray
 from ray.exceptions import AuthenticationError
 
 from raycurv.errors import UserError
-from raycurv.onray.address import address_of, check_answers
+from raycurv.onray.address import check_answers
 
 
-def connect(address: str | None) -> bool:
+def connect(address: str) -> bool:
     """Connect to Ray, unless this process already is.
 
     Args:
-        address: ``local`` for a Ray of this process's own, ``auto``, ``HOST:PORT``, or ``None`` for
-            ``RAY_ADDRESS`` when set, else ``local``.
+        address: ``local`` for a Ray of this process's own, ``auto``, or ``HOST:PORT``.
 
     Returns:
         Whether this call made the connection, so that its maker can end it.
@@ -33,7 +32,6 @@ def connect(address: str | None) -> bool:
     """
     if ray.is_initialized():
         return False
-    address = address_of(address)
     # A call whose actor is lost is seen to by whoever waits for the calls behind it.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     quiet = {"logging_level": "warning", "log_to_driver": False}

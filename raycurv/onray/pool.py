@@ -92,7 +92,7 @@ class OnRay:
 
     def __init__(
         self,
-        address: str | None,
+        address: str,
         cpus: float | None = None,
         own: bool = True,
         limits: Limits | None = None,
