@@ -130,11 +130,14 @@ class Tasks:
                     memory |= {node.id: node.memory for node in nodes()}
                     continue
                 yield here.task, value
-        finally:
-            # Of a job that stops, or whose other task went wrong: they would take up cores. Not by
-            # force: an answer that comes at that moment makes Ray 2.60 end this process.
-            for handle in running:
-                ray.cancel(handle, force=False)
+        except Exception:
+            # What the others make is kept, and nobody writes when this is over. They are not
+            # cancelled: Ray 2.60 ends this process when an answer comes at that moment. A job that
+            # is stopped waits for nothing: its tasks end with it.
+            if running:
+                longest = max(self._may_take(needs[r.task]) for r in running.values())
+                ray.wait(list(running), num_returns=len(running), timeout=longest)
+            raise
         self.metrics.left(name, 0)
 
     def _slots(self, gpu: bool, most: int) -> list[Slot]:
