@@ -25,6 +25,7 @@ class Batch:
             first. ``None`` when the data has none.
         loss_mask: ``[N, T]`` bool, so aligned: which tokens are targets. ``None`` for all.
         drawn: labels drawn from the model in an earlier pass, ``[draws, N, ...]``, else ``None``.
+        numbers: places of the N examples among those of their data, from 0 on.
     """
 
     index: int
@@ -34,6 +35,7 @@ class Batch:
     labels: Tensor | None = None
     loss_mask: Tensor | None = None
     drawn: Tensor | None = None
+    numbers: tuple[int, ...] = ()
 
     @property
     def size(self) -> int:

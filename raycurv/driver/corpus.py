@@ -7,7 +7,7 @@ data/corpus.json             how many, their lengths' sum, the hash of their sou
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -92,7 +92,8 @@ class Corpus:
             if held[0] != part:
                 held = (part, self._part(part))
             examples = [held[1][n - part * PART] for n in members]
-            return make_batch(index, examples, dtype, None if drawn is None else drawn(members))
+            labels = None if drawn is None else drawn(members)
+            return replace(make_batch(index, examples, dtype, labels), numbers=tuple(members))
 
         return read
 

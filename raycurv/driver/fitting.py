@@ -35,6 +35,7 @@ from raycurv.driver.combined import (
     take_over_factors,
 )
 from raycurv.driver.corpus import Corpus, DrawnLabels
+from raycurv.driver.decompositions import decompose_factors
 from raycurv.driver.feed import Feed
 from raycurv.driver.layout import Layout
 from raycurv.driver.parents import Parents, open_parents
@@ -43,7 +44,6 @@ from raycurv.driver.progress import Reporter
 from raycurv.driver.rows import ExampleRows, write_drawn, write_examples
 from raycurv.driver.settings import DTYPES, FitSettings, identity
 from raycurv.driver.sweep import Sweep, Task, open_spool
-from raycurv.driver.timeline import write_timeline
 from raycurv.driver.workers import Workers, check_address
 from raycurv.errors import DamagedFile
 from raycurv.files.artifacts import (
@@ -53,8 +53,6 @@ from raycurv.files.artifacts import (
     eigen_file,
     factor_file,
     keeps_sum,
-    read_factor,
-    write_eigen,
 )
 from raycurv.files.block_rows import BLOCKS_FILE, SPECTRUM_FILE, write_blocks, write_spectrum
 from raycurv.files.lock import hold
@@ -63,15 +61,11 @@ from raycurv.files.store import Store, open_store
 from raycurv.files.tables import footer, read_rows
 from raycurv.files.tensorfile import whole
 from raycurv.mathematics.blocks import Block, choose_blocks
-from raycurv.mathematics.eigen import decompose
 from raycurv.mathematics.evaluate import Target
 from raycurv.mathematics.objective import Objective, open_objective
 from raycurv.mathematics.tiles import check_axes, tile_widths
 from raycurv.models.model import ModelSource, open_model
-from raycurv.planning.memory import decomposition
 from raycurv.stages.passes import CorrectedPass, CovariancePass, LossPass, ReplayPass
-from raycurv.stages.placement import eigh_cost, longest_first
-from raycurv.stages.pool import Need
 from raycurv.stages.stage import Pass
 
 # The name of the examples among what is spooled.
@@ -452,35 +446,21 @@ class _Fit:
     # Eigendecompositions
 
     def _eigen(self, group: int) -> None:
-        factors = self._factors(self._blocks_of(group))
-        tiles = {
-            name: tile_widths(_width(*factors[name]), self.settings.max_factor_dim)
-            for name in self._undecomposed(group)
-        }
-        if tiles:
+        missing = self._undecomposed(group)
+        if missing:
             self._mending()
-            order = longest_first({name: eigh_cost(widths) for name, widths in tiles.items()})
-            device = self.workers.device
-            arguments = [(self.store, name, self.store_dtype, device) for name in order]
-            needs = [self._need(name, tiles[name]) for name in order]
-            pool = self.workers.tasks()
-            with self.reporter.phase(
-                "eigendecompositions", len(order), "factors", self.workers.named(group)
-            ) as phase:
-                for place, outcome in pool.map(decompose_factor, arguments, needs):
-                    phase.advance(1)
-                    if not self.settings.keep_sums:
-                        # Not in the task: Ray may run that twice.
-                        self.store.delete(factor_file(order[place]))
-                    if outcome != "ok":
-                        self.reporter.say(f"factor {order[place]}: {outcome}")
-            write_timeline(self.store, pool, "eigendecompositions")
+            factors, widest = self._factors(self._blocks_of(group)), self.settings.max_factor_dim
+            decompose_factors(
+                self.store,
+                {name: tile_widths(_width(*factors[name]), widest) for name in missing},
+                self.store_dtype,
+                self.settings.keep_sums,
+                self.workers,
+                self.workers.named(group),
+                self.reporter,
+            )
         if group == 0:
             self._done("eigen")
-
-    def _need(self, factor: str, tiles: tuple[int, ...]) -> Need:
-        memory = decomposition(tiles, self.store_dtype)
-        return Need(memory, eigh_cost(tiles), factor)
 
     # Second pass
 
@@ -573,11 +553,3 @@ class _Fit:
 
 def _width(block: Block, side: str) -> int:
     return block.d_in if side == "input" else block.d_out
-
-
-def decompose_factor(store: Store, name: str, store_dtype: torch.dtype, device: str) -> str:
-    """Read a factor's sum, decompose it, write its eigenbasis; gives the outcome."""
-    factor = read_factor(store, name)
-    basis = decompose(name, factor.mean(), store_dtype, torch.device(device), factor.dtype)
-    write_eigen(store, factor, basis)
-    return basis.outcome
