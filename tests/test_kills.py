@@ -27,7 +27,7 @@ from results import assert_close, assert_same, changed
 
 import raycurv
 from raycurv import RaycurvError
-from raycurv.driver import fitting
+from raycurv.driver import decompositions
 
 torch.set_num_threads(1)
 
@@ -87,7 +87,7 @@ def died_in_a_task(store: Any, name: str, *more: Any) -> str:
     if name == "2.output" and not mark.exists():
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    return fitting.decompose_factor(store, name, *more)
+    return decompositions.decompose_factor(store, name, *more)
 
 
 # 25 s: eleven processes start, at two seconds of two cores each.
@@ -98,7 +98,7 @@ def test_an_actor_lost_in_each_phase_changes_no_bit(
     merge = Strike("joined", replica=0, stage=0, skip=1, after=first)
     second = Strike("backward", 3, replica=1, stage=0, after=merge)
     with pytest.MonkeyPatch.context() as patch, striking(first, merge, second):
-        patch.setattr(fitting, "decompose_factor", died_in_a_task)
+        patch.setattr(decompositions, "decompose_factor", died_in_a_task)
         run = fit(tmp_path / "run", cluster.address, max_failures=20, **TWO_BY_TWO)
     assert_same(tmp_path / "run", undisturbed[0])
     rows = timeline(tmp_path / "run")

@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 
 import raycurv
 from raycurv import DamagedFile, RaycurvError
-from raycurv.driver import fitting
+from raycurv.driver import decompositions
 from raycurv.files.artifacts import read_eigen
 from raycurv.files.store import Store
 from raycurv.files.tables import read_rows, read_table
@@ -362,7 +362,7 @@ POINTS: dict[str, tuple[Any, str]] = {
     "a deletion of a directory": (Store, "delete_directory"),
     "a backward": (Stage, "backward"),
     "a stage's commit": (Stage, "commit"),
-    "a decomposition": (fitting, "decompose_factor"),
+    "a decomposition": (decompositions, "decompose_factor"),
 }
 
 
