@@ -77,13 +77,16 @@ def check_influence(
     """
     if settings.force:
         return
+    mfac = fitted["method"] == "mfac"
     recipe = Recipe(
         method=fitted["method"],
+        rows=fitted.get("rows") or 0,
         max_factor_dim=fitted["max_factor_dim"],
         dtype=DTYPES[settings.dtype or fitted["dtype"]],
         store_dtype=DTYPES[fitted["store_dtype"]],
         logits_chunk=settings.logits_chunk,
-        rank=settings.rank_number(),
+        # Products of M-FAC are whole until they are truncated.
+        rank=None if mfac else settings.rank_number(),
         query_memory=parse_bytes("--query-memory", settings.query_memory),
         self_influence=settings.self_influence,
         ihvp=settings.ihvp,

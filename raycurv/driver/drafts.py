@@ -141,6 +141,7 @@ def recipe_of(settings: FitSettings) -> Recipe:
         store_dtype=DTYPES[settings.store_dtype],
         keep_sums=settings.keep_sums,
         logits_chunk=settings.logits_chunk,
+        rows=settings.rows or 0,
     )
     if not isinstance(settings, PlanSettings):
         return recipe

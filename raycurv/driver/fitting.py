@@ -45,7 +45,7 @@ from raycurv.driver.rows import ExampleRows, write_drawn, write_examples
 from raycurv.driver.settings import DTYPES, FitSettings, identity
 from raycurv.driver.sweep import Sweep, Task, open_spool
 from raycurv.driver.workers import Workers, check_address
-from raycurv.errors import DamagedFile
+from raycurv.errors import DamagedFile, UserError
 from raycurv.files.artifacts import (
     basis_mark,
     corrected_file,
@@ -57,6 +57,7 @@ from raycurv.files.artifacts import (
 from raycurv.files.block_rows import BLOCKS_FILE, SPECTRUM_FILE, write_blocks, write_spectrum
 from raycurv.files.lock import hold
 from raycurv.files.manifest import Manifest, continue_or_refuse
+from raycurv.files.row_files import rows_file
 from raycurv.files.store import Store, open_store
 from raycurv.files.tables import footer, read_rows
 from raycurv.files.tensorfile import whole
@@ -65,12 +66,12 @@ from raycurv.mathematics.evaluate import Target
 from raycurv.mathematics.objective import Objective, open_objective
 from raycurv.mathematics.tiles import check_axes, tile_widths
 from raycurv.models.model import ModelSource, open_model
-from raycurv.stages.passes import CorrectedPass, CovariancePass, LossPass, ReplayPass
+from raycurv.stages.passes import CorrectedPass, CovariancePass, LossPass, ReplayPass, RowsPass
 from raycurv.stages.stage import Pass
 
 # The name of the examples among what is spooled.
 _STREAM = "examples"
-_PASSES = ("losses", "covariance", "corrected")
+_PASSES = ("losses", "covariance", "corrected", "rows")
 
 
 def fit(
@@ -141,6 +142,11 @@ def _fit_held(
     with reporter.phase("examples", 1, "sources") as phase:
         corpus = open_examples(store, parents, source, network, settings, manifest.facts, reporter)
         phase.advance(1)
+    if settings.rows is not None and settings.rows > len(corpus):
+        raise UserError(
+            "--rows", f"at most {len(corpus):,}, as many as there are examples",
+            f"{settings.rows:,}", "Give a smaller --rows, or more --data.",
+        )  # fmt: skip
     if "tables" not in manifest.complete and len(corpus):
         check_fit(settings, network, blocks, corpus.lengths, store)
     job = _Fit(settings, store, per_token, blocks, corpus, parents, manifest, workers, reporter)
@@ -201,6 +207,11 @@ class _Fit:
         """Whether A and G are gathered: an extended run has its bases already."""
         return self.method in ("ekfac", "kfac") and self.parents.extended is None
 
+    @property
+    def _per_example(self) -> bool:
+        """Whether something is gathered of every example's own gradient."""
+        return self.method in ("ekfac", "diagonal", "mfac")
+
     def run(self) -> None:
         settings, stages, groups = self.settings, len(self.workers.cuts), len(self.workers.groups)
         resident = "" if groups == 1 else f", {len(self.workers.groups[0])} resident at a time"
@@ -258,7 +269,7 @@ class _Fit:
             if self._first_pass:
                 self._covariance(sweep, group, lowest)
                 self._eigen(group)
-            if self.method in ("ekfac", "diagonal"):
+            if self._per_example:
                 self._corrected(sweep, group, lowest)
             if group > lowest:
                 replay = ReplayPass(self._target, self.settings.draws)
@@ -275,12 +286,12 @@ class _Fit:
         if self._first_pass:
             found |= {g for g in groups if self._undecomposed(g) or self._sumless(g)}
             found |= set() if self._labels_there() else {sweep.last}
-        if self.method in ("ekfac", "diagonal"):
+        if self._per_example:
             # Without its bases nothing can be said of a group's Λ, which is lacking then anyway.
             found |= {g for g in groups if g not in found and self._unfitted(g)}
         if not self._examples_there():
             # Losses come from the model's end alone, gradient norms from all of it.
-            found |= set(groups) if self.method in ("ekfac", "diagonal") else {sweep.last}
+            found |= set(groups) if self._per_example else {sweep.last}
         return found
 
     def _done(self, phase: str) -> None:
@@ -471,29 +482,42 @@ class _Fit:
         missing = self._unfitted(group)
         examples = not self._examples_there()
         if missing or examples:
-            work = CorrectedPass(
-                self.store,
-                frozenset(b.name for b in missing),
-                self._target,
-                self.settings.draws,
-                self.method == "diagonal",
-                self.store_dtype,
-                self._sum_dtype if self.settings.keep_sums else None,
-                None if self.parents.extended is None else self.parents.extended.store,
-            )
+            work = self._gathering(frozenset(b.name for b in missing))
             again = dataclasses.replace(work, only=frozenset())
             # Sums of squares in other bases than those that are there are of no use.
             marked = frozenset(f"{b.name} {self._mark(b)}" for b in missing)
             sink = self._rows() if group == 0 else NoSink()
             task = self._task(work, again, examples, sink)
-            names = self._pass(sweep, group, lowest, task, "second pass: Λ", marked)
+            label = "gradients" if self.method == "mfac" else "second pass: Λ"
+            names = self._pass(sweep, group, lowest, task, label, marked)
             if examples and group == 0:
                 self._keep_labels(names)
                 self._write_examples(names)
         if group == 0:
-            self._done("corrected")
+            self._done("rows" if self.method == "mfac" else "corrected")
+
+    def _gathering(self, missing: frozenset[str]) -> CorrectedPass | RowsPass:
+        """The pass over every example's own gradient, which makes what some blocks lack."""
+        settings = self.settings
+        if self.method == "mfac":
+            assert settings.rows is not None
+            return RowsPass(
+                self.store, missing, self._target, settings.draws, settings.rows, self.store_dtype
+            )
+        return CorrectedPass(
+            self.store,
+            missing,
+            self._target,
+            settings.draws,
+            self.method == "diagonal",
+            self.store_dtype,
+            self._sum_dtype if settings.keep_sums else None,
+            None if self.parents.extended is None else self.parents.extended.store,
+        )
 
     def _corrected_there(self, block: Block) -> bool:
+        if self.method == "mfac":
+            return whole(self.store, rows_file(block.name))
         name = corrected_file(block.name)
         if not whole(self.store, name):
             return False
@@ -502,7 +526,7 @@ class _Fit:
         return not self.settings.keep_sums or keeps_sum(self.store, block)
 
     def _mark(self, block: Block) -> str:
-        return "" if self.method == "diagonal" else basis_mark(self.store, block)
+        return "" if self.method in ("diagonal", "mfac") else basis_mark(self.store, block)
 
     # Tables
 
@@ -532,13 +556,17 @@ class _Fit:
         return footer(identity(self.settings))
 
     def _tables_there(self) -> bool:
-        names = [BLOCKS_FILE, SPECTRUM_FILE] if self.method in ("ekfac", "kfac") else [BLOCKS_FILE]
+        names = [BLOCKS_FILE, SPECTRUM_FILE] if self._has_spectrum else [BLOCKS_FILE]
         try:
             return "tables" in self.manifest.complete and all(
                 read_rows(self.store, name) > 0 for name in names
             )
         except (DamagedFile, FileNotFoundError):
             return False
+
+    @property
+    def _has_spectrum(self) -> bool:
+        return self.method in ("ekfac", "kfac")
 
     def _tables(self) -> None:
         stages = {
@@ -547,7 +575,7 @@ class _Fit:
             for block in self.workers.blocks_of(range(stage, stage + 1))
         }
         write_blocks(self.store, self.blocks, stages, self.method, self._examples, self._notes())
-        if self.method in ("ekfac", "kfac"):
+        if self._has_spectrum:
             write_spectrum(self.store, self._factors(self.blocks), self._notes())
 
 

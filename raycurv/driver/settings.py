@@ -22,6 +22,8 @@ from raycurv.mathematics.tiles import LARGEST_EIGH, SMALLEST_TILE
 from raycurv.stages.failures import Limits
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+# Gradients of a rank-m Fisher, unless said otherwise.
+ROWS = 64
 # Stands for the path of a model or of data that a Python caller holds.
 IN_MEMORY = "in memory"
 DtypeName = Literal["float32", "bfloat16", "float64"]
@@ -134,8 +136,11 @@ class FitSettings(Execution, Reading):
     `prompt` + `completion`, or `inputs` + `labels`."""
     out: str = ""
     """Run directory: an absolute path, or a URI that pyarrow.fs understands."""
-    method: Literal["ekfac", "kfac", "diagonal", "identity"] = "ekfac"
-    """Form of the curvature."""
+    method: Literal["ekfac", "kfac", "diagonal", "identity", "mfac"] = "ekfac"
+    """Form of the curvature; `mfac`: the Fisher of `--rows` gradients, across blocks."""
+    rows: int | None = None
+    """How many gradients make the Fisher of `--method mfac`, each of its share of the examples;
+    a stage holds so many copies of its weights. Default: 64."""
     fisher: Literal["sampled", "empirical"] = "sampled"
     """Labels drawn from the model (the true Fisher), or the data's own."""
     draws: int = 1
@@ -174,6 +179,7 @@ class FitSettings(Execution, Reading):
         "data",
         "blocks",
         "method",
+        "rows",
         "fisher",
         "objective",
         "draws",
@@ -199,6 +205,13 @@ class FitSettings(Execution, Reading):
         if not (in_memory or self.merge or self.subtract):
             _given(self, "data")
         _positive("draws", self.draws)
+        if self.rows is not None:
+            _positive("rows", self.rows)
+            if self.method != "mfac":
+                raise UserError(
+                    "--rows", "--method mfac, which is made of them", f"--method {self.method}",
+                    "Leave --rows out, or give --method mfac.",
+                )  # fmt: skip
         if self.fisher == "empirical" and self.draws != 1:
             raise UserError(
                 "--draws",
@@ -256,7 +269,8 @@ class FitSettings(Execution, Reading):
     def resolved(self) -> FitSettings:
         """With the defaults that depend on other fields filled in."""
         store = self.store_dtype or ("float64" if self.dtype == "float64" else "float32")
-        return dataclasses.replace(self, store_dtype=store)
+        rows = ROWS if self.method == "mfac" and self.rows is None else self.rows
+        return dataclasses.replace(self, store_dtype=store, rows=rows)
 
 
 @dataclass(frozen=True)

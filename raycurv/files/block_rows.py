@@ -9,6 +9,7 @@ import pyarrow as pa
 import torch
 
 from raycurv.files.artifacts import corrected_notes, read_spectrum
+from raycurv.files.row_files import open_rows
 from raycurv.files.store import Store
 from raycurv.files.tables import BLOCKS, SPECTRUM, write_table
 from raycurv.mathematics.blocks import Block
@@ -29,7 +30,8 @@ def write_blocks(
 ) -> None:
     """``tables/blocks``: one row a block.
 
-    ``trace`` is ΣΛ; of K-FAC rows an example · tr A · tr G; null for the identity.
+    ``trace`` is ΣΛ; of K-FAC rows an example · tr A · tr G; of M-FAC the mean squared
+    norm of its rows; null for the identity.
     """
     rows = [_row(store, b, stages[b.name], method, examples) for b in blocks]
     write_table(store, BLOCKS_FILE, pa.Table.from_pylist(rows, schema=BLOCKS), notes)
@@ -70,6 +72,9 @@ def _row(store: Store, block: Block, stage: int, method: str, examples: int) -> 
     if method in ("ekfac", "diagonal"):
         said = corrected_notes(store, block)
         row |= {"trace": float(said["trace"]), "mean_eigenvalue": float(said["mean"])}
+    if method == "mfac":
+        row["trace"] = float(open_rows(store, block).file.metadata["trace"])
+        row["mean_eigenvalue"] = row["trace"] / (block.d_in * block.d_out)
     if row.get("mean_eigenvalue") == 0.0:
         outcomes.append("zero")
     worth_saying = list(dict.fromkeys(o for o in outcomes if o != "ok"))

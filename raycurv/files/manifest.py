@@ -19,8 +19,8 @@ NAME = "run.json"
 
 # What the jobs put into a directory. Without a run.json these names belong to somebody else.
 _OURS = (
-    "blocks.json", "data", "labels", "factors", "eigen", "corrected", "tables", "scores", "self",
-    "ihvp", "work",
+    "blocks.json", "data", "labels", "factors", "eigen", "corrected", "rows", "tables",
+    "scores", "self", "ihvp", "work",
 )  # fmt: skip
 
 

@@ -104,7 +104,7 @@ class BlockCurvature:
 
         ``apply(v, lambda lam: 1 / (lam + damping))`` is the IHVP of ``v``.
         """
-        self._check(x)
+        check_matrix(self.block, x)
         rotated = self.input_basis.rotate(x)
         rotated = self.output_basis.rotate(rotated.transpose(-1, -2)).transpose(-1, -2)
         scaled = rotated * f(self.eigenvalues.to(x))
@@ -158,16 +158,22 @@ class BlockCurvature:
         # In place: of a wide block these are large.
         return lambda eigenvalues: (eigenvalues + lam).reciprocal_()
 
-    def _check(self, x: Tensor) -> None:
-        wanted = (self.block.d_out, self.block.d_in)
-        if x.ndim < 2 or tuple(x.shape[-2:]) != wanted:
-            bias = " (the last column is the bias)" if self.block.bias else ""
-            raise UserError(
-                f"block {self.block.name}",
-                f"a tensor of shape [..., {wanted[0]}, {wanted[1]}]{bias}",
-                f"{tuple(x.shape)}",
-                "Give the block's gradient as one matrix.",
-            )
+
+def check_matrix(block: Block, x: Tensor) -> None:
+    """Refuse what is not a matrix (or several) of a block's shape.
+
+    Raises:
+        UserError: it is of another shape.
+    """
+    wanted = (block.d_out, block.d_in)
+    if x.ndim < 2 or tuple(x.shape[-2:]) != wanted:
+        bias = " (the last column is the bias)" if block.bias else ""
+        raise UserError(
+            f"block {block.name}",
+            f"a tensor of shape [..., {wanted[0]}, {wanted[1]}]{bias}",
+            f"{tuple(x.shape)}",
+            "Give the block's gradient as one matrix.",
+        )
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,13 @@ def corrected(group: Group, recipe: Recipe) -> int:
     return (recipe.store_dtype.itemsize + kept) * block_elements(group)
 
 
+def rank_rows(group: Group, recipe: Recipe) -> int:
+    """``rows/``: the rows of every block, and their Gram."""
+    blocks = sum(len(s.blocks) for s in group)
+    rows = recipe.rows * recipe.store_dtype.itemsize * block_elements(group)
+    return rows + 8 * blocks * recipe.rows**2
+
+
 def factor_elements(group: Group, recipe: Recipe) -> int:
     """Elements of all factors."""
     return sum(squares(t) for s in group for t in s.factors(recipe.max_factor_dim).values())
@@ -65,6 +72,11 @@ def factor_commit(group: Group, recipe: Recipe, data: DataShape) -> int:
 def corrected_commit(group: Group, recipe: Recipe, data: DataShape) -> int:
     """A commit of the second pass."""
     return sum_bytes(recipe, data.microbatches) * block_elements(group)
+
+
+def rows_commit(group: Group, recipe: Recipe, data: DataShape) -> int:
+    """A commit of the pass that gathers the rows of a rank-m Fisher."""
+    return recipe.rows * recipe.computed * block_elements(group)
 
 
 def spool(group: int, groups: int, recipe: Recipe, data: DataShape, width: int) -> int:

@@ -11,10 +11,11 @@ from raycurv.planning.plan import Phase, Plan
 from raycurv.planning.shapes import DataShape
 
 FORWARD = "forward"
-FIRST, EIGEN, SECOND, LOSSES = (
+FIRST, EIGEN, SECOND, ROWS, LOSSES = (
     "first pass: A and G",
     "eigendecompositions",
     "second pass: Λ",
+    "gradients",
     "losses",
 )
 
@@ -74,6 +75,19 @@ def plan_fit(job: Job, data: DataShape) -> Plan:
                 seconds=job.seconds(through + back, rotated, stored),
             )
         )
+    if recipe.method == "mfac":
+        formed = sum(flops.gradients(stage, recipe, data) for stage in stages)
+        place = job.resident(lambda s: memory.rank_rows(s, recipe, data), data)
+        stored = disk.rank_rows(stages, recipe) + spooled * (1 + recipe.draws)
+        phases.append(
+            replace(
+                _phase(ROWS, place),
+                moved=job.moved(data, True),
+                stored=stored,
+                flops=through + back + formed,
+                seconds=job.seconds(through + back, formed, stored),
+            )
+        )
     if recipe.method == "identity":
         place = job.resident(lambda s: memory.forward_only(s, recipe, data, True), data)
         phases.append(
@@ -131,6 +145,11 @@ def _disk(job: Job, data: DataShape) -> tuple[dict[str, int], int]:
             commit = _commit(job, data, group, flops.gradients, disk.corrected_commit)
             at(SECOND, kept + beside + max(2 * commit, commit + lam))
             kept += lam
+        if recipe.method == "mfac":
+            rows = disk.rank_rows(group, recipe)
+            commit = _commit(job, data, group, flops.gradients, disk.rows_commit)
+            at(ROWS, kept + beside + max(2 * commit, commit + rows))
+            kept += rows
     return most, kept
 
 

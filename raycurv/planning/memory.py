@@ -126,14 +126,30 @@ def corrected(stage: StageShape, recipe: Recipe, data: DataShape) -> tuple[Momen
     )
 
 
+def rank_rows(stage: StageShape, recipe: Recipe, data: DataShape) -> tuple[Moment, ...]:
+    """The rows of a rank-m Fisher."""
+    elements = sum(b.d_in * b.d_out for b in stage.blocks)
+    largest = max((b.d_in * b.d_out for b in stage.blocks), default=0)
+    held = _weights(stage) | {"rows": recipe.rows * recipe.computed * elements}
+    # Divided by the roots of their counts, and as they are written.
+    written = 0 if recipe.store_dtype.itemsize == recipe.computed else recipe.store_dtype.itemsize
+    finishing = recipe.rows * (recipe.computed + written) * largest + 16 * CHUNK
+    return (
+        *_running(stage, recipe, data, held, _gradients(stage, recipe, data, 1, pieces=False)),
+        Moment("writing rows", held, {"rows of a block": finishing}),
+    )
+
+
 def query_products(
     stage: StageShape, recipe: Recipe, data: DataShape, queries: int
 ) -> tuple[Moment, ...]:
     """IHVPs of so many queries at once."""
     elements = sum(b.d_in * b.d_out for b in stage.blocks)
     largest = max((b.d_in * b.d_out for b in stage.blocks), default=0)
-    inverse = 0 if recipe.method == "identity" else recipe.computed * elements
-    read = {"kfac": 8, "identity": 0}.get(recipe.method, recipe.store_dtype.itemsize)
+    # The products of M-FAC start as plain gradients.
+    plain = recipe.method in ("identity", "mfac")
+    inverse = 0 if plain else recipe.computed * elements
+    read = {"kfac": 8, "identity": 0, "mfac": 0}.get(recipe.method, recipe.store_dtype.itemsize)
     held = (
         _weights(stage)
         | _bases(stage, recipe)
@@ -158,7 +174,10 @@ def scores(stage: StageShape, recipe: Recipe, data: DataShape, queries: int) -> 
     passing = {"gradients or projections of some examples": most}
     if recipe.self_influence:
         elements = sum(b.d_in * b.d_out for b in stage.blocks)
-        held |= _bases(stage, recipe) | {"1 / (Λ + λ)": recipe.computed * elements}
+        if recipe.method == "mfac":
+            held |= {"rows": 8 * recipe.rows * elements}
+        else:
+            held |= _bases(stage, recipe) | {"1 / (Λ + λ)": recipe.computed * elements}
         passing = _gradients(stage, recipe, data, 1, pieces=True)
     return _running(stage, recipe, data, held, passing)
 

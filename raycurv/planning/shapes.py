@@ -85,6 +85,7 @@ class Recipe:
         logits_chunk: logits formed at once (numbers).
         rank: of IHVPs; ``None`` for full.
         query_memory: bytes of IHVPs that a stage may hold.
+        rows: gradients that make a rank-m Fisher.
     """
 
     method: str = "ekfac"
@@ -98,6 +99,7 @@ class Recipe:
     query_memory: int = 2 * 1024**3
     self_influence: bool = False
     ihvp: bool = False
+    rows: int = 0
 
     @property
     def computed(self) -> int:

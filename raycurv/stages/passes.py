@@ -23,6 +23,7 @@ from raycurv.files.artifacts import (
     write_factor,
     write_products,
 )
+from raycurv.files.row_files import write_rows
 from raycurv.files.store import Store
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Captured
@@ -32,6 +33,7 @@ from raycurv.mathematics.eigen import Eigenbasis
 from raycurv.mathematics.evaluate import Target
 from raycurv.mathematics.factors import FactorSum, FactorSums
 from raycurv.mathematics.ihvp import BlockProducts, Products
+from raycurv.mathematics.rank_fisher import RowSum, RowSums
 from raycurv.mathematics.scores import PairwiseScores, SelfScores
 
 
@@ -155,6 +157,32 @@ class CorrectedPass:
         if self.extends is not None:
             result = read_corrected(self.extends, block, self.draws, mark).plus(result)
         write_corrected(self.store, block, result, self.store_dtype, mark, self.sum_dtype)
+
+
+@dataclass(frozen=True)
+class RowsPass:
+    """The rows of rank-m Fishers into ``rows/``.
+
+    Attributes:
+        store: of the run.
+        only: the blocks to gather; squared gradient norms are over all blocks regardless.
+        count: how many rows.
+        store_dtype: of the written rows.
+    """
+
+    store: Store
+    only: frozenset[str]
+    target: Target
+    draws: int
+    count: int
+    store_dtype: torch.dtype
+    name: str = "rows"
+
+    def open(self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device) -> RowSums:
+        return RowSums(blocks, self.count, dtype, device, self.only)
+
+    def write(self, name: str, result: RowSum, blocks: Mapping[str, Block]) -> None:
+        write_rows(self.store, blocks[name], result, self.store_dtype)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,105 @@
+"""The rows of a block's rank-m Fisher (M-FAC), as a run keeps them.
+
+rows/NAME.safetensors     rows.0, rows.1, … [M, o, I], runs of outputs; gram [M, M], counts [M]
+
+Rows are √B times the mean gradient of B examples. A block's rows are as large as M weights, so they
+lie in runs of outputs, which are read one at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raycurv.errors import DamagedFile
+from raycurv.files.store import Store
+from raycurv.files.tensorfile import TensorFile, open_tensors, write_tensors
+from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.rank_fisher import RowSum, gram_of
+
+# Elements of a run of outputs: in float64, as they are computed with, 64 MiB.
+_RUN = 2**23
+
+
+@dataclass(frozen=True)
+class BlockRows:
+    """An opened file of rows.
+
+    Attributes:
+        block: whose rows they are.
+        file: the file.
+    """
+
+    block: Block
+    file: TensorFile
+
+    @property
+    def count(self) -> int:
+        """M."""
+        return int(self.file.metadata["count"])
+
+    @property
+    def size(self) -> int:
+        """Columns: the block's parameters."""
+        return self.block.d_out * self.block.d_in
+
+    def gram(self) -> Tensor:
+        """``GGᵀ`` over the block's columns, float64."""
+        return self.file.read("gram")
+
+    def runs(self) -> Iterator[tuple[slice, Tensor]]:
+        """Runs of outputs and their rows ``[M, o, I]``, in the order of the outputs."""
+        start = 0
+        for number in range(int(self.file.metadata["runs"])):
+            rows = self.file.read(f"rows.{number}")
+            yield slice(start, start + rows.shape[1]), rows
+            start += rows.shape[1]
+
+    def whole(self) -> Tensor:
+        """``[M, O, I]``, of a small block."""
+        return torch.cat([rows for _, rows in self.runs()], dim=1)
+
+
+def rows_file(block: str) -> str:
+    """Where a block's rows lie."""
+    return f"rows/{block}.safetensors"
+
+
+def write_rows(store: Store, block: Block, found: RowSum, dtype: torch.dtype) -> None:
+    """Write a block's rows in ``dtype``, and the Gram of them as they were rounded."""
+    rows_MOI = found.rows().to(dtype).cpu()
+    count = len(rows_MOI)
+    outputs = max(1, _RUN // (count * block.d_in))
+    runs = [rows_MOI[:, at : at + outputs] for at in range(0, block.d_out, outputs)]
+    gram = torch.stack([gram_of(run) for run in runs]).sum(dim=0)
+    metadata = {
+        "block": block.name,
+        "count": str(count),
+        "runs": str(len(runs)),
+        "examples": str(found.examples),
+        "trace": repr(float(gram.trace()) / count),
+    }
+    tensors: Mapping[str, Tensor] = {
+        **{f"rows.{i}": run for i, run in enumerate(runs)},
+        "gram": gram,
+        "counts": found.counts_M,
+    }
+    write_tensors(store, rows_file(block.name), tensors, metadata)
+
+
+def open_rows(store: Store, block: Block) -> BlockRows:
+    """The rows of a block.
+
+    Raises:
+        DamagedFile: they are gone, or damaged.
+    """
+    try:
+        return BlockRows(block, open_tensors(store, rows_file(block.name)))
+    except FileNotFoundError as error:
+        raise DamagedFile(
+            f"{store.root}, block {block.name}", "the rows of its Fisher", str(error),
+            "Run the fit again: it makes what is missing.",
+        ) from error  # fmt: skip
