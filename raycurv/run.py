@@ -21,10 +21,13 @@ from raycurv.driver.settings import IN_MEMORY, FitSettings, InfluenceSettings
 from raycurv.errors import UserError
 from raycurv.files.artifacts import ihvp_file, read_blocks, read_curvature, read_products
 from raycurv.files.manifest import Manifest
+from raycurv.files.row_files import open_rows
 from raycurv.files.store import Store, open_store
 from raycurv.files.tables import iterate_directory, read_directory, scores_schema
 from raycurv.mathematics.curvature import BlockCurvature
 from raycurv.mathematics.objective import Objective
+from raycurv.mathematics.rank_curvature import RankCurvature
+from raycurv.mathematics.rank_fisher import RankFisher
 
 Model = str | os.PathLike[str] | Callable[[], nn.Module]
 
@@ -136,14 +139,18 @@ class Run:
         """Names of the blocks, in the model's order."""
         return [block.name for block in read_blocks(self._store)]
 
-    def curvature(self, block: str) -> BlockCurvature:
+    def curvature(self, block: str) -> BlockCurvature | RankCurvature:
         """The curvature of one block: ``apply``, ``diagonal``, ``eigenvalues``, ``dense``.
+
+        With the method ``mfac`` it is of rank m, and the block's own (see :meth:`rank_fisher`).
 
         Raises:
             UserError: no block of that name.
         """
         for found in read_blocks(self._store):
             if found.name == block:
+                if self.manifest.settings["method"] == "mfac":
+                    return RankCurvature(found, open_rows(self._store, found).whole())
                 return read_curvature(
                     self._store,
                     found,
@@ -156,6 +163,21 @@ class Run:
             "no such name",
             f"There are {', '.join(self.block_names()[:5])}, …",
         )
+
+    def rank_fisher(self) -> RankFisher:
+        """The Fisher of a fit with ``mfac`` across all blocks, whole in memory: the inverse, any of
+        its elements, and a sliding window over its gradients.
+
+        Raises:
+            UserError: another method was fitted.
+        """
+        method = self.manifest.settings["method"]
+        if method != "mfac":
+            raise UserError(
+                self.path, "a fit with --method mfac", f"one with {method}", "Fit with mfac."
+            )
+        blocks = read_blocks(self._store)
+        return RankFisher({b.name: open_rows(self._store, b).whole() for b in blocks})
 
     def extend(
         self,

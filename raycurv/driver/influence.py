@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from raycurv.driver.feed import Feed
 from raycurv.driver.fitted import check_model, fitted_model, read_fit
 from raycurv.driver.pipeline import NoSink, Sink
 from raycurv.driver.progress import Reporter
+from raycurv.driver.rank_products import make_rank_products, rank_inverses
 from raycurv.driver.rows import ScoreRows, merge_top
 from raycurv.driver.settings import DTYPES, InfluenceSettings, identity, parse_bytes
 from raycurv.driver.sweep import Sweep, Task, commit_place, open_spool
@@ -41,6 +43,7 @@ from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.curvature import Damping
 from raycurv.mathematics.ihvp import BlockProducts, product_elements
 from raycurv.mathematics.objective import Objective, open_objective
+from raycurv.mathematics.rank_inverse import RankInverses
 from raycurv.models.model import Model, ModelSource, open_model
 from raycurv.stages.passes import CurvatureSource, QueryPass, ReplayPass, ScorePass
 
@@ -141,6 +144,11 @@ def _influence_held(
     )
     lengths = None if training is None else training.lengths
     check_influence(settings, fit.settings, network, blocks, asked.lengths, lengths, store)
+    if settings.inverse is not None and fit.settings["method"] != "mfac":
+        raise UserError(
+            "--inverse", "a fit with --method mfac", f"one with {fit.settings['method']}",
+            "Leave --inverse out: the other methods have each block's own inverse.",
+        )  # fmt: skip
     source = CurvatureSource(
         fitted,
         fit.settings["method"],
@@ -268,6 +276,7 @@ class _Influence:
             if _span(group) in self._finished:
                 continue
             label = "" if len(groups) == 1 else f", pass {number + 1} of {len(groups)}"
+            self._make_rank_products(group, label)
             files = self._sweep(group, label, score=self.train is not None)
             self._finished[_span(group)] = self._sizes(files)
             self.manifest.write(self.store)
@@ -296,7 +305,8 @@ class _Influence:
 
     def _groups(self) -> list[range]:
         """Queries by pass: as many as keep every stage's products within ``--query-memory``."""
-        rank = self.settings.rank_number()
+        # Products of M-FAC start as whole gradients.
+        rank = None if self._mfac else self.settings.rank_number()
         item = 8 if self.dtype == torch.float64 else 4
         largest = 0
         for stage in range(len(self.workers.cuts)):
@@ -313,13 +323,53 @@ class _Influence:
             at = stop
         return groups
 
-    def _place(self, group: range) -> Store:
-        return self.store.inside(f"work/pass-{_span(group)}")
+    @property
+    def _mfac(self) -> bool:
+        return self.source.method == "mfac"
 
-    def _sweep(self, group: range, label: str, score: bool) -> list[str]:
-        """IHVPs of a group of queries, and with ``score`` the training examples' scores on them;
-        gives the files of these."""
+    @cached_property
+    def _rank_inverses(self) -> RankInverses:
+        """The inverses of M-FAC."""
+        whole = self.settings.inverse != "block"
+        return rank_inverses(self.source.store, self.blocks, self.source.damping, whole)
+
+    def _make_rank_products(self, group: range, label: str) -> None:
+        """With M-FAC, the IHVPs of a group of queries, which no stage can make alone."""
         place = self._place(group)
+        missing = [b for b in self.blocks if self._without_products(place, [b])]
+        if not (self._mfac and missing):
+            return
+        inverses, gradients = self._rank_inverses, place.inside("gradients")
+        self._sweep(group, f"{label}, gradients", score=False, plain=True)
+        residual = make_rank_products(
+            gradients,
+            place,
+            self.source.store,
+            self.blocks,
+            inverses,
+            self.settings.rank_number(),
+            self.settings.seed,
+            self.dtype,
+            self.workers,
+            self.reporter,
+        )
+        facts = self.manifest.facts
+        facts["residual"] = max(residual, facts.get("residual", 0.0))
+        place.delete_directory("gradients")
+
+    def _place(self, group: range, plain: bool = False) -> Store:
+        """Where the products of a group of queries lie, or their plain gradients."""
+        place = self.store.inside(f"work/pass-{_span(group)}")
+        return place.inside("gradients") if plain else place
+
+    def _sweep(self, group: range, label: str, score: bool, plain: bool = False) -> list[str]:
+        """IHVPs of a group of queries, and with ``score`` the training examples' scores on them;
+        gives the files of these.
+
+        Args:
+            plain: the queries' gradients, whole, instead of their IHVPs.
+        """
+        place = self._place(group, plain)
         feeds = {"queries": self._query_feed(group)}
         if score:
             assert self.train is not None
@@ -349,7 +399,7 @@ class _Influence:
         files: list[str] = []
         for stages in range(sweep.level, lowest - 1, -1):
             if "queries" in feeds:
-                self._query(sweep, stages, group, feeds["queries"], label)
+                self._query(sweep, stages, group, feeds["queries"], label, plain)
             if score:
                 files = self._score(sweep, stages, group, feeds["train"], label)
             sweep.descend(stages)
@@ -377,18 +427,20 @@ class _Influence:
             self.queries.lengths,
         )
 
-    def _query(self, sweep: Sweep, stages: int, group: range, feed: Feed, label: str) -> None:
+    def _query(
+        self, sweep: Sweep, stages: int, group: range, feed: Feed, label: str, plain: bool
+    ) -> None:
         """The IHVPs of a group of stages, and the gradients for those before that lack theirs."""
-        place = self._place(group)
+        place = self._place(group, plain)
         unasked = self._unasked(sweep, place)
         lowest = min(unasked, default=stages)
         work = QueryPass(
-            self.source,
+            replace(self.source, method="identity") if plain else self.source,
             tuple(self.queries.ids[n] for n in group),
-            self.settings.rank_number(),
+            None if plain else self.settings.rank_number(),
             self.settings.seed,
             place,
-            f"queries-{_span(group)}",
+            f"{'gradients' if plain else 'queries'}-{_span(group)}",
         )
         replay = ReplayPass(work.target, work.draws)
         task = Task("queries", feed, work, replay, carries=False)
@@ -414,6 +466,7 @@ class _Influence:
             settings.per_block,
             settings.per_token,
             settings.self_influence and group.start == 0,
+            self._rank_inverses if self._mfac and settings.self_influence else None,
             self._work(group),
         )
         sink: Sink = NoSink()
@@ -428,6 +481,7 @@ class _Influence:
                 settings.per_token,
                 settings.top_k,
                 self._notes(),
+                self._rank_inverses if self._mfac and settings.self_influence else None,
             )
         task = Task("train", feed, work, work, carries=True, sink=sink)
         names = sweep.run(stages, task, f"scores{label}", 0)
@@ -468,7 +522,9 @@ class _Influence:
         if not missing:
             return
         for number, group in enumerate(groups):
-            self._sweep(group, "" if len(groups) == 1 else f", pass {number + 1}", score=False)
+            label = "" if len(groups) == 1 else f", pass {number + 1}"
+            self._make_rank_products(group, label)
+            self._sweep(group, label, score=False)
         pool = self.workers.tasks()
         places = [self._place(group) for group in groups]
         with self.reporter.phase("IHVPs", len(missing), "blocks") as phase:

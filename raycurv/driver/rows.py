@@ -19,6 +19,8 @@ from raycurv.files.tables import (
     self_schema,
     write_table,
 )
+from raycurv.mathematics.rank_inverse import RankInverses
+from raycurv.mathematics.rank_scores import whole_self_scores
 
 # Numbers that may wait in memory for the next commit.
 _FULL = 8_000_000
@@ -165,6 +167,7 @@ class ScoreRows:
         double: float64 scores.
         top_k: keep only each query's k highest and k lowest (of a file; see :func:`merge_top`).
         notes: footers of the scores, and of self-influence.
+        inverses: of M-FAC, to make self-influence of what the stages gave.
     """
 
     def __init__(
@@ -178,7 +181,9 @@ class ScoreRows:
         per_token: bool,
         top_k: int | None,
         notes: dict[str, str],
+        inverses: RankInverses | None = None,
     ) -> None:
+        self._inverses = inverses
         self._store, self._part, self._queries, self._train = store, part, list(queries), train
         self._per_block, self._per_token, self._top_k = per_block, per_token, top_k
         self._schema = scores_schema(double, per_block, per_token)
@@ -199,6 +204,8 @@ class ScoreRows:
         return self._size > _FULL
 
     def take(self, members: Sequence[int], results: Results) -> None:
+        if self._inverses is not None:
+            results = whole_self_scores(self._inverses, results)
         self._members += members
         self._scores.append(results["scores"].numpy())
         self._size += results["scores"].numel()

@@ -343,6 +343,9 @@ class InfluenceSettings(Execution, Reading):
     """Rank that IHVPs are truncated to, or `full`."""
     query_memory: str = "2GiB"
     """Memory of a stage for IHVPs; as many queries share a pass over the training data as fit."""
+    inverse: Literal["model", "block"] | None = None
+    """Of a fit with `--method mfac`: the inverse of the whole model's Fisher, or of each block's
+    own. Default: model."""
     top_k: int | None = None
     """Keep only each query's k highest and k lowest scores."""
     per_block: bool = False
@@ -365,6 +368,7 @@ class InfluenceSettings(Execution, Reading):
         "train",
         "damping",
         "rank",
+        "inverse",
         "seed",
         "dtype",
         "max_length",

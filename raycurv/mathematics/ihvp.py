@@ -105,6 +105,16 @@ def test_matrix(seed: int, query_id: str, block: str, d_in: int, width: int) -> 
     return torch.randn(d_in, width, generator=generator)
 
 
+def truncated(
+    m_NOI: Tensor, rank: int, seed: int, queries: Sequence[str], block: str
+) -> tuple[Tensor, Tensor]:
+    """:func:`truncated_svd` of some queries' matrices of a block, with their own test matrices."""
+    d_out, d_in = m_NOI.shape[1:]
+    width = min(rank + _OVERSAMPLING, d_out, d_in)
+    tests = torch.stack([test_matrix(seed, query, block, d_in, width) for query in queries])
+    return truncated_svd(m_NOI, rank, tests.to(m_NOI))
+
+
 class Products:
     """Gathers the IHVPs of queries.
 
@@ -166,11 +176,7 @@ class Products:
                     continue
                 assert products.left is not None and products.right is not None
                 kept = products.left.shape[1]
-                width = min(kept + _OVERSAMPLING, block.d_out, block.d_in)
-                tests = torch.stack(
-                    [test_matrix(self._seed, q, block.name, block.d_in, width) for q in ids[part]]
-                )
-                u, w = truncated_svd(m_NOI, kept, tests.to(m_NOI))
+                u, w = truncated(m_NOI, kept, self._seed, ids[part], block.name)
                 products.left[where] = left.unrotate(u.transpose(1, 2))
                 products.right[where] = right.unrotate(w)
         return {}

@@ -16,6 +16,7 @@ Axis letters: M rows, D columns in all, N those of one part, Q vectors, S sets o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -43,8 +44,8 @@ class RankInverse(Protocol):
     @property
     def width(self) -> int: ...
 
-    def at(self, start: int) -> RankInverse:
-        """The same, for the part whose first column is number ``start`` of all."""
+    def at(self, offset: int) -> RankInverse:
+        """The same, for a part whose first column is so many behind that of this one."""
         ...
 
     def project(self, rows_MN: Tensor, x_QN: Tensor) -> Tensor:
@@ -97,7 +98,7 @@ class GramInverse:
         """M."""
         return len(self.gram)
 
-    def at(self, start: int) -> GramInverse:
+    def at(self, offset: int) -> GramInverse:
         return self
 
     def project(self, rows_MN: Tensor, x_QN: Tensor) -> Tensor:
@@ -111,7 +112,7 @@ class GramInverse:
         return found
 
     def quadratic(self, projection: Tensor, squares_Q: Tensor) -> Tensor:
-        z = torch.linalg.solve_triangular(self.lower, projection.double().T, upper=False)
+        z: Tensor = torch.linalg.solve_triangular(self.lower, projection.double().T, upper=False)
         return squares_Q.double() / self.damping - z.square().sum(dim=0) / self.damping**2
 
     def residual(self, projection: Tensor, applied: Tensor) -> float:
@@ -158,8 +159,8 @@ class DenseInverse:
         """D: what travels is x itself."""
         return len(self.inverse)
 
-    def at(self, start: int) -> DenseInverse:
-        return replace(self, start=start)
+    def at(self, offset: int) -> DenseInverse:
+        return replace(self, start=self.start + offset)
 
     def project(self, rows_MN: Tensor, x_QN: Tensor) -> Tensor:
         whole = torch.zeros(len(x_QN), self.width, dtype=torch.float64)
@@ -184,6 +185,20 @@ class DenseInverse:
 
     def _part(self, size: int) -> slice:
         return slice(self.start, self.start + size)
+
+
+@dataclass(frozen=True)
+class RankInverses:
+    """The inverses of a model's blocks: one that all are parts of, or one for each.
+
+    Attributes:
+        by_block: block -> the inverse, at the block's own columns; ``None`` where all rows are
+            zero, whose products are zero.
+        whole: whether it is one and the same.
+    """
+
+    by_block: Mapping[str, RankInverse | None]
+    whole: bool
 
 
 def rank_damping(setting: Damping, gram: Tensor, size: int, where: str) -> float:

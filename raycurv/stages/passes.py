@@ -23,7 +23,7 @@ from raycurv.files.artifacts import (
     write_factor,
     write_products,
 )
-from raycurv.files.row_files import write_rows
+from raycurv.files.row_files import open_rows, write_rows
 from raycurv.files.store import Store
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Captured
@@ -34,6 +34,8 @@ from raycurv.mathematics.evaluate import Target
 from raycurv.mathematics.factors import FactorSum, FactorSums
 from raycurv.mathematics.ihvp import BlockProducts, Products
 from raycurv.mathematics.rank_fisher import RowSum, RowSums
+from raycurv.mathematics.rank_inverse import RankInverses
+from raycurv.mathematics.rank_scores import RankSelfScores
 from raycurv.mathematics.scores import PairwiseScores, SelfScores
 
 
@@ -259,6 +261,7 @@ class ScorePass:
         queries: how many.
         per_block, per_token: what else to give.
         self_influence: whether to score examples on themselves, too.
+        inverses: of M-FAC, for self-influence.
     """
 
     source: CurvatureSource
@@ -267,6 +270,7 @@ class ScorePass:
     per_block: bool
     per_token: bool
     self_influence: bool
+    inverses: RankInverses | None = None
     name: str = "scores"
     target: Target = "labels"
     draws: int = 1
@@ -274,13 +278,17 @@ class ScorePass:
     def open(
         self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device
     ) -> ScoreGatherer:
-        pairwise = own = None
+        pairwise: PairwiseScores | None = None
+        own: SelfScores | RankSelfScores | None = None
         if self.products is not None:
             products = {b.name: read_products(self.products, b.name)[0].to(device) for b in blocks}
             pairwise = PairwiseScores(
                 blocks, products, self.queries, self.per_block, self.per_token, dtype, device
             )
-        if self.self_influence:
+        if self.self_influence and self.inverses is not None:
+            rows = {block.name: open_rows(self.source.store, block).whole() for block in blocks}
+            own = RankSelfScores(blocks, rows, self.inverses, dtype, device)
+        elif self.self_influence:
             own = SelfScores(self.source.read(blocks, device), self.source.damping, dtype, device)
         return ScoreGatherer(pairwise, own)
 
@@ -291,8 +299,8 @@ class ScorePass:
 class ScoreGatherer(Nothing):
     """Pairwise scores and self-influence from the same gradients; they leave at once."""
 
-    def __init__(self, pairwise: PairwiseScores, own: SelfScores | None) -> None:
-        self._parts: list[PairwiseScores | SelfScores] = [pairwise]
+    def __init__(self, pairwise: PairwiseScores, own: SelfScores | RankSelfScores | None) -> None:
+        self._parts: list[PairwiseScores | SelfScores | RankSelfScores] = [pairwise]
         if own is not None:
             self._parts.append(own)
 
