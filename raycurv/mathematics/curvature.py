@@ -104,7 +104,7 @@ class BlockCurvature:
 
         ``apply(v, lambda lam: 1 / (lam + damping))`` is the IHVP of ``v``.
         """
-        check_matrix(self.block, x)
+        self.check(x)
         rotated = self.input_basis.rotate(x)
         rotated = self.output_basis.rotate(rotated.transpose(-1, -2)).transpose(-1, -2)
         scaled = rotated * f(self.eigenvalues.to(x))
@@ -113,11 +113,20 @@ class BlockCurvature:
 
     def diagonal(self, f: SpectralFunction) -> Tensor:
         """The diagonal of ``f`` of the curvature, ``[O, I]``, in the weight's own coordinates."""
+        values = self.row_spectra(f)
+        if self.input_basis.vectors:
+            values = values @ self.input_basis.squared(values.dtype).T
+        return values
+
+    def row_spectra(self, f: SpectralFunction) -> Tensor:
+        """``c = (Q_G * Q_G) f(Λ)``, ``[O, I]``: spectra of the outputs' own parts.
+
+        The part of ``f`` of the curvature that belongs to the weights of output o, ``[I, I]``, is
+        ``Q_A diag(c[o]) Q_Aᵀ``.
+        """
         values = f(self.eigenvalues)
         if self.output_basis.vectors:
             values = self.output_basis.squared(values.dtype) @ values
-        if self.input_basis.vectors:
-            values = values @ self.input_basis.squared(values.dtype).T
         return values
 
     def dense(self) -> Tensor:
@@ -134,6 +143,11 @@ class BlockCurvature:
         """λ of this block."""
         return setting.of(float(self.eigenvalues.mean(dtype=torch.float64)))
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether no example has a gradient here, so that Λ is zero."""
+        return self.lam_OI is not None and float(self.lam_OI.mean(dtype=torch.float64)) == 0.0
+
     def inverse(self, setting: Damping) -> SpectralFunction:
         """``Λ -> 1 / (Λ + λ)``, or ``Λ -> 0`` for a block whose Λ is zero.
 
@@ -144,19 +158,36 @@ class BlockCurvature:
         """
         if self.lam_OI is None:
             return torch.ones_like
-        mean = float(self.lam_OI.mean(dtype=torch.float64))
-        if mean == 0.0:
+        if self.is_zero:
             return torch.zeros_like
-        lam = setting.of(mean)
-        if lam == 0.0 and not bool((self.lam_OI > 0).all()):
+        lam = self._solvable(setting)
+        # In place: of a wide block these are large.
+        return lambda eigenvalues: (eigenvalues + lam).reciprocal_()
+
+    def damped(self, setting: Damping) -> SpectralFunction:
+        """``Λ -> Λ + λ``; the identity has no damping.
+
+        Raises:
+            UserError: λ is zero and so is an entry of Λ.
+        """
+        lam = 0.0 if self.lam_OI is None else self._solvable(setting)
+        return lambda eigenvalues: eigenvalues + lam
+
+    def _solvable(self, setting: Damping) -> float:
+        """λ, once it is known that ``Λ + λ`` has no zero."""
+        lam = self.damping(setting)
+        if lam == 0.0 and (zeros := int((self.eigenvalues <= 0).sum())):
             raise UserError(
                 f"block {self.block.name}",
                 "a positive damping, or corrected eigenvalues above 0",
-                f"damping {setting} and {int((self.lam_OI <= 0).sum())} zeros in Λ",
+                f"damping {setting} and {zeros} zeros in Λ",
                 "Give --damping a positive value.",
             )
-        # In place: of a wide block these are large.
-        return lambda eigenvalues: (eigenvalues + lam).reciprocal_()
+        return lam
+
+    def check(self, x: Tensor) -> None:
+        """:func:`check_matrix` of this block."""
+        check_matrix(self.block, x)
 
 
 def check_matrix(block: Block, x: Tensor) -> None:
@@ -172,7 +203,7 @@ def check_matrix(block: Block, x: Tensor) -> None:
             f"block {block.name}",
             f"a tensor of shape [..., {wanted[0]}, {wanted[1]}]{bias}",
             f"{tuple(x.shape)}",
-            "Give the block's gradient as one matrix.",
+            "Give the block's weight or gradient as one matrix.",
         )
 
 

@@ -1,0 +1,30 @@
+"""Cholesky roots that name what has none."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from raycurv.errors import NumericalError
+
+
+def cholesky(matrix: Tensor, what: str) -> Tensor:
+    """The lower root of one symmetric matrix or a batch of them ``[..., K, K]``.
+
+    Args:
+        matrix: positive definite.
+        what: it is, for the error.
+
+    Raises:
+        NumericalError: it is not positive definite, or not finite.
+    """
+    root: Tensor
+    root, info = torch.linalg.cholesky_ex(matrix)
+    if bool(info.any()):
+        raise NumericalError(
+            what,
+            "a positive definite matrix",
+            f"{int((info != 0).sum())} that rounding, or a damping too small, left without",
+            "Give --damping a larger value.",
+        )
+    return root
