@@ -20,7 +20,7 @@ NAME = "run.json"
 # What the jobs put into a directory. Without a run.json these names belong to somebody else.
 _OURS = (
     "blocks.json", "data", "labels", "factors", "eigen", "corrected", "tables", "scores", "self",
-    "ihvp", "work",
+    "ihvp", "weights", "work",
 )  # fmt: skip
 
 
