@@ -36,8 +36,7 @@ from transformers import LlamaConfig
 
 from raycurv.errors import UserError
 from raycurv.files.store import Store
-from raycurv.files.tensorfile import tensor_bytes
-from raycurv.models.checkpoint import DTYPES, INDEX
+from raycurv.models.checkpoint import DTYPES, INDEX, tensor_bytes
 
 # The demo's scripts import each other as neighbours; behind our own, whose names come first.
 sys.path.append(str(Path(__file__).parents[1] / "demo"))

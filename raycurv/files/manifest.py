@@ -20,7 +20,7 @@ NAME = "run.json"
 # What the jobs put into a directory. Without a run.json these names belong to somebody else.
 _OURS = (
     "blocks.json", "data", "labels", "factors", "eigen", "corrected", "rows", "tables",
-    "scores", "self", "ihvp", "work",
+    "scores", "self", "ihvp", "weights", "work",
 )  # fmt: skip
 
 

@@ -20,19 +20,7 @@ from torch import Tensor
 
 from raycurv.errors import DamagedFile
 from raycurv.files.store import Store
-
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-}
-_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
-
+from raycurv.models.checkpoint import DTYPES, encode_header, header_entries, tensor_bytes
 
 # Where the checksum of the header stands among those of the tensors.
 _HEADER = "__header__"
@@ -41,14 +29,6 @@ _HEADER = "__header__"
 def _header_checksum(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
     said = json.dumps([entries, dict(metadata)], sort_keys=True).encode()
     return hashlib.blake2b(said, digest_size=16).hexdigest()
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor, without a copy when it is contiguous and on the CPU."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    if not flat.numel():
-        return memoryview(b"")
-    return flat.view(torch.uint8).numpy().data
 
 
 def write_tensors(
@@ -60,23 +40,15 @@ def write_tensors(
         tensors: by name.
         metadata: strings for the header.
     """
-    header: dict[str, Any] = {}
-    chunks, offset, checksums = [], 0, {}
-    for key, tensor in tensors.items():
-        data = tensor_bytes(tensor)
-        header[key] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + data.nbytes],
-        }
-        checksums[key] = hashlib.blake2b(data, digest_size=16).hexdigest()
-        chunks.append(data)
-        offset += data.nbytes
+    header = header_entries(tensors)
+    chunks = [tensor_bytes(tensor) for tensor in tensors.values()]
+    checksums = {
+        key: hashlib.blake2b(data, digest_size=16).hexdigest()
+        for key, data in zip(tensors, chunks, strict=True)
+    }
     checksums[_HEADER] = _header_checksum(header, metadata)
     header["__metadata__"] = {**metadata, "checksums": json.dumps(checksums)}
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    store.write(name, [struct.pack("<Q", len(encoded)), encoded, *chunks])
+    store.write(name, [encode_header(header), *chunks])
 
 
 @dataclass(frozen=True)
@@ -126,8 +98,8 @@ class TensorFile:
             )
         if not len(data):
             # Without strides there is no view as another dtype.
-            return torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]])
-        flat = torch.from_numpy(data).view(_DTYPES[entry["dtype"]])
+            return torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
+        flat = torch.from_numpy(data).view(DTYPES[entry["dtype"]])
         return flat.reshape(entry["shape"])
 
     def read_all(self) -> dict[str, Tensor]:

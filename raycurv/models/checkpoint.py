@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from raycurv.errors import UserError
 
@@ -40,10 +40,14 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
 # The limit of the reference implementation: a larger header is a file of another kind.
 MAX_HEADER_BYTES = 100_000_000
 # Linux moves at most 2 GiB - 4 KiB a call; a smaller piece keeps a signal's delay short.
 PIECE_BYTES = 1 << 30
+# What is held at once of a file that is copied.
+COPIED_BYTES = 16 << 20
 # What a fingerprint looks at of each tensor: this many windows of this many bytes.
 WINDOWS, WINDOW_BYTES = 16, 4096
 
@@ -72,7 +76,9 @@ class Checkpoint:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self._entries: dict[str, Entry] = {}
-        for file, expected in _files(self.directory).items():
+        files = _files(self.directory)
+        self._files = tuple(files)
+        for file, expected in files.items():
             found = _read_header(self.directory / file)
             absent = sorted(expected - found.keys())
             if absent:
@@ -118,6 +124,44 @@ class Checkpoint:
             _fill(entry.file, key, entry.offset, buffer.numpy().data)
         return buffer.view(entry.dtype).view(entry.shape)
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the files with tensors, in the order of the index."""
+        return self._files
+
+    @property
+    def indexed(self) -> bool:
+        """Whether an index names the files."""
+        return self._files != (SINGLE,)
+
+    def chunks(
+        self, file: str, replaced: Mapping[str, Callable[[], Tensor]]
+    ) -> Iterator[bytes | memoryview]:
+        """The bytes of a file, piece by piece, with other tensors in place of some.
+
+        Of what is copied a piece is in memory at a time, of what is replaced a tensor.
+
+        Args:
+            replaced: by key what gives the tensor, of the same shape and dtype.
+
+        Raises:
+            UserError: the file ends early, or cannot be opened.
+        """
+        path = str(self.directory / file)
+        mine = [(key, entry) for key, entry in self._entries.items() if entry.file == path]
+        mine.sort(key=lambda pair: (pair[1].offset, pair[1].nbytes))
+        size = os.path.getsize(path)
+        start = min((entry.offset for _, entry in mine), default=size)
+        yield from _pieces(path, "its header", 0, start)
+        for key, entry in mine:
+            if key not in replaced:
+                yield from _pieces(path, key, entry.offset, entry.nbytes)
+                continue
+            tensor = replaced[key]()
+            assert (tensor.dtype, tuple(tensor.shape)) == (entry.dtype, entry.shape), key
+            yield tensor_bytes(tensor)
+            del tensor
+
     def fingerprint(self, keys: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
         """Per tensor ``{"dtype", "shape", "hash"}``, the hash being of 64 KiB sampled from it.
 
@@ -162,13 +206,43 @@ def describe(
 
 def describe_tensor(tensor: Tensor) -> dict[str, Any]:
     """The fingerprint of a tensor in memory: equal to that of the same tensor in a file."""
-    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    raw = tensor_bytes(tensor)
     return describe(
         tensor.dtype,
         tuple(tensor.shape),
         raw.nbytes,
         lambda start, length: raw[start : start + length].tobytes(),
     )
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, without a copy when it is contiguous and on the CPU."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if not flat.numel():
+        return memoryview(b"")
+    return flat.view(torch.uint8).numpy().data
+
+
+def header_entries(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the header of a safetensors file says of tensors that stand one behind the other."""
+    entries: dict[str, Any] = {}
+    offset = 0
+    for key, tensor in tensors.items():
+        end = offset + tensor.numel() * tensor.element_size()
+        entries[key] = {
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    return entries
+
+
+def encode_header(header: Mapping[str, Any]) -> bytes:
+    """What a safetensors file begins with: the length of its header, and that, padded."""
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded
 
 
 def check_finite(tensor: Tensor, where: str) -> None:
@@ -226,6 +300,7 @@ class Weights(Mapping[str, Weight]):
     def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
         self.checkpoint, self.device = checkpoint, device
         self.used: list[str] = []
+        self._made: list[tuple[str, Tensor]] = []
         self._keys = checkpoint.keys()
         # HF's loader asks from several threads; one tensor at a time bounds the memory.
         self._one_at_a_time = threading.Lock()
@@ -241,6 +316,23 @@ class Weights(Mapping[str, Weight]):
     def __len__(self) -> int:
         return len(self._keys)
 
+    def keys_of(self, module: nn.Module) -> dict[str, str]:
+        """Parameter of a module that was loaded on the meta device -> the one key that it is.
+
+        A parameter that the loader made of several tensors, or of a part or another view of one, is
+        left out: it has storage of its own, or another shape.
+        """
+        made = {tensor.untyped_storage()._cdata: (key, tensor) for key, tensor in self._made}
+        found = {}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            key, tensor = made.get(parameter.untyped_storage()._cdata, ("", None))
+            if tensor is not None and (
+                (parameter.shape, parameter.stride(), parameter.storage_offset())
+                == (tensor.shape, tensor.stride(), 0)
+            ):
+                found[name] = key
+        return found
+
     def load(self, key: str, dtype: torch.dtype | None) -> Tensor:
         """Read one tensor, cast it and check it.
 
@@ -251,7 +343,9 @@ class Weights(Mapping[str, Weight]):
         with self._one_at_a_time:
             self.used.append(key)
             if self.device.type == "meta":
-                return torch.empty(self.checkpoint.shape(key), dtype=dtype, device="meta")
+                made = torch.empty(self.checkpoint.shape(key), dtype=dtype, device="meta")
+                self._made.append((key, made))
+                return made
             tensor = self.checkpoint.read(key).to(dtype)
             check_finite(tensor, f"{self.checkpoint.file(key)}, tensor {key}")
             return tensor.to(self.device)
@@ -348,6 +442,14 @@ def _read_header(path: Path) -> dict[str, Entry]:
     if at != size:
         raise invalid(f"{size - at} bytes after the last tensor")
     return entries
+
+
+def _pieces(file: str, what: str, offset: int, nbytes: int) -> Iterator[memoryview]:
+    """``nbytes`` bytes from ``offset``, piece by piece, each in memory of its own."""
+    for start in range(offset, offset + nbytes, COPIED_BYTES):
+        piece = memoryview(bytearray(min(COPIED_BYTES, offset + nbytes - start)))
+        _fill(file, what, start, piece)
+        yield piece
 
 
 def _fill(file: str, key: str, offset: int, into: memoryview) -> None:

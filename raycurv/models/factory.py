@@ -7,7 +7,7 @@ import importlib
 import inspect
 import sys
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +16,10 @@ from torch import Tensor, nn
 
 from raycurv.batch import Batch
 from raycurv.errors import UserError
+from raycurv.mathematics.blocks import Block
 from raycurv.models.checkpoint import check_finite, describe_tensor
+from raycurv.models.checkpoint_files import CheckpointFile, state_file
+from raycurv.models.stored import Patch, StoredWeight, no_tensor_of_its_own, replacements
 
 
 class FactoryModel:
@@ -124,6 +127,44 @@ class FactoryModel:
         first, last = units.start == 0, units.stop == self.units
         return ChildrenSegment(cast(nn.Sequential, part), first, last, self.name, dtype)
 
+    def stored(self, block: Block) -> StoredWeight:
+        """Where a block's weight stands in the state dict.
+
+        Raises:
+            UserError: it is computed from others, or it is another module's, too.
+        """
+        whole = self.skeleton()
+        names: dict[int, list[str]] = {}
+        for name, parameter in whole.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        alone = {group[0] for group in names.values() if len(group) == 1}
+        weight = f"{block.name}.weight"
+        bias = f"{block.name}.bias" if block.bias else None
+        for key in (weight, bias):
+            if key is not None and key not in alone:
+                shared = any(key in group for group in names.values())
+                raise no_tensor_of_its_own(
+                    block, "one that several modules share" if shared else "one made of others"
+                )
+        return StoredWeight.among(_State(whole), block, weight, bias)
+
+    def block_weight(self, block: Block) -> Tensor:
+        """A block's weight as the factory made it, as the matrix ``[O, I]``, in its own memory.
+
+        Raises:
+            UserError: see :meth:`stored`.
+        """
+        return self.stored(block).matrix(_State(self.skeleton()).read)
+
+    def files(self, patches: Sequence[Patch] = ()) -> tuple[CheckpointFile, ...]:
+        """``model.safetensors``: the state dict under its own names, with the patches in it.
+
+        Raises:
+            UserError: an entry that such a file cannot hold; see :meth:`stored`.
+        """
+        replaced = replacements(self.stored, patches)
+        return (state_file(self.name, self.skeleton().state_dict(), replaced),)
+
     def _same(self) -> nn.Module:
         whole = self._new()
         found = _fingerprint(whole)
@@ -159,6 +200,22 @@ class FactoryModel:
             if isinstance(tensor, Tensor):
                 check_finite(tensor, f"model {self.name}, tensor {name}")
         return whole.eval().requires_grad_(False)
+
+
+class _State:
+    """The tensors of a module, as those of a checkpoint."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._state = module.state_dict()
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._state[key].shape)
+
+    def dtype(self, key: str) -> torch.dtype:
+        return cast(torch.dtype, self._state[key].dtype)
+
+    def read(self, key: str) -> Tensor:
+        return cast(Tensor, self._state[key].detach().clone())
 
 
 class ChildrenSegment:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -20,8 +20,11 @@ from torch import Tensor, nn
 
 from raycurv.batch import Batch
 from raycurv.errors import UserError
+from raycurv.mathematics.blocks import Block
 from raycurv.models.checkpoint import Checkpoint, Weights
+from raycurv.models.checkpoint_files import CheckpointFile, hf_files
 from raycurv.models.layout import AS_FACTORY, META, Layout, find_layout, hidden_of, run_on_meta
+from raycurv.models.stored import Patch, StoredWeight, no_tensor_of_its_own, replacements
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -146,7 +149,9 @@ class HFModel(HFOutline):
     def _on_meta(self) -> nn.Module:
         self.checkpoint = Checkpoint(self.directory)
         self._class = type(super()._on_meta())
-        whole, self._used = self._load(Weights(self.checkpoint, META), torch.float32, None, None)
+        weights = Weights(self.checkpoint, META)
+        whole, self._used = self._load(weights, torch.float32, None, None)
+        self._keys = weights.keys_of(whole)
         return whole.to(META)
 
     def _stored_twice(self, shape: torch.Size) -> bool:
@@ -171,6 +176,45 @@ class HFModel(HFOutline):
         module.to(device)
         module.eval().requires_grad_(False)
         return HFSegment(module, units, self.layout)
+
+    def stored(self, block: Block) -> StoredWeight:
+        """Where the checkpoint keeps a block's weight, as the loader resolved its keys.
+
+        Raises:
+            UserError: the loader makes it of several tensors or of a part of one, or makes another
+                weight of the same.
+        """
+
+        def key_of(name: str) -> str:
+            key = self._keys.get(name)
+            if key is None:
+                raise no_tensor_of_its_own(
+                    block, f"a {name} that transformers makes of other tensors of the checkpoint"
+                )
+            others = [n for n, k in self._keys.items() if k == key and n != name]
+            if others:
+                raise no_tensor_of_its_own(block, f"{key}, which {others[0]} is, too")
+            return key
+
+        bias = key_of(f"{block.name}.bias") if block.bias else None
+        weight = key_of(f"{block.name}.weight")
+        return StoredWeight.among(self.checkpoint, block, weight, bias)
+
+    def block_weight(self, block: Block) -> Tensor:
+        """A block's weight as the matrix ``[O, I]``, read from its file alone.
+
+        Raises:
+            UserError: see :meth:`stored`; or a damaged file.
+        """
+        return self.stored(block).matrix(self.checkpoint.read)
+
+    def files(self, patches: Sequence[Patch] = ()) -> tuple[CheckpointFile, ...]:
+        """The checkpoint's files with the patches in them; ``config.json`` is the last.
+
+        Raises:
+            UserError: see :meth:`stored`.
+        """
+        return hf_files(self.checkpoint, replacements(self.stored, patches))
 
     def _load(
         self, weights: Weights, dtype: torch.dtype, units: range | None, layout: Layout | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from raycurv.batch import Batch
 from raycurv.errors import UserError
+from raycurv.mathematics.blocks import Block
+from raycurv.models.checkpoint_files import CheckpointFile
 from raycurv.models.factory import FactoryModel
+from raycurv.models.stored import Patch, StoredWeight
 
 ModelSource = str | Callable[[], nn.Module]
 
@@ -131,6 +134,36 @@ class Model(Outline, Protocol):
 
         Raises:
             UserError: a tensor that is missing, misshapen, not finite, or in a damaged file.
+        """
+        ...
+
+    def stored(self, block: Block) -> StoredWeight:
+        """Where the weight of a block is kept, by key.
+
+        Raises:
+            UserError: it is not one tensor, or not of this block alone.
+        """
+        ...
+
+    def block_weight(self, block: Block) -> Tensor:
+        """The weight of a block as its matrix ``[O, I]``, the bias its last column, read by itself;
+        in the dtype that it is stored in.
+
+        Raises:
+            UserError: see :meth:`stored`; or a damaged file.
+        """
+        ...
+
+    def files(self, patches: Sequence[Patch] = ()) -> tuple[CheckpointFile, ...]:
+        """The files that the model is saved as, with other weights in some blocks.
+
+        An HF model is saved as its checkpoint is: the same files, tensors, dtypes and order, with
+        configuration and tokenizer. Another one as the one file ``model.safetensors`` of its state
+        dict. The last file is the one without which nobody takes the others for a model.
+
+        Raises:
+            UserError: see :meth:`stored`; when bytes are asked for, a patch of another shape or
+                dtype, or that is not finite.
         """
         ...
 

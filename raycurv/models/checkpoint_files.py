@@ -1,0 +1,113 @@
+"""The files that a model is saved as: each a name, and its bytes piece by piece when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from raycurv.errors import UserError
+from raycurv.models.checkpoint import (
+    INDEX,
+    NAMES,
+    SINGLE,
+    Checkpoint,
+    encode_header,
+    header_entries,
+    tensor_bytes,
+)
+
+CONFIG = "config.json"
+# What goes along with the weights: configurations, tokenizers, their code, licences.
+_ALONG = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
+_PLAIN = ("LICENSE", "NOTICE")
+_TEMPLATES = "additional_chat_templates"
+_COPIED = 1 << 20
+
+
+@dataclass(frozen=True)
+class CheckpointFile:
+    """One file of a checkpoint that is to be written.
+
+    Attributes:
+        name: below the checkpoint's directory.
+        chunks: gives its bytes, piece by piece.
+        source: the file that it is made from, if there is one.
+    """
+
+    name: str
+    chunks: Callable[[], Iterator[bytes | memoryview]]
+    source: Path | None = None
+
+
+def hf_files(
+    checkpoint: Checkpoint, replaced: Mapping[str, Callable[[], Tensor]]
+) -> tuple[CheckpointFile, ...]:
+    """The files of an HF checkpoint with other tensors in place of some.
+
+    Weights keep their files, order, dtypes and headers. ``config.json`` is the last: nobody opens a
+    directory without it.
+
+    Args:
+        replaced: by key what gives the tensor, of the same shape and dtype.
+    """
+    directory = checkpoint.directory
+    weights = [
+        CheckpointFile(name, partial(checkpoint.chunks, name, replaced), directory / name)
+        for name in checkpoint.files
+    ]
+    along = [INDEX] if checkpoint.indexed else []
+    along += sorted(_beside(directory, set(checkpoint.files)))
+    return (*weights, *(_copied(directory, name) for name in (*along, CONFIG)))
+
+
+def state_file(
+    name: str, state: Mapping[str, Tensor], replaced: Mapping[str, Callable[[], Tensor]]
+) -> CheckpointFile:
+    """One safetensors file of a state dict, under its own names, with other tensors for some.
+
+    Args:
+        name: of the model, for errors.
+
+    Raises:
+        UserError: an entry that a safetensors file cannot hold.
+    """
+    for key, tensor in state.items():
+        if not isinstance(tensor, Tensor) or tensor.dtype not in NAMES:
+            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise UserError(
+                f"model {name}, entry {key} of its state dict",
+                "a tensor that a safetensors file can hold",
+                str(got),
+                "Keep what is no such tensor out of the state dict.",
+            )
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        # As transformers and other readers of tensors of PyTorch expect it.
+        yield encode_header({"__metadata__": {"format": "pt"}} | header_entries(state))
+        for key, tensor in state.items():
+            yield tensor_bytes(replaced[key]() if key in replaced else tensor)
+
+    return CheckpointFile(SINGLE, chunks)
+
+
+def _beside(directory: Path, weights: Iterable[str]) -> Iterator[str]:
+    """What lies beside the weights and goes along, apart from the index and ``config.json``."""
+    for path in directory.iterdir():
+        along = path.suffix in _ALONG and not path.name.endswith(".index.json")
+        written = path.name in (CONFIG, *weights)
+        if path.is_file() and (along or path.name in _PLAIN) and not written:
+            yield path.name
+    for path in (directory / _TEMPLATES).glob("*.jinja"):
+        yield f"{_TEMPLATES}/{path.name}"
+
+
+def _copied(directory: Path, name: str) -> CheckpointFile:
+    def chunks() -> Iterator[bytes]:
+        with (directory / name).open("rb") as file:
+            yield from iter(lambda: file.read(_COPIED), b"")
+
+    return CheckpointFile(name, chunks, directory / name)

@@ -1,0 +1,161 @@
+"""A model with other weights in some blocks: of another model everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raycurv.mathematics.blocks import Block
+from raycurv.models.checkpoint_files import CheckpointFile
+from raycurv.models.model import Model, Segment
+from raycurv.models.stored import Patch, StoredWeight
+
+
+class Patched:
+    """A model whose blocks have the weights of patches where there are any.
+
+    Args:
+        base: everything else; of a patched one, patches of the same blocks give way.
+        patches: one a block.
+
+    Raises:
+        UserError: a block whose weight is not one tensor of its own.
+    """
+
+    def __init__(self, base: Model, patches: Sequence[Patch]) -> None:
+        assert len({p.block.name for p in patches}) == len(patches), "two patches of one block"
+        before, inner = parts(base)
+        for patch in patches:
+            inner.stored(patch.block)
+        self.base = inner
+        self.patches = {**before, **{patch.block.name: patch for patch in patches}}
+        self.name = inner.name
+
+    @property
+    def units(self) -> int:
+        """Of the base."""
+        return self.base.units
+
+    @property
+    def unit_costs(self) -> tuple[float, ...]:
+        """Of the base."""
+        return self.base.unit_costs
+
+    @property
+    def width(self) -> int | None:
+        """Of the base."""
+        return self.base.width
+
+    @property
+    def default_scope(self) -> tuple[str, ...]:
+        """Of the base."""
+        return self.base.default_scope
+
+    @property
+    def tied_head(self) -> str | None:
+        """Of the base."""
+        return self.base.tied_head
+
+    @property
+    def max_positions(self) -> int | None:
+        """Of the base."""
+        return self.base.max_positions
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Of the base."""
+        return self.base.vocab_size
+
+    @property
+    def tokenizer_dir(self) -> str | None:
+        """Of the base."""
+        return self.base.tokenizer_dir
+
+    @property
+    def token_inputs(self) -> bool:
+        """Of the base."""
+        return self.base.token_inputs
+
+    def skeleton(self) -> nn.Module:
+        """The base's: names, kinds and shapes are the same, weights are the base's."""
+        return self.base.skeleton()
+
+    def unit_of(self, module_name: str) -> int:
+        """As in the base."""
+        return self.base.unit_of(module_name)
+
+    def weight_bytes(self, units: range, dtype: torch.dtype) -> int:
+        """As in the base."""
+        return self.base.weight_bytes(units, dtype)
+
+    def rehearse(self, skeleton: nn.Module, examples: int, tokens: int) -> bool:
+        """As the base does."""
+        return self.base.rehearse(skeleton, examples, tokens)
+
+    def fingerprint(self) -> dict[str, dict[str, Any]]:
+        """The base's, and an entry ``patch of BLOCK`` for each patch."""
+        found = dict(self.base.fingerprint())
+        for name, patch in sorted(self.patches.items()):
+            stored = self.base.stored(patch.block)
+            found[f"patch of {name}"] = {
+                "dtype": str(stored.dtype).removeprefix("torch."),
+                "shape": [patch.block.d_out, patch.block.d_in],
+                "hash": patch.mark,
+            }
+        return found
+
+    def build(self, units: range, dtype: torch.dtype, device: torch.device) -> Segment:
+        """The base's segment, and in it the patches.
+
+        Raises:
+            UserError: as the base, or a patch of another shape or dtype, or that is not finite.
+        """
+        segment = self.base.build(units, dtype, device)
+        repatch(segment.module, units, self.base, self)
+        return segment
+
+    def stored(self, block: Block) -> StoredWeight:
+        """Where the base keeps a block's weight."""
+        return self.base.stored(block)
+
+    def block_weight(self, block: Block) -> Tensor:
+        """The patch of a block, if there is one, else its weight in the base."""
+        patch = self.patches.get(block.name)
+        return self.base.block_weight(block) if patch is None else patch.read()
+
+    def files(self, patches: Sequence[Patch] = ()) -> tuple[CheckpointFile, ...]:
+        """The base's files with the patches in them."""
+        named = {patch.block.name: patch for patch in patches}
+        return self.base.files(tuple({**self.patches, **named}.values()))
+
+
+def parts(model: Model) -> tuple[dict[str, Patch], Model]:
+    """A model's patches by block (none of most models), and the model that they are put in."""
+    return (model.patches, model.base) if isinstance(model, Patched) else ({}, model)
+
+
+def repatch(module: nn.Module, units: range, before: Model, after: Model) -> None:
+    """Make a segment's module, built of one model, that of another which differs in patches alone.
+
+    What the module then holds equals, bit for bit, what ``after`` would build.
+
+    Args:
+        module: of a segment of ``units``.
+
+    Raises:
+        UserError: see :meth:`Patched.build`.
+    """
+    old, base = parts(before)
+    new, _ = parts(after)
+    for name in sorted({**old, **new}):
+        patch, gone = new.get(name), old.get(name)
+        if base.unit_of(name) not in units:
+            continue
+        if patch is not None and gone is not None and patch.mark == gone.mark:
+            continue
+        block = (patch or old[name]).block
+        matrix = base.block_weight(block) if patch is None else patch.read()
+        base.stored(block).put(module.get_submodule(name), matrix)
