@@ -88,7 +88,7 @@ class Execution:
         _check_types(self)
         for flag in ("stages", "homes", "replicas", "batch_tokens", "logits_chunk"):
             if getattr(self, flag) is not None:
-                _positive(flag, getattr(self, flag))
+                check_positive(flag, getattr(self, flag))
         for flag in ("commit_seconds", "cpus_per_stage", "place_seconds", "hang_seconds"):
             value = getattr(self, flag)
             if value is not None and not value > 0:
@@ -197,16 +197,16 @@ class FitSettings(Execution, Reading):
 
     def check(self, in_memory: bool = False) -> None:
         super().check()
-        _given(self, "out")
+        check_given(self, "out")
         if not in_memory:
-            _given(self, "model")
+            check_given(self, "model")
         if self.merge or self.subtract or self.extend:
             self._check_parents()
         if not (in_memory or self.merge or self.subtract):
-            _given(self, "data")
-        _positive("draws", self.draws)
+            check_given(self, "data")
+        check_positive("draws", self.draws)
         if self.rows is not None:
-            _positive("rows", self.rows)
+            check_positive("rows", self.rows)
             if self.method != "mfac":
                 raise UserError(
                     "--rows", "--method mfac, which is made of them", f"--method {self.method}",
@@ -229,7 +229,7 @@ class FitSettings(Execution, Reading):
             )
         for flag in ("max_length", "max_examples"):
             if getattr(self, flag) is not None:
-                _positive(flag, getattr(self, flag))
+                check_positive(flag, getattr(self, flag))
 
     def _check_parents(self) -> None:
         """Refuse runs to start from that do not go with the other settings."""
@@ -313,10 +313,10 @@ class PlanSettings(FitSettings):
 
     def check(self, in_memory: bool = False) -> None:
         super().check(in_memory=True)
-        _given(self, "model")
+        check_given(self, "model")
         for flag in ("examples", "tokens", "queries", "train_examples", "replicas", "nodes"):
             if getattr(self, flag) is not None:
-                _positive(flag, getattr(self, flag))
+                check_positive(flag, getattr(self, flag))
         for flag in ("query_memory", "memory", "disk", "gpu_memory"):
             if getattr(self, flag) is not None:
                 parse_bytes(f"--{flag.replace('_', '-')}", getattr(self, flag))
@@ -384,7 +384,7 @@ class InfluenceSettings(Execution, Reading):
     def check(self, has_train: bool = True) -> None:
         """Refuse what cannot work; without training examples only IHVPs are made."""
         super().check()
-        _given(self, "run", "queries", "out")
+        check_given(self, "run", "queries", "out")
         if not has_train and not self.ihvp:
             raise UserError("--train", "training examples", "nothing", "Give --train, or --ihvp.")
         Damping.parse(self.damping)
@@ -392,7 +392,7 @@ class InfluenceSettings(Execution, Reading):
         parse_bytes("--query-memory", self.query_memory)
         for flag in ("top_k", "max_length", "max_examples"):
             if getattr(self, flag) is not None:
-                _positive(flag, getattr(self, flag))
+                check_positive(flag, getattr(self, flag))
 
     def rank_number(self) -> int | None:
         """The rank; ``None`` for full."""
@@ -434,7 +434,7 @@ class TimelineSettings:
         Raises:
             UserError: naming the flag.
         """
-        _given(self, "run")
+        check_given(self, "run")
         if self.start is not None and self.to is not None and self.start >= self.to:
             raise UserError("--from", f"before --to {self.to:g}", f"{self.start:g}", "")
 
@@ -495,12 +495,12 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _given(settings: Any, *names: str) -> None:
+def check_given(settings: Any, *names: str) -> None:
     for name in names:
         if not getattr(settings, name):
             raise UserError(f"--{name}", "a value", "nothing", f"Give --{name}.")
 
 
-def _positive(flag: str, value: int) -> None:
+def check_positive(flag: str, value: int) -> None:
     if value < 1:
         raise UserError(f"--{flag.replace('_', '-')}", "a number of at least 1", str(value), "")

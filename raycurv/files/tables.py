@@ -107,6 +107,44 @@ def self_schema(double: bool) -> pa.Schema:
     return pa.schema([("id", pa.string()), ("score", _number(double))])
 
 
+SALIENCY = pa.schema(
+    [
+        ("block", pa.string()),
+        ("row", pa.int32()),
+        ("saliency", pa.list_(pa.float32())),
+        ("keep", pa.list_(pa.bool_())),
+        ("unit_saliency", pa.list_(pa.float32())),
+    ]
+)
+
+PRUNED = pa.schema(
+    [
+        ("block", pa.string()),
+        ("weights", pa.int64()),
+        ("removed", pa.int64()),
+        ("sparsity", pa.float64()),
+        ("saliency", pa.float64()),
+        ("predicted", pa.float64()),
+        ("measured", pa.float64()),
+        ("update", pa.string()),
+        ("iterations", pa.int32()),
+        ("residual", pa.float64()),
+        ("seconds", pa.float64()),
+    ]
+)
+
+HEADS = pa.schema(
+    [
+        ("block", pa.string()),
+        ("head", pa.int32()),
+        ("start", pa.int32()),
+        ("stop", pa.int32()),
+        ("saliency", pa.float32()),
+        ("keep", pa.bool_()),
+    ]
+)
+
+
 def _number(double: bool) -> pa.DataType:
     return pa.float64() if double else pa.float32()
 

@@ -25,7 +25,10 @@ from raycurv.mathematics.rank_inverse import RankInverse
 from raycurv.mathematics.rank_update import (
     masked_gram,
     projection,
+    rank_increase,
     removed_projection,
+    solve_kept,
+    updated_block,
     updated_part,
 )
 from raycurv.mathematics.saliency import (
@@ -224,6 +227,19 @@ class RankSurgeon:
                 for outputs, rows in self.runs()
             ]
         )  # fmt: skip
+
+    def alone(self, keep_OI: Tensor) -> Tensor:
+        """The same for a block that is all of its Fisher."""
+        assert self.inverse is not None
+        lam = self.inverse.damping
+        if int(keep_OI.sum()) < len(self.gram_MM):
+            rows_MN = torch.cat([rows for _, rows in self.runs()], dim=1).flatten(1)
+            return updated_block(rows_MN, keep_OI, self.w_OI, lam, self.gradient_OI)
+        return self.moved(keep_OI, solve_kept(*self.kept(keep_OI), lam))
+
+    def increase(self, seen_M: Tensor, first: float) -> float:
+        """Predicted rise of the mean loss per example, F undamped, for shares of :meth:`seen`."""
+        return rank_increase(seen_M) + first
 
     def seen(self, step_OI: Tensor) -> tuple[Tensor, float]:
         """The part's share of ``Gδ`` ``[M]``, and of ``gᵀδ``."""
