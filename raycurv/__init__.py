@@ -1,7 +1,8 @@
 """raycurv: curvature of neural networks on Ray, with influence scores in Parquet."""
 
-from raycurv.driver.settings import FitSettings, InfluenceSettings
+from raycurv.driver.settings import EvaluateSettings, FitSettings, InfluenceSettings
 from raycurv.errors import DamagedFile, NumericalError, RaycurvError, UserError
+from raycurv.evaluation import Evaluation, evaluate
 from raycurv.mathematics.curvature import BlockCurvature, Damping
 from raycurv.mathematics.objective import CausalLM, Classification, Objective, Regression
 from raycurv.run import Products, Run, Scores, fit, open_scores
@@ -13,6 +14,8 @@ __all__ = [
     "Classification",
     "DamagedFile",
     "Damping",
+    "EvaluateSettings",
+    "Evaluation",
     "FitSettings",
     "InfluenceSettings",
     "NumericalError",
@@ -23,6 +26,7 @@ __all__ = [
     "Run",
     "Scores",
     "UserError",
+    "evaluate",
     "fit",
     "open",
     "open_scores",

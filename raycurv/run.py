@@ -61,8 +61,8 @@ def fit(
     if settings.get("extend"):
         settings["extend"] = os.fspath(settings["extend"])
     chosen = FitSettings(
-        model=_named(model),
-        data=_named(data),
+        model=named(model),
+        data=named(data),
         out=os.fspath(out),
         objective=objective if isinstance(objective, str) else type(objective).__name__,
         **settings,
@@ -89,7 +89,8 @@ def open_run(out: str | os.PathLike[str]) -> Run:
     return Run(open_store(out, "--run"))
 
 
-def _named(source: Any) -> str:
+def named(source: Any) -> str:
+    """What settings say of a source: its path, or that it is in memory."""
     if source is None:
         return ""
     return os.fspath(source) if isinstance(source, (str, os.PathLike)) else IN_MEMORY
@@ -298,8 +299,8 @@ class Run:
         settings = {k: str(v) if k in numbers else v for k, v in settings.items()}
         chosen = InfluenceSettings(
             run=self._store.uri,
-            queries=_named(queries),
-            train="" if train is None else _named(train),
+            queries=named(queries),
+            train="" if train is None else named(train),
             out=os.fspath(out),
             **settings,
         )

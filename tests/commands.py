@@ -23,10 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from raycurv.driver.command import run_job
+from raycurv.driver.evaluating import evaluate
 from raycurv.driver.fitting import fit
 from raycurv.driver.influence import influence
 from raycurv.driver.planning import plan
 from raycurv.driver.settings import (
+    EvaluateSettings,
     FitSettings,
     InfluenceSettings,
     PlanSettings,
@@ -38,6 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 JOBS: dict[str, tuple[Any, Callable[..., Any]]] = {
     "fit.py": (FitSettings, fit),
     "influence.py": (InfluenceSettings, influence),
+    "evaluate.py": (EvaluateSettings, evaluate),
     "plan.py": (PlanSettings, lambda settings, reporter: plan(settings)),
     "timeline.py": (TimelineSettings, lambda settings, reporter: show_timeline(settings)),
 }

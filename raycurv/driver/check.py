@@ -13,6 +13,7 @@ import torch
 from raycurv.driver.drafts import Drafts, ShapeOf, arrangement_of, of_lengths, recipe_of, with_spool
 from raycurv.driver.settings import (
     DTYPES,
+    EvaluateSettings,
     FitSettings,
     InfluenceSettings,
     parse_bytes,
@@ -99,6 +100,29 @@ def check_influence(
         store,
         lambda changes: drafts.influence(asked, trained, changes),
     )
+
+
+def check_evaluate(
+    settings: EvaluateSettings, network: Outline, lengths: Sequence[int], store: Store
+) -> None:
+    """Refuse an evaluation that cannot fit on this machine's memory or disk.
+
+    Args:
+        lengths: tokens of every example.
+
+    Raises:
+        UserError: by how much it does not fit, and what would.
+    """
+    if settings.force:
+        return
+    dtype = DTYPES[settings.dtype]
+    # What an identity fit does, which is to compute the losses.
+    recipe = Recipe(
+        method="identity", dtype=dtype, store_dtype=dtype, logits_chunk=settings.logits_chunk
+    )
+    drafts = Drafts(network, (), settings, recipe, arrangement_of(settings))
+    data = of_lengths(lengths)
+    _refuse(drafts, data, store, lambda changes: drafts.fit(data, changes))
 
 
 def _refuse(

@@ -40,7 +40,8 @@ def run_job(settings: type[Settings], job: Callable[..., Any], name: str) -> Non
 
     Args:
         settings: a dataclass, whose fields are the flags.
-        job: takes the settings and ``reporter``; gives the store of its results, or what it found.
+        job: takes the settings and ``reporter``; gives the store of its results, what it found, or
+            both as a pair.
         name: of the job.
 
     Raises:
@@ -108,8 +109,9 @@ def _run(
         ending.reporter = Reporter(log=ending.log)
         ending.out = _root(chosen)
         found = job(chosen, reporter=ending.reporter)
-        if isinstance(found, Store):
-            ending.out, found = found.root, {}
+        store, found = _store_and_found(found)
+        if store is not None:
+            ending.out = store.root
         return 0, {"status": "complete"} | found
     except KeyboardInterrupt:
         code = stopping.exit_code()
@@ -123,6 +125,13 @@ def _run(
     except Exception as error:
         traceback.print_exc()
         return 1, _parts(error)
+
+
+def _store_and_found(given: Any) -> tuple[Store | None, dict[str, Any]]:
+    """What a job gives, as the pair that it may be."""
+    if isinstance(given, Store):
+        return given, {}
+    return given if isinstance(given, tuple) else (None, given)
 
 
 class _Unreadable(UserError):

@@ -109,7 +109,8 @@ class Drafts:
 
     def bounds(self, data: ShapeOf) -> Bounds:
         """Where to look for settings that fit."""
-        widest = max(max(b.d_in, b.d_out) for b in self.blocks)
+        # A job without blocks has no axis to cut.
+        widest = max((max(b.d_in, b.d_out) for b in self.blocks), default=1)
         tokens = self.settings.batch_tokens
         return Bounds(
             self.outline.units,

@@ -29,7 +29,7 @@ Array = np.ndarray[Any, Any]
 
 
 class ExampleRows:
-    """Losses, squared gradient norms and drawn labels of a fit's pass.
+    """Losses, squared gradient norms, drawn labels and correct predictions of a pass.
 
     Args:
         store: of the run.
@@ -48,6 +48,7 @@ class ExampleRows:
 
     def take(self, members: Sequence[int], results: Results) -> None:
         norms, loss, drawn = (results.get(k) for k in ("gradient_sq_norm", "loss", "drawn"))
+        correct = results.get("correct")
         for i, n in enumerate(members):
             y = None if drawn is None else drawn[:, i].numpy()
             if y is not None and self._lengths is not None:
@@ -59,6 +60,7 @@ class ExampleRows:
                     "gradient_sq_norm": None if norms is None else float(norms[i]),
                     "drawn": None if y is None else y.reshape(-1),
                     "shape": None if y is None else list(y.shape),
+                    "correct": None if correct is None else int(correct[i]),
                 }
             )
             self._size += 4 if y is None else 4 + y.size
@@ -76,6 +78,7 @@ class ExampleRows:
                 ),
                 "drawn": pa.array(drawn),
                 "shape": pa.array([r["shape"] for r in self._rows], pa.list_(pa.int32())),
+                "correct": pa.array([r["correct"] for r in self._rows], pa.int32()),
             }
         )
         write_table(self._store, f"{name}/rows.parquet", table)
@@ -86,7 +89,7 @@ class ExampleRows:
         self._rows, self._size = [], 0
 
 
-def _rows_by_part(store: Store, names: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
+def rows_by_part(store: Store, names: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
     """Rows of a pass, a part of the data at a time, in the data's order.
 
     A pass goes through the windows of the data in order, so the rows of a part stand together.
@@ -114,7 +117,7 @@ def _rows_by_part(store: Store, names: Sequence[str]) -> Iterator[tuple[int, pa.
 
 def write_drawn(store: Store, names: Sequence[str], labels: DrawnLabels) -> None:
     """Put the drawn labels among a pass's rows where later passes read them."""
-    for part, table in _rows_by_part(store, names):
+    for part, table in rows_by_part(store, names):
         flat = table["drawn"].combine_chunks()
         shapes = table["shape"].to_pylist()
         labels.write(
@@ -140,7 +143,7 @@ def write_examples(
         before: how many files of other rows there are.
     """
     schema = examples_schema(double)
-    for part, table in _rows_by_part(store, names):
+    for part, table in rows_by_part(store, names):
         index = table["index"].to_pylist()
         rows = pa.table(
             {

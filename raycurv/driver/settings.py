@@ -413,6 +413,49 @@ def rank_number(rank: str) -> int | None:
 
 
 @dataclass(frozen=True)
+class EvaluateSettings(Execution, Reading):
+    """Loss, perplexity and accuracy of a model on a data set."""
+
+    model: str = ""
+    """Directory with an HF config.json and safetensors weights, or `package.module:factory`."""
+    data: str = ""
+    """File, directory or glob of Parquet, JSONL or Arrow, as fit.py takes it."""
+    out: str = ""
+    """Where results go: an absolute path, or a URI that pyarrow.fs understands."""
+    objective: str = "causal-lm"
+    """`causal-lm`, `classification`, `regression`, or your own as `package.module:Name`."""
+    max_examples: int | None = None
+    """Evaluate a seeded sample of so many examples."""
+    seed: int = 0
+    """Of the sample."""
+    dtype: DtypeName = "float32"
+    """Of the model's computation."""
+
+    IDENTITY = (
+        "model",
+        "data",
+        "objective",
+        "max_examples",
+        "seed",
+        "dtype",
+        "max_length",
+        "long",
+    )
+
+    def check(self, has_model: bool = False, has_data: bool = False) -> None:
+        """Refuse what cannot work; a model or data in memory need no flag."""
+        super().check()
+        if not has_model:
+            _given(self, "model")
+        if not has_data:
+            _given(self, "data")
+        _given(self, "out")
+        for flag in ("max_length", "max_examples"):
+            if getattr(self, flag) is not None:
+                _positive(flag, getattr(self, flag))
+
+
+@dataclass(frozen=True)
 class TimelineSettings:
     """What the actors of a run did, and when: how busy each was, and a picture of it."""
 
@@ -439,7 +482,7 @@ class TimelineSettings:
             raise UserError("--from", f"before --to {self.to:g}", f"{self.start:g}", "")
 
 
-def identity(settings: FitSettings | InfluenceSettings) -> dict[str, Any]:
+def identity(settings: FitSettings | InfluenceSettings | EvaluateSettings) -> dict[str, Any]:
     """The settings that a result depends on, ready for JSON and without credentials."""
     values = {name: getattr(settings, name) for name in settings.IDENTITY}
     return {k: _recorded(v) for k, v in values.items()}

@@ -15,6 +15,7 @@ from raycurv.errors import UserError
 from raycurv.files.store import Store
 from raycurv.mathematics.blocks import Block
 from raycurv.models.model import Model
+from raycurv.models.patched import parts
 from raycurv.stages.memory import RESIDENT, SWEPT
 from raycurv.stages.placement import cut_stages, group_stages
 from raycurv.stages.pool import InProcess, Pool
@@ -148,6 +149,21 @@ class Workers:
             pool.start(specs, self._settings.replicas)
             self.resident = group
         return pool
+
+    def become(self, model: Model) -> None:
+        """Go on with another model that differs from the one there was in patches alone.
+
+        Stages that are resident change the weights of these blocks; nothing else is loaded.
+
+        Raises:
+            UserError: a patch that does not fit its block, or is not finite.
+        """
+        if model is self._model:
+            return
+        assert parts(model)[1] is parts(self._model)[1], "patches of another model"
+        self._model = model
+        if self.resident is not None:
+            self.tasks().become(model)
 
     def assign(self, blocks: tuple[Block, ...]) -> None:
         """Tell stages, now and when they are built, which blocks share input factors."""

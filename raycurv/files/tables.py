@@ -91,6 +91,19 @@ def examples_schema(double: bool) -> pa.Schema:
     )
 
 
+def evaluation_schema(double: bool) -> pa.Schema:
+    """``tables/examples`` of an evaluation: one row an example, ``correct`` of its targets."""
+    return pa.schema(
+        [
+            ("id", pa.string()),
+            ("tokens", pa.int32()),
+            ("targets", pa.int32()),
+            ("loss", _number(double)),
+            ("correct", pa.int32()),
+        ]
+    )
+
+
 def scores_schema(double: bool, per_block: bool, per_token: bool) -> pa.Schema:
     """``scores``: one row a query and training example."""
     number = _number(double)

@@ -18,7 +18,7 @@ from torch import Tensor
 from raycurv.batch import Batch
 from raycurv.errors import UserError
 from raycurv.mathematics.draws import id_keys, uniforms
-from raycurv.mathematics.objective import Objective
+from raycurv.mathematics.objective import Judging, Objective
 
 # What a pass differentiates: labels drawn from the model, the data's own, the measurement of a
 # query, or nothing (only the loss is wanted).
@@ -36,11 +36,14 @@ class Evaluated:
             every example the gradient of that example's own number.
         loss: of the data's own labels, summed over tokens, ``[N]``; ``None`` without labels.
         drawn: labels that were drawn here, ``[D, N, ...]``; ``None`` if given or not drawn.
+        correct: targets that the model predicts, ``[N]``; ``None`` where something is
+            differentiated, without labels, or where the objective does not count them.
     """
 
     gradients: tuple[Tensor, ...]
     loss: Tensor | None
     drawn: Tensor | None
+    correct: Tensor | None = None
 
 
 def evaluate(
@@ -97,7 +100,10 @@ def _whole(
         with torch.no_grad():
             loss = objective.loss(outputs, batch)
     if target == "nothing":
-        return Evaluated((), loss, None)
+        correct: Tensor | None = None
+        if loss is not None and isinstance(objective, Judging):
+            correct = objective.correct(outputs, batch)
+        return Evaluated((), loss, None, correct)
     drawn: list[Tensor] = []
     if target == "sampled":
         keys = id_keys(batch.ids)
@@ -157,6 +163,7 @@ def _by_slices(
     if target != "nothing":
         gradients = [torch.zeros_like(hidden) for _ in sums]
     drawn_DNT: Tensor | None = None
+    correct: Tensor | None = None
     keys = id_keys(batch.ids)
     for start in range(0, count, slice_positions):
         part = slice(start, min(start + slice_positions, count))
@@ -167,6 +174,9 @@ def _by_slices(
             with torch.no_grad():
                 loss += objective.loss(outputs, own).double()
         if target == "nothing":
+            if isinstance(objective, Judging):
+                found = objective.correct(outputs, own)
+                correct = found if correct is None else correct + found
             continue
         # Position of the target: one behind the position that predicts it.
         places = torch.arange(part.start + 1, part.stop + 1, device=hidden.device)
@@ -197,7 +207,8 @@ def _by_slices(
         loss = sums[0]
     elif target == "measurement":
         return Evaluated(tuple(gradients), None, None)
-    return Evaluated(tuple(gradients), loss, None if drawn_DNT is None else drawn_DNT[:, :, :count])
+    drawn = None if drawn_DNT is None else drawn_DNT[:, :, :count]
+    return Evaluated(tuple(gradients), loss, drawn, correct)
 
 
 def _gradient(value: Tensor, leaf: Tensor, again: bool) -> Tensor:

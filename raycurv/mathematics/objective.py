@@ -52,6 +52,15 @@ class Objective(Protocol):
         ...
 
 
+@runtime_checkable
+class Judging(Protocol):
+    """What an objective may have besides: a way to count what the model gets right."""
+
+    def correct(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """How many of each example's targets are the most probable outcome, ``[N]``."""
+        ...
+
+
 class CausalLM:
     """Next-token cross-entropy in nats, summed over an example's targets."""
 
@@ -70,6 +79,11 @@ class CausalLM:
     def sample(self, outputs: Tensor, batch: Batch, uniform: Uniform) -> Tensor:
         drawn = draw_categorical(outputs.flatten(0, 1), uniform(1).flatten())
         return drawn.view(outputs.shape[:2])
+
+    def correct(self, outputs: Tensor, batch: Batch) -> Tensor:
+        labels, counts = batch.labels, batch.loss_mask
+        assert labels is not None and counts is not None
+        return ((outputs.argmax(dim=2) == labels) & counts).sum(dim=1)
 
 
 class Classification:
@@ -104,6 +118,9 @@ class Classification:
 
     def sample(self, outputs: Tensor, batch: Batch, uniform: Uniform) -> Tensor:
         return draw_categorical(outputs, uniform(1)[:, 0])
+
+    def correct(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return outputs.argmax(dim=1) == _labels(batch, "a class number an example")
 
 
 class Regression:
@@ -210,3 +227,5 @@ class _Completed:
         self.loss = own.loss
         self.sample = own.sample
         self.measurement = getattr(own, "measurement", own.loss)
+        if isinstance(own, Judging):
+            self.correct = own.correct

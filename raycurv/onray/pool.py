@@ -33,6 +33,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raycurv.errors import LostPeer, OutOfOrder, RaycurvError
 from raycurv.mathematics.blocks import Block
+from raycurv.models.model import Model
 from raycurv.onray.actor import Answer, StageActor
 from raycurv.onray.connection import connect
 from raycurv.onray.metrics import DriverMetrics
@@ -141,13 +142,21 @@ class OnRay:
         self._specs = [
             replace(spec, blocks=mine) for spec, mine in zip(self._specs, blocks, strict=True)
         ]
+        self._tell("assign", blocks)
+
+    def become(self, model: Model) -> None:
+        self._specs = [replace(spec, model=model) for spec in self._specs]
+        self._tell("become", [model] * self.stages)
+
+    def _tell(self, method: str, told: Sequence[Any]) -> None:
+        """Tell every stage, in a call of its own, what its spec says already."""
         for replica in range(self.replicas):
-            for stage, mine in enumerate(blocks):
-                handle = self.call(stage, "assign", mine, replica=replica)
+            for stage, each in enumerate(told):
+                handle = self.call(stage, method, each, replica=replica)
                 try:
                     self.get(handle)
                 except StageLost as lost:
-                    # What is built again has its blocks.
+                    # What is built again is built as the spec says.
                     self.repair(replica, lost)
 
     def call(

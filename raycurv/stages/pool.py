@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from raycurv.mathematics.blocks import Block
+from raycurv.models.model import Model
 from raycurv.stages.memory import give_back
 from raycurv.stages.stage import Stage, StageSpec
 from raycurv.stages.timeline import Record, actor_name, timed
@@ -69,6 +70,15 @@ class Pool(Protocol):
 
     def assign(self, blocks: Sequence[tuple[Block, ...]]) -> None:
         """Tell every stage, now and whenever it is built again, its blocks with their factors."""
+        ...
+
+    def become(self, model: Model) -> None:
+        """Have every stage, now and whenever it is built again, be of another model that differs
+        from its own in patches alone: what has not changed is not loaded again.
+
+        Raises:
+            UserError: a patch that does not fit its block, or is not finite.
+        """
         ...
 
     def call(
@@ -158,6 +168,11 @@ class InProcess:
         for stages in self._replicas:
             for stage, mine in zip(stages, blocks, strict=True):
                 stage.assign(mine)
+
+    def become(self, model: Model) -> None:
+        for stages in self._replicas:
+            for stage in stages:
+                stage.become(model)
 
     def call(
         self,

@@ -21,6 +21,7 @@ from raycurv.mathematics.capture import Capture, Captured, Record, check_finite
 from raycurv.mathematics.evaluate import Target, evaluate
 from raycurv.mathematics.objective import open_objective
 from raycurv.models.model import Model
+from raycurv.models.patched import repatch
 from raycurv.stages.memory import RESIDENT, give_back_at_once
 
 
@@ -184,6 +185,16 @@ class Stage:
         self.blocks = blocks
         self._capture.blocks = {block.name: block for block in blocks}
 
+    def become(self, model: Model) -> None:
+        """Take the weights of a model that differs from the stage's own in patches alone.
+
+        Raises:
+            UserError: a patch that does not fit its block, or is not finite.
+        """
+        assert not self._open, "the weights of microbatches under way"
+        repatch(self._segment.module, self.spec.units, self.spec.model, model)
+        self.spec = replace(self.spec, model=model)
+
     def begin(self, work: Pass, commit: Commit | None = None) -> None:
         """Start a pass, or go on with it from a commit."""
         self._open.clear()
@@ -240,7 +251,7 @@ class Stage:
         Returns:
             the gradient for the stage before, ``[draws, ...]`` (``None`` for nobody), or the hidden
             states of a stage that goes forward only; and what the driver shall collect: ``loss``,
-            ``drawn`` and the gatherer's own.
+            ``drawn``, ``correct`` and the gatherer's own.
         """
         assert self._pass is not None
         left = self.forward(batch, hidden)
@@ -273,6 +284,8 @@ class Stage:
             results["loss"] = found.loss.cpu()
         if found.drawn is not None:
             results["drawn"] = found.drawn.cpu()
+        if found.correct is not None:
+            results["correct"] = found.correct.cpu()
         if opened is None:
             return None, results
         gradient, gathered = self.backward(batch.index, torch.stack(found.gradients))

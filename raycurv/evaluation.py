@@ -1,0 +1,94 @@
+"""Evaluating a model from Python, and reading what an evaluation left."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pyarrow as pa
+
+from raycurv.data.sources import Source
+from raycurv.driver.evaluating import evaluate as run_evaluate
+from raycurv.driver.progress import Reporter
+from raycurv.driver.settings import EvaluateSettings
+from raycurv.files.store import Store
+from raycurv.files.tables import read_directory
+from raycurv.mathematics.objective import Objective
+from raycurv.run import Model, named
+
+
+def evaluate(
+    model: Model,
+    data: Source | os.PathLike[str],
+    out: str | os.PathLike[str],
+    objective: str | Objective = "causal-lm",
+    quiet: bool = False,
+    **settings: Any,
+) -> Evaluation:
+    """Loss, perplexity and accuracy of a model; the same call continues one that stopped.
+
+    Args:
+        model, data: as for :func:`raycurv.fit`.
+        out: where the results go.
+        objective: its name, or an object with its three methods.
+        quiet: show no progress.
+        **settings: the fields of :class:`raycurv.EvaluateSettings`; ``address="none"`` runs without
+            Ray.
+
+    Raises:
+        UserError: a mistake in settings, model or data.
+    """
+    chosen = EvaluateSettings(
+        model=named(model),
+        data=named(data),
+        out=os.fspath(out),
+        objective=objective if isinstance(objective, str) else type(objective).__name__,
+        **settings,
+    )
+    store, numbers = run_evaluate(
+        chosen,
+        model=None if isinstance(model, (str, os.PathLike)) else model,
+        data=None if isinstance(data, (str, os.PathLike)) else data,
+        objective=None if isinstance(objective, str) else objective,
+        reporter=Reporter(quiet, chosen.log),
+    )
+    return Evaluation(store, numbers)
+
+
+class Evaluation:
+    """What a model's loss on a data set is; ``len()`` is the number of examples.
+
+    Attributes:
+        loss: mean over examples, each summed over its targets, in nats.
+        loss_per_target: mean over targets.
+        perplexity: its exponential; ``None`` where the objective is not called on tokens.
+        accuracy: share of the targets that the model predicts; ``None`` where nobody counts them.
+        tokens: of all examples.
+        targets: of all examples.
+    """
+
+    def __init__(self, store: Store, numbers: dict[str, Any]) -> None:
+        self._store, self._count = store, int(numbers["examples"])
+        self.loss: float = numbers["loss"]
+        self.loss_per_target: float = numbers["loss_per_target"]
+        self.perplexity: float | None = numbers.get("perplexity")
+        self.accuracy: float | None = numbers.get("accuracy")
+        self.tokens: int = numbers["tokens"]
+        self.targets: int = numbers["targets"]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __repr__(self) -> str:
+        return (
+            f"<raycurv evaluation {self._store.root}: loss {self.loss:.6g}, {len(self):,} examples>"
+        )
+
+    @property
+    def path(self) -> str:
+        """The directory."""
+        return self._store.root
+
+    def examples(self) -> pa.Table:
+        """One row an example: ``id``, ``tokens``, ``targets``, ``loss``, ``correct``."""
+        return read_directory(self._store, "tables/examples")
