@@ -3,6 +3,7 @@
 from raycurv.driver.settings import FitSettings, InfluenceSettings
 from raycurv.errors import DamagedFile, NumericalError, RaycurvError, UserError
 from raycurv.mathematics.curvature import BlockCurvature, Damping
+from raycurv.mathematics.gradient_statistics import GradientStatistics
 from raycurv.mathematics.objective import CausalLM, Classification, Objective, Regression
 from raycurv.run import Products, Run, Scores, fit, open_scores
 from raycurv.run import open_run as open
@@ -14,6 +15,7 @@ __all__ = [
     "DamagedFile",
     "Damping",
     "FitSettings",
+    "GradientStatistics",
     "InfluenceSettings",
     "NumericalError",
     "Objective",

@@ -9,6 +9,7 @@
       pass 2 -> corrected/         Λ; losses and gradient norms of the examples
     tables   -> tables/
 
+With ``--gradients`` the first of the passes gathers gradient statistics as well (gradients.py).
 A fit that starts from other runs (parents.py) takes over a part of these from them (combined.py).
 Every arrow leaves finished files, and a phase computes only those that are missing: so the same
 command continues a run that stopped anywhere, and mends one that lost a file.
@@ -35,8 +36,9 @@ from raycurv.driver.combined import (
     take_over_factors,
 )
 from raycurv.driver.corpus import Corpus, DrawnLabels
-from raycurv.driver.decompositions import decompose_factors
+from raycurv.driver.decompositions import decompose_factors, factors_of
 from raycurv.driver.feed import Feed
+from raycurv.driver.gradients import Gradients
 from raycurv.driver.layout import Layout
 from raycurv.driver.parents import Parents, open_parents
 from raycurv.driver.pipeline import NoSink, Sink
@@ -63,14 +65,14 @@ from raycurv.files.tensorfile import whole
 from raycurv.mathematics.blocks import Block, choose_blocks
 from raycurv.mathematics.evaluate import Target
 from raycurv.mathematics.objective import Objective, open_objective
-from raycurv.mathematics.tiles import check_axes, tile_widths
+from raycurv.mathematics.tiles import check_axes
 from raycurv.models.model import ModelSource, open_model
 from raycurv.stages.passes import CorrectedPass, CovariancePass, LossPass, ReplayPass
 from raycurv.stages.stage import Pass
 
 # The name of the examples among what is spooled.
 _STREAM = "examples"
-_PASSES = ("losses", "covariance", "corrected")
+_PASSES = ("losses", "covariance", "corrected", "gradients")
 
 
 def fit(
@@ -136,14 +138,19 @@ def _fit_held(
             {"model": _lasting(settings.model), "data": shown(settings.data)} | parents.places(),
         ),
     )
-    if "tables" not in manifest.complete:
+    phases = {"tables", "gradients"} if settings.gradients else {"tables"}
+    finished = phases <= set(manifest.complete)
+    if not finished:
         check_address(settings)
     with reporter.phase("examples", 1, "sources") as phase:
         corpus = open_examples(store, parents, source, network, settings, manifest.facts, reporter)
         phase.advance(1)
-    if "tables" not in manifest.complete and len(corpus):
+    if not finished and len(corpus):
         check_fit(settings, network, blocks, corpus.lengths, store)
-    job = _Fit(settings, store, per_token, blocks, corpus, parents, manifest, workers, reporter)
+    gradients = Gradients(settings, store, corpus, len(workers.groups))
+    job = _Fit(
+        settings, store, per_token, blocks, corpus, parents, manifest, workers, reporter, gradients
+    )
     try:
         job.run()
     finally:
@@ -182,6 +189,7 @@ class _Fit:
     manifest: Manifest
     workers: Workers
     reporter: Reporter
+    gradients: Gradients
 
     @property
     def method(self) -> str:
@@ -228,7 +236,14 @@ class _Fit:
         sweep = Sweep(
             self.workers,
             self.store,
-            open_spool(self.store, settings.spool_dir, self.manifest, self.workers, [feed]),
+            open_spool(
+                self.store,
+                settings.spool_dir,
+                self.manifest,
+                self.workers,
+                [feed],
+                self._differentiated(),
+            ),
             {_STREAM: feed},
             self.reporter,
             settings.commit_seconds,
@@ -253,15 +268,16 @@ class _Fit:
         """Through all groups of stages, and back to the lowest that lacks something."""
         sweep.forward()
         for group in range(sweep.level, lowest - 1, -1):
-            if self.method == "identity":
-                self._losses(sweep, group)
             if self._first_pass:
                 self._covariance(sweep, group, lowest)
                 self._eigen(group)
             if self.method in ("ekfac", "diagonal"):
                 self._corrected(sweep, group, lowest)
+            self._gradients(sweep, group, lowest)
+            if self.method == "identity":
+                self._losses(sweep, group)
             if group > lowest:
-                replay = ReplayPass(self._target, self.settings.draws)
+                replay = ReplayPass(self._differentiated(), self.settings.draws)
                 sweep.replay(group, self._task(replay, replay, False, NoSink()))
             sweep.descend(group)
             for name in _PASSES:
@@ -281,7 +297,7 @@ class _Fit:
         if not self._examples_there():
             # Losses come from the model's end alone, gradient norms from all of it.
             found |= set(groups) if self.method in ("ekfac", "diagonal") else {sweep.last}
-        return found
+        return found | {g for g in groups if self._ungathered(g)}
 
     def _done(self, phase: str) -> None:
         if phase not in self.manifest.complete:
@@ -307,14 +323,6 @@ class _Fit:
         sweep.forward(layout.meet)
         self._learn(layout.write())
         self._done("layout")
-
-    def _factors(self, blocks: Sequence[Block]) -> dict[str, tuple[Block, str]]:
-        """Factor -> the first block that uses it, and the side."""
-        found: dict[str, tuple[Block, str]] = {}
-        for block in blocks:
-            found.setdefault(block.input_factor, (block, "input"))
-            found[block.output_factor] = (block, "output")
-        return found
 
     def _blocks_of(self, group: int) -> tuple[Block, ...]:
         return self.workers.blocks_of(self.workers.groups[group])
@@ -353,17 +361,26 @@ class _Fit:
     def _target(self) -> Target:
         return "sampled" if self.settings.fisher == "sampled" else "labels"
 
+    def _differentiated(self, group: int | None = None) -> Target:
+        """What a pass through a group differentiates: the data's own labels, too, where it gathers
+        gradient statistics, and in all passes of a sweep, which share the spooled gradients."""
+        lacking = group is not None and self._ungathered(group)
+        return self.gradients.target(self._target, lacking)
+
+    def _ungathered(self, group: int) -> bool:
+        return self.gradients.lacking(group, self._blocks_of(group))
+
     def _labels_there(self) -> bool:
         return self._target != "sampled" or DrawnLabels(self.store).complete(len(self.corpus))
 
     def _undecomposed(self, group: int) -> list[str]:
-        factors = self._factors(self._blocks_of(group))
+        factors = factors_of(self._blocks_of(group))
         return [f for f in factors if not whole(self.store, eigen_file(f))]
 
     def _sumless(self, group: int) -> list[str]:
         """Factors that lack a sum which is still needed, or shall be kept."""
         keep = self.settings.keep_sums
-        factors = self._factors(self._blocks_of(group)) if keep else self._undecomposed(group)
+        factors = factors_of(self._blocks_of(group)) if keep else self._undecomposed(group)
         return [f for f in factors if not whole(self.store, factor_file(f))]
 
     def _covariance(self, sweep: Sweep, group: int, lowest: int) -> None:
@@ -375,12 +392,12 @@ class _Fit:
         work = CovariancePass(
             self.store,
             missing,
-            self._target,
+            self._differentiated(group),
             self.settings.draws,
             self.settings.max_factor_dim,
             self._sum_dtype,
         )
-        again = ReplayPass(self._target, self.settings.draws)
+        again = ReplayPass(work.target, self.settings.draws)
         # Losses and drawn labels come from the model's end.
         sink = self._rows() if ending else NoSink()
         task = self._task(work, again, False, sink)
@@ -402,7 +419,7 @@ class _Fit:
 
     def _feed(self, target: Target | None) -> Feed:
         drawn = None
-        if target == "sampled":
+        if target in ("sampled", "both"):
             labels = DrawnLabels(self.store)
             drawn = labels.read if labels.complete(len(self.corpus)) else None
         return Feed(
@@ -421,24 +438,33 @@ class _Fit:
         gathers: frozenset[str],
     ) -> list[str]:
         """Run a pass over all examples, from its last commit if that is of use; gives the files of
-        its rows.
+        its rows. Gradient statistics are gathered beside it where they are lacking.
 
         Args:
             gathers: names of what the stages shall sum up.
         """
         self._mending()
+        blocks = self._blocks_of(group)
+        beside = task.work.target != "nothing" and self._ungathered(group)
+        rows: frozenset[str] = frozenset()
+        if beside:
+            task, sums, rows = self.gradients.beside(task, blocks, self._rows())
+            gathers |= sums
         place = sweep.place(task.work.name, group)
         commit = self.store.read_json(f"{place}/commit.json")
         begun = self.store.read_json(f"{place}/gathers.json")
         if commit is not None and (
             # A result of a finished pass, or of a sum that was left out, has gone since.
-            (commit["finished"] and gathers) or begun is None or not gathers <= set(begun)
+            (commit["finished"] and gathers) or begun is None or not gathers | rows <= set(begun)
         ):
             self.store.delete_directory(place)
             commit = None
         if commit is None:
-            self.store.write_json(f"{place}/gathers.json", sorted(gathers))
-        return sweep.run(group, task, label, lowest)
+            self.store.write_json(f"{place}/gathers.json", sorted(gathers | rows))
+        names = sweep.run(group, task, label, lowest)
+        if beside:
+            self.gradients.keep(group, blocks, names)
+        return names
 
     def _task(self, work: Pass, again: Pass, carries: bool, sink: Sink) -> Task:
         return Task(_STREAM, self._feed(work.target), work, again, carries, sink)
@@ -449,10 +475,11 @@ class _Fit:
         missing = self._undecomposed(group)
         if missing:
             self._mending()
-            factors, widest = self._factors(self._blocks_of(group)), self.settings.max_factor_dim
+            factors = factors_of(self._blocks_of(group))
             decompose_factors(
                 self.store,
-                {name: tile_widths(_width(*factors[name]), widest) for name in missing},
+                {name: factors[name] for name in missing},
+                self.settings.max_factor_dim,
                 self.store_dtype,
                 self.settings.keep_sums,
                 self.workers,
@@ -474,7 +501,7 @@ class _Fit:
             work = CorrectedPass(
                 self.store,
                 frozenset(b.name for b in missing),
-                self._target,
+                self._differentiated(group),
                 self.settings.draws,
                 self.method == "diagonal",
                 self.store_dtype,
@@ -503,6 +530,19 @@ class _Fit:
 
     def _mark(self, block: Block) -> str:
         return "" if self.method == "diagonal" else basis_mark(self.store, block)
+
+    # Gradient statistics that no other pass has gathered
+
+    def _gradients(self, sweep: Sweep, group: int, lowest: int) -> None:
+        if not self._ungathered(group):
+            return
+        again = ReplayPass(self._differentiated(group), self.settings.draws)
+        task = self._task(again, again, False, NoSink())
+        names = self._pass(sweep, group, lowest, task, "gradient statistics", frozenset())
+        if group == sweep.last:
+            self._keep_labels(names)
+            if self.method not in ("ekfac", "diagonal") and not self._examples_there():
+                self._write_examples(names)
 
     # Tables
 
@@ -534,8 +574,10 @@ class _Fit:
     def _tables_there(self) -> bool:
         names = [BLOCKS_FILE, SPECTRUM_FILE] if self.method in ("ekfac", "kfac") else [BLOCKS_FILE]
         try:
-            return "tables" in self.manifest.complete and all(
-                read_rows(self.store, name) > 0 for name in names
+            return (
+                "tables" in self.manifest.complete
+                and all(read_rows(self.store, name) > 0 for name in names)
+                and self.gradients.tables_there()
             )
         except (DamagedFile, FileNotFoundError):
             return False
@@ -548,8 +590,7 @@ class _Fit:
         }
         write_blocks(self.store, self.blocks, stages, self.method, self._examples, self._notes())
         if self.method in ("ekfac", "kfac"):
-            write_spectrum(self.store, self._factors(self.blocks), self._notes())
-
-
-def _width(block: Block, side: str) -> int:
-    return block.d_in if side == "input" else block.d_out
+            write_spectrum(self.store, factors_of(self.blocks), self._notes())
+        if self.gradients.wanted:
+            self.manifest.facts["gradients"] = self.gradients.write_tables(self.blocks)
+            self._done("gradients")

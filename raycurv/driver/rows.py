@@ -19,6 +19,7 @@ from raycurv.files.tables import (
     self_schema,
     write_table,
 )
+from raycurv.mathematics.gradient_statistics import BLOCK_NORMS
 
 # Numbers that may wait in memory for the next commit.
 _FULL = 8_000_000
@@ -27,7 +28,7 @@ Array = np.ndarray[Any, Any]
 
 
 class ExampleRows:
-    """Losses, squared gradient norms and drawn labels of a fit's pass.
+    """Losses, squared gradient norms and drawn labels of a fit's pass, norms by block as well.
 
     Args:
         store: of the run.
@@ -46,6 +47,7 @@ class ExampleRows:
 
     def take(self, members: Sequence[int], results: Results) -> None:
         norms, loss, drawn = (results.get(k) for k in ("gradient_sq_norm", "loss", "drawn"))
+        by_block = results.get(BLOCK_NORMS)
         for i, n in enumerate(members):
             y = None if drawn is None else drawn[:, i].numpy()
             if y is not None and self._lengths is not None:
@@ -57,9 +59,11 @@ class ExampleRows:
                     "gradient_sq_norm": None if norms is None else float(norms[i]),
                     "drawn": None if y is None else y.reshape(-1),
                     "shape": None if y is None else list(y.shape),
+                    BLOCK_NORMS: None if by_block is None else by_block[i].numpy(),
                 }
             )
-            self._size += 4 if y is None else 4 + y.size
+            self._size += 4 + (0 if y is None else y.size)
+            self._size += 0 if by_block is None else by_block.shape[1]
 
     def commit(self, name: str) -> list[str]:
         if not self._rows:
@@ -74,6 +78,7 @@ class ExampleRows:
                 ),
                 "drawn": pa.array(drawn),
                 "shape": pa.array([r["shape"] for r in self._rows], pa.list_(pa.int32())),
+                BLOCK_NORMS: pa.array([r[BLOCK_NORMS] for r in self._rows], pa.list_(pa.float64())),
             }
         )
         write_table(self._store, f"{name}/rows.parquet", table)
@@ -84,7 +89,13 @@ class ExampleRows:
         self._rows, self._size = [], 0
 
 
-def _rows_by_part(store: Store, names: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
+def as_lists(values: Array, number: pa.DataType) -> pa.ListArray:
+    """The rows of a matrix as lists of numbers."""
+    offsets = pa.array(np.arange(len(values) + 1) * values.shape[1], pa.int32())
+    return pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1)).cast(number))
+
+
+def rows_by_part(store: Store, names: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
     """Rows of a pass, a part of the data at a time, in the data's order.
 
     A pass goes through the windows of the data in order, so the rows of a part stand together.
@@ -112,7 +123,7 @@ def _rows_by_part(store: Store, names: Sequence[str]) -> Iterator[tuple[int, pa.
 
 def write_drawn(store: Store, names: Sequence[str], labels: DrawnLabels) -> None:
     """Put the drawn labels among a pass's rows where later passes read them."""
-    for part, table in _rows_by_part(store, names):
+    for part, table in rows_by_part(store, names):
         flat = table["drawn"].combine_chunks()
         shapes = table["shape"].to_pylist()
         labels.write(
@@ -138,7 +149,7 @@ def write_examples(
         before: how many files of other rows there are.
     """
     schema = examples_schema(double)
-    for part, table in _rows_by_part(store, names):
+    for part, table in rows_by_part(store, names):
         index = table["index"].to_pylist()
         rows = pa.table(
             {
@@ -245,9 +256,7 @@ class ScoreRows:
         if self._per_block:
             blocks = np.concatenate(self._blocks)[order][n_rows, q_rows]
             number = self._schema.field("block_scores").type.value_type
-            offsets = pa.array(np.arange(len(blocks) + 1) * blocks.shape[1], pa.int32())
-            values = pa.array(blocks.reshape(-1)).cast(number)
-            columns["block_scores"] = pa.ListArray.from_arrays(offsets, values)
+            columns["block_scores"] = as_lists(blocks, number)
         if self._per_token:
             number = self._schema.field("token_scores").type.value_type
             lists = []

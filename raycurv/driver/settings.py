@@ -160,6 +160,9 @@ class FitSettings(Execution, Reading):
     keep_sums: bool = False
     """Keep the sums of A and G, under factors/, once they are decomposed, and those of Λ. To merge
     or subtract runs takes the first, to extend one that is stored in bfloat16 the second."""
+    gradients: bool = False
+    """Also gather gradient statistics, in the same pass: means, squares and noise of each block's
+    gradients, norms of each example's. Makes what is missing of a finished run."""
     extend: str = ""
     """Run directory: keep its bases, and add Λ of --data to its own (ekfac and diagonal)."""
     merge: tuple[str, ...] = ()
@@ -231,6 +234,11 @@ class FitSettings(Execution, Reading):
                 raise UserError(
                     "--extend", "--method ekfac or diagonal, which have corrected eigenvalues",
                     f"--method {self.method}", "Fit all the data together.",
+                )  # fmt: skip
+            if self.gradients:
+                raise UserError(
+                    "--extend", "no --gradients: only the new data goes through the model",
+                    "--gradients", "Leave it out, or fit all the data together.",
                 )  # fmt: skip
             return
         runs: tuple[str, ...] = getattr(self, flag)

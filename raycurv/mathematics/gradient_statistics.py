@@ -63,18 +63,33 @@ class GradientStatistics:
 
 
 @dataclass(frozen=True)
-class GradientNoise:
-    """Squared norms of some gradients, and the noise of their mean; sums over blocks add up.
+class GradientNumbers:
+    """Norms, noise and traces of one block's gradients, or of those of several together.
 
     Attributes:
         examples: N.
         mean_sq_norm: ``|ḡ|²`` as it is, biased up by ``tr Σ / N``.
-        sq_norm: mean over examples of ``|∇W|²``.
+        sq_norm: mean over examples of ``|∇W|²``, the trace of the empirical Fisher.
+        sampled_trace: of the true Fisher, from drawn labels; ``None`` without.
+        bartlett_trace: of its Gauss-Newton-Bartlett estimate; ``None`` without.
     """
 
     examples: int
     mean_sq_norm: float
     sq_norm: float
+    sampled_trace: float | None = None
+    bartlett_trace: float | None = None
+
+    def plus(self, other: GradientNumbers) -> GradientNumbers:
+        """Those of other blocks with these."""
+        assert self.examples == other.examples
+        return GradientNumbers(
+            self.examples,
+            self.mean_sq_norm + other.mean_sq_norm,
+            self.sq_norm + other.sq_norm,
+            _sum(self.sampled_trace, other.sampled_trace),
+            _sum(self.bartlett_trace, other.bartlett_trace),
+        )
 
     @property
     def noise(self) -> float | None:
@@ -129,15 +144,15 @@ class GradientSum:
         """One of them as a mean over examples, and over draws where labels were drawn, float64."""
         return self.totals[name] / max(1, self.examples * (self.draws if name in SAMPLED else 1))
 
-    def trace(self, name: str) -> float | None:
-        """The sum of a mean's elements; ``None`` where it was not gathered."""
-        return float(self.mean(name).sum()) if name in self.totals else None
-
-    def noise(self) -> GradientNoise:
-        """Norms and noise of the block's gradients."""
-        squares = self.trace("mean_square")
-        assert squares is not None
-        return GradientNoise(self.examples, float(self.mean("mean").square().sum()), squares)
+    def numbers(self) -> GradientNumbers:
+        """Norms, noise and traces."""
+        traces = [float(self.mean(kind).sum()) if self.draws else None for kind in SAMPLED]
+        return GradientNumbers(
+            self.examples,
+            float(self.mean("mean").square().sum()),
+            float(self.mean("mean_square").sum()),
+            *traces,
+        )
 
 
 class GradientSums:
@@ -250,3 +265,7 @@ def _add_sum(running: RunningSum, together: Rotations, block: Block) -> None:
         return
     for _, outputs, m_NOI in together.pieces(block):
         running.add(m_NOI[0], outputs)
+
+
+def _sum(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one + other
