@@ -4,6 +4,7 @@ from raycurv.driver.settings import EvaluateSettings, FitSettings, InfluenceSett
 from raycurv.errors import DamagedFile, NumericalError, RaycurvError, UserError
 from raycurv.evaluation import Evaluation, evaluate
 from raycurv.mathematics.curvature import BlockCurvature, Damping
+from raycurv.mathematics.gradient_statistics import GradientStatistics
 from raycurv.mathematics.objective import CausalLM, Classification, Objective, Regression
 from raycurv.run import Products, Run, Scores, fit, open_scores
 from raycurv.run import open_run as open
@@ -17,6 +18,7 @@ __all__ = [
     "EvaluateSettings",
     "Evaluation",
     "FitSettings",
+    "GradientStatistics",
     "InfluenceSettings",
     "NumericalError",
     "Objective",

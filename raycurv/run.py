@@ -18,13 +18,22 @@ from raycurv.driver.influence import influence as run_influence
 from raycurv.driver.parents import SHARED
 from raycurv.driver.progress import Reporter
 from raycurv.driver.settings import IN_MEMORY, FitSettings, InfluenceSettings
-from raycurv.errors import UserError
-from raycurv.files.artifacts import ihvp_file, read_blocks, read_curvature, read_products
+from raycurv.errors import DamagedFile, UserError
+from raycurv.files.artifacts import (
+    gradient_file,
+    ihvp_file,
+    read_blocks,
+    read_curvature,
+    read_gradient,
+    read_products,
+)
 from raycurv.files.manifest import Manifest
 from raycurv.files.row_files import open_rows
 from raycurv.files.store import Store, open_store
 from raycurv.files.tables import iterate_directory, read_directory, scores_schema
+from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.curvature import BlockCurvature
+from raycurv.mathematics.gradient_statistics import GradientStatistics
 from raycurv.mathematics.objective import Objective
 from raycurv.mathematics.rank_curvature import RankCurvature
 from raycurv.mathematics.rank_fisher import RankFisher
@@ -136,6 +145,51 @@ class Run:
         """One row a training example: tokens, loss, squared gradient norm."""
         return read_directory(self._store, "tables/examples")
 
+    def gradients(self) -> pa.Table:
+        """One row a block: norms, noise and signal of its gradients, traces of their squares.
+
+        Those of all blocks together are ``manifest.facts["gradients"]``.
+
+        Raises:
+            UserError: the fit was without ``gradients``.
+        """
+        self._check_gradients()
+        return read_directory(self._store, "tables/gradients")
+
+    def gradient_norms(self) -> pa.Table:
+        """One row a training example: its squared gradient norm, in all and by block.
+
+        The data's own labels; the order of the blocks is ``raycurv.blocks`` of the schema's
+        metadata.
+
+        Raises:
+            UserError: the fit was without ``gradients``.
+        """
+        self._check_gradients()
+        return read_directory(self._store, "tables/gradient_norms")
+
+    def gradient(self, block: str) -> GradientStatistics:
+        """Mean and mean squares of one block's per-example gradients, ``[O, I]`` each.
+
+        Raises:
+            UserError: no block of that name, or the fit was without ``gradients``.
+        """
+        self._check_gradients()
+        found = self._block(block).name
+        if not self._store.exists(gradient_file(found)):
+            raise DamagedFile(
+                self._store.path(gradient_file(found)), "gradient statistics", "nothing",
+                "Run the fit again, with --gradients: it makes what is missing.",
+            )  # fmt: skip
+        return read_gradient(self._store, found)
+
+    def _check_gradients(self) -> None:
+        if "gradients" not in self.manifest.complete:
+            raise UserError(
+                self.path, "a fit with gradient statistics", "one without",
+                "Run it again with --gradients: only what is missing is made.",
+            )  # fmt: skip
+
     def block_names(self) -> list[str]:
         """Names of the blocks, in the model's order."""
         return [block.name for block in read_blocks(self._store)]
@@ -148,18 +202,18 @@ class Run:
         Raises:
             UserError: no block of that name.
         """
+        method, examples = self.manifest.settings["method"], self.manifest.facts["examples"]
+        if method == "mfac":
+            found = self._block(block)
+            return RankCurvature(found, open_rows(self._store, found).whole())
+        return read_curvature(self._store, self._block(block), method, int(examples))
+
+    def _block(self, name: str) -> Block:
         for found in read_blocks(self._store):
-            if found.name == block:
-                if self.manifest.settings["method"] == "mfac":
-                    return RankCurvature(found, open_rows(self._store, found).whole())
-                return read_curvature(
-                    self._store,
-                    found,
-                    self.manifest.settings["method"],
-                    int(self.manifest.facts["examples"]),
-                )
+            if found.name == name:
+                return found
         raise UserError(
-            f"block {block!r}",
+            f"block {name!r}",
             "one of the run's blocks",
             "no such name",
             f"There are {', '.join(self.block_names()[:5])}, …",

@@ -33,7 +33,7 @@ How = Literal["extend", "merge", "subtract"]
 
 # What runs that are put together must share, or their sums mean different things.
 SHARED = (
-    "blocks", "method", "fisher", "objective", "draws", "seed", "dtype", "store_dtype",
+    "blocks", "method", "rows", "fisher", "objective", "draws", "seed", "dtype", "store_dtype",
     "max_length", "long", "max_factor_dim",
 )  # fmt: skip
 

@@ -20,6 +20,7 @@ from raycurv.driver.progress import Reporter
 from raycurv.driver.timeline import write_timeline
 from raycurv.files.spool import LostSpool
 from raycurv.files.store import Store
+from raycurv.mathematics.gradient_statistics import BLOCK_NORMS
 from raycurv.stages.pool import Pool
 from raycurv.stages.stage import Pass
 
@@ -212,16 +213,16 @@ def take_through(
 def combine(results: Sequence[Results]) -> Results:
     """What consecutive stages found as one: sums in float64; blocks side by side; the last's own.
 
-    ``loss`` and ``drawn`` come from the model's last stage; ``block_scores [N, Q, B]`` are joined
-    along B; everything else is a sum over stages.
+    ``loss`` and ``drawn`` come from the model's last stage; ``block_scores [N, Q, B]`` and
+    ``block_sq_norms [N, B]`` are joined along B; everything else is a sum over stages.
     """
     combined: Results = {}
     for key in dict.fromkeys(key for found in results for key in found):
         parts = [found[key] for found in results if key in found]
         if key in ("loss", "drawn"):
             (combined[key],) = parts
-        elif key == "block_scores":
-            combined[key] = torch.cat(parts, dim=2)
+        elif key in ("block_scores", BLOCK_NORMS):
+            combined[key] = torch.cat(parts, dim=-1)
         else:
             combined[key] = torch.stack([part.double() for part in parts]).sum(dim=0)
     return combined

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
-
-import tyro
+from typing import Literal
 
 from raycurv.driver.settings import Blocks, Execution, check_given, check_positive
 from raycurv.errors import UserError
@@ -18,8 +16,8 @@ SPARSITY = 0.5
 
 @dataclass(frozen=True)
 class PruneSettings(Execution):
-    """Removes weights of a fitted model by what the loss would rise by, and moves the others to make
-    up for it."""
+    """Removes the weights of a fitted model that the loss needs least, and moves the others to make
+    up for them."""
 
     run: str = ""
     """Run directory of a fit."""
@@ -120,4 +118,4 @@ class PruneSettings(Execution):
         final = SPARSITY if self.sparsity is None else self.sparsity
         if step == self.steps:
             return final
-        return 1.0 - (1.0 - final) ** (step / self.steps)
+        return 1.0 - float((1.0 - final) ** (step / self.steps))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -25,12 +25,13 @@ from torch import Tensor
 
 from raycurv.driver.corpus import Corpus, store_corpus, stored_corpus
 from raycurv.driver.fitted import check_model, fitted_model, read_fit
+from raycurv.driver.fitting import refit
 from raycurv.driver.losses import Losses
+from raycurv.driver.parents import SHARED
 from raycurv.driver.progress import Reporter
 from raycurv.driver.prune_settings import PruneSettings
 from raycurv.driver.rank_products import rank_inverses
-from raycurv.driver.refit import refit
-from raycurv.driver.settings import DTYPES, identity
+from raycurv.driver.settings import DTYPES, Execution, FitSettings, identity
 from raycurv.driver.surgery import (
     Cut,
     Operation,
@@ -264,15 +265,27 @@ class _Prune:
         """The fit of the model before a step."""
         if step == 1:
             return self.fitted
-        place = self.store.inside(f"{step_place(step)}/run")
-        if "tables" not in (said := Manifest.read(place) or self.fit.empty()).complete:
-            assert said is not None
+        name = f"{step_place(step)}/run"
+        place = self.store.inside(name)
+        said = Manifest.read(place)
+        if said is None or "tables" not in said.complete:
+            # Its stages take the place of these.
             self.workers.close(self.store)
-            refit(
-                place, self.fitted, self.fit, self._network(step), self.objective, self.settings,
-                self.reporter,
-            )  # fmt: skip
+            network = self._network(step)
+            refit(self._again(place), network, self._examples(), self.objective, self.reporter)
         return place
+
+    def _again(self, place: Store) -> FitSettings:
+        """The settings of the fit of a pruned model."""
+        said = self.fit.settings
+        own: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in said.items() if k in SHARED
+        }
+        how: dict[str, Any] = {f.name: getattr(self.settings, f.name) for f in fields(Execution)}
+        return FitSettings(
+            **how, **own, model=str(self.fit.facts["model"]), data=str(self.fit.facts["data"]),
+            out=place.uri, gradients=self.settings.first_order,
+        )  # fmt: skip
 
     def _step(self, step: int) -> None:
         settings = self.settings
@@ -461,8 +474,6 @@ class _Prune:
         if settings.measure == "none":
             return {}
         dtype = DTYPES[self.fit.settings["dtype"]]
-        self.workers.close(self.store)
-        # Losses take no curvature, but stages have all of the model's layers.
         losses = Losses(
             settings, self.store, self.manifest, self._sample(), dtype, self.workers, self.reporter
         )
@@ -478,14 +489,19 @@ class _Prune:
             found[block.name] = float(losses.of(alone, f"loss, {block.name}").mean()) - base
         return found
 
-    def _sample(self) -> Corpus:
-        """Some of the fit's examples."""
+    def _examples(self) -> Corpus:
+        """The fit's examples."""
         there = stored_corpus(self.fitted, "data")
         if there is None:
             raise DamagedFile(
                 self.fitted.path("data"), "the examples of the fit", "some of them at most",
-                "Run the fit again, or leave measuring out: --measure none.",
+                "Run the fit again: it makes what is missing.",
             )  # fmt: skip
+        return there
+
+    def _sample(self) -> Corpus:
+        """Some of them."""
+        there = self._examples()
         count = self.settings.measure_examples
         if len(there) <= count:
             return there

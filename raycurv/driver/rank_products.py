@@ -163,10 +163,11 @@ def project_gradients(
     """A block's share of what the inverse needs to know of the queries' gradients."""
     if inverse is None:
         return None
-    return _projected(read_products(gradients, block.name)[0].dense(), fitted, block, inverse)
+    return projected(read_products(gradients, block.name)[0].dense(), fitted, block, inverse)
 
 
-def _projected(values_QOI: Tensor, fitted: Store, block: Block, inverse: RankInverse) -> Tensor:
+def projected(values_QOI: Tensor, fitted: Store, block: Block, inverse: RankInverse) -> Tensor:
+    """A block's share of what an inverse needs to know of matrices ``[Q, O, I]``."""
     total = torch.zeros(len(values_QOI), inverse.width, dtype=torch.float64)
     for outputs, rows in open_rows(fitted, block).runs():
         here = inverse.at(outputs.start * block.d_in)
@@ -195,13 +196,13 @@ def apply_inverse(
     result, seen = torch.zeros_like(values, dtype=dtype), None
     if inverse is not None:
         if projection is None:
-            projection = _projected(values, fitted, block, inverse)
+            projection = projected(values, fitted, block, inverse)
         for outputs, rows in open_rows(fitted, block).runs():
             part = values[:, outputs]
             here = inverse.at(outputs.start * block.d_in)
             product = here.apply(rows.flatten(1), part.flatten(1), projection)
             result[:, outputs] = product.view(part.shape).to(dtype)
-        seen = (projection, _projected(result, fitted, block, inverse))
+        seen = (projection, projected(result, fitted, block, inverse))
     kept = kept_rank(rank, block.d_out, block.d_in)
     if kept is None:
         products = BlockProducts(full=result)

@@ -19,6 +19,7 @@ from raycurv.files.tables import (
     self_schema,
     write_table,
 )
+from raycurv.mathematics.gradient_statistics import BLOCK_NORMS
 from raycurv.mathematics.rank_inverse import RankInverses
 from raycurv.mathematics.rank_scores import whole_self_scores
 
@@ -29,7 +30,7 @@ Array = np.ndarray[Any, Any]
 
 
 class ExampleRows:
-    """Losses, squared gradient norms, drawn labels and correct predictions of a pass.
+    """Losses, squared gradient norms (by block as well), drawn labels and correct predictions.
 
     Args:
         store: of the run.
@@ -49,6 +50,7 @@ class ExampleRows:
     def take(self, members: Sequence[int], results: Results) -> None:
         norms, loss, drawn = (results.get(k) for k in ("gradient_sq_norm", "loss", "drawn"))
         correct = results.get("correct")
+        by_block = results.get(BLOCK_NORMS)
         for i, n in enumerate(members):
             y = None if drawn is None else drawn[:, i].numpy()
             if y is not None and self._lengths is not None:
@@ -61,9 +63,11 @@ class ExampleRows:
                     "drawn": None if y is None else y.reshape(-1),
                     "shape": None if y is None else list(y.shape),
                     "correct": None if correct is None else int(correct[i]),
+                    BLOCK_NORMS: None if by_block is None else by_block[i].numpy(),
                 }
             )
-            self._size += 4 if y is None else 4 + y.size
+            self._size += 4 + (0 if y is None else y.size)
+            self._size += 0 if by_block is None else by_block.shape[1]
 
     def commit(self, name: str) -> list[str]:
         if not self._rows:
@@ -79,6 +83,7 @@ class ExampleRows:
                 "drawn": pa.array(drawn),
                 "shape": pa.array([r["shape"] for r in self._rows], pa.list_(pa.int32())),
                 "correct": pa.array([r["correct"] for r in self._rows], pa.int32()),
+                BLOCK_NORMS: pa.array([r[BLOCK_NORMS] for r in self._rows], pa.list_(pa.float64())),
             }
         )
         write_table(self._store, f"{name}/rows.parquet", table)
@@ -87,6 +92,12 @@ class ExampleRows:
 
     def forget(self) -> None:
         self._rows, self._size = [], 0
+
+
+def as_lists(values: Array, number: pa.DataType) -> pa.ListArray:
+    """The rows of a matrix as lists of numbers."""
+    offsets = pa.array(np.arange(len(values) + 1) * values.shape[1], pa.int32())
+    return pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1)).cast(number))
 
 
 def rows_by_part(store: Store, names: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
@@ -255,9 +266,7 @@ class ScoreRows:
         if self._per_block:
             blocks = np.concatenate(self._blocks)[order][n_rows, q_rows]
             number = self._schema.field("block_scores").type.value_type
-            offsets = pa.array(np.arange(len(blocks) + 1) * blocks.shape[1], pa.int32())
-            values = pa.array(blocks.reshape(-1)).cast(number)
-            columns["block_scores"] = pa.ListArray.from_arrays(offsets, values)
+            columns["block_scores"] = as_lists(blocks, number)
         if self._per_token:
             number = self._schema.field("token_scores").type.value_type
             lists = []

@@ -10,7 +10,7 @@ import math
 import os
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
 import torch
 import tyro
@@ -165,6 +165,9 @@ class FitSettings(Execution, Reading):
     keep_sums: bool = False
     """Keep the sums of A and G, under factors/, once they are decomposed, and those of Λ. To merge
     or subtract runs takes the first, to extend one that is stored in bfloat16 the second."""
+    gradients: bool = False
+    """Also gather gradient statistics, in the same pass: means, squares and noise of each block's
+    gradients, norms of each example's. Makes what is missing of a finished run."""
     extend: str = ""
     """Run directory: keep its bases, and add Λ of --data to its own (ekfac and diagonal)."""
     merge: tuple[str, ...] = ()
@@ -244,6 +247,11 @@ class FitSettings(Execution, Reading):
                 raise UserError(
                     "--extend", "--method ekfac or diagonal, which have corrected eigenvalues",
                     f"--method {self.method}", "Fit all the data together.",
+                )  # fmt: skip
+            if self.gradients:
+                raise UserError(
+                    "--extend", "no --gradients: only the new data goes through the model",
+                    "--gradients", "Leave it out, or fit all the data together.",
                 )  # fmt: skip
             return
         runs: tuple[str, ...] = getattr(self, flag)
@@ -446,13 +454,13 @@ class EvaluateSettings(Execution, Reading):
         """Refuse what cannot work; a model or data in memory need no flag."""
         super().check()
         if not has_model:
-            _given(self, "model")
+            check_given(self, "model")
         if not has_data:
-            _given(self, "data")
-        _given(self, "out")
+            check_given(self, "data")
+        check_given(self, "out")
         for flag in ("max_length", "max_examples"):
             if getattr(self, flag) is not None:
-                _positive(flag, getattr(self, flag))
+                check_positive(flag, getattr(self, flag))
 
 
 @dataclass(frozen=True)
@@ -482,7 +490,14 @@ class TimelineSettings:
             raise UserError("--from", f"before --to {self.to:g}", f"{self.start:g}", "")
 
 
-def identity(settings: FitSettings | InfluenceSettings | EvaluateSettings) -> dict[str, Any]:
+class Identified(Protocol):
+    """Settings of which some decide what a result means."""
+
+    @property
+    def IDENTITY(self) -> tuple[str, ...]: ...
+
+
+def identity(settings: Identified) -> dict[str, Any]:
     """The settings that a result depends on, ready for JSON and without credentials."""
     values = {name: getattr(settings, name) for name in settings.IDENTITY}
     return {k: _recorded(v) for k, v in values.items()}
@@ -539,11 +554,21 @@ def _is_whole(value: Any) -> bool:
 
 
 def check_given(settings: Any, *names: str) -> None:
+    """Refuse flags without a value.
+
+    Raises:
+        UserError: names the first.
+    """
     for name in names:
         if not getattr(settings, name):
             raise UserError(f"--{name}", "a value", "nothing", f"Give --{name}.")
 
 
 def check_positive(flag: str, value: int) -> None:
+    """Refuse what is no count.
+
+    Raises:
+        UserError: names the flag.
+    """
     if value < 1:
         raise UserError(f"--{flag.replace('_', '-')}", "a number of at least 1", str(value), "")

@@ -13,8 +13,7 @@ first whether it is there.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from raycurv.driver.prune_settings import PruneSettings
+from raycurv.driver.rank_products import projected
 from raycurv.files.artifacts import read_curvature, read_gradient
 from raycurv.files.row_files import open_rows
 from raycurv.files.store import Store
@@ -154,6 +154,15 @@ class Operation:
 def step_place(step: int) -> str:
     """Where what belongs to one step lies."""
     return f"work/step-{step}"
+
+
+def project_mean_gradient(operation: Operation) -> Tensor | None:
+    """A block's share of G times the mean gradient, as the inverse needs it."""
+    op, gradient = operation, operation.gradient()
+    assert op.rank is not None
+    if gradient is None or op.rank.inverse is None:
+        return None
+    return projected(gradient[None], op.fitted, op.block, op.rank.inverse)
 
 
 def score_block(operation: Operation) -> Tensor | None:

@@ -30,6 +30,8 @@ from raycurv.driver.workers import Workers
 from raycurv.files.manifest import Manifest
 from raycurv.files.spool import LostSpool, Spool, spool_directory
 from raycurv.files.store import Store
+from raycurv.mathematics.evaluate import Target
+from raycurv.mathematics.gradient_statistics import BLOCK_NORMS
 from raycurv.stages.passes import LossPass
 from raycurv.stages.pool import Pool
 from raycurv.stages.stage import Pass
@@ -316,7 +318,9 @@ class _Backward:
             assert tensor is not None
             spool.write(stream, "gradient", group, microbatch, {"gradient": tensor})
         if self.carries and group > 0:
-            spool.write(stream, "results", group, microbatch, results)
+            # Norms by block stay with their group, whichever of its passes finds them.
+            carried = {k: tensor for k, tensor in results.items() if k != BLOCK_NORMS}
+            spool.write(stream, "results", group, microbatch, carried)
 
 
 def commit_place(name: str, group: int, groups: int) -> str:
@@ -325,7 +329,12 @@ def commit_place(name: str, group: int, groups: int) -> str:
 
 
 def open_spool(
-    run: Store, directory: str | None, manifest: Manifest, workers: Workers, feeds: Sequence[Feed]
+    run: Store,
+    directory: str | None,
+    manifest: Manifest,
+    workers: Workers,
+    feeds: Sequence[Feed],
+    target: Target | None = None,
 ) -> Spool | None:
     """The spool of a run whose stages are not all resident at once.
 
@@ -334,6 +343,7 @@ def open_spool(
     Args:
         run: where results go.
         directory: what ``--spool-dir`` says.
+        target: of the passes, where a run may choose it.
 
     Raises:
         UserError: there is no local directory for it.
@@ -341,6 +351,7 @@ def open_spool(
     if len(workers.groups) == 1:
         return None
     units = [[workers.cuts[stage].stop for stage in group] for group in workers.groups]
-    said = [manifest.settings, manifest.fingerprints, units, [plan_mark(f.plan) for f in feeds]]
+    plans = [plan_mark(f.plan) for f in feeds]
+    said = [manifest.settings, manifest.fingerprints, units, plans, target]
     mark = hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=16).hexdigest()
     return Spool(spool_directory(run, directory), mark, len(workers.groups))

@@ -1,8 +1,9 @@
-"""The files of a run: factors, eigenbases, corrected eigenvalues, IHVPs. Checksummed.
+"""The files of a run: factors, eigenbases, corrected eigenvalues, gradients, IHVPs. Checksummed.
 
 factors/NAME.safetensors     sum | sum.0, sum.1, …            count, rows
 eigen/NAME.safetensors       eigenvectors[.i], eigenvalues[.i]   outcome, seconds
 corrected/NAME.safetensors   lam, examples [, sum, count]       trace, mean, the bases' checksums
+gradients/NAME.safetensors   mean, mean_square, …, examples    norms, traces, batches
 ihvp/NAME.safetensors        full | left, right                query ids
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
@@ -23,6 +25,12 @@ from raycurv.mathematics.corrected import CorrectedSum
 from raycurv.mathematics.curvature import BlockCurvature
 from raycurv.mathematics.eigen import Eigenbasis
 from raycurv.mathematics.factors import FactorSum
+from raycurv.mathematics.gradient_statistics import (
+    SAMPLED,
+    GradientNumbers,
+    GradientStatistics,
+    GradientSum,
+)
 from raycurv.mathematics.ihvp import BlockProducts
 
 
@@ -60,6 +68,11 @@ def eigen_file(name: str) -> str:
 def corrected_file(block: str) -> str:
     """Where a block's corrected eigenvalues lie."""
     return f"corrected/{block}.safetensors"
+
+
+def gradient_file(block: str) -> str:
+    """Where a block's gradient statistics lie."""
+    return f"gradients/{block}.safetensors"
 
 
 def ihvp_file(block: str) -> str:
@@ -203,6 +216,36 @@ def read_corrected(store: Store, block: Block, draws: int, mark: str) -> Correct
 def corrected_notes(store: Store, block: Block) -> dict[str, str]:
     """Trace, mean and bases of a block's Λ, without reading it."""
     return open_tensors(store, corrected_file(block.name)).metadata
+
+
+def write_gradient(store: Store, found: GradientSum, dtype: torch.dtype) -> None:
+    """Write a block's gradient statistics in ``dtype``; norms and traces as before rounding."""
+    said = {"batches": found.batches} | asdict(found.numbers())
+    tensors = {kind: found.mean(kind).to(dtype) for kind in found.totals}
+    tensors["examples"] = torch.tensor(found.examples)
+    metadata = {"block": found.block, "numbers": json.dumps(said)}
+    write_tensors(store, gradient_file(found.block), tensors, metadata)
+
+
+def read_gradient(store: Store, block: str) -> GradientStatistics:
+    """A block's gradient statistics.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    found = open_tensors(store, gradient_file(block)).read_all()
+    numbers, batches = gradient_notes(store, block)
+    sampled, bartlett = (found.get(kind) for kind in SAMPLED)
+    return GradientStatistics(
+        block, found["mean"], found["mean_square"], sampled, bartlett, numbers.examples, batches
+    )
+
+
+def gradient_notes(store: Store, block: str) -> tuple[GradientNumbers, int]:
+    """Norms, noise and traces of a block's gradients, and how many microbatches they are from."""
+    said = json.loads(open_tensors(store, gradient_file(block)).metadata["numbers"])
+    batches = int(said.pop("batches"))
+    return GradientNumbers(**said), batches
 
 
 def read_curvature(store: Store, block: Block, method: str, examples: int) -> BlockCurvature:

@@ -1,4 +1,4 @@
-"""The tables of blocks and of eigenvalues, made from a run's files."""
+"""The tables of blocks, of eigenvalues and of gradients, made from a run's files."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from raycurv.files.artifacts import corrected_notes, read_spectrum
+from raycurv.files.artifacts import corrected_notes, gradient_notes, read_spectrum
 from raycurv.files.row_files import open_rows
 from raycurv.files.store import Store
-from raycurv.files.tables import BLOCKS, SPECTRUM, write_table
+from raycurv.files.tables import BLOCKS, GRADIENTS, SPECTRUM, write_table
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.eigen import effective_rank
+from raycurv.mathematics.gradient_statistics import GradientNumbers
 from raycurv.mathematics.tiles import tile_ranges
 
 BLOCKS_FILE = "tables/blocks/part-00000.parquet"
 SPECTRUM_FILE = "tables/spectrum/part-00000.parquet"
+GRADIENTS_FILE = "tables/gradients/part-00000.parquet"
 
 
 def write_blocks(
@@ -111,3 +113,31 @@ def write_spectrum(
                 )
             )
     write_table(store, SPECTRUM_FILE, pa.concat_tables(parts), notes)
+
+
+def write_gradients(
+    store: Store, blocks: Sequence[Block], notes: Mapping[str, str]
+) -> dict[str, Any]:
+    """``tables/gradients``: one row a block; gives the numbers of all of them together."""
+    rows, together = [], None
+    for block in blocks:
+        numbers, batches = gradient_notes(store, block.name)
+        rows.append({"block": block.name, "batches": batches} | _numbers(numbers))
+        together = numbers if together is None else together.plus(numbers)
+    write_table(store, GRADIENTS_FILE, pa.Table.from_pylist(rows, schema=GRADIENTS), notes)
+    assert together is not None
+    return _numbers(together)
+
+
+def _numbers(found: GradientNumbers) -> dict[str, Any]:
+    return {
+        "examples": found.examples,
+        "mean_sq_norm": found.mean_sq_norm,
+        "sq_norm": found.sq_norm,
+        "noise": found.noise,
+        "signal": found.signal,
+        "noise_scale": found.scale,
+        "fisher_trace_empirical": found.sq_norm,
+        "fisher_trace_sampled": found.sampled_trace,
+        "gauss_newton_bartlett_trace": found.bartlett_trace,
+    }

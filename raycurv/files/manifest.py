@@ -19,8 +19,8 @@ NAME = "run.json"
 
 # What the jobs put into a directory. Without a run.json these names belong to somebody else.
 _OURS = (
-    "blocks.json", "data", "labels", "factors", "eigen", "corrected", "rows", "tables",
-    "scores", "self", "ihvp", "weights", "work",
+    "blocks.json", "data", "labels", "factors", "eigen", "corrected", "rows", "gradients",
+    "tables", "scores", "self", "ihvp", "weights", "saliency", "model", "work",
 )  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def continue_or_refuse(store: Store, wanted: Manifest) -> Manifest:
     for key, value in wanted.fingerprints.items():
         differences += _differences(key, there.fingerprints.get(key, {}), value)
     if differences and not _computed(store, there):
-        for name in ("data", "labels", "factors", "eigen", "work"):
+        for name in ("data", "labels", "factors", "eigen", "gradients", "work"):
             store.delete_directory(name)
         store.delete("blocks.json")
         _begin(store, wanted)

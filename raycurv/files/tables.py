@@ -60,6 +60,21 @@ SPECTRUM = pa.schema(
     ]
 )
 
+GRADIENTS = pa.schema(
+    [
+        ("block", pa.string()),
+        ("examples", pa.int64()),
+        ("mean_sq_norm", pa.float64()),
+        ("sq_norm", pa.float64()),
+        ("noise", pa.float64()),
+        ("signal", pa.float64()),
+        ("noise_scale", pa.float64()),
+        ("fisher_trace_empirical", pa.float64()),
+        ("fisher_trace_sampled", pa.float64()),
+        ("gauss_newton_bartlett_trace", pa.float64()),
+        ("batches", pa.int64()),
+    ]
+)
 
 TIMELINE = pa.schema(
     [
@@ -101,6 +116,14 @@ def evaluation_schema(double: bool) -> pa.Schema:
             ("loss", _number(double)),
             ("correct", pa.int32()),
         ]
+    )
+
+
+def gradient_norms_schema(double: bool) -> pa.Schema:
+    """``tables/gradient_norms``: one row a training example."""
+    number = _number(double)
+    return pa.schema(
+        [("id", pa.string()), ("sq_norm", number), ("block_sq_norms", pa.list_(number))]
     )
 
 

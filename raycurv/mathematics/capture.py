@@ -34,6 +34,7 @@ class Captured:
         gradients: block -> ``g [N, T, O]``, zero at padding, or ``None`` where no gradient arrived.
         rows: input factor -> how many rows were not padding.
         first_draw: whether this is the first draw of the microbatch; inputs are the same in all.
+        own: whether the labels are the data's own.
     """
 
     batch: Batch
@@ -41,6 +42,12 @@ class Captured:
     gradients: Mapping[str, Tensor | None]
     rows: Mapping[str, int]
     first_draw: bool = True
+    own: bool = False
+
+
+def of_fit(draws: Sequence[Captured]) -> Sequence[Captured]:
+    """Those of the labels that curvature is fitted to: drawn ones, or where there are none all."""
+    return [captured for captured in draws if not captured.own] or draws
 
 
 @dataclass
@@ -134,8 +141,11 @@ class Capture:
         )
         return tensors, block.bias, linear, geometry
 
-    def captured(self, record: Record, draw: int = 0) -> Captured:
+    def captured(self, record: Record, draw: int = 0, own: bool = False) -> Captured:
         """Rows of inputs and gradients of a microbatch whose backward has run for a draw.
+
+        Args:
+            own: whether the draw's labels are the data's own.
 
         Raises:
             RaycurvError: an input was changed in place after its capture, or blocks that shared an
@@ -156,7 +166,7 @@ class Capture:
                 inputs[factor] = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
                 for block in called:
                     gradients[block.name] = self._gradients(record, block, counts, draw)
-        return Captured(record.batch, inputs, gradients, rows, draw == 0)
+        return Captured(record.batch, inputs, gradients, rows, draw == 0, own)
 
     def _check_shared(self, record: Record, factor: str, called: Sequence[Block]) -> None:
         keys = {self._key(block, record.calls[block.name]) for block in called}

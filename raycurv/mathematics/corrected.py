@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from raycurv.mathematics.blocks import Block
-from raycurv.mathematics.capture import Captured
+from raycurv.mathematics.capture import Captured, of_fit
 from raycurv.mathematics.eigen import Eigenbasis
-from raycurv.mathematics.gradients import Rotations
+from raycurv.mathematics.gradients import Rotations, add_squares
 from raycurv.mathematics.sums import RunningSum, join_nested, load_nested, nested_state
 
 
@@ -89,34 +89,19 @@ class CorrectedSums:
         Args:
             counts: whether it enters the sums; without, it only gives the norms.
         """
+        draws = of_fit(draws)
         examples = draws[0].batch.size
         norms = torch.zeros(examples, dtype=torch.float64, device=self._device)
         for captured in draws:
             blocks = tuple(self.blocks.values())
             rotations = Rotations(captured, self._bases, blocks, self._dtype)
             for block in blocks:
-                norms += self._add(block, rotations, examples, counts)
+                running = self._sums.get(block.name) if counts else None
+                norms += add_squares(running, rotations, block)
         if counts:
             self._examples += examples
             self._count += examples * len(draws)
         return {"gradient_sq_norm": norms / len(draws)}
-
-    def _add(self, block: Block, rotations: Rotations, examples: int, counts: bool) -> Tensor:
-        running = self._sums.get(block.name) if counts else None
-        norms = torch.zeros(examples, dtype=torch.float64, device=self._device)
-        turned = rotations.turned_rows(block)
-        if turned is not None and turned[0].shape[1] == 1:
-            # One row an example: the square of an outer product is the outer product of squares.
-            a2, g2 = turned[0][:, 0].square(), turned[1][:, 0].square()
-            if running is not None:
-                running.add_outer(g2, a2)
-            return a2.sum(dim=1, dtype=torch.float64) * g2.sum(dim=1, dtype=torch.float64)
-        for part, outputs, m_NOI in rotations.pieces(block):
-            squares = m_NOI.square_()
-            norms[part] += squares.sum(dim=2).sum(dim=1, dtype=torch.float64)
-            if running is not None:
-                running.add(squares[0] if len(squares) == 1 else squares.sum(dim=0), outputs)
-        return norms
 
     @property
     def names(self) -> tuple[str, ...]:

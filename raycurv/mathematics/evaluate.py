@@ -20,9 +20,9 @@ from raycurv.errors import UserError
 from raycurv.mathematics.draws import id_keys, uniforms
 from raycurv.mathematics.objective import Judging, Objective
 
-# What a pass differentiates: labels drawn from the model, the data's own, the measurement of a
-# query, or nothing (only the loss is wanted).
-Target = Literal["sampled", "labels", "measurement", "nothing"]
+# What a pass differentiates: labels drawn from the model, the data's own, the drawn ones and then
+# the data's own, the measurement of a query, or nothing (only the loss is wanted).
+Target = Literal["sampled", "labels", "both", "measurement", "nothing"]
 
 Head = Callable[[Tensor, int], Tensor]
 
@@ -33,7 +33,8 @@ class Evaluated:
 
     Attributes:
         gradients: one a draw, with respect to the hidden states, of their shape; each holds for
-            every example the gradient of that example's own number.
+            every example the gradient of that example's own number. For ``both`` one more, of the
+            data's own labels, is the last.
         loss: of the data's own labels, summed over tokens, ``[N]``; ``None`` without labels.
         drawn: labels that were drawn here, ``[D, N, ...]``; ``None`` if given or not drawn.
         correct: targets that the model predicts, ``[N]``; ``None`` where something is
@@ -64,7 +65,7 @@ def evaluate(
         head: ``(hidden slice, first position) -> outputs``.
         hidden: what the last layer put out; its graph is not entered.
         target: what to differentiate.
-        draws: of labels, for ``sampled``.
+        draws: of labels, for ``sampled`` and ``both``.
         seed: of the draws.
         slice_positions: positions at once, for a per-token objective.
         begin_draw: called before the backward of each draw, so that hooks can tell them apart.
@@ -105,7 +106,7 @@ def _whole(
             correct = objective.correct(outputs, batch)
         return Evaluated((), loss, None, correct)
     drawn: list[Tensor] = []
-    if target == "sampled":
+    if target in ("sampled", "both"):
         keys = id_keys(batch.ids)
         at_start = torch.zeros(1, dtype=torch.int64, device=hidden.device)
         if batch.drawn is not None:
@@ -119,6 +120,9 @@ def _whole(
                 drawn.append(objective.sample(outputs.detach(), batch, uniform))
             labels = drawn
         values = [objective.loss(outputs, replace(batch, labels=y)) for y in labels]
+        if target == "both":
+            values.append(objective.loss(outputs, batch))
+            loss = None if batch.labels is None else values[-1]
     else:
         measure = objective.loss if target == "labels" else objective.measurement
         values = [measure(outputs, batch)]
@@ -158,7 +162,8 @@ def _by_slices(
     count = hidden.shape[1]
     labels_NT, counts_NT = _shifted(batch)
     loss = torch.zeros(batch.size, dtype=torch.float64, device=hidden.device)
-    sums = [torch.zeros_like(loss) for _ in range(draws if target == "sampled" else 1)]
+    counts = {"sampled": draws, "both": draws + 1}
+    sums = [torch.zeros_like(loss) for _ in range(counts.get(target, 1))]
     gradients: list[Tensor] = []
     if target != "nothing":
         gradients = [torch.zeros_like(hidden) for _ in sums]
@@ -181,7 +186,7 @@ def _by_slices(
         # Position of the target: one behind the position that predicts it.
         places = torch.arange(part.start + 1, part.stop + 1, device=hidden.device)
         for draw in range(len(sums)):
-            if target == "sampled":
+            if target in ("sampled", "both") and draw < draws:
                 if batch.drawn is not None:
                     y = _ahead(batch.drawn[draw])[:, part]
                 else:
@@ -191,10 +196,10 @@ def _by_slices(
 
                     y = objective.sample(outputs.detach(), own, uniform)
                     if drawn_DNT is None:
-                        drawn_DNT = y.new_zeros(len(sums), batch.size, count + 1)
+                        drawn_DNT = y.new_zeros(draws, batch.size, count + 1)
                     drawn_DNT[draw, :, part.start + 1 : part.stop + 1] = y
                 value = objective.loss(outputs, replace(own, labels=y))
-            elif target == "labels":
+            elif target != "measurement":
                 value = objective.loss(outputs, own)
             else:
                 value = objective.measurement(outputs, own)
@@ -203,8 +208,8 @@ def _by_slices(
             gradients[draw][:, part] = _gradient(value.sum(), leaf, draw + 1 < len(sums))
     for total in sums:
         _check_losses(total, batch, "loss")
-    if target == "labels":
-        loss = sums[0]
+    if target in ("labels", "both"):
+        loss = sums[-1]
     elif target == "measurement":
         return Evaluated(tuple(gradients), None, None)
     drawn = None if drawn_DNT is None else drawn_DNT[:, :, :count]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from raycurv.mathematics.blocks import Block
-from raycurv.mathematics.capture import Captured
+from raycurv.mathematics.capture import Captured, of_fit
 from raycurv.mathematics.sums import RunningSum, join_nested, load_nested, nested_state
 from raycurv.mathematics.tiles import tile_widths
 
@@ -105,7 +105,7 @@ class FactorSums:
         """Add a microbatch's whole contribution, unless it is not to count again."""
         if not counts:
             return {}
-        for captured in draws:
+        for captured in of_fit(draws):
             for block in self._blocks:
                 g = captured.gradients[block.name]
                 name = block.output_factor

@@ -16,6 +16,7 @@ from torch import Tensor
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Captured
 from raycurv.mathematics.eigen import Eigenbasis
+from raycurv.mathematics.sums import RunningSum
 
 # Elements of the per-example gradients that are formed at once, where whole ones are needed
 # (float32: 32 MiB), and where parts will do: those stay in the cache while they are used.
@@ -53,6 +54,7 @@ class Rotations:
         bases: factor -> eigenbasis.
         blocks: the blocks that will be asked for.
         dtype: to compute in: float64 for float64 models, otherwise float32.
+        together: take all examples as one, whose gradient is the sum of theirs.
     """
 
     def __init__(
@@ -61,21 +63,36 @@ class Rotations:
         bases: dict[str, Eigenbasis],
         blocks: tuple[Block, ...],
         dtype: torch.dtype,
+        together: bool = False,
     ) -> None:
         self._captured = captured
         self._bases = bases
         self._dtype = dtype
+        self._together = together
         self._sharing: dict[str, int] = {}
         for block in blocks:
             self._sharing[block.input_factor] = self._sharing.get(block.input_factor, 0) + 1
         self._turned: dict[str, Tensor] = {}
+
+    @property
+    def examples(self) -> int:
+        """How many gradients there are of each block."""
+        return 1 if self._together else self._captured.batch.size
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are computed."""
+        return self._captured.batch.inputs.device
 
     def rows(self, block: Block) -> tuple[Tensor, Tensor] | None:
         """``a`` and ``g`` as captured, in the dtype to compute in; ``None`` without a gradient."""
         g = self._captured.gradients[block.name]
         if g is None:
             return None
-        return self._captured.inputs[block.input_factor].to(self._dtype), g.to(self._dtype)
+        a, g = self._captured.inputs[block.input_factor].to(self._dtype), g.to(self._dtype)
+        if self._together:
+            return a.flatten(0, 1)[None], g.flatten(0, 1)[None]
+        return a, g
 
     def turned_rows(self, block: Block) -> tuple[Tensor, Tensor] | None:
         """``a`` and ``g`` in the eigenbasis, where the block's shape makes that the cheaper way.
@@ -135,3 +152,27 @@ class Rotations:
             for first in range(0, len(a), at_once):
                 part = slice(first, min(first + at_once, len(a)))
                 yield part, rows, example_gradients(a[part], g[part, :, rows])
+
+
+def add_squares(running: RunningSum | None, rotations: Rotations, block: Block) -> Tensor:
+    """Add the squares of all examples' gradients in the eigenbasis; gives ``|∇W|² [N]``, float64.
+
+    Args:
+        running: ``[O, I]``; ``None`` for the norms alone.
+        rotations: of the microbatch.
+        block: whose gradients.
+    """
+    turned = rotations.turned_rows(block)
+    if turned is not None and turned[0].shape[1] == 1:
+        # One row an example: the square of an outer product is the outer product of squares.
+        a2, g2 = turned[0][:, 0].square(), turned[1][:, 0].square()
+        if running is not None:
+            running.add_outer(g2, a2)
+        return a2.sum(dim=1, dtype=torch.float64) * g2.sum(dim=1, dtype=torch.float64)
+    norms = torch.zeros(rotations.examples, dtype=torch.float64, device=rotations.device)
+    for part, outputs, m_NOI in rotations.pieces(block):
+        squares = m_NOI.square_()
+        norms[part] += squares.sum(dim=2).sum(dim=1, dtype=torch.float64)
+        if running is not None:
+            running.add(squares[0] if len(squares) == 1 else squares.sum(dim=0), outputs)
+    return norms

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from raycurv.errors import NumericalError, UserError
 from raycurv.mathematics.blocks import Block
-from raycurv.mathematics.capture import Captured
+from raycurv.mathematics.capture import Captured, of_fit
 from raycurv.mathematics.curvature import Damping
 from raycurv.mathematics.eigen import Eigenbasis
 from raycurv.mathematics.gradients import Rotations
@@ -99,6 +99,7 @@ class RowSums:
         Args:
             counts: whether it enters the sums; without, it only gives the norms.
         """
+        draws = of_fit(draws)
         batch = draws[0].batch
         places = torch.tensor(batch.numbers, dtype=torch.int64) % len(self._counts)
         where = places.to(self._device)

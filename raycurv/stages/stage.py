@@ -64,7 +64,7 @@ class Pass(Protocol):
     Attributes:
         name: for progress and for the names of its commits.
         target: what is differentiated.
-        draws: how many sets of labels.
+        draws: how many sets of drawn labels.
     """
 
     @property
@@ -298,10 +298,10 @@ class Stage:
             index: of the microbatch.
             gradients: with respect to what ``forward`` gave, ``[draws, ...]``.
         """
-        assert self._gatherer is not None
+        assert self._gatherer is not None and self._pass is not None
         # Additions happen in one order, or float sums would depend on chance.
         assert index > self._last, f"microbatch {index} comes after {self._last}"
-        opened = self._open.pop(index)
+        opened, target = self._open.pop(index), self._pass.target
         record, draws, back = opened.record, [], []
         sources = ([] if opened.entered is None else [opened.entered]) + record.leaves
         for draw in range(len(gradients)):
@@ -318,7 +318,8 @@ class Stage:
             if opened.entered is not None:
                 first = found[0]
                 back.append(torch.zeros_like(opened.entered) if first is None else first)
-            draws.append(self._capture.captured(record, draw))
+            own = target == "labels" or (target == "both" and draw + 1 == len(gradients))
+            draws.append(self._capture.captured(record, draw, own))
             check_finite(draws[-1])
         results = self._gatherer.add(draws, index not in self._seen)
         self._seen.add(index)

@@ -1,0 +1,271 @@
+"""Gradient statistics of the blocks: means, squares, norms, and the noise of the mean.
+
+    mean                     ḡ = mean over examples of ∇W, the data's own labels
+    mean_square              mean over examples of ∇W², the diagonal of the empirical Fisher
+    mean_square_sampled      the same for drawn labels, the diagonal of the true Fisher
+    gauss_newton_bartlett    Σ over microbatches and draws of (Σ_n ∇W_n)², over examples and draws
+    noise                    tr Σ = (Σ_n |∇W_n|² - N |ḡ|²) / (N - 1)
+    signal                   |ḡ|² - tr Σ / N
+
+Squares are elementwise, losses are sums over an example's tokens. Gauss-Newton-Bartlett is the
+estimate of Sophia (Liu et al. 2023, arXiv:2305.14342, algorithm 2): with drawn labels the examples'
+gradients have mean zero and are independent, so that its expectation is the same diagonal. Noise
+and signal are unbiased, and their quotient is the gradient noise scale, in examples (McCandlish et
+al. 2018, arXiv:1812.06162, appendix A.1).
+
+Axis letters: B blocks, N examples, O and I a block's axes (with the bias column).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.capture import Captured
+from raycurv.mathematics.eigen import Eigenbasis
+from raycurv.mathematics.gradients import Rotations, add_squares
+from raycurv.mathematics.sums import RunningSum, join_nested, load_nested, nested_state
+
+# What is summed up of gradients of the data's own labels, and of drawn ones.
+OWN, SAMPLED = ("mean", "mean_square"), ("mean_square_sampled", "gauss_newton_bartlett")
+# Squared norms of the examples' gradients, [N, B], among what the driver collects.
+BLOCK_NORMS = "block_sq_norms"
+
+
+@dataclass(frozen=True)
+class GradientStatistics:
+    """What is known of one block's gradients.
+
+    Attributes:
+        block: its name.
+        mean: of the per-example gradient with the data's own labels, ``[O, I]``; the bias is the
+            last column.
+        mean_square: of its elements' squares, ``[O, I]``: the diagonal of the empirical Fisher.
+        mean_square_sampled: the same for labels drawn from the model, over examples and draws:
+            the diagonal of the true Fisher; ``None`` for an empirical fit.
+        gauss_newton_bartlett: the estimate of the same diagonal from the gradients of whole
+            microbatches; ``None`` for an empirical fit.
+        examples: N.
+        batches: how many microbatches there were.
+    """
+
+    block: str
+    mean: Tensor
+    mean_square: Tensor
+    mean_square_sampled: Tensor | None
+    gauss_newton_bartlett: Tensor | None
+    examples: int
+    batches: int
+
+
+@dataclass(frozen=True)
+class GradientNumbers:
+    """Norms, noise and traces of one block's gradients, or of those of several together.
+
+    Attributes:
+        examples: N.
+        mean_sq_norm: ``|ḡ|²`` as it is, biased up by ``tr Σ / N``.
+        sq_norm: mean over examples of ``|∇W|²``, the trace of the empirical Fisher.
+        sampled_trace: of the true Fisher, from drawn labels; ``None`` without.
+        bartlett_trace: of its Gauss-Newton-Bartlett estimate; ``None`` without.
+    """
+
+    examples: int
+    mean_sq_norm: float
+    sq_norm: float
+    sampled_trace: float | None = None
+    bartlett_trace: float | None = None
+
+    def plus(self, other: GradientNumbers) -> GradientNumbers:
+        """Those of other blocks with these."""
+        assert self.examples == other.examples
+        return GradientNumbers(
+            self.examples,
+            self.mean_sq_norm + other.mean_sq_norm,
+            self.sq_norm + other.sq_norm,
+            _sum(self.sampled_trace, other.sampled_trace),
+            _sum(self.bartlett_trace, other.bartlett_trace),
+        )
+
+    @property
+    def noise(self) -> float | None:
+        """``tr Σ``, unbiased; ``None`` for a single example."""
+        if self.examples < 2:
+            return None
+        return (self.sq_norm - self.mean_sq_norm) * self.examples / (self.examples - 1)
+
+    @property
+    def signal(self) -> float | None:
+        """``|E ∇W|²``, unbiased, and so below zero at times; ``None`` for a single example."""
+        return None if self.noise is None else self.mean_sq_norm - self.noise / self.examples
+
+    @property
+    def scale(self) -> float | None:
+        """The gradient noise scale in examples; ``None`` where no signal stands out."""
+        if self.noise is None or self.signal is None or self.signal <= 0:
+            return None
+        return self.noise / self.signal
+
+
+@dataclass(frozen=True)
+class GradientSum:
+    """Gradient statistics of one block as sums.
+
+    Attributes:
+        block: its name.
+        totals: of :data:`OWN`, and of :data:`SAMPLED` where labels were drawn; float64 ``[O, I]``.
+        examples: N.
+        draws: labels drawn for each; 0 for none.
+        batches: how many microbatches.
+    """
+
+    block: str
+    totals: dict[str, Tensor]
+    examples: int
+    draws: int
+    batches: int
+
+    def plus(self, other: GradientSum) -> GradientSum:
+        """Those of both data."""
+        assert self.block == other.block and self.draws == other.draws
+        return GradientSum(
+            self.block,
+            {k: t.to(other.totals[k].device) + other.totals[k] for k, t in self.totals.items()},
+            self.examples + other.examples,
+            self.draws,
+            self.batches + other.batches,
+        )
+
+    def mean(self, name: str) -> Tensor:
+        """One of them as a mean over examples, and over draws where labels were drawn, float64."""
+        return self.totals[name] / max(1, self.examples * (self.draws if name in SAMPLED else 1))
+
+    def numbers(self) -> GradientNumbers:
+        """Norms, noise and traces."""
+        traces = [float(self.mean(kind).sum()) if self.draws else None for kind in SAMPLED]
+        return GradientNumbers(
+            self.examples,
+            float(self.mean("mean").square().sum()),
+            float(self.mean("mean_square").sum()),
+            *traces,
+        )
+
+
+class GradientSums:
+    """Gathers gradient statistics of some blocks, and every example's squared norms.
+
+    Args:
+        blocks: with their input factors known.
+        draws: of labels for every example, beside the data's own; 0 for none.
+        dtype: of the model's computation.
+        only: the blocks whose sums to gather; the norms are of all of ``blocks``.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        draws: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        only: frozenset[str] | None = None,
+    ) -> None:
+        self.blocks = {block.name: block for block in blocks}
+        self._names = tuple(n for n in self.blocks if only is None or n in only)
+        self._kinds = (*OWN, *SAMPLED) if draws else OWN
+        self._dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self._device = device
+        self._sums = {
+            f"{name}#{kind}": RunningSum(
+                (self.blocks[name].d_out, self.blocks[name].d_in), dtype, device
+            )
+            for name in self._names
+            for kind in self._kinds
+        }
+        self._bases = {n: Eigenbasis() for b in blocks for n in (b.input_factor, b.output_factor)}
+        self._draws = draws
+        self._examples = self._batches = 0
+
+    def add(self, draws: Sequence[Captured], counts: bool = True) -> dict[str, Tensor]:
+        """Add a microbatch's contribution; gives ``block_sq_norms [N, B]`` of the own labels.
+
+        Args:
+            counts: whether it enters the sums; without, it only gives the norms.
+        """
+        (own,) = (captured for captured in draws if captured.own)
+        sampled = [captured for captured in draws if not captured.own]
+        assert len(sampled) == self._draws
+        apart, together = self._rotations(own), self._rotations(own, together=True)
+        norms = []
+        for name, block in self.blocks.items():
+            squares = self._sums.get(f"{name}#mean_square") if counts else None
+            norms.append(add_squares(squares, apart, block))
+            if squares is not None:
+                _add_sum(self._sums[f"{name}#mean"], together, block)
+        if counts:
+            for captured in sampled:
+                apart = self._rotations(captured)
+                together = self._rotations(captured, together=True)
+                for name in self._names:
+                    block = self.blocks[name]
+                    add_squares(self._sums[f"{name}#mean_square_sampled"], apart, block)
+                    add_squares(self._sums[f"{name}#gauss_newton_bartlett"], together, block)
+            self._examples += own.batch.size
+            self._batches += 1
+        none = torch.zeros(own.batch.size, 0, dtype=torch.float64, device=self._device)
+        return {BLOCK_NORMS: torch.stack(norms, dim=1) if norms else none}
+
+    def _rotations(self, captured: Captured, together: bool = False) -> Rotations:
+        blocks = tuple(self.blocks.values())
+        return Rotations(captured, self._bases, blocks, self._dtype, together)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The blocks whose sums are gathered."""
+        return self._names
+
+    def result(self, name: str) -> GradientSum:
+        """The sums of one block.
+
+        Raises:
+            NumericalError: a sum is not finite.
+        """
+        totals = {
+            kind: self._sums[f"{name}#{kind}"].value(f"block {name}, {kind}")
+            for kind in self._kinds
+        }
+        return GradientSum(name, totals, self._examples, self._draws, self._batches)
+
+    def state(self) -> dict[str, Tensor]:
+        """Sums and counts as they stand."""
+        counts = torch.tensor([self._examples, self._batches])
+        return nested_state(self._sums) | {"counts": counts}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from :meth:`state`."""
+        load_nested(self._sums, state)
+        self._examples, self._batches = (int(x) for x in state["counts"])
+
+    def join(self, state: Mapping[str, Tensor]) -> None:
+        """Add the sums of other examples, given as their :meth:`state`."""
+        join_nested(self._sums, state)
+        examples, batches = (int(x) for x in state["counts"])
+        self._examples += examples
+        self._batches += batches
+
+
+def _add_sum(running: RunningSum, together: Rotations, block: Block) -> None:
+    """Add the sum of all examples' gradients: one product of all rows, a group of channels each."""
+    rows = together.rows(block)
+    if rows is not None and rows[0].ndim == 3:
+        running.add_outer(rows[1][0], rows[0][0])
+        return
+    for _, outputs, m_NOI in together.pieces(block):
+        running.add(m_NOI[0], outputs)
+
+
+def _sum(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one + other
