@@ -1,11 +1,15 @@
 """raycurv: curvature of neural networks on Ray, with influence scores in Parquet."""
 
+from raycurv.driver.prune_settings import PruneSettings
 from raycurv.driver.settings import EvaluateSettings, FitSettings, InfluenceSettings
 from raycurv.errors import DamagedFile, NumericalError, RaycurvError, UserError
 from raycurv.evaluation import Evaluation, evaluate
 from raycurv.mathematics.curvature import BlockCurvature, Damping
 from raycurv.mathematics.gradient_statistics import GradientStatistics
 from raycurv.mathematics.objective import CausalLM, Classification, Objective, Regression
+from raycurv.mathematics.rank_curvature import RankCurvature
+from raycurv.mathematics.rank_fisher import RankFisher
+from raycurv.pruned import Pruned, open_pruned
 from raycurv.run import Products, Run, Scores, fit, open_scores
 from raycurv.run import open_run as open
 
@@ -23,6 +27,10 @@ __all__ = [
     "NumericalError",
     "Objective",
     "Products",
+    "PruneSettings",
+    "Pruned",
+    "RankCurvature",
+    "RankFisher",
     "RaycurvError",
     "Regression",
     "Run",
@@ -31,5 +39,6 @@ __all__ = [
     "evaluate",
     "fit",
     "open",
+    "open_pruned",
     "open_scores",
 ]

@@ -17,6 +17,8 @@ from raycurv.driver.fitting import fit as run_fit
 from raycurv.driver.influence import influence as run_influence
 from raycurv.driver.parents import SHARED
 from raycurv.driver.progress import Reporter
+from raycurv.driver.prune_settings import PruneSettings
+from raycurv.driver.pruning import prune as run_prune
 from raycurv.driver.settings import IN_MEMORY, FitSettings, InfluenceSettings
 from raycurv.errors import DamagedFile, UserError
 from raycurv.files.artifacts import (
@@ -37,6 +39,7 @@ from raycurv.mathematics.gradient_statistics import GradientStatistics
 from raycurv.mathematics.objective import Objective
 from raycurv.mathematics.rank_curvature import RankCurvature
 from raycurv.mathematics.rank_fisher import RankFisher
+from raycurv.pruned import Pruned
 
 Model = str | os.PathLike[str] | Callable[[], nn.Module]
 
@@ -218,6 +221,24 @@ class Run:
             "no such name",
             f"There are {', '.join(self.block_names()[:5])}, …",
         )
+
+    def prune(self, out: str | os.PathLike[str], quiet: bool = False, **settings: Any) -> Pruned:
+        """Remove weights of the fitted model and move the others to make up for them.
+
+        Args:
+            out: where the checkpoint, saliencies and masks go.
+            quiet: show no progress.
+            **settings: the fields of :class:`raycurv.PruneSettings`.
+
+        Raises:
+            UserError: a mistake in settings, or statistics that this run lacks.
+        """
+        if "damping" in settings:
+            settings["damping"] = str(settings["damping"])
+        chosen = PruneSettings(run=self._store.uri, out=os.fspath(out), **settings)
+        reporter = Reporter(quiet, chosen.log)
+        store, _ = run_prune(chosen, self._model, self._objective, reporter)
+        return Pruned(store)
 
     def rank_fisher(self) -> RankFisher:
         """The Fisher of a fit with ``mfac`` across all blocks, whole in memory: the inverse, any of

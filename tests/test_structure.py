@@ -20,7 +20,7 @@ FILES = {
 # Who may import whom: a package imports those that stand before it, and itself.
 ORDER = (
     "batch", "errors", "mathematics", "models", "data", "files", "stages", "onray", "planning",
-    "driver", "run", "evaluation",
+    "driver", "pruned", "run", "evaluation",
 )  # fmt: skip
 # Mathematics and plans: functions of tensors and numbers, without files, clusters or libraries of
 # models.
