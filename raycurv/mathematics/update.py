@@ -10,9 +10,8 @@ The equations are solved on P by conjugate gradients with the masked ``apply(x, 
 preconditioned by the diagonal of F + λ, or by the masked inverse where most weights stay; a small
 block's by Cholesky; a diagonal curvature's need no solving.
 
-Hassibi & Stork 1992; Kurtic et al. 2022 (arXiv:2203.07259), section 3.2.
-
-F is the curvature of the mean loss per example. Axis letters: O outputs, I inputs (with the bias).
+Hassibi & Stork 1992; Kurtic et al. 2022 (arXiv:2203.07259), section 3.2. F is the
+curvature of the mean loss per example. Axis letters: O outputs, I inputs (with the bias).
 """
 
 from __future__ import annotations

@@ -1,0 +1,130 @@
+"""Small curvatures for pruning, and what they are as whole matrices in float64.
+
+The minima come from the equations of the constrained problem with its multipliers, so that neither
+an inverse's submatrix nor a Schur complement is taken for granted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from dense import ekfac_matrix
+from torch import Tensor
+
+from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.curvature import BlockCurvature, Damping
+from raycurv.mathematics.eigen import Eigenbasis
+
+# Four outputs, eight inputs and the bias.
+D_OUT, D_IN = 4, 9
+BLOCK = Block("layer", "linear", D_IN, D_OUT, True)
+DAMPING = Damping(0.1)
+METHODS = ("ekfac", "tiles", "kfac", "diagonal", "identity")
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def basis(*tiles: int, seed: int = 0) -> Eigenbasis:
+    vectors = tuple(torch.linalg.qr(numbers(t, t, seed=seed + n)).Q for n, t in enumerate(tiles))
+    return Eigenbasis(vectors, tuple(torch.ones(t, dtype=torch.float64) for t in tiles))
+
+
+def curvature(method: str, block: Block = BLOCK) -> BlockCurvature:
+    """A block's curvature of this method; ``tiles`` cuts the bases of EK-FAC across runs of 4."""
+    lam = numbers(block.d_out, block.d_in, seed=1).square()
+    if method == "identity":
+        return BlockCurvature(block, Eigenbasis(), Eigenbasis(), None)
+    if method == "diagonal":
+        return BlockCurvature(block, Eigenbasis(), Eigenbasis(), lam)
+    if method == "kfac":
+        lam = torch.outer(lam[:, 0], lam[0])
+    elif method == "tiles":
+        return BlockCurvature(block, basis(3, 4, block.d_in - 7), basis(2, block.d_out - 2), lam)
+    return BlockCurvature(block, basis(block.d_in, seed=2), basis(block.d_out, seed=3), lam)
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """``gᵀδ + ½ δᵀHδ`` with a whole matrix.
+
+    Attributes:
+        undamped: F.
+        lam: λ.
+        gradient: g, flat.
+    """
+
+    undamped: Tensor
+    lam: float
+    gradient: Tensor
+
+    @property
+    def damped(self) -> Tensor:
+        return self.undamped + self.lam * torch.eye(len(self.undamped), dtype=torch.float64)
+
+    def value(self, step: Tensor) -> float:
+        step = step.flatten()
+        return float(self.gradient @ step + step @ self.damped @ step / 2)
+
+    def prediction(self, step: Tensor) -> float:
+        return replace(self, lam=0.0).value(step)
+
+    def minimum(self, w: Tensor, gone: Sequence[int]) -> Tensor:
+        """The step that sets the weights that are gone to zero, by Lagrange's multipliers."""
+        size, count = len(self.damped), len(gone)
+        ties = torch.zeros(size, count, dtype=torch.float64)
+        ties[list(gone), range(count)] = 1
+        system = torch.zeros(size + count, size + count, dtype=torch.float64)
+        system[:size, :size], system[:size, size:], system[size:, :size] = self.damped, ties, ties.T
+        right = torch.cat([-self.gradient, -w.flatten()[list(gone)]])
+        return torch.linalg.solve(system, right)[:size]
+
+    def cost(self, w: Tensor, gone: Sequence[int]) -> float:
+        """Of setting weights to zero: above the lowest point there is."""
+        return self.value(self.minimum(w, gone)) - self.value(self.minimum(w, ()))
+
+
+def quadratic(method: str, gradient: Tensor | None, damping: Damping = DAMPING) -> Quadratic:
+    """The model of :func:`curvature`, from the definition."""
+    block = curvature(method)
+    size = D_OUT * D_IN
+    g = torch.zeros(size, dtype=torch.float64) if gradient is None else gradient.flatten()
+    if block.lam_OI is None:
+        return Quadratic(torch.eye(size, dtype=torch.float64), 0.0, g)
+    lam, bases = block.lam_OI, (block.input_basis.vectors, block.output_basis.vectors)
+    q_a, q_g = (
+        torch.block_diag(*q) if q else torch.eye(d, dtype=torch.float64)
+        for q, d in zip(bases, (D_IN, D_OUT), strict=True)
+    )
+    return Quadratic(ekfac_matrix(q_a, q_g, lam), damping.of(float(lam.mean())), g)
+
+
+def rank_quadratic(rows: Tensor, lam: float, gradient: Tensor | None) -> Quadratic:
+    """The model of a rank-m Fisher."""
+    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+    for row in rows:
+        total += torch.outer(row, row) / len(rows)
+    g = torch.zeros(len(total), dtype=torch.float64) if gradient is None else gradient.flatten()
+    return Quadratic(total, lam, g)
+
+
+class DenseInverse:
+    """The inverse of a rank-m Fisher, dense, for parts that are views of its rows."""
+
+    def __init__(self, rows: Tensor, lam: float) -> None:
+        self.rows, self.inverse = rows, torch.linalg.inv(rank_quadratic(rows, lam, None).damped)
+
+    def part(self, rows: Tensor) -> Tensor:
+        first = rows.storage_offset() - self.rows.storage_offset()
+        place = slice(first, first + rows.shape[1])
+        assert torch.equal(self.rows[:, place], rows)
+        return self.inverse[place, place]
+
+    def diagonal(self, rows: Tensor) -> Tensor:
+        return self.part(rows).diag()
+
+    def submatrices(self, rows: Tensor, index: Tensor) -> Tensor:
+        return self.part(rows)[index[:, :, None], index[:, None, :]]
