@@ -12,7 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from commands import classified, classifier, failure_in, flags_of, run_here, write_rows
+from commands import (
+    classified,
+    classifier,
+    failure_in,
+    flags_of,
+    open_losses,
+    run_here,
+    write_rows,
+)
 from conftest import Fits
 from dense import Truth, set_weight, worst
 from networks import LLAMA, MLP, REGRESSION, VOCAB, Case
@@ -20,15 +28,10 @@ from torch import Tensor, nn
 
 import raycurv
 from raycurv import UserError
-from raycurv.data.sources import fingerprint
 from raycurv.driver import check
-from raycurv.driver.corpus import open_corpus
 from raycurv.driver.evaluating import evaluate
-from raycurv.driver.losses import Losses
 from raycurv.driver.progress import Reporter
 from raycurv.driver.settings import EvaluateSettings
-from raycurv.driver.workers import Workers
-from raycurv.files.manifest import Manifest
 from raycurv.files.store import Store
 from raycurv.files.weights import write_checkpoint
 from raycurv.mathematics.blocks import choose_blocks
@@ -344,7 +347,7 @@ def test_models_in_turn_have_the_losses_that_each_has_alone(
 
     monkeypatch.setattr(Stage, "__init__", counted)
     settings = EvaluateSettings(address="none", batch_tokens=case.batch_tokens, **HOW[how])
-    losses = open_losses(settings, case, model, tmp_path)
+    losses = open_losses(settings, model, case.objective, case.data, tmp_path)
     for each in models:
         assert worst(losses.of(each), by_hand(case, each)) < CLOSE
     if how != "swept":
@@ -355,12 +358,3 @@ def test_models_in_turn_have_the_losses_that_each_has_alone(
     seen = turns(monkeypatch)
     losses.of(models[2])
     assert not seen
-
-
-def open_losses(settings: EvaluateSettings, case: Case, model: Any, folder: Path) -> Losses:
-    """The losses of a case's data, as a caller of the driver opens them."""
-    store, quiet = Store(str(folder)), Reporter(quiet=True)
-    corpus = open_corpus(store, "data", list(case.data), "--data", model, settings, None, 0)
-    workers = Workers(settings, model, case.objective, (), torch.float64, 0, quiet, store)
-    manifest = Manifest("evaluate", {}, {"data": fingerprint(list(case.data))})
-    return Losses(settings, store, manifest, corpus, torch.float64, workers, quiet)
