@@ -22,11 +22,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from raycurv.data.sources import fingerprint
 from raycurv.driver.command import run_job
+from raycurv.driver.corpus import open_corpus
 from raycurv.driver.evaluating import evaluate
 from raycurv.driver.fitting import fit
 from raycurv.driver.influence import influence
+from raycurv.driver.losses import Losses
 from raycurv.driver.planning import plan
+from raycurv.driver.progress import Reporter
 from raycurv.driver.settings import (
     EvaluateSettings,
     FitSettings,
@@ -35,6 +39,9 @@ from raycurv.driver.settings import (
     TimelineSettings,
 )
 from raycurv.driver.watching import show_timeline
+from raycurv.driver.workers import Workers
+from raycurv.files.manifest import Manifest
+from raycurv.files.store import Store
 
 ROOT = Path(__file__).resolve().parent.parent
 JOBS: dict[str, tuple[Any, Callable[..., Any]]] = {
@@ -142,6 +149,17 @@ def flags_of(settings: Mapping[str, Any]) -> list[str]:
         elif value is not False and value is not None:
             flags += [flag, str(value)]
     return flags
+
+
+def open_losses(
+    settings: EvaluateSettings, model: Any, objective: str, rows: Sequence[Any], folder: Path
+) -> Losses:
+    """The losses of models in turn, in float64, as a caller of the driver opens them."""
+    store, quiet = Store(str(folder)), Reporter(quiet=True)
+    corpus = open_corpus(store, "data", list(rows), "--data", model, settings, None, 0)
+    workers = Workers(settings, model, objective, (), torch.float64, 0, quiet, store)
+    manifest = Manifest("evaluate", {}, {"data": fingerprint(list(rows))})
+    return Losses(settings, store, manifest, corpus, torch.float64, workers, quiet)
 
 
 # Models and data

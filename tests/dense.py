@@ -81,6 +81,17 @@ def matrix_of(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
     return whole if bias is None else torch.cat([whole, bias[:, None]], dim=1)
 
 
+def set_weight(module: Any, matrix: Tensor) -> None:
+    """Give a layer the weight that :func:`matrix_of` would show."""
+    with torch.no_grad():
+        if module.bias is not None:
+            module.bias.copy_(matrix[:, -1])
+            matrix = matrix[:, :-1]
+        if type(module).__name__ == "Conv1D":
+            matrix = matrix.T
+        module.weight.copy_(matrix.reshape(module.weight.shape))
+
+
 def input_rows(module: nn.Module, x: Tensor) -> Tensor:
     """Rows that a layer multiplies by its weight, for the input of one example."""
     if not isinstance(module, nn.Conv2d):

@@ -93,22 +93,10 @@ def _patched(model: Model, every: int = 2) -> Patched:
     return Patched(model, [Patch.of(b, _other(model, b)) for b in _blocks(model)[::every]])
 
 
-def _set_by_hand(network: nn.Module, name: str, matrix: Tensor) -> None:
-    """As a person would, who knows PyTorch alone."""
-    module: Any = network.get_submodule(name)
-    with torch.no_grad():
-        if module.bias is not None:
-            module.bias.copy_(matrix[:, -1])
-            matrix = matrix[:, :-1]
-        if type(module).__name__ == "Conv1D":
-            matrix = matrix.T
-        module.weight.copy_(matrix.reshape(module.weight.shape))
-
-
 def _by_hand(folder: Path, patched: Patched) -> Any:
     network = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     for name, patch in patched.patches.items():
-        _set_by_hand(network, name, patch.read())
+        dense.set_weight(network.get_submodule(name), patch.read())
     return network
 
 
@@ -176,7 +164,7 @@ def test_a_patched_sequential_is_the_one_whose_weights_are_set_by_hand() -> None
     own = _grouped()
     plain = own(images)
     for name, patch in patched.patches.items():
-        _set_by_hand(own, name, patch.read())
+        dense.set_weight(own.get_submodule(name), patch.read())
     assert torch.equal(hidden, own(images))
     assert not torch.equal(plain, own(images))
 

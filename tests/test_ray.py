@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import pickle
+import signal
 import time
 import warnings
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from commands import (
     failure_in,
     flags_of,
     infinite,
+    open_losses,
     overflowing,
     run,
     run_here,
@@ -34,7 +36,11 @@ from commands import (
 import raycurv
 from raycurv import NumericalError, UserError, errors
 from raycurv.batch import Batch
+from raycurv.driver.settings import EvaluateSettings
+from raycurv.mathematics.blocks import choose_blocks
 from raycurv.models.model import open_model
+from raycurv.models.patched import Patched
+from raycurv.models.stored import Patch
 from raycurv.onray.pool import OnRay
 from raycurv.stages.stage import StageSpec
 from raycurv.stages.transport import Packed, pack, unpack
@@ -187,6 +193,33 @@ def test_a_connection_that_was_there_is_left_alive_and_without_actors(
     assert pool.stages == 0 and ray.is_initialized()
     with pytest.raises(ray.exceptions.RayActorError):
         ray.get(actor.abort.remote(), timeout=30)
+
+
+def test_patched_models_take_turns_on_the_same_actors(cluster: None, tmp_path: Path) -> None:
+    model = open_model(classifier)
+    blocks = choose_blocks(model.skeleton(), ())
+    models = [
+        Patched(model, [Patch.of(b, n * model.block_weight(b))]) for n, b in enumerate(blocks, 2)
+    ]
+    how: dict[str, Any] = {"batch_tokens": 4, "stages": 2}
+    expected = open_losses(
+        EvaluateSettings(address="none", **how), model, "classification", ROWS, tmp_path / "here"
+    )
+    mine = open_losses(
+        EvaluateSettings(address="local", **how), model, "classification", ROWS, tmp_path / "ray"
+    )
+    assert relative(mine.of(model), expected.of(model)) < CLOSE
+    pool = mine.workers.tasks()
+    assert isinstance(pool, OnRay)
+    before = pool.pids()
+    assert relative(mine.of(models[0]), expected.of(models[0])) < CLOSE
+    assert pool.pids() == before
+    # An actor that is lost is built again as what the others have become.
+    os.kill(next(iter(before.values())), signal.SIGKILL)
+    assert relative(mine.of(models[2]), expected.of(models[2])) < CLOSE
+    assert len(set(pool.pids().items()) & set(before.items())) == len(before) - 1
+    assert relative(mine.of(models[1]), mine.of(models[2])) > 1e-3
+    mine.workers.close()
 
 
 def _spec() -> StageSpec:

@@ -18,12 +18,13 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from raycurv.driver.commits import last_commit, plan_mark
 from raycurv.driver.corpus import Corpus
 from raycurv.driver.feed import Feed
 from raycurv.driver.progress import Reporter
 from raycurv.driver.rows import ExampleRows, rows_by_part
 from raycurv.driver.settings import Execution
-from raycurv.driver.sweep import Sweep, Task, open_spool
+from raycurv.driver.sweep import Sweep, Task, commit_place, open_spool
 from raycurv.driver.workers import Workers
 from raycurv.files.manifest import Manifest
 from raycurv.files.store import Store
@@ -69,8 +70,8 @@ class Losses:
         Raises:
             UserError: a loss is not finite (names the example), or a patch does not fit.
         """
-        parts_ = [table["loss"].to_numpy() for _, table in self.tables(model, label)]
-        return torch.from_numpy(np.concatenate(parts_))
+        found = [table["loss"].to_numpy() for _, table in self.tables(model, label)]
+        return torch.from_numpy(np.concatenate(found))
 
     def tables(self, model: Model, label: str = "losses") -> Iterator[tuple[int, pa.Table]]:
         """What a pass finds of the examples, a part of the corpus at a time, in its order.
@@ -81,8 +82,20 @@ class Losses:
         Raises:
             UserError: see :meth:`of`.
         """
-        self.workers.become(model)
         mark = _mark(model)
+        work = LossPass(f"losses-{mark}" if mark else "losses")
+        return rows_by_part(self.store, self._finished(work) or self._run(model, work, mark, label))
+
+    def _finished(self, work: LossPass) -> list[str]:
+        """The files of a pass that has come to its end; none of another."""
+        groups = len(self.workers.groups)
+        place = commit_place(work.name, groups - 1, groups)
+        commit = last_commit(self.store, place, plan_mark(self._feed.plan))
+        return commit.rows if commit is not None and commit.finished else []
+
+    def _run(self, model: Model, work: LossPass, mark: str, label: str) -> list[str]:
+        """Take the corpus through a model; gives the files of what was found."""
+        self.workers.become(model)
         spool = None
         if len(self.workers.groups) > 1:
             # Hidden states of one model are of no use to another.
@@ -99,12 +112,11 @@ class Losses:
             self.reporter,
             self.settings.commit_seconds,
         )
-        work = LossPass(f"losses{mark and f'-{mark}'}")
-        task = Task(_STREAM, self._feed, work, work, False, ExampleRows(self.store, None))
         sweep.forward()
+        task = Task(_STREAM, self._feed, work, work, False, ExampleRows(self.store, None))
         names = sweep.run(sweep.last, task, label, sweep.last)
         sweep.end()
-        return rows_by_part(self.store, names)
+        return names
 
     @cached_property
     def _feed(self) -> Feed:
