@@ -64,7 +64,7 @@ class Pruned:
         return None if found is None else float(found)
 
     def blocks(self) -> pa.Table:
-        """One row a block: what went, rises of the loss (predicted, measured), how it was solved."""
+        """One row a block: what went, predicted and measured rises of the loss, how it went."""
         return read_table(self._store, PRUNED_FILE)
 
     def heads(self) -> pa.Table:
