@@ -138,7 +138,8 @@ def rank_pattern(
         entries = {(a, b): found_OBMM[..., a, b] for a, b in pairs}
         return _quadratics(pattern, _runs(pattern, u_OI[rows], groups), entries)
 
-    return _choose(pattern, block, len(u_OI), costs, keep_OI)
+    # A row of G for every weight that is looked at.
+    return _choose(pattern, block, len(u_OI), costs, keep_OI, len(rows_ZN))
 
 
 def _runs(pattern: NofM, u_OI: Tensor, groups: int) -> list[Tensor]:
@@ -198,12 +199,16 @@ def _choose(
     outputs: int,
     costs: Callable[[slice], list[Tensor]],
     keep_OI: Tensor | None,
+    numbers: int = 1,
 ) -> Pattern:
-    """The cheapest subset of every run, the first of equal ones; some outputs at a time."""
+    """The cheapest subset of every run, the first of equal ones; some outputs at a time.
+
+    ``numbers`` are held of each weight while ``costs`` looks at it.
+    """
     width, subsets = inputs_of(block), pattern.subsets
     goes_CM = torch.zeros(len(subsets), pattern.of, dtype=torch.bool).scatter_(1, subsets, True)
     keeps, saliencies = [], []
-    step = max(1, CHUNK // (width * len(subsets)))
+    step = max(1, CHUNK // (width * max(len(subsets), numbers)))
     for start in range(0, outputs, step):
         rows = slice(start, start + step)
         cost_COB = torch.stack(costs(rows))
