@@ -136,6 +136,11 @@ HELP = {
         "--stages": "None", "--schedule": "pipelined", "--homes": "1", "--spool-dir": "None",
         "--batch-tokens": "4096", "--address": "None",
     },
+    "evaluate.py": {
+        "--model": "", "--data": "", "--out": "", "--objective": "causal-lm",
+        "--max-examples": "None", "--seed": "0", "--dtype": "float32", "--max-length": "None",
+        "--long": "error", "--stages": "None", "--schedule": "pipelined", "--batch-tokens": "4096",
+    },
 }  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from commands import (
     write_rows,
 )  # fmt: skip
 from s3 import ENVIRONMENT, Proxy, Server, free_port, proxy, server
+from safetensors.torch import load_file
 
 import raycurv
 from raycurv.data.sources import fingerprint, open_parts
@@ -39,6 +40,8 @@ from raycurv.files.lock import NAME, hold
 from raycurv.files.store import Store, open_store
 from raycurv.files.tables import read_table
 from raycurv.files.tensorfile import open_tensors
+from raycurv.files.weights import write_checkpoint
+from raycurv.models.model import open_model
 
 torch.set_num_threads(1)
 
@@ -137,6 +140,22 @@ def test_a_run_on_an_object_store_is_that_of_a_disk_and_stays_as_it_is(
     after = {n: (run._store.written(n), run._store.size(n)) for n in run._store.names()}
     assert {n for n in after if after[n] != before[n]} <= {"run.json"}
     assert uploads(lambda: score(run, s3.uri("bucket/same/scores"))) == {NAME}
+
+
+def test_an_evaluation_and_a_checkpoint_lie_there_as_on_a_disk(s3: Server, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"objective": "classification", "address": "none", "quiet": True}
+    far = raycurv.evaluate(classifier, ROWS, s3.uri("bucket/evaluation"), **settings)
+    near = raycurv.evaluate(classifier, ROWS, tmp_path / "evaluation", **settings)
+    assert far.loss == near.loss and far.examples().equals(near.examples())
+    saved = Store(s3.uri("bucket/saved"))
+    for _ in range(2):  # anew, and in place of what is there
+        write_checkpoint(saved, open_model(classifier))
+    assert saved.names() == ["model.safetensors"]
+    (tmp_path / "here.safetensors").write_bytes(bytes(saved.open("model.safetensors").read()))
+    expected = classifier().state_dict()
+    found = load_file(tmp_path / "here.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
 def uploads(job: Callable[[], Any], fails: str = "") -> set[str]:

@@ -277,6 +277,22 @@ def test_shards_keep_their_index_and_bfloat16_its_bytes(tmp_path: Path) -> None:
         assert (tmp_path / "copy" / name).read_bytes() == (source / name).read_bytes()
 
 
+def test_a_tensor_that_two_files_have_is_replaced_in_both(tmp_path: Path) -> None:
+    source, target = tmp_path / "model", tmp_path / "saved"
+    _save(source, "llama", max_shard_size="4KB")
+    first, *_, last = sorted(source.glob("*.safetensors"))
+    key = next(key for key in load_file(first) if "mlp" in key)
+    save_file(load_file(last) | {key: load_file(first)[key]}, last, metadata={"format": "pt"})
+    model = open_model(str(source))
+    block = next(block for block in _blocks(model) if key.startswith(block.name))
+    write_checkpoint(Store(str(target)), Patched(model, [Patch.of(block, _other(model, block))]))
+    for path in (first, last):
+        assert torch.equal(load_file(target / path.name)[key], _other(model, block))
+    # Control: what is not patched is the same file.
+    write_checkpoint(Store(str(tmp_path / "copy")), model)
+    assert (tmp_path / "copy" / last.name).read_bytes() == last.read_bytes()
+
+
 def test_the_files_of_a_patched_and_saved_model_give_its_own_weights(tmp_path: Path) -> None:
     patched = _patched(open_model(str(_save(tmp_path / "model", "gpt2, transposed"))))
     write_checkpoint(Store(str(tmp_path / "saved")), patched)

@@ -96,7 +96,7 @@ def _evaluate_held(
             "evaluate",
             said,
             {"model": network.fingerprint(), "data": fingerprint(source)},
-            {"model": shown(settings.model), "data": shown(settings.data)},
+            {"model": shown(settings.model or network.name), "data": shown(settings.data)},
         ),
     )
     if "tables" in manifest.complete:

@@ -145,17 +145,16 @@ class Checkpoint:
             replaced: by key what gives the tensor, of the same shape and dtype.
 
         Raises:
-            UserError: the file ends early, or cannot be opened.
+            UserError: the file has changed, ends early, or cannot be opened.
         """
-        path = str(self.directory / file)
-        mine = [(key, entry) for key, entry in self._entries.items() if entry.file == path]
-        mine.sort(key=lambda pair: (pair[1].offset, pair[1].nbytes))
-        size = os.path.getsize(path)
-        start = min((entry.offset for _, entry in mine), default=size)
-        yield from _pieces(path, "its header", 0, start)
-        for key, entry in mine:
+        path = self.directory / file
+        # What the file itself has: several files may have a tensor of one name.
+        entries = sorted(_read_header(path).items(), key=_place)
+        start = entries[0][1].offset if entries else path.stat().st_size
+        yield from _pieces(str(path), "its header", 0, start)
+        for key, entry in entries:
             if key not in replaced:
-                yield from _pieces(path, key, entry.offset, entry.nbytes)
+                yield from _pieces(str(path), key, entry.offset, entry.nbytes)
                 continue
             tensor = replaced[key]()
             assert (tensor.dtype, tuple(tensor.shape)) == (entry.dtype, entry.shape), key
@@ -433,7 +432,7 @@ def _read_header(path: Path) -> dict[str, Entry]:
             raise
         raise invalid(f"an unreadable header ({type(error).__name__}: {error})") from error
     at = start
-    for key, entry in sorted(entries.items(), key=lambda pair: (pair[1].offset, pair[1].nbytes)):
+    for key, entry in sorted(entries.items(), key=_place):
         if entry.offset != at:
             raise invalid(f"tensor {key} at byte {entry.offset} instead of {at}")
         at += entry.nbytes
@@ -442,6 +441,11 @@ def _read_header(path: Path) -> dict[str, Entry]:
     if at != size:
         raise invalid(f"{size - at} bytes after the last tensor")
     return entries
+
+
+def _place(named: tuple[str, Entry]) -> tuple[int, int]:
+    """Sorts entries as they lie in their file, empty ones before what begins where they do."""
+    return named[1].offset, named[1].nbytes
 
 
 def _pieces(file: str, what: str, offset: int, nbytes: int) -> Iterator[memoryview]:
