@@ -160,15 +160,17 @@ def test_a_trace_keeps_what_a_forward_keeps(tmp_path: Path) -> None:
     assert len({b.input_factor for b in found}) == 2 * 4 < len(found)
 
 
-def test_a_fits_files_take_what_was_planned(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [(), ("--gradients",)], ids=["plain", "gradients"])
+def test_a_fits_files_take_what_was_planned(more: tuple[str, ...], tmp_path: Path) -> None:
     shape = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 2}
     model = save_llama(tmp_path / "m", **shape)
     data = write_rows(tmp_path / "d.parquet", texts(12))
     flags = ["--model", model, "--data", data, "--keep-sums", "--store-dtype", "bfloat16"]
+    flags += more
     said = run_here("plan.py", [*flags, "--json", "--out", tmp_path])
     planned = json.loads(said.out)["plans"]["fit"]
     assert run_here("fit.py", [*flags, "--out", tmp_path / "r", "--address", "none"]).code == 0
-    large = ("factors", "eigen", "corrected")
+    large = ["factors", "eigen", "corrected"] + (["gradients"] if more else [])
     files = [f for name in large for f in (tmp_path / "r" / name).iterdir()]
     taken = sum(file.stat().st_size for file in files)
     # Headers and checksums are 2 % of matrices as small as these.
@@ -177,6 +179,30 @@ def test_a_fits_files_take_what_was_planned(tmp_path: Path) -> None:
 
 
 # What holds when settings change
+
+
+@pytest.mark.parametrize("method", ["ekfac", "kfac", "diagonal", "identity"])
+def test_gradient_statistics_take_their_sums_and_files(small: Outline, method: str) -> None:
+    plain = plan_fit(job(small, method=method, ray=False), DATA)
+    weights = sum(b.d_in * b.d_out for b in chosen(small))
+    written = 4 * DATA.examples * len(chosen(small))
+    for own, sums in ((False, 2), (True, 4)):
+        more = {"gradients": True, "own": own, "method": method}
+        found = plan_fit(job(small, ray=False, **more), DATA)
+        assert found.kept - plain.kept == 4 * sums * weights + written
+        first, before = (plan.phases[1] for plan in (found, plain))
+        # 4 bytes an element, and 12 of those that are added to more than 32 times.
+        taken = first.peak.parts["sums of gradients"]
+        assert 4 * sums * weights <= taken <= 12 * sums * weights
+        assert first.peak.bytes > before.peak.bytes and first.flops > before.flops
+        if method == "ekfac":
+            # Resident stages gather in the first pass alone.
+            assert found.phases[3].peak == plain.phases[3].peak
+    # In a sweep the passes share what is spooled: one gradient more.
+    swept = {"homes": 1, "method": method, "gradients": True}
+    one, two = (plan_fit(job(small, 6, own=own, **swept), DATA) for own in (False, True))
+    moved = [sum(phase.moved for phase in plan.phases) for plan in (one, two)]
+    assert moved[1] > moved[0]
 
 
 def test_each_stage_of_many_takes_less(small: Outline) -> None:

@@ -79,7 +79,10 @@ class Drafts:
         tokens = changes.get("batch_tokens", self.settings.batch_tokens)
         asked, trained = queries(tokens), None if train is None else train(tokens)
         largest = max((s for s in (asked, trained) if s is not None), key=lambda s: s.rows)
-        return plan_influence(self.job(largest, changes), asked, trained)
+        job = self.job(largest, changes)
+        # Of the fit alone.
+        job = replace(job, recipe=replace(job.recipe, gradients=False, own=False))
+        return plan_influence(job, asked, trained)
 
     def job(self, data: DataShape, changes: Mapping[str, Any]) -> Job:
         """The job with some settings changed."""
@@ -141,6 +144,8 @@ def recipe_of(settings: FitSettings) -> Recipe:
         dtype=DTYPES[settings.dtype],
         store_dtype=DTYPES[settings.store_dtype],
         keep_sums=settings.keep_sums,
+        gradients=settings.gradients,
+        own=settings.gradients and settings.fisher == "sampled",
         logits_chunk=settings.logits_chunk,
         rows=settings.rows or 0,
     )

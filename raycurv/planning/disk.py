@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from raycurv.planning.memory import products_bytes, sum_bytes
+from raycurv.planning.memory import gradient_sum_bytes, products_bytes, sum_bytes
 from raycurv.planning.shapes import DataShape, Recipe, StageShape, squares
 
 Group = Sequence[StageShape]
@@ -49,6 +49,21 @@ def rank_rows(group: Group, recipe: Recipe) -> int:
     return rows + 8 * blocks * recipe.rows**2
 
 
+def gradients(group: Group, recipe: Recipe, data: DataShape) -> int:
+    """``gradients/``, and the norms of each example by block."""
+    if not recipe.gradients:
+        return 0
+    blocks = sum(len(stage.blocks) for stage in group)
+    written = recipe.gradient_sums * block_elements(group) + data.examples * blocks
+    return recipe.computed * written
+
+
+def norms(group: Group, recipe: Recipe, data: DataShape) -> int:
+    """The norms as a pass's rows and as they wait for those of other groups, in float64."""
+    blocks = sum(len(stage.blocks) for stage in group)
+    return 2 * 8 * data.examples * blocks if recipe.gradients else 0
+
+
 def factor_elements(group: Group, recipe: Recipe) -> int:
     """Elements of all factors."""
     return sum(squares(t) for s in group for t in s.factors(recipe.max_factor_dim).values())
@@ -66,17 +81,25 @@ def products(group: Group, recipe: Recipe, queries: int) -> int:
 
 def factor_commit(group: Group, recipe: Recipe, data: DataShape) -> int:
     """A commit of the first pass: sums as they stand, with their masters."""
-    return sum_bytes(recipe, data.microbatches) * factor_elements(group, recipe)
+    sums = sum_bytes(recipe, data.microbatches) * factor_elements(group, recipe)
+    return sums + gradient_commit(group, recipe, data)
 
 
 def corrected_commit(group: Group, recipe: Recipe, data: DataShape) -> int:
     """A commit of the second pass."""
-    return sum_bytes(recipe, data.microbatches) * block_elements(group)
+    sums = sum_bytes(recipe, data.microbatches) * block_elements(group)
+    return sums + gradient_commit(group, recipe, data)
+
+
+def gradient_commit(group: Group, recipe: Recipe, data: DataShape) -> int:
+    """What a commit of a pass has of gradient statistics."""
+    return sum(gradient_sum_bytes(stage, recipe, data) for stage in group)
 
 
 def rows_commit(group: Group, recipe: Recipe, data: DataShape) -> int:
     """A commit of the pass that gathers the rows of a rank-m Fisher."""
-    return recipe.rows * recipe.computed * block_elements(group)
+    rows = recipe.rows * recipe.computed * block_elements(group)
+    return rows + gradient_commit(group, recipe, data)
 
 
 def spool(group: int, groups: int, recipe: Recipe, data: DataShape, width: int) -> int:
@@ -86,4 +109,4 @@ def spool(group: int, groups: int, recipe: Recipe, data: DataShape, width: int) 
     writes.
     """
     one = data.positions * width * recipe.dtype.itemsize
-    return one * (group + recipe.draws * ((group < groups - 1) + (group > 0)))
+    return one * (group + recipe.back * ((group < groups - 1) + (group > 0)))

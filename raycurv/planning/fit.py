@@ -18,6 +18,7 @@ FIRST, EIGEN, SECOND, ROWS, LOSSES = (
     "gradients",
     "losses",
 )
+GRADIENTS = "gradient statistics"
 
 
 def plan_fit(job: Job, data: DataShape) -> Plan:
@@ -26,7 +27,14 @@ def plan_fit(job: Job, data: DataShape) -> Plan:
     on_disk, kept = _disk(job, data)
     weights = sum(stage.weights for stage in stages)
     through = sum(flops.forward(stage, data) for stage in stages)
-    back = sum(flops.backward(stage, recipe, data) for stage in stages)
+
+    def passed(work: Job, *gathering: Callable[..., float]) -> tuple[float, float]:
+        """FLOPs of a pass: forward and backward, and of what it gathers."""
+        back = sum(flops.backward(stage, work.recipe, data) for stage in stages)
+        sums = (flops.gradient_statistics, *gathering)
+        gathered = sum(f(stage, work.recipe, data) for f in sums for stage in stages)
+        return through + back, gathered
+
     spooled = _spooled(job, data)
     phases = [_phase("loading", job.resident(lambda s: memory.loading(s, recipe), data))]
     phases[0] = replace(phases[0], stored=weights, seconds=job.seconds(0.0, 0.0, weights))
@@ -41,16 +49,17 @@ def plan_fit(job: Job, data: DataShape) -> Plan:
             )
         )
     if recipe.has_factors:
-        outer = sum(flops.covariance(stage, recipe, data) for stage in stages)
+        model, outer = passed(job, flops.covariance)
         place = job.resident(lambda s: memory.covariance(s, recipe, data), data)
         sums, bases = disk.factor_sums(stages, recipe), disk.eigenbases(stages, recipe)
+        stored = sums + disk.gradients(stages, recipe, data) + spooled * (1 + recipe.back)
         phases.append(
             replace(
                 _phase(FIRST, place),
                 moved=job.moved(data, True),
-                stored=sums + spooled * (1 + recipe.draws),
-                flops=through + back + outer,
-                seconds=job.seconds(through + back, outer, sums + spooled * (1 + recipe.draws)),
+                stored=stored,
+                flops=model + outer,
+                seconds=job.seconds(model, outer, stored),
             )
         )
         phases.append(
@@ -62,33 +71,50 @@ def plan_fit(job: Job, data: DataShape) -> Plan:
             )
         )
     if recipe.has_corrected:
-        rotated = sum(flops.gradients(stage, recipe, data) for stage in stages)
-        place = job.resident(lambda s: memory.corrected(s, recipe, data), data)
+        second = _second(job)
+        model, rotated = passed(second, flops.gradients)
+        place = second.resident(lambda s: memory.corrected(s, second.recipe, data), data)
         stored = disk.eigenbases(stages, recipe) + disk.corrected(stages, recipe)
-        stored += spooled * (1 + recipe.draws)
+        stored += disk.gradients(stages, second.recipe, data)
+        stored += spooled * (1 + second.recipe.back)
         phases.append(
             replace(
                 _phase(SECOND, place),
-                moved=job.moved(data, True),
+                moved=second.moved(data, True),
                 stored=stored,
-                flops=through + back + rotated,
-                seconds=job.seconds(through + back, rotated, stored),
+                flops=model + rotated,
+                seconds=job.seconds(model, rotated, stored),
             )
         )
     if recipe.method == "mfac":
-        formed = sum(flops.gradients(stage, recipe, data) for stage in stages)
+        model, gathered = passed(job)
+        formed = sum(flops.gradients(stage, recipe, data) for stage in stages) + gathered
         place = job.resident(lambda s: memory.rank_rows(s, recipe, data), data)
-        stored = disk.rank_rows(stages, recipe) + spooled * (1 + recipe.draws)
+        stored = disk.rank_rows(stages, recipe) + disk.gradients(stages, recipe, data)
+        stored += spooled * (1 + recipe.back)
         phases.append(
             replace(
                 _phase(ROWS, place),
                 moved=job.moved(data, True),
                 stored=stored,
-                flops=through + back + formed,
-                seconds=job.seconds(through + back, formed, stored),
+                flops=model + formed,
+                seconds=job.seconds(model, formed, stored),
             )
         )
-    if recipe.method == "identity":
+    if recipe.method == "identity" and recipe.gradients:
+        model, gathered = passed(job)
+        place = job.resident(lambda s: memory.gradient_statistics(s, recipe, data), data)
+        stored = disk.gradients(stages, recipe, data) + spooled * (1 + recipe.back)
+        phases.append(
+            replace(
+                _phase(GRADIENTS, place),
+                moved=job.moved(data, True),
+                stored=stored,
+                flops=model + gathered,
+                seconds=job.seconds(model, gathered, stored),
+            )
+        )
+    elif recipe.method == "identity":
         place = job.resident(lambda s: memory.forward_only(s, recipe, data, True), data)
         phases.append(
             replace(
@@ -104,6 +130,17 @@ def plan_fit(job: Job, data: DataShape) -> Plan:
 
 def _phase(name: str, place: Place) -> Phase:
     return Phase(name, place.peak, place.node, place.gpu, 0)
+
+
+def _second(job: Job) -> Job:
+    """The job in its second pass: what the first one has gathered is not gathered again.
+
+    The passes of a sweep share the spooled gradients, those of the data's own labels with them.
+    """
+    if not job.recipe.has_factors:
+        return job
+    own = job.recipe.own and len(job.groups) > 1
+    return replace(job, recipe=replace(job.recipe, gradients=False, own=own))
 
 
 def _spooled(job: Job, data: DataShape) -> int:
@@ -130,11 +167,18 @@ def _disk(job: Job, data: DataShape) -> tuple[dict[str, int], int]:
         group = groups[number]
         beside = 0 if job.spool_apart else job.spool(data, number)
         at(LOSSES, kept + beside)
+        statistics = disk.gradients(group, recipe, data)
+        beside += disk.norms(group, recipe, data)
+        if recipe.method == "identity":
+            commit = _commit(job, data, group, flops.gradient_statistics, disk.gradient_commit)
+            at(GRADIENTS, kept + beside + max(2 * commit, commit + statistics))
+            kept += statistics
         if recipe.has_factors:
             sums, bases = disk.factor_sums(group, recipe), disk.eigenbases(group, recipe)
             commit = _commit(job, data, group, flops.covariance, disk.factor_commit)
             # The old commit goes when the new one is whole; the last one when the results are.
-            at(FIRST, kept + beside + max(2 * commit, commit + sums))
+            at(FIRST, kept + beside + max(2 * commit, commit + sums + statistics))
+            kept += statistics
             stays = sums if recipe.keep_sums else 0
             # A sum goes when its basis is there.
             largest = disk.largest_basis(group, recipe)
@@ -142,11 +186,12 @@ def _disk(job: Job, data: DataShape) -> tuple[dict[str, int], int]:
             kept += bases + stays
         if recipe.has_corrected:
             lam = disk.corrected(group, recipe)
-            commit = _commit(job, data, group, flops.gradients, disk.corrected_commit)
+            lam += disk.gradients(group, _second(job).recipe, data)
+            commit = _commit(_second(job), data, group, flops.gradients, disk.corrected_commit)
             at(SECOND, kept + beside + max(2 * commit, commit + lam))
             kept += lam
         if recipe.method == "mfac":
-            rows = disk.rank_rows(group, recipe)
+            rows = disk.rank_rows(group, recipe) + statistics
             commit = _commit(job, data, group, flops.gradients, disk.rows_commit)
             at(ROWS, kept + beside + max(2 * commit, commit + rows))
             kept += rows

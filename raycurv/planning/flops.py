@@ -45,7 +45,7 @@ def forward(stage: StageShape, data: DataShape) -> float:
 
 def backward(stage: StageShape, recipe: Recipe, data: DataShape) -> float:
     """All data backward, without gradients of weights."""
-    return recipe.draws * stage.flops * data.positions
+    return recipe.back * stage.flops * data.positions
 
 
 def gradients(stage: StageShape, recipe: Recipe, data: DataShape) -> float:
@@ -69,6 +69,14 @@ def gradients(stage: StageShape, recipe: Recipe, data: DataShape) -> float:
         else:
             total += outer + 2.0 * b.d_in * b.d_out * (t_in + t_out)
     return total * data.examples * recipe.draws
+
+
+def gradient_statistics(stage: StageShape, recipe: Recipe, data: DataShape) -> float:
+    """Two products of all rows for each set of labels: examples apart, and together."""
+    if not recipe.gradients:
+        return 0.0
+    sets = 1 + (recipe.draws if recipe.own else 0)
+    return 2 * sets * sum(2.0 * b.d_in * b.d_out for b in stage.blocks) * data.positions
 
 
 def decompositions(stages: Sequence[StageShape], recipe: Recipe) -> list[float]:

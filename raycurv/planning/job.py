@@ -118,14 +118,15 @@ class Job:
         beside = self.base + RAY_DAEMONS
         if data is not None:
             hidden = data.rows * max(s.width for s in group) * self.recipe.dtype.itemsize
-            beside += 2 * (len(group) - 1) * hidden * (1 + self.recipe.draws)
+            beside += 2 * (len(group) - 1) * hidden * (1 + self.recipe.back)
         return beside
 
     def _largest_written(self, group: Group) -> int:
         sizes = [
             8 * squares(t) for s in group for t in s.factors(self.recipe.max_factor_dim).values()
         ]
-        sizes += [8 * b.d_in * b.d_out for s in group for b in s.blocks]
+        written = max(8, self.recipe.computed * self.recipe.gradient_sums)
+        sizes += [written * b.d_in * b.d_out for s in group for b in s.blocks]
         return max(sizes, default=0)
 
     @staticmethod
@@ -138,7 +139,7 @@ class Job:
     def moved(self, data: DataShape, backward: bool) -> int:
         """Bytes between stages in a pass: hidden states forward, their gradients backward."""
         one = data.positions * self.recipe.dtype.itemsize * max(s.width for s in self.stages)
-        return (len(self.stages) - 1) * one * (1 + (self.recipe.draws if backward else 0))
+        return (len(self.stages) - 1) * one * (1 + (self.recipe.back if backward else 0))
 
     def seconds(self, model: float, other: float = 0.0, stored: int = 0) -> float | None:
         """Of a pass with so many FLOPs of the model's products and of others."""

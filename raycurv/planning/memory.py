@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -78,7 +78,7 @@ def covariance(stage: StageShape, recipe: Recipe, data: DataShape) -> tuple[Mome
         * sum_bytes(recipe, data.microbatches * (recipe.draws if n in outputs else 1))
         for n, tiles in factors.items()
     )
-    held = _weights(stage) | {"sums of A and G": sums}
+    held = _weights(stage) | {"sums of A and G": sums} | _gradient_sums(stage, recipe, data)
     adding = max(
         (
             # The product is added to the sum afterwards; one operand is laid out anew for it.
@@ -90,9 +90,11 @@ def covariance(stage: StageShape, recipe: Recipe, data: DataShape) -> tuple[Mome
     )
     # The sum in float64, and as it is written.
     finishing = (8 + recipe.computed) * max(map(squares, factors.values()), default=0)
+    passing = _larger({"covariance of a factor": adding}, _squared(stage, recipe, data))
     return (
-        *_running(stage, recipe, data, held, {"covariance of a factor": adding}),
+        *_running(stage, recipe, data, held, passing),
         Moment("writing factors", held, {"a factor in float64": finishing}),
+        *_writing_gradients(stage, recipe, held),
     )
 
 
@@ -115,14 +117,25 @@ def corrected(stage: StageShape, recipe: Recipe, data: DataShape) -> tuple[Momen
         additions = data.microbatches * recipe.draws * math.ceil(data.batch_examples / together)
         sums += size * sum_bytes(recipe, additions)
     held = _weights(stage) | _bases(stage, recipe) | {"sums of Λ": sums}
+    held |= _gradient_sums(stage, recipe, data)
     # The sum and the mean in float64, and both as they are written.
     written = recipe.store_dtype.itemsize + (recipe.computed if recipe.keep_sums else 0)
     largest = max((b.d_in * b.d_out for b in stage.blocks), default=0)
     finishing = (8 + 8 + written) * largest
     passing = _gradients(stage, recipe, data, 1, pieces=True)
     return (
-        *_running(stage, recipe, data, held, passing),
+        *_running(stage, recipe, data, held, _larger(passing, _squared(stage, recipe, data))),
         Moment("writing Λ", held, {"a block in float64": finishing}),
+        *_writing_gradients(stage, recipe, held),
+    )
+
+
+def gradient_statistics(stage: StageShape, recipe: Recipe, data: DataShape) -> tuple[Moment, ...]:
+    """Gradient statistics in a pass of their own."""
+    held = _weights(stage) | _gradient_sums(stage, recipe, data)
+    return (
+        *_running(stage, recipe, data, held, _squared(stage, recipe, data)),
+        *_writing_gradients(stage, recipe, held),
     )
 
 
@@ -131,12 +144,14 @@ def rank_rows(stage: StageShape, recipe: Recipe, data: DataShape) -> tuple[Momen
     elements = sum(b.d_in * b.d_out for b in stage.blocks)
     largest = max((b.d_in * b.d_out for b in stage.blocks), default=0)
     held = _weights(stage) | {"rows": recipe.rows * recipe.computed * elements}
+    held |= _gradient_sums(stage, recipe, data)
     # Divided by the roots of their counts, and as they are written.
     written = 0 if recipe.store_dtype.itemsize == recipe.computed else recipe.store_dtype.itemsize
     finishing = recipe.rows * (recipe.computed + written) * largest + 16 * CHUNK
     return (
         *_running(stage, recipe, data, held, _gradients(stage, recipe, data, 1, pieces=False)),
         Moment("writing rows", held, {"rows of a block": finishing}),
+        *_writing_gradients(stage, recipe, held),
     )
 
 
@@ -217,6 +232,57 @@ def sum_bytes(recipe: Recipe, additions: int) -> int:
     return 12 if additions > FOLD_EVERY else 4
 
 
+def gradient_sum_bytes(stage: StageShape, recipe: Recipe, data: DataShape) -> int:
+    """Bytes of the running sums of gradient statistics: means, squares and, of drawn labels,
+    squares of examples and of whole microbatches."""
+    if not recipe.gradients:
+        return 0
+    total = 0
+    for block in stage.blocks:
+        size = block.d_in * block.d_out
+        together = max(1, PIECE // size)
+        pieces = data.microbatches * math.ceil(data.batch_examples / together)
+        additions = [data.microbatches, pieces]
+        if recipe.own:
+            additions += [recipe.draws * pieces, recipe.draws * data.microbatches]
+        total += size * sum(sum_bytes(recipe, count) for count in additions)
+    return total
+
+
+def _gradient_sums(stage: StageShape, recipe: Recipe, data: DataShape) -> Bytes:
+    return {"sums of gradients": gradient_sum_bytes(stage, recipe, data)}
+
+
+def _squared(stage: StageShape, recipe: Recipe, data: DataShape) -> Bytes:
+    """What passes while gradient statistics are gathered, which are in the weights' own basis."""
+    if not recipe.gradients:
+        return {}
+    pieces = _gradients(stage, replace(recipe, method="diagonal"), data, 1, pieces=True)
+    # A product of all rows is added to the sum afterwards; one operand is laid out anew for it.
+    product = max(
+        (
+            b.d_in * b.d_out + data.rows * (b.d_in + _cast(recipe, b.d_in + b.d_out))
+            for b in stage.blocks
+        ),
+        default=0,
+    )
+    return _larger(pieces, {"sum of some gradients": recipe.computed * product})
+
+
+def _writing_gradients(stage: StageShape, recipe: Recipe, held: Bytes) -> tuple[Moment, ...]:
+    """All sums of a block in float64 and as they are written, and a mean and its square."""
+    if not recipe.gradients:
+        return ()
+    largest = max((b.d_in * b.d_out for b in stage.blocks), default=0)
+    finishing = ((8 + recipe.computed) * recipe.gradient_sums + 16) * largest
+    return (Moment("writing gradients", held, {"a block's gradients in float64": finishing}),)
+
+
+def _larger(one: Bytes, other: Bytes) -> Bytes:
+    """What takes more of two that take turns."""
+    return max(one, other, key=lambda parts: sum(parts.values()))
+
+
 def _weights(stage: StageShape) -> Bytes:
     return {"weights": stage.weights}
 
@@ -238,7 +304,7 @@ def _running(
 ) -> tuple[Moment, ...]:
     """The moments of a microbatch: at the turn or the start of its backward, and when its captured
     tensors are gathered."""
-    item, rows, draws = recipe.dtype.itemsize, data.rows, recipe.draws
+    item, rows, draws = recipe.dtype.itemsize, data.rows, recipe.back
     inputs = rows * item * sum(_input_widths(stage).values())
     gradients = rows * item * draws * sum(b.d_out for b in stage.blocks)
     hidden = rows * item * stage.width

@@ -83,6 +83,8 @@ class Recipe:
 
     Attributes:
         logits_chunk: logits formed at once (numbers).
+        gradients: whether a pass gathers gradient statistics.
+        own: whether a pass differentiates the data's own labels beside drawn ones, for them.
         rank: of IHVPs; ``None`` for full.
         query_memory: bytes of IHVPs that a stage may hold.
         rows: gradients that make a rank-m Fisher.
@@ -95,6 +97,8 @@ class Recipe:
     store_dtype: torch.dtype = torch.float32
     keep_sums: bool = False
     logits_chunk: int = 2**24
+    gradients: bool = False
+    own: bool = False
     rank: int | None = 32
     query_memory: int = 2 * 1024**3
     self_influence: bool = False
@@ -105,6 +109,16 @@ class Recipe:
     def computed(self) -> int:
         """Bytes of a number in factors, rotations and scores: never coarser than float32."""
         return 8 if self.dtype == torch.float64 else 4
+
+    @property
+    def back(self) -> int:
+        """How many gradients a pass sends back for each microbatch."""
+        return self.draws + self.own
+
+    @property
+    def gradient_sums(self) -> int:
+        """How many sums of a block's shape gradient statistics are."""
+        return (4 if self.own else 2) if self.gradients else 0
 
     @property
     def has_factors(self) -> bool:
