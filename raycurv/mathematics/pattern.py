@@ -27,7 +27,8 @@ from raycurv.errors import NumericalError
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.curvature import BlockCurvature, Damping
 from raycurv.mathematics.eigen import Eigenbasis
-from raycurv.mathematics.saliency import RankInverse, inverse_in_double
+from raycurv.mathematics.rank_inverse import RankInverse
+from raycurv.mathematics.saliency import inverse_in_double
 from raycurv.mathematics.set_saliency import CHUNK
 from raycurv.mathematics.structures import NofM, inputs_of
 

@@ -21,25 +21,11 @@ set.
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
 from raycurv.mathematics.curvature import BlockCurvature, Damping, SpectralFunction
-
-
-class RankInverse(Protocol):
-    """The inverse of a rank-m Fisher ``F = λ + GᵀG / m``, as far as a part of it is asked for.
-
-    A part is some columns of G, ``rows_MN [M, N]``.
-    """
-
-    def diagonal(self, rows_MN: Tensor) -> Tensor:
-        """``[F⁻¹]_kk`` of the part's weights, ``[N]``."""
-
-    def submatrices(self, rows_MN: Tensor, index_SK: Tensor) -> Tensor:
-        """Entries of F⁻¹, ``[S, K, K]``, for S sets of K of the part's columns."""
+from raycurv.mathematics.rank_inverse import RankInverse
 
 
 def magnitude(w: Tensor) -> Tensor:
