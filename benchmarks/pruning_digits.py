@@ -35,8 +35,8 @@ SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
 DAMPINGS = ("abs:1e-5", "abs:1e-4", "abs:1e-3", "abs:1e-2")
 WEIGHT_DECAY = 1e-3
 FITS: Mapping[str, Mapping[str, Any]] = {
-    "diagonal": {"method": "diagonal"},
-    "ekfac": {"method": "ekfac"},
+    "diagonal": {"method": "diagonal", "draws": 8},
+    "ekfac": {"method": "ekfac", "draws": 8},
     "mfac": {"method": "mfac", "rows": 1024, "fisher": "empirical"},
 }
 
@@ -55,7 +55,7 @@ class Way:
 
 
 # The diagonal's OBS and OBD choose the same weights but for λ, and have nothing to update by.
-CHOSEN = {"ekfac": "abs:1e-3", "mfac": "abs:1e-5", "mfac, block": "abs:1e-5"}
+CHOSEN = {"ekfac": "abs:1e-4", "mfac": "abs:1e-5", "mfac, block": "abs:1e-5"}
 WAYS: Mapping[str, Way] = {
     "magnitude": Way("ekfac", {"saliency": "magnitude", "no_update": True}),
     "OBD, diagonal": Way("diagonal", {"saliency": "obd", "no_update": True}),
