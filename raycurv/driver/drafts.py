@@ -153,7 +153,8 @@ def recipe_of(settings: FitSettings) -> Recipe:
         return recipe
     return replace(
         recipe,
-        rank=rank_number(settings.rank),
+        # Products of M-FAC are whole until they are truncated.
+        rank=None if settings.method == "mfac" else rank_number(settings.rank),
         query_memory=parse_bytes("--query-memory", settings.query_memory),
         self_influence=settings.self_influence,
         ihvp=settings.ihvp,

@@ -70,10 +70,11 @@ def rows_file(block: str) -> str:
 
 def write_rows(store: Store, block: Block, found: RowSum, dtype: torch.dtype) -> None:
     """Write a block's rows in ``dtype``, and the Gram of them as they were rounded."""
-    rows_MOI = found.rows().to(dtype).cpu()
-    count = len(rows_MOI)
+    count = len(found.counts_M)
     outputs = max(1, _RUN // (count * block.d_in))
-    runs = [rows_MOI[:, at : at + outputs] for at in range(0, block.d_out, outputs)]
+    runs = [
+        found.rows(slice(at, at + outputs)).to(dtype).cpu() for at in range(0, block.d_out, outputs)
+    ]
     gram = torch.stack([gram_of(run) for run in runs]).sum(dim=0)
     metadata = {
         "block": block.name,

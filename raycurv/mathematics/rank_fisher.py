@@ -44,10 +44,11 @@ class RowSum:
     counts_M: Tensor
     examples: int
 
-    def rows(self) -> Tensor:
-        """``G`` ``[M, O, I]``: the sums over the roots of their counts; zero for an empty row."""
-        roots = self.counts_M.clamp_min(1).to(self.total_MOI.dtype).sqrt()
-        return self.total_MOI / roots[:, None, None]
+    def rows(self, outputs: slice) -> Tensor:
+        """``G`` ``[M, o, I]`` of some outputs: the sums over the roots of their counts; zero for an
+        empty row."""
+        roots = self.counts_M.clamp_min(1).to(self.total_MOI).sqrt()
+        return self.total_MOI[:, outputs] / roots[:, None, None]
 
     def plus(self, other: RowSum) -> RowSum:
         """The rows of both data."""

@@ -145,9 +145,8 @@ def rank_rows(stage: StageShape, recipe: Recipe, data: DataShape) -> tuple[Momen
     largest = max((b.d_in * b.d_out for b in stage.blocks), default=0)
     held = _weights(stage) | {"rows": recipe.rows * recipe.computed * elements}
     held |= _gradient_sums(stage, recipe, data)
-    # Divided by the roots of their counts, and as they are written.
-    written = 0 if recipe.store_dtype.itemsize == recipe.computed else recipe.store_dtype.itemsize
-    finishing = recipe.rows * (recipe.computed + written) * largest + 16 * CHUNK
+    # As they are written; some outputs' at a time in float64.
+    finishing = recipe.rows * recipe.store_dtype.itemsize * largest + 16 * CHUNK
     return (
         *_running(stage, recipe, data, held, _gradients(stage, recipe, data, 1, pieces=False)),
         Moment("writing rows", held, {"rows of a block": finishing}),
