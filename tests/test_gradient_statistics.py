@@ -447,6 +447,13 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         run.extend(classified(3, seed=1), tmp_path / "c", gradients=True)
     with pytest.raises(raycurv.UserError, match="no such name"):
         run.gradient("7")
+    # Squares that float32 does not hold, of gradients that it does.
+    large = [row | {"inputs": [1e25 * x for x in row["inputs"]]} for row in ROWS]
+    with pytest.raises(raycurv.NumericalError, match="block 0, mean_square"):
+        raycurv.fit(
+            lambda: nn.Sequential(nn.Linear(5, 3)), large, tmp_path / "d",
+            **(fitting | {"dtype": "float32", "method": "identity"}),
+        )  # fmt: skip
     (tmp_path / "b" / "gradients" / "0.safetensors").unlink()
     with pytest.raises(raycurv.DamagedFile, match="--gradients"):
         run.gradient("0")

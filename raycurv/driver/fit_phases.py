@@ -497,5 +497,6 @@ class FitPhases:
         if self._has_spectrum:
             write_spectrum(self.store, factors_of(self.blocks), self._notes())
         if self.gradients.wanted:
-            self.manifest.facts["gradients"] = self.gradients.write_tables(self.blocks)
+            groups = [self._blocks_of(group) for group in range(len(self.workers.groups))]
+            self.manifest.facts["gradients"] = self.gradients.write_tables(groups)
             self._done("gradients")

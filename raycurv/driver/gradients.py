@@ -64,7 +64,7 @@ class Gradients:
 
     def lacking(self, group: int, blocks: Sequence[Block]) -> bool:
         """Whether a group of stages, with these blocks, has yet to gather anything."""
-        if not self.wanted:
+        if not (self.wanted and blocks):
             return False
         return bool(self._missing(blocks)) or not (self._norms_there() or self._kept(group, blocks))
 
@@ -120,27 +120,28 @@ class Gradients:
         except (DamagedFile, FileNotFoundError):
             return False
 
-    def write_tables(self, blocks: Sequence[Block]) -> dict[str, Any]:
-        """Both tables, when nothing is lacking; gives the numbers of all blocks together."""
+    def write_tables(self, groups: Sequence[Sequence[Block]]) -> dict[str, Any]:
+        """Both tables, when nothing is lacking; gives the numbers of all blocks together.
+
+        Args:
+            groups: the blocks of each group of stages.
+        """
         said = identity(self._settings)
         if not self._norms_there():
-            self._write_norms(said)
-        return write_gradients(self._store, blocks, footer(said))
+            self._write_norms(groups, said)
+        return write_gradients(self._store, [b for some in groups for b in some], footer(said))
 
-    def _write_norms(self, said: dict[str, Any]) -> None:
+    def _write_norms(self, groups: Sequence[Sequence[Block]], said: dict[str, Any]) -> None:
         """The norms of all groups side by side, one file a part of the data."""
-        groups = range(self._groups)
         double = self._settings.dtype == "float64"
         schema, store = gradient_norms_schema(double), self._store
-        blocks = [store.read_json(_blocks_file(group)) for group in groups]
-        notes = footer(said, blocks=[name for some in blocks for name in some])
+        widths = {group: len(blocks) for group, blocks in enumerate(groups) if blocks}
+        notes = footer(said, blocks=[block.name for blocks in groups for block in blocks])
         store.delete_directory(_NORMS)
         for part in range(-(-len(self._corpus) // PART)):
-            tables = [read_table(store, _part_file(_place(group), part)) for group in groups]
-            index = tables[0]["index"].to_pylist()
-            norms_NB = np.concatenate(
-                [_matrix(t, len(some)) for t, some in zip(tables, blocks, strict=True)], axis=1
-            )
+            tables = {g: read_table(store, _part_file(_place(g), part)) for g in widths}
+            index = next(iter(tables.values()))["index"].to_pylist()
+            norms_NB = np.concatenate([_matrix(tables[g], widths[g]) for g in widths], axis=1)
             number = schema.field("sq_norm").type
             rows = pa.table(
                 {
