@@ -3,19 +3,22 @@
     saliencies    one task a block                           work/step-1/saliency/
     masks         what goes, of all blocks or of each        work/step-1/keep/
     update        the weights that remain, moved             work/step-1/weights/, saliency/
-    (the curvature of the pruned model, and again)           work/step-1/run/, work/step-2/…
+    (the curvature of the pruned model, and again)           work/step-2/run/, work/step-2/…
     checkpoint    the model with these weights               model/
     measured      losses before and after                    tables/pruned/
 
 Blocks are never together in memory: between them travel histograms of saliencies, numbers of whole
 rows or heads, and of M-FAC as many numbers as its Fisher has rows.
+
+Every arrow leaves finished files, and a phase makes only those that are missing.
 """
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+import glob
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +27,7 @@ import torch
 from torch import Tensor
 
 from raycurv.driver.corpus import Corpus, store_corpus, stored_corpus
-from raycurv.driver.fitted import check_model, fitted_model, read_fit
+from raycurv.driver.fitted import check_model, fit_command, fitted_model, read_fit
 from raycurv.driver.fitting import refit
 from raycurv.driver.losses import Losses
 from raycurv.driver.parents import SHARED
@@ -37,6 +40,7 @@ from raycurv.driver.surgery import (
     Operation,
     Pruned,
     Rank,
+    Updated,
     count_equal,
     mask_block,
     project_mean_gradient,
@@ -44,6 +48,7 @@ from raycurv.driver.surgery import (
     score_block,
     step_place,
     update_block,
+    updated,
 )
 from raycurv.driver.timeline import write_timeline
 from raycurv.driver.workers import Workers, check_address
@@ -62,12 +67,14 @@ from raycurv.mathematics.masks import count_gone, sets_kept
 from raycurv.mathematics.objective import Objective
 from raycurv.mathematics.rank_update import rank_increase, solve_kept
 from raycurv.mathematics.selection import find_prefix, find_threshold, share_ties
-from raycurv.mathematics.structures import inputs_of
-from raycurv.models.heads import head_width
+from raycurv.mathematics.structures import column_runs, inputs_of
+from raycurv.models.heads import head_widths
 from raycurv.models.model import Model, ModelSource, open_model
-from raycurv.models.patched import Patched
+from raycurv.models.patched import Patched, parts
 from raycurv.stages.pool import Need
 
+# Where results lie.
+_RESULTS = ("model", "saliency", "tables/pruned", "tables/heads")
 PRUNED_FILE = "tables/pruned/part-00000.parquet"
 HEADS_FILE = "tables/heads/part-00000.parquet"
 
@@ -113,25 +120,37 @@ def _prune_held(
     check_model(fit, network, fitted.root)
     blocks = _chosen(read_blocks(fitted), settings.blocks)
     _check_statistics(settings, fitted, fit, blocks)
+    heads = head_widths(network, [b.name for b in blocks]) if settings.structure == "heads" else {}
+    if settings.structure == "heads":
+        blocks = _readers_of_heads(blocks, heads)
+    for block in blocks:
+        # A weight that cannot be replaced is refused before anything is computed.
+        network.stored(block)
     named = objective if objective is not None else fit.settings["objective"]
     manifest = continue_or_refuse(
         store,
         Manifest(
             "prune",
             {k: v for k, v in identity(settings).items() if k != "run"},
-            {"fit": {"settings": fit.settings, "data": fit.fingerprints["data"]}},
+            {"fit": {"settings": fit.settings}} | fit.fingerprints,
             {"run": fitted.root},
         ),
     )
     if "tables" in manifest.complete:
-        reporter.say(f"complete: {store.root}")
-        return _numbers(manifest)
+        if _there(store, manifest):
+            store.delete_directory("work")
+            reporter.say(f"complete: {store.root}")
+            return _numbers(manifest)
+        reporter.say("some results are gone or damaged: making them again")
+        _begin_again(store, manifest)
     check_address(settings)
     workers = Workers(
         settings, network, named, blocks, DTYPES[fit.settings["dtype"]], fit.settings["seed"],
         reporter, store,
     )  # fmt: skip
-    job = _Prune(settings, store, fitted, fit, network, named, blocks, manifest, workers, reporter)
+    job = _Prune(
+        settings, store, fitted, fit, network, named, blocks, heads, manifest, workers, reporter
+    )
     try:
         job.run()
     finally:
@@ -175,29 +194,61 @@ def _check_statistics(
 ) -> None:
     """Refuse what the run has no statistics for; the message has the command that makes them."""
     said = fit.settings
-    command = (
-        f"python jobs/fit.py --model {fit.facts['model']} --data {fit.facts['data']} "
-        f"--objective {said['objective']}"
-    )
     method = said["method"]
     if method == "identity" and settings.saliency != "magnitude":
         raise UserError(
             f"--saliency {settings.saliency}", "a fit with curvature", f"{method} in {fitted.root}",
-            f"{command} --method ekfac --out RUN, or --saliency magnitude.",
+            f"{fit_command(fit, 'RUN', method='ekfac')}, or --saliency magnitude.",
         )  # fmt: skip
     if settings.inverse is not None and method != "mfac":
         raise UserError(
             "--inverse", "a fit with --method mfac", f"one with {method}", "Leave --inverse out."
         )
     if settings.first_order and not all(whole(fitted, gradient_file(b.name)) for b in blocks):
+        remedy = f"{fit_command(fit, fitted.root, gradients=True)}: it makes what is missing."
+        if "extend" in fit.facts:
+            remedy = "Fit all its data together, with --gradients."
         raise UserError(
-            "--first-order", "a fit with gradient statistics", f"none in {fitted.root}",
-            f"{command} --method {method} --out {fitted.root} --gradients",
+            "--first-order", "a fit with gradient statistics", f"none in {fitted.root}", remedy
+        )
+    if settings.steps > 1 and "extend" in fit.facts:
+        raise UserError(
+            "--steps", "1 for a fit that extends another, whose directory has not all its examples",
+            str(settings.steps), "Fit all the data together, or leave --steps out.",
         )  # fmt: skip
     pattern = settings.pattern()
     for block in blocks:
         if pattern is not None:
             pattern.groups(block)
+
+
+def _readers_of_heads(blocks: Sequence[Block], heads: Mapping[str, int]) -> tuple[Block, ...]:
+    """The blocks among these that read attention heads."""
+    found = tuple(b for b in blocks if b.name in heads)
+    if not found:
+        raise UserError(
+            "--structure heads", "an attention output projection among the blocks", "none",
+            "Choose other --blocks; the model's config.json must state its heads.",
+        )  # fmt: skip
+    for block in found:
+        column_runs(block, heads[block.name])
+    return found
+
+
+def _there(store: Store, manifest: Manifest) -> bool:
+    """Whether all results are of the length that they were written with."""
+    files: dict[str, int] = manifest.facts["files"]
+    return all(store.size(name) == size for name, size in files.items())
+
+
+def _begin_again(store: Store, manifest: Manifest) -> None:
+    """Forget that anything is done: what results are made from was deleted in the end."""
+    for key in ("files", "steps"):
+        manifest.facts.pop(key, None)
+    manifest.complete.clear()
+    manifest.write(store)
+    for name in ("work", *_RESULTS):
+        store.delete_directory(name)
 
 
 @dataclass
@@ -211,10 +262,10 @@ class _Prune:
     network: Model
     objective: str | Objective
     blocks: tuple[Block, ...]
+    heads: Mapping[str, int]
     manifest: Manifest
     workers: Workers
     reporter: Reporter
-    heads: dict[str, int] = field(default_factory=dict)
 
     def said(self) -> str:
         """What was done, in one line."""
@@ -226,31 +277,46 @@ class _Prune:
             text += f", measured {facts['measured']:.4g} (from {facts['loss']:.6g})"
         if facts.get("correlation") is not None:
             text += f"; correlation over blocks {facts['correlation']:.3f}"
+        last = self.manifest.facts["steps"][-1]["blocks"]
+        empty = sum(p["removed"] == p["weights"] for p in last)
+        if empty:
+            text += f"; nothing is left of {empty} blocks"
+        rough = sum(p["update"] == "not converged" for p in last)
+        if rough:
+            text += f"; the update of {rough} blocks has not converged: give more --iterations"
         return text
 
     def run(self) -> None:
-        if self.settings.structure == "heads":
-            widths = {b.name: head_width(self.network, b.name) for b in self.blocks}
-            self.blocks = tuple(b for b in self.blocks if widths[b.name])
-            self.heads = {name: width for name, width in widths.items() if width is not None}
-            if not self.blocks:
-                raise UserError(
-                    "--structure heads", "an attention output projection among the blocks", "none",
-                    "Choose other --blocks; the model's config.json must state its heads.",
-                )  # fmt: skip
-        done = int(self.manifest.facts.get("steps_done", 0))
-        for step in range(done + 1, self.settings.steps + 1):
-            self._step(step)
-            self.manifest.facts["steps_done"] = step
+        done: list[dict[str, Any]] = self.manifest.facts.setdefault("steps", [])
+        # The last one that is done is looked at again: what it left may have been damaged since.
+        for step in range(max(1, len(done)), self.settings.steps + 1):
+            done[step - 1 :] = [self._step(step)]
             self.manifest.write(self.store)
+            self._tidy(step)
         pruned = self._network(self.settings.steps + 1)
-        with self.reporter.phase("checkpoint", 1, "models") as phase:
-            write_checkpoint(self.store.inside("model"), pruned)
-            phase.advance(1)
+        if "checkpoint" not in self.manifest.complete or not _there(self.store, self.manifest):
+            with self.reporter.phase("checkpoint", 1, "models") as phase:
+                write_checkpoint(self.store.inside("model"), pruned)
+                phase.advance(1)
+            self._record("checkpoint")
         self._tables(pruned)
+        self._record("tables")
         self.store.delete_directory("work")
-        self.manifest.complete.append("tables")
+
+    def _record(self, phase: str) -> None:
+        """A phase is complete, with the results that there are now."""
+        names = [name for place in _RESULTS for name in self.store.names(place)]
+        self.manifest.facts["files"] = {name: self.store.size(name) for name in names}
+        if phase not in self.manifest.complete:
+            self.manifest.complete.append(phase)
         self.manifest.write(self.store)
+
+    def _tidy(self, step: int) -> None:
+        """Delete what no step needs any more: a fit is larger than the model."""
+        for before in range(1, step - 1):
+            self.store.delete_directory(step_place(before))
+        if step > 2:
+            self.store.delete_directory(f"{step_place(step - 1)}/run")
 
     # One step
 
@@ -263,68 +329,71 @@ class _Prune:
 
     def _curvature(self, step: int) -> Store:
         """The fit of the model before a step."""
-        if step == 1:
+        if step == 1 or self.fit.settings["method"] == "identity":
             return self.fitted
-        name = f"{step_place(step)}/run"
-        place = self.store.inside(name)
-        said = Manifest.read(place)
-        if said is None or "tables" not in said.complete:
-            # Its stages take the place of these.
-            self.workers.close(self.store)
-            network = self._network(step)
-            refit(self._again(place), network, self._examples(), self.objective, self.reporter)
-        return place
+        place = self.store.inside(f"{step_place(step)}/run")
+        # Its stages take the place of these.
+        self.workers.close(self.store)
+        network = self._network(step)
+        return refit(self._again(place), network, self._examples(), self.objective, self.reporter)
 
     def _again(self, place: Store) -> FitSettings:
         """The settings of the fit of a pruned model."""
         said = self.fit.settings
-        own: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in said.items() if k in SHARED
-        }
+        own: dict[str, Any] = {k: v for k, v in said.items() if k in SHARED}
+        # Of the blocks that are pruned alone.
+        own["blocks"] = tuple(glob.escape(b.name) for b in self.blocks)
         how: dict[str, Any] = {f.name: getattr(self.settings, f.name) for f in fields(Execution)}
         return FitSettings(
             **how, **own, model=str(self.fit.facts["model"]), data=str(self.fit.facts["data"]),
             out=place.uri, gradients=self.settings.first_order,
         )  # fmt: skip
 
-    def _step(self, step: int) -> None:
+    def _step(self, step: int) -> dict[str, Any]:
+        """Make what is missing of a step; gives what became of the blocks, for the tables."""
         settings = self.settings
-        fitted = self._curvature(step)
         label = "" if settings.steps == 1 else f", step {step} of {settings.steps}"
-        operations = [self._operation(step, fitted, b) for b in self.blocks]
-        operations = self._with_rank(fitted, operations)
+        operations = self._operations(step, self.fitted)
+        there = [updated(op) for op in operations]
+        if all(there):
+            return self._outcome([u for u in there if u is not None])
+        operations = self._operations(step, self._curvature(step))
+        operations = self._with_rank(operations)
         found = self._each(f"saliencies{label}", score_block, [(op,) for op in operations])
-        cuts = self._cuts(step, operations, found, label)
+        cuts = self._cuts(operations, found, label)
         shares = self._each(f"masks{label}", mask_block, list(zip(operations, cuts, strict=True)))
         z = self._solution(operations, shares)
         notes = footer(identity(settings) | {"run": self.fitted.root})
-        made: list[tuple[Pruned, Tensor | None, float]] = self._each(
-            f"update{label}", update_block, [(op, z, notes) for op in operations]
-        )
-        self._keep_rows(step, made)
+        made = self._each(f"update{label}", update_block, [(op, z, notes) for op in operations])
+        return self._outcome(made)
 
-    def _operation(self, step: int, fitted: Store, block: Block) -> Operation:
+    def _operations(self, step: int, fitted: Store) -> list[Operation]:
         said = self.fit.settings
-        return Operation(
-            fitted,
-            self.store,
-            step,
-            self._network(step),
-            block,
-            self.settings,
-            self.settings.share(step),
-            said["method"],
-            int(self.fit.facts["examples"]),
-            said["dtype"] == "float64",
-            self.heads.get(block.name, 0),
-        )
+        patches, base = parts(self._network(step))
+        return [
+            Operation(
+                fitted,
+                self.store,
+                step,
+                # To each task the patch of its block alone.
+                Patched(base, [patches[block.name]]) if block.name in patches else base,
+                block,
+                self.settings,
+                self.settings.share(step),
+                said["method"],
+                int(self.fit.facts["examples"]),
+                said["dtype"] == "float64",
+                self.heads.get(block.name, 0),
+            )
+            for block in self.blocks
+        ]
 
-    def _with_rank(self, fitted: Store, operations: list[Operation]) -> list[Operation]:
+    def _with_rank(self, operations: list[Operation]) -> list[Operation]:
         """With what M-FAC knows of all blocks together."""
         if self.fit.settings["method"] != "mfac":
             return operations
         together = self.settings.inverse != "block"
-        damping = Damping.parse(self.settings.damping)
+        fitted, damping = operations[0].fitted, Damping.parse(self.settings.damping)
         inverses = rank_inverses(fitted, self.blocks, damping, together)
         grams = [open_rows(fitted, b).gram() for b in self.blocks]
         if together:
@@ -344,12 +413,11 @@ class _Prune:
             if op.rank is not None
         ]
 
-    def _cuts(
-        self, step: int, operations: list[Operation], found: list[Any], label: str
-    ) -> list[Cut]:
+    def _cuts(self, operations: list[Operation], found: list[Any], label: str) -> list[Cut]:
         """What goes of every block."""
-        settings, share = self.settings, self.settings.share(step)
-        if settings.pattern() is not None:
+        settings, share = self.settings, operations[0].share
+        known = all(whole(self.store, op.file("keep")) for op in operations)
+        if known or settings.pattern() is not None:
             return [Cut() for _ in operations]
         if settings.structure in ("rows", "heads"):
             return self._unit_cuts(share, found)
@@ -406,23 +474,19 @@ class _Prune:
 
     # Tables
 
-    def _rows_name(self, step: int) -> str:
-        return f"{step_place(step)}/blocks.json"
-
-    def _keep_rows(self, step: int, made: Sequence[tuple[Pruned, Tensor | None, float]]) -> None:
+    def _outcome(self, made: Sequence[Updated]) -> dict[str, Any]:
         """What became of the blocks in a step, for the tables at the end."""
-        seen = [s for _, s, _ in made if s is not None]
-        known = [p.predicted for p, _, _ in made if p.predicted is not None]
+        seen = [u.seen for u in made if u.seen is not None]
+        known = [u.pruned.predicted for u in made if u.pruned.predicted is not None]
         total = sum(known) if known else None
         rank = self.fit.settings["method"] == "mfac" and self.settings.inverse != "block"
         if rank and seen:
             # Blocks are not independent there.
-            total = rank_increase(_sum(seen)) + sum(first for _, _, first in made)
-        said = {"total": total, "blocks": [asdict(p) for p, _, _ in made]}
-        self.store.write_json(self._rows_name(step), said)
+            total = rank_increase(_sum(seen)) + sum(u.first for u in made)
+        return {"total": total, "blocks": [asdict(u.pruned) for u in made]}
 
     def _tables(self, pruned: Model) -> None:
-        steps = [self.store.read_json(self._rows_name(s)) for s in self._steps]
+        steps = self.manifest.facts["steps"]
         last = [Pruned(**said) for said in steps[-1]["blocks"]]
         weights, removed = sum(p.weights for p in last), sum(p.removed for p in last)
         # Each step predicts from where the one before it ended.
@@ -441,9 +505,9 @@ class _Prune:
             | {"update": p.update, "measured": measured.get(b.name)}
             for b, p in zip(self.blocks, last, strict=True)
         ]
-        for row, *parts in zip(rows, *(s["blocks"] for s in steps), strict=True):
+        for row, *each in zip(rows, *(s["blocks"] for s in steps), strict=True):
             for key in ("predicted", "saliency", "seconds"):
-                values = [p[key] for p in parts]
+                values = [said[key] for said in each]
                 row[key] = None if None in values else sum(values)
         facts["correlation"] = _correlation(rows)
         notes = footer(identity(self.settings) | {"run": self.fitted.root})
@@ -451,19 +515,14 @@ class _Prune:
         if self.settings.structure == "heads":
             self._write_heads(notes)
 
-    @property
-    def _steps(self) -> range:
-        return range(1, self.settings.steps + 1)
-
     def _write_heads(self, notes: dict[str, str]) -> None:
         rows = []
-        for block in self.blocks:
-            op = self._operation(self.settings.steps, self.fitted, block)
+        for op in self._operations(self.settings.steps, self.fitted):
             saliency = open_tensors(self.store, op.file("saliency")).read("units").tolist()
             keep = open_tensors(self.store, op.file("keep")).read("keep")
             for head, (run, value) in enumerate(zip(op.columns(), saliency, strict=True)):
                 stays = bool(keep[:, run.start : run.stop].any())
-                said = (block.name, head, run.start, run.stop, value, stays)
+                said = (op.block.name, head, run.start, run.stop, value, stays)
                 rows.append(dict(zip(HEADS.names, said, strict=True)))
         write_table(self.store, HEADS_FILE, pa.Table.from_pylist(rows, schema=HEADS), notes)
 
