@@ -83,10 +83,12 @@ def fit_command(fit: Manifest, out: str, **other: Any) -> str:
     if IN_MEMORY in (said["model"], said["data"]):
         given = ", ".join(f"{key}={value!r}" for key, value in other.items())
         return f"raycurv.fit(…, out={out!r}, {given})"
+    # What follows from other flags need not be said; these two always are.
     usual = FitSettings(method=said["method"], dtype=said["dtype"]).resolved()
     words = ["python", "jobs/fit.py"]
     for key, value in {**said, "out": out}.items():
-        if value is None or value == _plain(getattr(usual, key)):
+        known = key not in ("method", "dtype") and value == _plain(getattr(usual, key))
+        if value is None or known:
             continue
         flag = f"--{key.replace('_', '-')}"
         if value is True:

@@ -111,7 +111,10 @@ class PruneSettings(Execution):
                 "--structure", "unstructured, rows, heads, or N:M such as 2:4",
                 repr(self.structure), "2:4 keeps 2 of each 4 inputs.",
             )  # fmt: skip
-        return NofM.parse(self.structure)
+        try:
+            return NofM.parse(self.structure)
+        except UserError as error:
+            raise UserError("--structure", error.expected, error.got, error.remedy) from error
 
     def share(self, step: int) -> float:
         """The share that is gone after a step, counted from 1."""

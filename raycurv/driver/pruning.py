@@ -15,7 +15,6 @@ Every arrow leaves finished files, and a phase makes only those that are missing
 
 from __future__ import annotations
 
-import fnmatch
 import glob
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -27,11 +26,12 @@ import torch
 from torch import Tensor
 
 from raycurv.driver.corpus import Corpus, store_corpus, stored_corpus
-from raycurv.driver.fitted import check_model, fit_command, fitted_model, read_fit
+from raycurv.driver.fitted import check_model, fitted_model, read_fit
 from raycurv.driver.fitting import refit
 from raycurv.driver.losses import Losses
 from raycurv.driver.parents import SHARED
 from raycurv.driver.progress import Reporter
+from raycurv.driver.prunable import blocks_to_prune, check_statistics
 from raycurv.driver.prune_settings import PruneSettings
 from raycurv.driver.rank_products import rank_inverses
 from raycurv.driver.settings import DTYPES, Execution, FitSettings, identity
@@ -51,9 +51,9 @@ from raycurv.driver.surgery import (
     updated,
 )
 from raycurv.driver.timeline import write_timeline
+from raycurv.driver.totals import Total
 from raycurv.driver.workers import Workers, check_address
-from raycurv.errors import DamagedFile, UserError
-from raycurv.files.artifacts import gradient_file, read_blocks
+from raycurv.errors import DamagedFile
 from raycurv.files.lock import hold
 from raycurv.files.manifest import Manifest, continue_or_refuse
 from raycurv.files.row_files import open_rows
@@ -62,13 +62,11 @@ from raycurv.files.tables import HEADS, PRUNED, footer, write_table
 from raycurv.files.tensorfile import open_tensors, whole
 from raycurv.files.weights import stored_patch, write_checkpoint
 from raycurv.mathematics.blocks import Block
-from raycurv.mathematics.curvature import Damping
 from raycurv.mathematics.masks import count_gone, sets_kept
 from raycurv.mathematics.objective import Objective
 from raycurv.mathematics.rank_update import rank_increase, solve_kept
 from raycurv.mathematics.selection import find_prefix, find_threshold, share_ties
-from raycurv.mathematics.structures import column_runs, inputs_of
-from raycurv.models.heads import head_widths
+from raycurv.mathematics.structures import inputs_of
 from raycurv.models.model import Model, ModelSource, open_model
 from raycurv.models.patched import Patched, parts
 from raycurv.stages.pool import Need
@@ -118,14 +116,8 @@ def _prune_held(
     fit = read_fit(fitted)
     network = open_model(model if model is not None else fitted_model(fit, fitted.root))
     check_model(fit, network, fitted.root)
-    blocks = _chosen(read_blocks(fitted), settings.blocks)
-    _check_statistics(settings, fitted, fit, blocks)
-    heads = head_widths(network, [b.name for b in blocks]) if settings.structure == "heads" else {}
-    if settings.structure == "heads":
-        blocks = _readers_of_heads(blocks, heads)
-    for block in blocks:
-        # A weight that cannot be replaced is refused before anything is computed.
-        network.stored(block)
+    blocks, heads = blocks_to_prune(settings, fitted, network)
+    check_statistics(settings, fitted, fit, blocks)
     named = objective if objective is not None else fit.settings["objective"]
     manifest = continue_or_refuse(
         store,
@@ -165,74 +157,6 @@ def _prune_held(
 def _numbers(manifest: Manifest) -> dict[str, Any]:
     names = ("sparsity", "predicted", "measured", "loss", "pruned_loss", "correlation")
     return {name: manifest.facts[name] for name in names if manifest.facts.get(name) is not None}
-
-
-def _chosen(blocks: Sequence[Block], patterns: Sequence[str]) -> tuple[Block, ...]:
-    """The fit's blocks that ``--blocks`` names."""
-    include = [p for p in patterns if not p.startswith("!")] or ["*"]
-    exclude = [p[1:] for p in patterns if p.startswith("!")]
-    names = [b.name for b in blocks]
-    for pattern in (*include, *exclude):
-        if not fnmatch.filter(names, pattern):
-            raise UserError(
-                f"--blocks {pattern!r}", "a glob that matches a block of the fit", "no match",
-                f"There are {', '.join(names[:5])}, …",
-            )  # fmt: skip
-    chosen = tuple(
-        b
-        for b in blocks
-        if any(fnmatch.fnmatchcase(b.name, p) for p in include)
-        and not any(fnmatch.fnmatchcase(b.name, p) for p in exclude)
-    )
-    if not chosen:
-        raise UserError("--blocks", "at least one block of the fit", "none", "Widen the globs.")
-    return chosen
-
-
-def _check_statistics(
-    settings: PruneSettings, fitted: Store, fit: Manifest, blocks: Sequence[Block]
-) -> None:
-    """Refuse what the run has no statistics for; the message has the command that makes them."""
-    said = fit.settings
-    method = said["method"]
-    if method == "identity" and settings.saliency != "magnitude":
-        raise UserError(
-            f"--saliency {settings.saliency}", "a fit with curvature", f"{method} in {fitted.root}",
-            f"{fit_command(fit, 'RUN', method='ekfac')}, or --saliency magnitude.",
-        )  # fmt: skip
-    if settings.inverse is not None and method != "mfac":
-        raise UserError(
-            "--inverse", "a fit with --method mfac", f"one with {method}", "Leave --inverse out."
-        )
-    if settings.first_order and not all(whole(fitted, gradient_file(b.name)) for b in blocks):
-        remedy = f"{fit_command(fit, fitted.root, gradients=True)}: it makes what is missing."
-        if "extend" in fit.facts:
-            remedy = "Fit all its data together, with --gradients."
-        raise UserError(
-            "--first-order", "a fit with gradient statistics", f"none in {fitted.root}", remedy
-        )
-    if settings.steps > 1 and "extend" in fit.facts:
-        raise UserError(
-            "--steps", "1 for a fit that extends another, whose directory has not all its examples",
-            str(settings.steps), "Fit all the data together, or leave --steps out.",
-        )  # fmt: skip
-    pattern = settings.pattern()
-    for block in blocks:
-        if pattern is not None:
-            pattern.groups(block)
-
-
-def _readers_of_heads(blocks: Sequence[Block], heads: Mapping[str, int]) -> tuple[Block, ...]:
-    """The blocks among these that read attention heads."""
-    found = tuple(b for b in blocks if b.name in heads)
-    if not found:
-        raise UserError(
-            "--structure heads", "an attention output projection among the blocks", "none",
-            "Choose other --blocks; the model's config.json must state its heads.",
-        )  # fmt: skip
-    for block in found:
-        column_runs(block, heads[block.name])
-    return found
 
 
 def _there(store: Store, manifest: Manifest) -> bool:
@@ -359,9 +283,9 @@ class _Prune:
             return self._outcome([u for u in there if u is not None])
         operations = self._operations(step, self._curvature(step))
         operations = self._with_rank(operations)
-        found = self._each(f"saliencies{label}", score_block, [(op,) for op in operations])
-        cuts = self._cuts(operations, found, label)
-        shares = self._each(f"masks{label}", mask_block, list(zip(operations, cuts, strict=True)))
+        cuts = self._cuts(operations, label)
+        shares = Total()
+        self._each(f"masks{label}", mask_block, list(zip(operations, cuts, strict=True)), shares)
         z = self._solution(operations, shares)
         notes = footer(identity(settings) | {"run": self.fitted.root})
         made = self._each(f"update{label}", update_block, [(op, z, notes) for op in operations])
@@ -390,46 +314,51 @@ class _Prune:
 
     def _with_rank(self, operations: list[Operation]) -> list[Operation]:
         """With what M-FAC knows of all blocks together."""
-        if self.fit.settings["method"] != "mfac":
+        if not self._joint:
             return operations
-        together = self.settings.inverse != "block"
-        fitted, damping = operations[0].fitted, Damping.parse(self.settings.damping)
-        inverses = rank_inverses(fitted, self.blocks, damping, together)
-        grams = [open_rows(fitted, b).gram() for b in self.blocks]
-        if together:
-            grams = [torch.stack(grams).sum(dim=0)] * len(grams)
-        found = [
-            replace(op, rank=Rank(inverses.by_block[op.block.name], gram, together))
-            for op, gram in zip(operations, grams, strict=True)
-        ]
+        fitted = operations[0].fitted
+        inverses = rank_inverses(fitted, self.blocks, operations[0].damping, whole=True)
+        gram = open_rows(fitted, self.blocks[0]).gram()
+        for block in self.blocks[1:]:
+            gram += open_rows(fitted, block).gram()
+        ranks = {name: Rank(inverse, gram) for name, inverse in inverses.by_block.items()}
+        found = [replace(op, rank=ranks[op.block.name]) for op in operations]
         if not self.settings.first_order:
             return found
-        shares = self._each("mean gradient", project_mean_gradient, [(op,) for op in found])
-        if together:
-            shares = [_sum(shares)] * len(found)
-        return [
-            replace(op, rank=replace(op.rank, gradient=share))
-            for op, share in zip(found, shares, strict=True)
-            if op.rank is not None
-        ]
+        total = Total()
+        self._each("mean gradient", project_mean_gradient, [(op,) for op in found], total)
+        gradient = None if total.sums is None else total.sums[0]
+        return [replace(op, rank=replace(ranks[op.block.name], gradient=gradient)) for op in found]
 
-    def _cuts(self, operations: list[Operation], found: list[Any], label: str) -> list[Cut]:
-        """What goes of every block."""
+    @property
+    def _joint(self) -> bool:
+        """Whether the curvature is one for all blocks together."""
+        return self.fit.settings["method"] == "mfac" and self.settings.inverse != "block"
+
+    def _cuts(self, operations: list[Operation], label: str) -> list[Cut]:
+        """Make the saliencies; gives what goes of every block."""
         settings, share = self.settings, operations[0].share
+        each: list[tuple[Operation]] = [(op,) for op in operations]
+        histograms = settings.structure == "unstructured" and settings.scope == "global"
+        upper = Total() if histograms else None
+        found = self._each(f"saliencies{label}", score_block, each, upper)
         known = all(whole(self.store, op.file("keep")) for op in operations)
         if known or settings.pattern() is not None:
             return [Cut() for _ in operations]
         if settings.structure in ("rows", "heads"):
             return self._unit_cuts(share, found)
-        if settings.scope == "block":
+        if upper is None or upper.sums is None:
             return [Cut() for _ in operations]
         total = sum(b.d_out * inputs_of(b) for b in self.blocks)
-        coarse = _sum(found)
+        (coarse,) = upper.sums
         gone_before = total - int(coarse.sum())
         count = max(0, count_gone(share, total) - gone_before)
         prefix = find_prefix(coarse, count)
-        fine = self._each(f"threshold{label}", refine_histogram, [(o, prefix) for o in operations])
-        threshold = find_threshold(_sum(fine), prefix)
+        lower = Total()
+        again = [(op, prefix) for op in operations]
+        self._each(f"threshold{label}", refine_histogram, again, lower)
+        assert lower.sums is not None
+        threshold = find_threshold(lower.sums[0], prefix)
         equal = self._each(f"ties{label}", count_equal, [(o, threshold) for o in operations])
         return [Cut(threshold, ties) for ties in share_ties(threshold, equal)]
 
@@ -441,25 +370,35 @@ class _Prune:
         keep = sets_kept(both[0], share, both[1] > 0)
         return [Cut(units=part) for part in keep.split([f.shape[1] for f in found])]
 
-    def _solution(self, operations: Sequence[Operation], shares: Sequence[Any]) -> Tensor | None:
+    def _solution(self, operations: Sequence[Operation], shares: Total) -> Tensor | None:
         """The solution of the whole model's equations of what remains, of M-FAC."""
-        known = [s for s in shares if s is not None]
         rank = operations[0].rank
-        if not known or rank is None or rank.inverse is None:
+        if shares.sums is None or rank is None or rank.inverse is None:
             return None
-        gram, bracket = (_sum([s[i] for s in known]) for i in (0, 1))
-        return solve_kept(gram, bracket, rank.inverse.damping)
+        gram, removed = shares.sums
+        return solve_kept(gram, removed, rank.inverse.damping)
 
     def _each(
-        self, label: str, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]
+        self,
+        label: str,
+        function: Callable[..., Any],
+        arguments: Sequence[tuple[Any, ...]],
+        total: Total | None = None,
     ) -> list[Any]:
-        """Run a task for every block; gives what they found, in the order of the blocks."""
+        """Run a task for every block; gives what they found, in the order of the blocks.
+
+        Args:
+            total: adds up what they found, which is then kept of no block.
+        """
         pool = self.workers.tasks()
         needs = [self._need(args[0]) for args in arguments]
         found: list[Any] = [None] * len(arguments)
         with self.reporter.phase(label, len(arguments), "blocks") as phase:
             for place, value in pool.map(function, arguments, needs):
-                found[place] = value
+                if total is None:
+                    found[place] = value
+                else:
+                    total.add(place, value)
                 phase.advance(1)
         write_timeline(self.store, pool, label)
         return found
@@ -479,10 +418,9 @@ class _Prune:
         seen = [u.seen for u in made if u.seen is not None]
         known = [u.pruned.predicted for u in made if u.pruned.predicted is not None]
         total = sum(known) if known else None
-        rank = self.fit.settings["method"] == "mfac" and self.settings.inverse != "block"
-        if rank and seen:
+        if self._joint and seen:
             # Blocks are not independent there.
-            total = rank_increase(_sum(seen)) + sum(u.first for u in made)
+            total = rank_increase(torch.stack(seen).sum(dim=0)) + sum(u.first for u in made)
         return {"total": total, "blocks": [asdict(u.pruned) for u in made]}
 
     def _tables(self, pruned: Model) -> None:
@@ -571,10 +509,6 @@ class _Prune:
         chosen = set(generator.choice(len(there), count, replace=False).tolist())
         examples = (e for n, e in enumerate(there.examples()) if n in chosen)
         return store_corpus(self.store, "work/sample", examples, "--run", lambda: there.tokenizer)
-
-
-def _sum(parts: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(parts)).sum(dim=0)
 
 
 def _correlation(rows: Sequence[dict[str, Any]]) -> float | None:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from raycurv.driver.prune_settings import PruneSettings
-from raycurv.driver.rank_products import projected
+from raycurv.driver.rank_products import projected, rank_inverses
 from raycurv.errors import DamagedFile, NumericalError
 from raycurv.files.artifacts import read_curvature, read_gradient
 from raycurv.files.row_files import open_rows
@@ -57,18 +57,16 @@ _DOUBLE = 2**20
 
 @dataclass(frozen=True)
 class Rank:
-    """What a block is told of a rank-m Fisher.
+    """What is known to a block of a rank-m Fisher.
 
     Attributes:
         inverse: at the block's own columns; ``None`` where all rows are zero.
         gram: ``GGᵀ`` over all columns of the inverse.
-        whole: whether these are those of all blocks.
         gradient: ``G`` times the mean gradient, over the same columns.
     """
 
     inverse: RankInverse | None
     gram: Tensor
-    whole: bool
     gradient: Tensor | None = None
 
 
@@ -88,7 +86,7 @@ class Operation:
         examples: of the fit.
         double: whether the fit is of float64.
         head: columns of a head, where heads go.
-        rank: of M-FAC.
+        rank: of M-FAC, where the inverse is that of all blocks together.
     """
 
     fitted: Store
@@ -146,15 +144,28 @@ class Operation:
         """What the fit's curvature says of the block; nothing without one."""
         if self.method == "identity":
             return None
-        if self.rank is not None:
-            rows = open_rows(self.fitted, self.block)
+        if self.method == "mfac":
+            rows, rank = open_rows(self.fitted, self.block), self.rank or self._own_rank()
             return RankSurgeon(
-                self.block, w_OI, rows.runs, self.rank.inverse, self.rank.gram, self.gradient(),
-                self.rank.gradient,
+                self.block, w_OI, rows.runs, rank.inverse, rank.gram, self.gradient(),
+                rank.gradient,
             )  # fmt: skip
         curvature = read_curvature(self.fitted, self.block, self.method, self.examples)
-        damping = Damping.parse(self.settings.damping)
-        return BlockSurgeon(curvature, w_OI, damping, self.gradient())
+        return BlockSurgeon(curvature, w_OI, self.damping, self.gradient())
+
+    @property
+    def damping(self) -> Damping:
+        """Of the settings."""
+        return Damping.parse(self.settings.damping)
+
+    def _own_rank(self) -> Rank:
+        """The Fisher of the block alone."""
+        inverses = rank_inverses(self.fitted, (self.block,), self.damping, whole=False)
+        inverse, gradient = inverses.by_block[self.block.name], self.gradient()
+        gram = open_rows(self.fitted, self.block).gram()
+        if gradient is None or inverse is None:
+            return Rank(inverse, gram)
+        return Rank(inverse, gram, projected(gradient[None], self.fitted, self.block, inverse))
 
     def solver(self) -> Solver:
         """How the equations of what remains are solved."""
@@ -250,7 +261,7 @@ def mask_block(operation: Operation, cut: Cut) -> tuple[Tensor, Tensor] | None:
     op, name = operation, operation.file("keep")
     if not whole(op.out, name):
         tensors = {"keep": _mask(op, cut)}
-        if not op.settings.no_update and op.rank is not None and op.rank.whole:
+        if not op.settings.no_update and op.rank is not None:
             surgeon = op.surgeon(op.weight())
             assert isinstance(surgeon, RankSurgeon)
             if surgeon.inverse is not None:
