@@ -31,6 +31,8 @@ from raycurv.driver.influence import influence
 from raycurv.driver.losses import Losses
 from raycurv.driver.planning import plan
 from raycurv.driver.progress import Reporter
+from raycurv.driver.prune_settings import PruneSettings
+from raycurv.driver.pruning import prune
 from raycurv.driver.settings import (
     EvaluateSettings,
     FitSettings,
@@ -48,6 +50,7 @@ JOBS: dict[str, tuple[Any, Callable[..., Any]]] = {
     "fit.py": (FitSettings, fit),
     "influence.py": (InfluenceSettings, influence),
     "evaluate.py": (EvaluateSettings, evaluate),
+    "prune.py": (PruneSettings, prune),
     "plan.py": (PlanSettings, lambda settings, reporter: plan(settings)),
     "timeline.py": (TimelineSettings, lambda settings, reporter: show_timeline(settings)),
 }

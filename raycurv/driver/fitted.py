@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from raycurv.driver.settings import IN_MEMORY
+import shlex
+from typing import Any
+
+from raycurv.driver.settings import IN_MEMORY, FitSettings
 from raycurv.errors import UserError
 from raycurv.files.manifest import Manifest
 from raycurv.files.store import Store
@@ -64,3 +67,39 @@ def fitted_model(fit: Manifest, run: str) -> str:
             "Call raycurv.fit with the same arguments again: its run knows the model.",
         )  # fmt: skip
     return model
+
+
+def fit_command(fit: Manifest, out: str, **other: Any) -> str:
+    """The command that makes a fit again, for a remedy.
+
+    Args:
+        fit: which.
+        out: its run directory, or another one.
+        **other: settings that are to be other ones.
+    """
+    said = fit.settings | {"model": fit.facts["model"], "data": fit.facts["data"]} | other
+    # Runs that it started from are recorded by what they are of; where they lay is a fact.
+    said |= {how: fit.facts[how] for how in ("extend", "merge", "subtract") if how in fit.facts}
+    if IN_MEMORY in (said["model"], said["data"]):
+        given = ", ".join(f"{key}={value!r}" for key, value in other.items())
+        return f"raycurv.fit(…, out={out!r}, {given})"
+    # What follows from other flags need not be said; these two always are.
+    usual = FitSettings(method=said["method"], dtype=said["dtype"]).resolved()
+    words = ["python", "jobs/fit.py"]
+    for key, value in {**said, "out": out}.items():
+        known = key not in ("method", "dtype") and value == _plain(getattr(usual, key))
+        if value is None or known:
+            continue
+        flag = f"--{key.replace('_', '-')}"
+        if value is True:
+            words.append(flag)
+        elif key == "blocks":
+            words += [word for glob in value for word in (flag, glob)]
+        else:
+            words += [flag, *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it."""
+    return list(value) if isinstance(value, tuple) else value

@@ -86,7 +86,7 @@ class PruneSettings(Execution):
                 "0.5 removes a half.",
             )  # fmt: skip
         if not self.tolerance > 0:
-            raise UserError("--tolerance", "above 0", f"{self.tolerance:g}", "")
+            raise UserError("--tolerance", "above 0", f"{self.tolerance:g}", "1e-4 is usual.")
         pattern = self.pattern()
         if pattern is not None and self.sparsity is not None:
             raise UserError(
@@ -109,9 +109,12 @@ class PruneSettings(Execution):
         if ":" not in self.structure:
             raise UserError(
                 "--structure", "unstructured, rows, heads, or N:M such as 2:4",
-                repr(self.structure), "",
+                repr(self.structure), "2:4 keeps 2 of each 4 inputs.",
             )  # fmt: skip
-        return NofM.parse(self.structure)
+        try:
+            return NofM.parse(self.structure)
+        except UserError as error:
+            raise UserError("--structure", error.expected, error.got, error.remedy) from error
 
     def share(self, step: int) -> float:
         """The share that is gone after a step, counted from 1."""

@@ -1,9 +1,11 @@
 """The tasks of pruning, one a block: saliencies, masks, and the weights that remain.
 
+    work/step-1/gradient/BLOCK    of M-FAC, with a first-order term: G times the mean gradient
     work/step-1/saliency/BLOCK    saliency [O, I], units (rows, heads, runs of N:M), keep (of N:M)
-    work/step-1/keep/BLOCK        keep [O, I], the bias column included
-    weights/BLOCK                 the new weight
-    saliency/BLOCK.parquet        both, a row an output
+    work/step-1/keep/BLOCK        keep [O, I], the bias column included; of M-FAC what remains
+    work/step-1/weights/BLOCK     the new weight
+    saliency/BLOCK.parquet        saliencies and masks of the last step, a row an output
+    work/step-1/pruned/BLOCK      what became of the block, once all of these are there
 
 A task reads one block's weight and curvature, and no other's. What travels is a histogram, numbers
 of whole sets, or as many numbers as a rank-m Fisher has rows. Each writes its file whole and looks
@@ -12,8 +14,9 @@ first whether it is there.
 
 from __future__ import annotations
 
+import json
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -21,11 +24,12 @@ import torch
 from torch import Tensor
 
 from raycurv.driver.prune_settings import PruneSettings
-from raycurv.driver.rank_products import projected
+from raycurv.driver.rank_products import projected, rank_inverses
+from raycurv.errors import DamagedFile, NumericalError
 from raycurv.files.artifacts import read_curvature, read_gradient
 from raycurv.files.row_files import open_rows
 from raycurv.files.store import Store
-from raycurv.files.tables import SALIENCY, write_table
+from raycurv.files.tables import SALIENCY, read_rows, write_table
 from raycurv.files.tensorfile import open_tensors, whole, write_tensors
 from raycurv.files.weights import write_weight
 from raycurv.mathematics.blocks import Block
@@ -45,24 +49,24 @@ from raycurv.mathematics.surgeon import (
 from raycurv.mathematics.update import Solver
 from raycurv.models.model import Model
 
+# Elements of a table that are made at once: its lists count them in 32 bits.
+_CHUNK = 2**24
 # Largest block whose remaining weights are solved for in float64 whatever the model's dtype.
 _DOUBLE = 2**20
 
 
 @dataclass(frozen=True)
 class Rank:
-    """What a block is told of a rank-m Fisher.
+    """What is known to a block of a rank-m Fisher.
 
     Attributes:
         inverse: at the block's own columns; ``None`` where all rows are zero.
         gram: ``GGᵀ`` over all columns of the inverse.
-        whole: whether these are those of all blocks.
         gradient: ``G`` times the mean gradient, over the same columns.
     """
 
     inverse: RankInverse | None
     gram: Tensor
-    whole: bool
     gradient: Tensor | None = None
 
 
@@ -74,7 +78,7 @@ class Operation:
         fitted: store of the fit.
         out: store of the results.
         step: number, from 1 on.
-        network: whose weights they are.
+        network: whose weight it is.
         block: which.
         settings: of the job.
         share: what is gone after the step.
@@ -82,7 +86,7 @@ class Operation:
         examples: of the fit.
         double: whether the fit is of float64.
         head: columns of a head, where heads go.
-        rank: of M-FAC.
+        rank: of M-FAC, where the inverse is that of all blocks together.
     """
 
     fitted: Store
@@ -102,6 +106,16 @@ class Operation:
         """Where something of the block lies."""
         place = step_place(self.step if step is None else step)
         return f"{place}/{kind}/{self.block.name}.safetensors"
+
+    @property
+    def last(self) -> bool:
+        """Whether no step comes after."""
+        return self.step == self.settings.steps
+
+    @property
+    def table(self) -> str:
+        """Where the block's table lies."""
+        return f"saliency/{self.block.name}.parquet"
 
     def weight(self) -> Tensor:
         """The weight before the step, ``[O, I]``."""
@@ -130,15 +144,28 @@ class Operation:
         """What the fit's curvature says of the block; nothing without one."""
         if self.method == "identity":
             return None
-        if self.rank is not None:
-            rows = open_rows(self.fitted, self.block)
+        if self.method == "mfac":
+            rows, rank = open_rows(self.fitted, self.block), self.rank or self._own_rank()
             return RankSurgeon(
-                self.block, w_OI, rows.runs, self.rank.inverse, self.rank.gram, self.gradient(),
-                self.rank.gradient,
+                self.block, w_OI, rows.runs, rank.inverse, rank.gram, self.gradient(),
+                rank.gradient,
             )  # fmt: skip
         curvature = read_curvature(self.fitted, self.block, self.method, self.examples)
-        damping = Damping.parse(self.settings.damping)
-        return BlockSurgeon(curvature, w_OI, damping, self.gradient())
+        return BlockSurgeon(curvature, w_OI, self.damping, self.gradient())
+
+    @property
+    def damping(self) -> Damping:
+        """Of the settings."""
+        return Damping.parse(self.settings.damping)
+
+    def _own_rank(self) -> Rank:
+        """The Fisher of the block alone."""
+        inverses = rank_inverses(self.fitted, (self.block,), self.damping, whole=False)
+        inverse, gradient = inverses.by_block[self.block.name], self.gradient()
+        gram = open_rows(self.fitted, self.block).gram()
+        if gradient is None or inverse is None:
+            return Rank(inverse, gram)
+        return Rank(inverse, gram, projected(gradient[None], self.fitted, self.block, inverse))
 
     def solver(self) -> Solver:
         """How the equations of what remains are solved."""
@@ -162,7 +189,11 @@ def project_mean_gradient(operation: Operation) -> Tensor | None:
     assert op.rank is not None
     if gradient is None or op.rank.inverse is None:
         return None
-    return projected(gradient[None], op.fitted, op.block, op.rank.inverse)
+    name = op.file("gradient")
+    if not whole(op.out, name):
+        share = projected(gradient[None], op.fitted, op.block, op.rank.inverse)
+        write_tensors(op.out, name, {"share": share}, {"block": op.block.name})
+    return open_tensors(op.out, name).read("share")
 
 
 def score_block(operation: Operation) -> Tensor | None:
@@ -175,6 +206,12 @@ def score_block(operation: Operation) -> Tensor | None:
         surgeon = None if settings.saliency == "magnitude" else op.surgeon(w_OI)
         joint = surgeon if settings.saliency == "obs" else None
         saliency = single_saliencies(settings.saliency, w_OI, surgeon)
+        if bool(saliency.isnan().any()):
+            raise NumericalError(
+                f"block {op.block.name}", "saliencies that are numbers",
+                f"{int(saliency.isnan().sum())} NaN",
+                "Look for values that are not finite in its weights and its curvature.",
+            )  # fmt: skip
         tensors = {"saliency": saliency[:, : inputs_of(op.block)].contiguous()}
         pattern = settings.pattern()
         if pattern is not None:
@@ -221,15 +258,17 @@ class Cut:
 def mask_block(operation: Operation, cut: Cut) -> tuple[Tensor, Tensor] | None:
     """Decide which weights of a block stay; gives its share of the equations of what remains where
     these are the whole model's."""
-    op = operation
-    if not whole(op.out, op.file("keep")):
-        write_tensors(op.out, op.file("keep"), {"keep": _mask(op, cut)}, {"block": op.block.name})
-    rank = op.rank
-    if op.settings.no_update or rank is None or not rank.whole or rank.inverse is None:
-        return None
-    surgeon = op.surgeon(op.weight())
-    assert isinstance(surgeon, RankSurgeon)
-    return surgeon.kept(open_tensors(op.out, op.file("keep")).read("keep"))
+    op, name = operation, operation.file("keep")
+    if not whole(op.out, name):
+        tensors = {"keep": _mask(op, cut)}
+        if not op.settings.no_update and op.rank is not None:
+            surgeon = op.surgeon(op.weight())
+            assert isinstance(surgeon, RankSurgeon)
+            if surgeon.inverse is not None:
+                tensors["gram"], tensors["removed"] = surgeon.kept(tensors["keep"])
+        write_tensors(op.out, name, tensors, {"block": op.block.name})
+    file = open_tensors(op.out, name)
+    return (file.read("gram"), file.read("removed")) if "gram" in file.names else None
 
 
 def _mask(op: Operation, cut: Cut) -> Tensor:
@@ -276,19 +315,43 @@ class Pruned:
     seconds: float
 
 
-def update_block(
-    operation: Operation, z_M: Tensor | None, notes: dict[str, str]
-) -> tuple[Pruned, Tensor | None, float]:
-    """Make and write the weights that remain, and the block's rows of saliencies and masks.
+@dataclass(frozen=True)
+class Updated:
+    """A block that is done in a step.
+
+    Attributes:
+        pruned: what became of it.
+        seen: of M-FAC its share of ``Gδ``, ``[M]``.
+        first: its share of ``gᵀδ``.
+    """
+
+    pruned: Pruned
+    seen: Tensor | None
+    first: float
+
+
+def updated(operation: Operation) -> Updated | None:
+    """What an earlier run left of a step, if all of it is there."""
+    op, name = operation, operation.file("pruned")
+    if not (whole(op.out, name) and whole(op.out, op.file("weights")) and _has_table(op)):
+        return None
+    file = open_tensors(op.out, name)
+    said = json.loads(file.metadata["pruned"])
+    seen = file.read("seen") if "seen" in file.names else None
+    return Updated(Pruned(**said), seen, float(file.metadata["first"]))
+
+
+def update_block(operation: Operation, z_M: Tensor | None, notes: dict[str, str]) -> Updated:
+    """Make and write the weights that remain, and in the last step the block's table.
 
     Args:
         z_M: the solution of the whole model's equations, of M-FAC.
         notes: footer of the table.
-
-    Returns:
-        what became of the block; of the whole model's M-FAC its shares of ``Gδ`` and ``gᵀδ``.
     """
     op, started = operation, time.perf_counter()
+    found = updated(op)
+    if found is not None:
+        return found
     keep = open_tensors(op.out, op.file("keep")).read("keep")
     w_OI = op.weight()
     surgeon = op.surgeon(w_OI)
@@ -297,32 +360,31 @@ def update_block(
     if not op.settings.no_update and surgeon is not None:
         # Solved in float32 at least, whatever the checkpoint's dtype.
         if isinstance(surgeon, BlockSurgeon):
-            found = surgeon.remaining(keep, op.solver())
-            new, outcome = found.w_OI, found.outcome
-            iterations, residual = found.iterations, found.residual
+            moved = surgeon.remaining(keep, op.solver())
+            new, outcome = moved.w_OI, moved.outcome
+            iterations, residual = moved.iterations, moved.residual
         else:
             new, outcome = _moved(op, surgeon, keep, z_M)
-    step = new.double() - w_OI.double()
-    predicted, seen, first = _predicted(surgeon, step)
+    predicted, seen, first = _predicted(surgeon, new.double() - w_OI.double())
     write_weight(op.out.inside(step_place(op.step)), op.block, new)
-    _write_saliencies(op, keep, notes)
+    if op.last:
+        _write_saliencies(op, keep, notes)
     inputs = inputs_of(op.block)
     gone = ~keep[:, :inputs]
     now = gone & op.kept_before()[:, :inputs]
-    return (
-        Pruned(
-            gone.numel(),
-            int(gone.sum()),
-            float(_saliency(op)[now].sum(dtype=torch.float64)),
-            predicted,
-            outcome,
-            iterations,
-            residual,
-            time.perf_counter() - started,
-        ),
-        seen,
-        first,
+    pruned = Pruned(
+        gone.numel(),
+        int(gone.sum()),
+        float(_saliency(op)[now].sum(dtype=torch.float64)),
+        predicted,
+        outcome,
+        iterations,
+        residual,
+        time.perf_counter() - started,
     )
+    said = {"pruned": json.dumps(asdict(pruned)), "first": repr(first)}
+    write_tensors(op.out, op.file("pruned"), {} if seen is None else {"seen": seen}, said)
+    return Updated(pruned, seen, first)
 
 
 def _moved(
@@ -362,19 +424,34 @@ def _write_saliencies(op: Operation, keep: Tensor, notes: dict[str, str]) -> Non
     units: Tensor | None = None
     if "units" in file.names and op.settings.structure != "heads":
         units = file.read("units").reshape(len(saliency), -1)
-    table = pa.table(
-        {
-            "block": pa.array([op.block.name] * len(saliency), pa.string()),
-            "row": pa.array(np.arange(len(saliency)), pa.int32()),
-            "saliency": _lists(saliency),
-            "keep": _lists(keep[:, :inputs]),
-            "unit_saliency": pa.nulls(len(saliency), SALIENCY.field("unit_saliency").type)
-            if units is None
-            else _lists(units),
-        },
-        schema=SALIENCY,
-    )
-    write_table(op.out, f"saliency/{op.block.name}.parquet", table, notes)
+    step = max(1, _CHUNK // max(1, inputs))
+    parts = []
+    for start in range(0, len(saliency), step):
+        rows = slice(start, min(start + step, len(saliency)))
+        count = rows.stop - start
+        parts.append(
+            {
+                "block": pa.array([op.block.name] * count, pa.string()),
+                "row": pa.array(np.arange(start, rows.stop), pa.int32()),
+                "saliency": _lists(saliency[rows]),
+                "keep": _lists(keep[rows, :inputs]),
+                "unit_saliency": pa.nulls(count, SALIENCY.field("unit_saliency").type)
+                if units is None
+                else _lists(units[rows]),
+            }
+        )
+    table = pa.concat_tables([pa.table(part, schema=SALIENCY) for part in parts])
+    write_table(op.out, op.table, table, notes, step)
+
+
+def _has_table(op: Operation) -> bool:
+    """Whether the block's table is there and whole, where there is to be one by now."""
+    if not op.last:
+        return True
+    try:
+        return op.out.exists(op.table) and read_rows(op.out, op.table) == op.block.d_out
+    except DamagedFile:
+        return False
 
 
 def _lists(matrix: Tensor) -> pa.ListArray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from raycurv.models.model import Model
@@ -10,6 +11,12 @@ from raycurv.models.patched import parts
 # What an attention's output projection is called: the last part of its name, and what its parent's
 # holds, where other layers are called so, too.
 _PROJECTIONS = {"o_proj": "", "out_proj": "", "c_proj": "attn", "dense": "att"}
+
+
+def head_widths(model: Model, modules: Iterable[str]) -> dict[str, int]:
+    """:func:`head_width` of those that read heads, by name."""
+    found = {module: head_width(model, module) for module in modules}
+    return {module: width for module, width in found.items() if width is not None}
 
 
 def head_width(model: Model, module: str) -> int | None:
