@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from commands import (
     snapshot,
     write_rows,
 )
-from networks import LLAMA, arrays
+from dense import Truth
+from networks import LLAMA, MLP, arrays
 from results import changed
 from s3 import ENVIRONMENT, Server, server
 from safetensors.torch import load_file
@@ -553,6 +555,32 @@ def test_the_command_that_a_remedy_gives_makes_what_is_missing(
     fitted = run_here("fit.py", [*flags, "--address", "none", "--batch-tokens", "4"])
     assert fitted.code == 0, fitted.err
     assert job(made, tmp_path / "out", measure="none", **settings).code == 0
+
+
+def test_the_command_of_a_run_that_was_put_together_is_its_own(tmp_path: Path) -> None:
+    parts = []
+    for name, rows in (("a", ROWS[:6]), ("b", ROWS[6:])):
+        data = write_rows(tmp_path / f"{name}.parquet", rows)
+        parts.append(
+            raycurv.fit("commands:classifier", data, tmp_path / name, keep_sums=True, **FIT)
+        )
+    merged = parts[0].merge(parts[1], out=tmp_path / "merged", quiet=True, address="none")
+    outcome = job(tmp_path / "merged", tmp_path / "out", first_order=True, steps=2)
+    assert outcome.code == 2
+    command = failure_in(outcome)["error"]["remedy"].partition(": it makes")[0]
+    flags = shlex.split(command)[2:]
+    assert run_here("fit.py", [*flags, "--address", "none"]).code == 0
+    found = merged.prune(tmp_path / "out", **HERE, first_order=True, steps=2)
+    assert found.manifest.facts["loss"] == pytest.approx(_mean_loss(), rel=1e-10)
+    # The directory of an extended run has the examples alone that it was extended by.
+    parts[0].extend(tmp_path / "b.parquet", tmp_path / "extended", quiet=True, address="none")
+    for settings, says in (({"steps": 2}, "--steps"), ({"first_order": True}, "all its data")):
+        outcome = job(tmp_path / "extended", tmp_path / "out 2", **settings)
+        assert outcome.code == 2 and says in outcome.err
+
+
+def _mean_loss() -> float:
+    return float(Truth(replace(MLP, network=classifier, data=tuple(ROWS))).losses().mean())
 
 
 def test_a_damping_that_leaves_no_inverse_names_the_block(place: Path, tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_a_pruning_on_actors_is_that_of_one_process(
     cluster: None, alone: tuple[raycurv.Run, raycurv.Scores], tmp_path: Path
 ) -> None:
     here = alone[0].prune(tmp_path / "here", address="none", quiet=True)
-    there = alone[0].prune(tmp_path / "there", address="local", quiet=True, stages=2)
+    there = alone[0].prune(tmp_path / "there", address="local", quiet=True)
     assert here.saliency().equals(there.saliency())
     assert here.predicted == there.predicted
     assert relative(there.measured, here.measured) < CLOSE
