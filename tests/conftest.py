@@ -24,8 +24,8 @@ torch.set_num_threads(1)
 CLUSTERS = (("kills", "preflight", "out_of_memory"), ("submitted", "stopping"))
 # Of the others these begin first, or one of them would be under way alone at the end.
 LONGEST = (
-    "too_little", "resume", "combine", "object_store", "swept", "invariance", "links", "jobs",
-    "mistakes", "ray", "watching",
+    "too_little", "prune_jobs", "resume", "prune", "combine", "object_store", "swept",
+    "invariance", "links", "jobs", "mistakes", "ray", "watching",
 )  # fmt: skip
 
 

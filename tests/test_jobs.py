@@ -141,6 +141,14 @@ HELP = {
         "--max-examples": "None", "--seed": "0", "--dtype": "float32", "--max-length": "None",
         "--long": "error", "--stages": "None", "--schedule": "pipelined", "--batch-tokens": "4096",
     },
+    "prune.py": {
+        "--run": "", "--out": "", "--sparsity": "None", "--structure": "unstructured",
+        "--saliency": "obs", "--scope": "global", "--no-update": "", "--damping": "0.1",
+        "--inverse": "None", "--first-order": "", "--steps": "1", "--blocks": "",
+        "--tolerance": "0.0001", "--iterations": "300", "--measure": "total",
+        "--measure-examples": "512", "--seed": "0", "--stages": "None",
+        "--schedule": "pipelined", "--batch-tokens": "4096", "--address": "None",
+    },
 }  # fmt: skip
 
 

@@ -115,6 +115,18 @@ def test_a_sweep_of_actors_gives_the_numbers_of_one_process(
     assert relative(matrix, reference) < CLOSE
 
 
+def test_a_pruning_on_actors_is_that_of_one_process(
+    cluster: None, alone: tuple[raycurv.Run, raycurv.Scores], tmp_path: Path
+) -> None:
+    here = alone[0].prune(tmp_path / "here", address="none", quiet=True)
+    there = alone[0].prune(tmp_path / "there", address="local", quiet=True)
+    assert here.saliency().equals(there.saliency())
+    assert here.predicted == there.predicted
+    assert relative(there.measured, here.measured) < CLOSE
+    files = [Path(found.model) / "model.safetensors" for found in (here, there)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_actors_stay_from_one_group_of_stages_to_the_next(cluster: None) -> None:
     pool = OnRay("local")
     pool.start([_spec(), _spec()])

@@ -88,7 +88,7 @@ def test_nothing_imports_the_jobs_or_the_tests() -> None:
 
 def test_jobs_import_raycurv_alone() -> None:
     jobs = sorted((ROOT / "jobs").glob("*.py"))
-    assert {"fit.py", "influence.py"} <= {path.name for path in jobs}
+    assert {"fit.py", "influence.py", "prune.py"} <= {path.name for path in jobs}
     for path in jobs:
         # What stands in while libraries load cannot be one of them.
         if path.name == "loading.py":
@@ -138,7 +138,7 @@ def test_a_file_fits_on_a_few_pages() -> None:
 def test_a_job_without_ray_or_a_language_model_waits_for_neither() -> None:
     code = (
         "import sys; import raycurv, raycurv.driver.fitting, raycurv.driver.influence, "
-        "raycurv.driver.planning; "
+        "raycurv.driver.planning, raycurv.driver.pruning; "
         "print(sorted({'ray', 'transformers'} & sys.modules.keys()))"
     )
     found = subprocess.run(

@@ -71,6 +71,8 @@ from raycurv.models.model import Model, ModelSource, open_model
 from raycurv.models.patched import Patched, parts
 from raycurv.stages.pool import Need
 
+# Bytes that a run of rows of a rank-m Fisher and what is made of it take.
+_RUN_MEMORY = 2**28
 # Where results lie.
 _RESULTS = ("model", "saliency", "tables/pruned", "tables/heads")
 PRUNED_FILE = "tables/pruned/part-00000.parquet"
@@ -278,9 +280,14 @@ class _Prune:
         settings = self.settings
         label = "" if settings.steps == 1 else f", step {step} of {settings.steps}"
         operations = self._operations(step, self.fitted)
-        there = [updated(op) for op in operations]
-        if all(there):
-            return self._outcome([u for u in there if u is not None])
+        there: list[Updated] = []
+        for op in operations:
+            found = updated(op)
+            if found is None:
+                break
+            there.append(found)
+        else:
+            return self._outcome(there)
         operations = self._operations(step, self._curvature(step))
         operations = self._with_rank(operations)
         cuts = self._cuts(operations, label)
@@ -408,6 +415,10 @@ class _Prune:
         size = block.d_out * block.d_in
         # Weights, eigenvalues and the vectors of conjugate gradients, in float64; both bases.
         memory = 80 * size + 16 * (block.d_out**2 + block.d_in**2)
+        rows = self.fit.settings.get("rows")
+        if rows is not None:
+            # Of M-FAC a run of its rows, as stored and in float64; where heads go, all of them.
+            memory += 12 * rows * size if self.heads else _RUN_MEMORY
         flops = 8.0 * self.settings.iterations * size * (block.d_in + block.d_out)
         return Need(memory, flops, block.name)
 
