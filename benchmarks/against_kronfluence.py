@@ -13,9 +13,7 @@ Exit code 1 when a case in float64 falls short of the target.
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -32,6 +30,7 @@ import tyro
 from agreement import Block, BlockAgreement, Scores, compare_block
 from byte_model import Sequences, Shape, read_sequences, train_model
 from numpy.typing import NDArray
+from report import processor, source_state, table
 from safetensors import safe_open
 from torch import Tensor
 
@@ -317,16 +316,6 @@ def compare(
     return Outcome(case, int(train.lengths_N.sum()), counts, blocks, scores, ours, theirs)
 
 
-def table(header: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of a Markdown table, its columns padded."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-
-    def line(cells: list[str]) -> str:
-        return "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"
-
-    return [line(header), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, rows)]
-
-
 def block_lines(outcome: Outcome, every: bool) -> list[str]:
     """The worst of all blocks, and each of them."""
     header = ["block", "out x in", *BlockAgreement.TITLES]
@@ -367,32 +356,6 @@ def case_lines(outcome: Outcome, every_block: bool) -> list[str]:
         f"- kronfluence: {seconds_line(outcome.theirs)}",
         "",
     ]
-
-
-def processor() -> str:
-    """The processor's own name, and how many cores are here."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        lines = (line.partition(":") for line in cpuinfo.read_text().splitlines())
-        names = [value.strip() for key, _, value in lines if key.strip() == "model name"]
-        name = names[0] if names else name
-    return f"{name}, {os.cpu_count()} cores"
-
-
-def source_state() -> str:
-    """Commit of raycurv, whether files differ from it, and a digest of its modules as they lie."""
-    digest = hashlib.blake2b(digest_size=6)
-    for path in sorted(Path(raycurv.__file__).parent.rglob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    said = subprocess.run(
-        ["git", "-C", HERE, "describe", "--always", "--dirty=, with uncommitted changes"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    commit = said.stdout.strip() or "not a git checkout"
-    return f"{commit}; blake2b of its modules {digest.hexdigest()}"
 
 
 def command_line(settings: Settings) -> str:

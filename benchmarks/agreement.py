@@ -166,8 +166,22 @@ class Scores:
 
 def pearson(a: Tensor, b: Tensor) -> float:
     """Correlation of two vectors."""
-    a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
-    return float(a @ b / (a.norm() * b.norm()))
+    return float(correlations(a, b))
+
+
+def correlations(a: Tensor, b: Tensor, counts: Tensor | None = None) -> Tensor:
+    """Pearson's correlation over the last axis, ``[...]``; not a number where one is constant.
+
+    Args:
+        a, b: ``[..., K]``.
+        counts: how often each of the K pairs stands in the sample; once by default.
+    """
+    a, b = a.double(), b.double()
+    w = torch.ones_like(a[..., :1]) if counts is None else counts.double()
+    w = (w / w.expand(torch.broadcast_shapes(w.shape, a.shape)).sum(-1, keepdim=True)).expand_as(a)
+    a, b = a - (w * a).sum(-1, keepdim=True), b - (w * b).sum(-1, keepdim=True)
+    scale = (w * a * a).sum(-1) * (w * b * b).sum(-1)
+    return (w * a * b).sum(-1) / scale.sqrt()
 
 
 def ranks(a: Tensor) -> Tensor:
