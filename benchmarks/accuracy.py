@@ -171,11 +171,21 @@ def sweep(bench: Bench, task: Task, truth: GroundTruth) -> list[str]:
         rows.append([f"damping {damping}", *truth.lds(bench.scores(task, ekfac, damping)).cells()])
     for labels, fit in {
         "1 drawn label": {"draws": 1},
+        "all labels, exactly": {},
         "the data's labels": {"fisher": "empirical"},
     }.items():
-        method = Method(f"EK-FAC, {labels}", {"method": "ekfac", **fit})
+        method = Method(f"EK-FAC, {labels}", {"method": "ekfac", **fit}, exact=not fit)
         rows.append([labels, *truth.lds(bench.scores(task, method)).cells()])
     return table(["EK-FAC", "LDS", "over queries", "over subsets"], rows)
+
+
+def exact_methods(task: Task) -> list[Method]:
+    """With the Fisher of all labels: M-FAC's of all examples is then the Gauss-Newton matrix."""
+    rows = len(task.train)
+    return [
+        Method("EK-FAC, all labels", {"method": "ekfac"}, exact=True),
+        Method("Gauss-Newton (M-FAC, all labels)", {"method": "mfac", "rows": rows}, exact=True),
+    ]
 
 
 def leave_one_out(bench: Bench) -> tuple[list[str], bool]:
@@ -188,7 +198,7 @@ def leave_one_out(bench: Bench) -> tuple[list[str], bool]:
         attribution = bench.attribution(task, model.module(0).float(), "convex")
         kind = "ridge regression" if name == "diabetes" else "logistic regression"
         found = {}
-        for method in methods([], len(task.train)):
+        for method in (*methods([], len(task.train)), *exact_methods(task)):
             foretold_QN = attribution.scores(method) / len(task.train)
             found[method.title] = pearson(foretold_QN.flatten(), rises_QN.flatten())
             by_query = correlations(foretold_QN, rises_QN)
@@ -215,7 +225,7 @@ def responses(bench: Bench) -> list[str]:
             f"- {task.title}: {len(removed)} examples removed, gradient left "
             f"{response.residual:.0e} of the first"
         )
-        for method in bench.ways(task):
+        for method in (*bench.ways(task), *exact_methods(task)):
             foretold_QM = attribution.scores(method)[:, removed] / len(task.train)
             found_Q = correlations(foretold_QM, response.rises_QM)
             rises = response.rises_QM

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from agreement import Block, BlockAgreement, Scores, compare_block
+from agreement import Block, BlockAgreement, Scores, compare_block, fitted_blocks, in_order
 from byte_model import Sequences, Shape, read_sequences, train_model
 from numpy.typing import NDArray
 from report import processor, source_state, table
@@ -159,25 +159,8 @@ def run_raycurv(
     table = made.self_influence().sort_by("id")
     scores["self"] = table["score"].to_numpy()
     seconds["self"] = time.perf_counter() - started
-    blocks = {}
-    for name in run.block_names():
-        curvature = run.curvature(name)
-        blocks[name] = Block(
-            lam_OI=curvature.eigenvalues.double(),
-            output_vectors=curvature.output_basis.dense(),
-            input_vectors=curvature.input_basis.dense(),
-            output_values=curvature.output_basis.eigenvalues(),
-            input_values=curvature.input_basis.eigenvalues(),
-        )
     versions = {name: version(name) for name in ("raycurv", "torch", "transformers")}
-    return Side(blocks, scores, seconds, versions)
-
-
-def in_order(made: raycurv.Scores) -> NDArray[Any]:
-    """``scores [Q, N]`` in the order of the ids."""
-    matrix_QN, queries, trains = made.matrix()
-    ordered: NDArray[Any] = matrix_QN[np.argsort(queries)][:, np.argsort(trains)]
-    return ordered
+    return Side(fitted_blocks(run), scores, seconds, versions)
 
 
 def run_kronfluence(

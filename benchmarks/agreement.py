@@ -21,6 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+import raycurv
+
 DAMPING = 0.1
 VECTORS = 8
 
@@ -51,6 +53,21 @@ class Block:
     def inverse(self, lam_OI: Tensor) -> Tensor:
         """``1 / (Λ + λ)``."""
         return 1 / (lam_OI + DAMPING * lam_OI.mean())
+
+
+def fitted_blocks(run: raycurv.Run) -> dict[str, Block]:
+    """Every block of a fit with factors."""
+    blocks = {}
+    for name in run.block_names():
+        curvature = run.curvature(name)
+        blocks[name] = Block(
+            lam_OI=curvature.eigenvalues.double(),
+            output_vectors=curvature.output_basis.dense(),
+            input_vectors=curvature.input_basis.dense(),
+            output_values=curvature.output_basis.eigenvalues(),
+            input_values=curvature.input_basis.eigenvalues(),
+        )
+    return blocks
 
 
 @dataclass(frozen=True)
@@ -162,6 +179,13 @@ class Scores:
             f"{self.difference:.1e}",
             f"{self.scale:.9f}",
         ]
+
+
+def in_order(made: raycurv.Scores) -> NDArray[Any]:
+    """``scores [Q, N]`` in the order of the ids."""
+    matrix_QN, queries, trains = made.matrix()
+    ordered: NDArray[Any] = matrix_QN[np.argsort(queries)][:, np.argsort(trains)]
+    return ordered
 
 
 def pearson(a: Tensor, b: Tensor) -> float:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from agreement import in_order
+from exact_labels import EXACT
 from tasks import Task
 from torch import Tensor, nn
 
@@ -29,11 +31,13 @@ class Method:
         title: in reports.
         fit: settings of the fit.
         rank: that IHVPs are truncated to.
+        exact: whether the Fisher is that of exact_labels.py.
     """
 
     title: str
     fit: Mapping[str, Any]
     rank: str = "full"
+    exact: bool = False
 
 
 def methods(ranks: Sequence[int], rows: int) -> list[Method]:
@@ -52,14 +56,6 @@ def methods(ranks: Sequence[int], rows: int) -> list[Method]:
         Method("EK-FAC", ekfac),
         Method(f"M-FAC, {rows} gradients", {"method": "mfac", "rows": rows}),
     ]
-
-
-def scores_in_order(made: raycurv.Scores) -> Tensor:
-    """``[Q, N]`` in float64, in the order of ids that :meth:`tasks.Examples.rows` gives."""
-    matrix, queries, train = made.matrix()
-    places = [[int(i.rpartition(" ")[2]) for i in ids] for ids in (queries, train)]
-    q, n = (torch.tensor(p).argsort() for p in places)
-    return torch.from_numpy(matrix).double()[q][:, n]
 
 
 @dataclass
@@ -82,13 +78,12 @@ class Attribution:
 
     def scores(self, method: Method, damping: str | None = None) -> Tensor:
         """``[Q, N]``; positive where training on the example lowers the query's loss."""
-        return scores_in_order(self._score(method, damping, False))
+        return torch.from_numpy(in_order(self._score(method, damping, False))).double()
 
     def self_influence(self, method: Method) -> Tensor:
         """``[N]``, full rank."""
-        made = self._score(method, None, True).self_influence()
-        places = torch.tensor([int(i.rpartition(" ")[2]) for i in made["id"].to_pylist()])
-        return torch.tensor(made["score"].to_pylist(), dtype=torch.float64)[places.argsort()]
+        made = self._score(method, None, True).self_influence().sort_by("id")
+        return torch.tensor(made["score"].to_pylist(), dtype=torch.float64)
 
     def _score(self, method: Method, damping: str | None, itself: bool) -> raycurv.Scores:
         self._count += 1
@@ -100,13 +95,14 @@ class Attribution:
 
     def run(self, method: Method) -> raycurv.Run:
         """The fit that a method stands on."""
-        named = " ".join(map(str, method.fit.values()))
+        named = f"{method.fit} {method.exact}"
         if named not in self._runs:
-            empirical = (method.fit.keys() | self.settings.keys()) & {"fisher", "draws"}
-            draws = {} if empirical else {"draws": self.task.draws}
+            told = method.fit.keys() | self.settings.keys()
+            draws = {} if method.exact or told & {"fisher", "draws"} else {"draws": self.task.draws}
+            objective = EXACT[self.task.objective]() if method.exact else self.task.objective
             self._runs[named] = raycurv.fit(
                 lambda: copy.deepcopy(self.network), self.task.train.rows("example"),
-                self.place / f"fit-{len(self._runs)}", objective=self.task.objective, quiet=True,
+                self.place / f"fit-{len(self._runs)}", objective=objective, quiet=True,
                 address="none", batch_tokens=BATCH, blocks=self.task.blocks,
                 **draws, **self.settings, **method.fit,
             )  # fmt: skip

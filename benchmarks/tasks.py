@@ -47,8 +47,8 @@ class Examples:
         return Examples(*both)
 
     def rows(self, name: str) -> list[dict[str, Any]]:
-        """As raycurv takes them, with ids ``name 0``, ``name 1``, …"""
-        ids = [f"{name} {n}" for n in range(len(self))]
+        """As raycurv takes them, with ids ``name 00000``, ``name 00001``, …"""
+        ids = [f"{name} {n:05d}" for n in range(len(self))]
         if not self.inputs.is_floating_point():
             return [
                 {"id": i, "input_ids": x} for i, x in zip(ids, self.inputs.tolist(), strict=True)
