@@ -15,9 +15,9 @@ objective, the language model's is raycurv's default. What other dampings give s
 from __future__ import annotations
 
 import datetime
+import functools
 import platform
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,7 +30,7 @@ from byte_model import Shape
 from counterfactual import Mislabelled, removal_rises
 from datamodel import GroundTruth, draw_subsets, mean_interval
 from leave_one_out import removal_rises as exact_rises
-from report import processor, source_state, table
+from report import Report, command_line, processor, source_state, table
 from response import respond
 from retraining import gradient_norms, retrain
 from tasks import Task, byte_task, tabular_task
@@ -277,69 +277,37 @@ def wrong_labels(bench: Bench) -> list[str]:
     return [title, "", *table(header, rows), ""]
 
 
-def command_line(settings: Settings) -> str:
-    """The command, with every flag that is not at its default."""
-    flags = [
-        f"--{name.replace('_', '-')} {value}"
-        for name, value in vars(settings).items()
-        if name not in ("results", "date") and value != getattr(Settings(), name)
-    ]
-    return " ".join(["python benchmarks/accuracy.py", *flags])
-
-
 def main(settings: Settings) -> None:
     """Measure everything, print and write the report."""
     torch.set_num_threads(settings.threads)
-    state, started = source_state(), time.perf_counter()
-    body: list[str] = []
-    times: list[str] = []
-    reached: dict[str, bool] = {}
-
-    def measured(name: str, make: Callable[[], list[str]]) -> None:
-        since = time.perf_counter()
-        lines = make()
-        print("\n".join(lines), flush=True)
-        body.extend(lines)
-        times.append(f"{name} {time.perf_counter() - since:.0f}")
-
-    def judged(title: str, make: Callable[[], tuple[list[str], bool]]) -> list[str]:
-        lines, reached[title] = make()
-        return lines
-
+    state, report = source_state(), Report()
     with TemporaryDirectory() as directory:
         bench = Bench(settings, Path(directory))
         for task in (*bench.tasks.values(), bench.bytes):
-            title = f"EK-FAC's LDS above identity's and diagonal's, both intervals: {task.title}"
-            measured(
-                f"LDS of {task.title}",
-                lambda t=task, title=title: judged(title, lambda: datamodel(bench, t)),
+            report.judge(
+                f"LDS of {task.title}: EK-FAC above identity and diagonal beyond both intervals",
+                functools.partial(datamodel, bench, task),
             )
-        convex = f"leave-one-out Pearson of at least {LEAVE_ONE_OUT} on both convex tasks"
-        measured("leave-one-out", lambda: judged(convex, lambda: leave_one_out(bench)))
-        measured("PBRF", lambda: responses(bench))
-        measured("removal", lambda: removals(bench))
-        measured("wrong labels", lambda: wrong_labels(bench))
-    lines = [
+        report.judge(
+            f"leave-one-out: Pearson of at least {LEAVE_ONE_OUT} on both convex tasks",
+            lambda: leave_one_out(bench),
+        )
+        report.add("PBRF", lambda: responses(bench))
+        report.add("removal", lambda: removals(bench))
+        report.add("wrong labels", lambda: wrong_labels(bench))
+    report.write(
+        settings.results / f"{settings.date}-accuracy.md",
         f"# Accuracy of influence scores, {settings.date}",
-        "",
-        f"    {command_line(settings)}",
-        "",
-        f"- torch {torch.__version__}, Python {platform.python_version()}; {processor()}, "
-        f"{settings.threads} thread(s)",
-        f"- raycurv's source: {state}",
-        f"- networks: one hidden layer of {HIDDEN} (tanh), full batches, weight decay "
-        f"{settings.decay:g}; bytes: Llama-shaped, hidden 32, 2 layers, 32 tokens an example",
-        "- intervals hold 95 % of a bootstrap: over queries, and over subsets",
-        f"- {time.perf_counter() - started:.0f} s in all; {', '.join(times)}",
-        "",
-        *(f"- {title}: **{'reached' if yes else 'MISSED'}**" for title, yes in reached.items()),
-        "",
-        *body,
-    ]
-    settings.results.mkdir(parents=True, exist_ok=True)
-    path = settings.results / f"{settings.date}-accuracy.md"
-    path.write_text("\n".join(lines).rstrip() + "\n")
-    print(path)
+        command_line("accuracy.py", settings, Settings()),
+        [
+            f"- torch {torch.__version__}, Python {platform.python_version()}; {processor()}, "
+            f"{settings.threads} thread(s)",
+            f"- raycurv's source: {state}",
+            f"- networks: one hidden layer of {HIDDEN} (tanh), full batches, weight decay "
+            f"{settings.decay:g}; bytes: Llama-shaped, hidden 32, 2 layers, 32 tokens an example",
+            "- intervals hold 95 % of a bootstrap: over queries, and over subsets",
+        ],
+    )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ Exit code 1 when a case in float64 falls short of the target.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import platform
@@ -30,7 +31,7 @@ import tyro
 from agreement import Block, BlockAgreement, Scores, compare_block, fitted_blocks, in_order
 from byte_model import Sequences, Shape, read_sequences, train_model
 from numpy.typing import NDArray
-from report import processor, source_state, table
+from report import command_line, processor, source_state, table
 from safetensors import safe_open
 from torch import Tensor
 
@@ -341,27 +342,19 @@ def case_lines(outcome: Outcome, every_block: bool) -> list[str]:
     ]
 
 
-def command_line(settings: Settings) -> str:
-    """The command, with every flag that is not at its default, and no path of this machine."""
-    plain = Settings(settings.kronfluence_python)
-    flags = [
-        f"--{name.replace('_', '-')} {value}"
-        for name, value in vars(settings).items()
-        if name not in ("kronfluence_python", "results", "date") and value != getattr(plain, name)
-    ]
-    start = "python benchmarks/against_kronfluence.py --kronfluence-python KRONFLUENCE_PYTHON"
-    return " ".join([start, *flags])
-
-
 def report(settings: Settings, state: str, loss: float, outcomes: list[Outcome]) -> str:
     """The result file."""
+    # The interpreter's path is this machine's.
+    there = Path("KRONFLUENCE_PYTHON")
+    named = dataclasses.replace(settings, kronfluence_python=there)
+    command = command_line("against_kronfluence.py", named, Settings(Path()))
     ours, theirs = outcomes[0].ours.versions, outcomes[0].theirs.versions
     shape = Shape()
     reached = all(o.reaches_target for o in outcomes if o.case.dtype == "float64")
     lines = [
         f"# raycurv against kronfluence, {settings.date}",
         "",
-        f"    {command_line(settings)}",
+        f"    {command}",
         "",
         f"- versions: raycurv {ours['raycurv']} (torch {ours['torch']}, transformers "
         f"{ours['transformers']}), kronfluence {theirs['kronfluence']} (torch {theirs['torch']}, "

@@ -1,4 +1,4 @@
-"""What the result files are made of: tables, the machine, and which source was measured."""
+"""What the result files are made of: tables, the machine, the command, the source measured."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import hashlib
 import os
 import platform
 import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import raycurv
 
@@ -47,3 +51,52 @@ def source_state() -> str:
     )
     commit = said.stdout.strip() or "not a git checkout"
     return f"{commit}; blake2b of its modules {digest.hexdigest()}"
+
+
+def command_line(script: str, settings: Any, plain: Any) -> str:
+    """The command, with every flag that differs from ``plain``'s, and no path of this machine."""
+    flags = []
+    for name, value in vars(settings).items():
+        if name not in ("results", "date") and value != getattr(plain, name):
+            text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            flags.append(f"--{name.replace('_', '-')} {text}")
+    return " ".join([f"python benchmarks/{script}", *flags])
+
+
+@dataclass
+class Report:
+    """A result file under way: sections, what they took, which targets were reached."""
+
+    body: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    reached: dict[str, bool] = field(default_factory=dict)
+
+    def add(self, name: str, make: Callable[[], Sequence[str]]) -> None:
+        """Make a section, and print it."""
+        started = time.perf_counter()
+        lines = make()
+        self.seconds[name] = time.perf_counter() - started
+        print("\n".join(lines), flush=True)
+        self.body.extend(lines)
+
+    def judge(self, target: str, make: Callable[[], tuple[list[str], bool]]) -> None:
+        """Likewise, of a section that also says whether its target is reached."""
+
+        def judged() -> list[str]:
+            lines, self.reached[target] = make()
+            return lines
+
+        self.add(target.partition(":")[0], judged)
+
+    def write(self, path: Path, title: str, command: str, facts: Sequence[str]) -> None:
+        """The file: title, command, facts, seconds, targets, sections."""
+        each = ", ".join(f"{name} {taken:.0f}" for name, taken in self.seconds.items())
+        targets = [
+            f"- {target}: **{'reached' if yes else 'MISSED'}**"
+            for target, yes in self.reached.items()
+        ]
+        total = f"- {sum(self.seconds.values()):.0f} s in all: {each}"
+        lines = [title, "", f"    {command}", "", *facts, total, "", *targets, "", *self.body]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(lines).rstrip() + "\n")
+        print(path)
