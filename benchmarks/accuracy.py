@@ -30,8 +30,8 @@ from byte_model import Shape
 from counterfactual import Mislabelled, removal_rises
 from datamodel import GroundTruth, draw_subsets, mean_interval
 from leave_one_out import removal_rises as exact_rises
-from report import Report, command_line, processor, source_state, table
 from response import respond
+from result_file import Report, command_line, processor, source_state, table
 from retraining import gradient_norms, retrain
 from tasks import Task, byte_task, tabular_task
 from torch import Tensor

@@ -31,7 +31,7 @@ import tyro
 from agreement import Block, BlockAgreement, Scores, compare_block, fitted_blocks, in_order
 from byte_model import Sequences, Shape, read_sequences, train_model
 from numpy.typing import NDArray
-from report import command_line, processor, source_state, table
+from result_file import command_line, processor, source_state, table
 from safetensors import safe_open
 from torch import Tensor
 

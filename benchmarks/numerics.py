@@ -36,7 +36,7 @@ from agreement import (
 from attribution import Attribution, Method
 from byte_model import Shape, read_sequences, train_model
 from numpy.typing import NDArray
-from report import Report, command_line, processor, source_state, table
+from result_file import Report, command_line, processor, source_state, table
 from retraining import retrain
 from tasks import tabular_task
 from torch import Tensor
