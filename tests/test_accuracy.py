@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
+from attribution import Attribution, Method
 from counterfactual import Mislabelled
 from datamodel import GroundTruth, draw_subsets, spearman
 from exact_labels import ExactRegression, ExactTwoClasses
 from leave_one_out import removal_rises, solve
+from numerics import Plain, Raycurv, Stream, sums_of
 from response import bregman, respond
 from retraining import gradient_norms, retrain
 from tasks import Examples, Recipe, Task, cross_entropies, perceptron, squared_errors
@@ -229,6 +231,51 @@ def test_one_gradient_has_the_second_moment_over_all_labels() -> None:
     )
     drawn = ExactRegression().sample(z[:, :1].detach(), batch, lambda k: torch.rand(6, k))
     assert torch.equal(drawn, z[:, :1].detach() + 1)
+
+
+# Scores and sums
+
+
+def test_scores_of_all_labels_are_the_dense_gauss_newton_inverse(tmp_path: Path) -> None:
+    task = small_task((), numbers=True)
+    network = task.make(0).double()
+    method = Method("Gauss-Newton", {"method": "mfac", "rows": 12}, exact=True)
+    attribution = Attribution(task, network, tmp_path, {"dtype": "float64"})
+    found_QN = attribution.scores(method)
+    rows = []
+    for e in (task.queries.double(), task.train.double()):
+        a = nn.functional.pad(e.inputs, (0, 1), value=1.0)
+        rows.append((network(e.inputs) - e.targets).detach() * a)
+    a = nn.functional.pad(task.train.double().inputs, (0, 1), value=1.0)
+    damped = a.T @ a / 12 + DECAY * torch.eye(4, dtype=torch.float64)
+    want_QN = rows[0] @ torch.linalg.solve(damped, rows[1].T)
+    assert (found_QN - want_QN).abs().max() < 1e-10 * want_QN.abs().max()
+    # The control: the data's own labels have another Fisher.
+    own = Method("own", {"method": "mfac", "rows": 12, "fisher": "empirical"})
+    assert (attribution.scores(own) - want_QN).abs().max() > 1e-2 * want_QN.abs().max()
+    # Self-influence is the score of an example as its own query.
+    want_N = (rows[1] * torch.linalg.solve(damped, rows[1].T).T).sum(dim=1)
+    found_N = attribution.self_influence(method)
+    assert (found_N - want_N).abs().max() < 1e-10 * want_N.abs().max()
+
+
+def test_sums_are_compared_with_the_definition_on_one_scale() -> None:
+    stream = Stream()
+    ways = {
+        dtype: (Raycurv(stream, dtype), Plain(stream, torch.float64))
+        for dtype in (torch.float64, torch.bfloat16)
+    }
+    for both in ways.values():
+        for a_NTI, g_NTO in stream.batches(5):
+            for way in both:
+                way.add(a_NTI, g_NTO)
+    worst = {
+        dtype: max(sums_of(stream, ours, 5).worst(sums_of(stream, exact, 5)))
+        for dtype, (ours, exact) in ways.items()
+    }
+    # A few additions in float64; bfloat16 keeps eight bits.
+    assert worst[torch.float64] < 1e-12
+    assert 1e-5 < worst[torch.bfloat16] < 1e-1
 
 
 # Wrong labels
