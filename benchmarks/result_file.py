@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,14 +81,15 @@ class Report:
         print("\n".join(lines), flush=True)
         self.body.extend(lines)
 
-    def judge(self, target: str, make: Callable[[], tuple[list[str], bool]]) -> None:
-        """Likewise, of a section that also says whether its target is reached."""
+    def judge(self, name: str, make: Callable[[], tuple[list[str], Mapping[str, bool]]]) -> None:
+        """Likewise, of a section that also says which targets are reached."""
 
         def judged() -> list[str]:
-            lines, self.reached[target] = make()
+            lines, reached = make()
+            self.reached.update(reached)
             return lines
 
-        self.add(target.partition(":")[0], judged)
+        self.add(name, judged)
 
     def write(self, path: Path, title: str, command: str, facts: Sequence[str]) -> None:
         """The file: title, command, facts, seconds, targets, sections."""
