@@ -12,10 +12,9 @@ Exit code 1 when a case in float64 falls short of the target.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
-import hashlib
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -29,9 +28,10 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from agreement import Block, BlockAgreement, Scores, compare_block
+from agreement import Block, BlockAgreement, Scores, compare_block, fitted_blocks, in_order
 from byte_model import Sequences, Shape, read_sequences, train_model
 from numpy.typing import NDArray
+from result_file import command_line, processor, source_state, table
 from safetensors import safe_open
 from torch import Tensor
 
@@ -160,25 +160,8 @@ def run_raycurv(
     table = made.self_influence().sort_by("id")
     scores["self"] = table["score"].to_numpy()
     seconds["self"] = time.perf_counter() - started
-    blocks = {}
-    for name in run.block_names():
-        curvature = run.curvature(name)
-        blocks[name] = Block(
-            lam_OI=curvature.eigenvalues.double(),
-            output_vectors=curvature.output_basis.dense(),
-            input_vectors=curvature.input_basis.dense(),
-            output_values=curvature.output_basis.eigenvalues(),
-            input_values=curvature.input_basis.eigenvalues(),
-        )
     versions = {name: version(name) for name in ("raycurv", "torch", "transformers")}
-    return Side(blocks, scores, seconds, versions)
-
-
-def in_order(made: raycurv.Scores) -> NDArray[Any]:
-    """``scores [Q, N]`` in the order of the ids."""
-    matrix_QN, queries, trains = made.matrix()
-    ordered: NDArray[Any] = matrix_QN[np.argsort(queries)][:, np.argsort(trains)]
-    return ordered
+    return Side(fitted_blocks(run), scores, seconds, versions)
 
 
 def run_kronfluence(
@@ -317,16 +300,6 @@ def compare(
     return Outcome(case, int(train.lengths_N.sum()), counts, blocks, scores, ours, theirs)
 
 
-def table(header: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of a Markdown table, its columns padded."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-
-    def line(cells: list[str]) -> str:
-        return "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"
-
-    return [line(header), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, rows)]
-
-
 def block_lines(outcome: Outcome, every: bool) -> list[str]:
     """The worst of all blocks, and each of them."""
     header = ["block", "out x in", *BlockAgreement.TITLES]
@@ -369,53 +342,19 @@ def case_lines(outcome: Outcome, every_block: bool) -> list[str]:
     ]
 
 
-def processor() -> str:
-    """The processor's own name, and how many cores are here."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        lines = (line.partition(":") for line in cpuinfo.read_text().splitlines())
-        names = [value.strip() for key, _, value in lines if key.strip() == "model name"]
-        name = names[0] if names else name
-    return f"{name}, {os.cpu_count()} cores"
-
-
-def source_state() -> str:
-    """Commit of raycurv, whether files differ from it, and a digest of its modules as they lie."""
-    digest = hashlib.blake2b(digest_size=6)
-    for path in sorted(Path(raycurv.__file__).parent.rglob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    said = subprocess.run(
-        ["git", "-C", HERE, "describe", "--always", "--dirty=, with uncommitted changes"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    commit = said.stdout.strip() or "not a git checkout"
-    return f"{commit}; blake2b of its modules {digest.hexdigest()}"
-
-
-def command_line(settings: Settings) -> str:
-    """The command, with every flag that is not at its default, and no path of this machine."""
-    plain = Settings(settings.kronfluence_python)
-    flags = [
-        f"--{name.replace('_', '-')} {value}"
-        for name, value in vars(settings).items()
-        if name not in ("kronfluence_python", "results", "date") and value != getattr(plain, name)
-    ]
-    start = "python benchmarks/against_kronfluence.py --kronfluence-python KRONFLUENCE_PYTHON"
-    return " ".join([start, *flags])
-
-
 def report(settings: Settings, state: str, loss: float, outcomes: list[Outcome]) -> str:
     """The result file."""
+    # The interpreter's path is this machine's.
+    there = Path("KRONFLUENCE_PYTHON")
+    named = dataclasses.replace(settings, kronfluence_python=there)
+    command = command_line("against_kronfluence.py", named, Settings(Path()))
     ours, theirs = outcomes[0].ours.versions, outcomes[0].theirs.versions
     shape = Shape()
     reached = all(o.reaches_target for o in outcomes if o.case.dtype == "float64")
     lines = [
         f"# raycurv against kronfluence, {settings.date}",
         "",
-        f"    {command_line(settings)}",
+        f"    {command}",
         "",
         f"- versions: raycurv {ours['raycurv']} (torch {ours['torch']}, transformers "
         f"{ours['transformers']}), kronfluence {theirs['kronfluence']} (torch {theirs['torch']}, "

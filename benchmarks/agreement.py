@@ -21,6 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+import raycurv
+
 DAMPING = 0.1
 VECTORS = 8
 
@@ -51,6 +53,21 @@ class Block:
     def inverse(self, lam_OI: Tensor) -> Tensor:
         """``1 / (Λ + λ)``."""
         return 1 / (lam_OI + DAMPING * lam_OI.mean())
+
+
+def fitted_blocks(run: raycurv.Run) -> dict[str, Block]:
+    """Every block of a fit with factors."""
+    blocks = {}
+    for name in run.block_names():
+        curvature = run.curvature(name)
+        blocks[name] = Block(
+            lam_OI=curvature.eigenvalues.double(),
+            output_vectors=curvature.output_basis.dense(),
+            input_vectors=curvature.input_basis.dense(),
+            output_values=curvature.output_basis.eigenvalues(),
+            input_values=curvature.input_basis.eigenvalues(),
+        )
+    return blocks
 
 
 @dataclass(frozen=True)
@@ -164,10 +181,31 @@ class Scores:
         ]
 
 
+def in_order(made: raycurv.Scores) -> NDArray[Any]:
+    """``scores [Q, N]`` in the order of the ids."""
+    matrix_QN, queries, trains = made.matrix()
+    ordered: NDArray[Any] = matrix_QN[np.argsort(queries)][:, np.argsort(trains)]
+    return ordered
+
+
 def pearson(a: Tensor, b: Tensor) -> float:
     """Correlation of two vectors."""
-    a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
-    return float(a @ b / (a.norm() * b.norm()))
+    return float(correlations(a, b))
+
+
+def correlations(a: Tensor, b: Tensor, counts: Tensor | None = None) -> Tensor:
+    """Pearson's correlation over the last axis, ``[...]``; not a number where one is constant.
+
+    Args:
+        a, b: ``[..., K]``.
+        counts: how often each of the K pairs stands in the sample; once by default.
+    """
+    a, b = a.double(), b.double()
+    w = torch.ones_like(a[..., :1]) if counts is None else counts.double()
+    w = (w / w.expand(torch.broadcast_shapes(w.shape, a.shape)).sum(-1, keepdim=True)).expand_as(a)
+    a, b = a - (w * a).sum(-1, keepdim=True), b - (w * b).sum(-1, keepdim=True)
+    scale = (w * a * a).sum(-1) * (w * b * b).sum(-1)
+    return (w * a * b).sum(-1) / scale.sqrt()
 
 
 def ranks(a: Tensor) -> Tensor:

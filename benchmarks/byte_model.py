@@ -85,6 +85,23 @@ def read_sequences(train: int, queries: int, length: int, seed: int) -> Sequence
     return Sequences(ids_NT[queries:][:train], ids_NT[:queries], ids_NT[queries + train :])
 
 
+def llama_config(shape: Shape, length: int) -> LlamaConfig:
+    """The model's configuration, with eager attention, for sequences of ``length`` tokens."""
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_value_heads,
+        max_position_embeddings=length,
+        bos_token_id=BOS,
+        eos_token_id=BOS + 1,
+        pad_token_id=BOS + 2,
+        attn_implementation="eager",
+    )
+
+
 def train_model(
     shape: Shape, sequences: Sequences, out: Path, steps: int, batch: int, seed: int
 ) -> float:
@@ -94,20 +111,7 @@ def train_model(
     for eager attention, which whoever reads the directory then uses.
     """
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.key_value_heads,
-        max_position_embeddings=sequences.train_NT.shape[1],
-        bos_token_id=BOS,
-        eos_token_id=BOS + 1,
-        pad_token_id=BOS + 2,
-        attn_implementation="eager",
-    )
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(llama_config(shape, sequences.train_NT.shape[1]))
     ids_NT = torch.from_numpy(np.concatenate([sequences.train_NT, sequences.rest_NT]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=max(steps, 1))

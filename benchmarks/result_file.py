@@ -1,0 +1,108 @@
+"""What the result files are made of: tables, the machine, the command, the source measured."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import raycurv
+
+HERE = Path(__file__).parent
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a Markdown table, its columns padded."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"
+
+    return [line(header), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, rows)]
+
+
+def processor() -> str:
+    """The processor's own name, and how many cores are here."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = (line.partition(":") for line in cpuinfo.read_text().splitlines())
+        names = [value.strip() for key, _, value in lines if key.strip() == "model name"]
+        name = names[0] if names else name
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def source_state() -> str:
+    """Commit of raycurv, whether files differ from it, and a digest of its modules as they lie."""
+    digest = hashlib.blake2b(digest_size=6)
+    for path in sorted(Path(raycurv.__file__).parent.rglob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    said = subprocess.run(
+        ["git", "-C", HERE, "describe", "--always", "--dirty=, with uncommitted changes"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    commit = said.stdout.strip() or "not a git checkout"
+    return f"{commit}; blake2b of its modules {digest.hexdigest()}"
+
+
+def command_line(script: str, settings: Any, plain: Any) -> str:
+    """The command, with every flag that differs from ``plain``'s, and no path of this machine."""
+    flags = []
+    for name, value in vars(settings).items():
+        if name not in ("results", "date") and value != getattr(plain, name):
+            text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            flags.append(f"--{name.replace('_', '-')} {text}")
+    return " ".join([f"python benchmarks/{script}", *flags])
+
+
+@dataclass
+class Report:
+    """A result file under way: sections, what they took, which targets were reached."""
+
+    body: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    reached: dict[str, bool] = field(default_factory=dict)
+    processor_seconds: float = 0.0
+
+    def add(self, name: str, make: Callable[[], Sequence[str]]) -> None:
+        """Make a section, and print it."""
+        started, used = time.perf_counter(), time.process_time()
+        lines = make()
+        self.seconds[name] = time.perf_counter() - started
+        self.processor_seconds += time.process_time() - used
+        print("\n".join(lines), flush=True)
+        self.body.extend(lines)
+
+    def judge(self, name: str, make: Callable[[], tuple[list[str], Mapping[str, bool]]]) -> None:
+        """Likewise, of a section that also says which targets are reached."""
+
+        def judged() -> list[str]:
+            lines, reached = make()
+            self.reached.update(reached)
+            return lines
+
+        self.add(name, judged)
+
+    def write(self, path: Path, title: str, command: str, facts: Sequence[str]) -> None:
+        """The file: title, command, facts, seconds, targets, sections."""
+        each = ", ".join(f"{name} {taken:.0f}" for name, taken in self.seconds.items())
+        targets = [
+            f"- {target}: **{'reached' if yes else 'MISSED'}**"
+            for target, yes in self.reached.items()
+        ]
+        total = (
+            f"- {sum(self.seconds.values()):.0f} s in all, processor seconds "
+            f"{self.processor_seconds:.0f}; {each}"
+        )
+        lines = [title, "", f"    {command}", "", *facts, total, "", *targets, "", *self.body]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(lines).rstrip() + "\n")
+        print(path)
