@@ -269,9 +269,15 @@ def test_what_stops_a_program_does_not_cut_an_object(s3: Server, between: Proxy)
         return None
 
     between.fails = fails
-    with pytest.raises(KeyboardInterrupt):
-        store.write("interrupted", chunks)
-    assert store.size("interrupted") == 18 * MIB
+    interrupted = attempts = 0
+    # On a starved machine an interrupt may arrive in a destructor, where Python drops it.
+    while not interrupted and (attempts := attempts + 1) < 4:
+        try:
+            store.write("interrupted", chunks)
+        except KeyboardInterrupt:
+            interrupted = attempts
+        assert store.size("interrupted") == 18 * MIB
+    assert interrupted
 
     def lost() -> Iterator[bytes]:
         yield chunks[0]
