@@ -199,6 +199,8 @@ class Stage:
         """Start a pass, or go on with it from a commit."""
         self._open.clear()
         self._pass = work
+        # What the pass before gathered is written by now: the two need not be held at once.
+        self._gatherer = None
         self._gatherer = work.open(self.blocks, self.spec.dtype, self._device)
         self._seen, self._last = set(), -1
         if commit is None:
