@@ -48,8 +48,8 @@ class Settings:
     """Runs of each side; medians are shown."""
     large_repeats: int = 3
     """The same for shape c."""
-    ours: tuple[str, ...] = ("float32", "fast")
-    """Modes of raycurv: float32, fast, bfloat16."""
+    ours: tuple[str, ...] = ("float32", "bfloat16")
+    """Modes of raycurv: float32, bfloat16."""
     theirs: tuple[str, ...] = ("float32", "medium", "amp", "bf16")
     """Modes of kronfluence: float32, medium, amp, bf16."""
     fast_repeats: int = 1
@@ -60,6 +60,8 @@ class Settings:
     """Also count and measure the floors of shapes a, b and c."""
     threads: int = 2
     """Threads of torch, on both sides."""
+    keep: Path | None = None
+    """Directory for the runs themselves: those that are there already are not made again."""
     results: Path = HERE / "results"
     """Directory of the result file."""
     date: str = field(default_factory=lambda: datetime.date.today().isoformat())
@@ -110,7 +112,8 @@ def run_side(settings: Settings, side: Side, shape: str, place: Path, runs: Runs
     Raises:
         SystemExit: it failed; its own message is on the terminal.
     """
-    out = place / f"{side.name}-{side.mode}.npz"
+    out = place / f"{side.name}-{side.mode}-{len(runs.said)}.npz"
+    said = out.with_suffix(".json")
     job = {
         "shape": shape,
         "place": str(place),
@@ -118,18 +121,19 @@ def run_side(settings: Settings, side: Side, shape: str, place: Path, runs: Runs
         "threads": settings.threads,
         "out": str(out),
     }
-    place.joinpath("job.json").write_text(json.dumps(job))
     ours = side.name == "raycurv"
     python = sys.executable if ours else settings.kronfluence_python
     script = HERE / f"{side.name}_speed.py"
     environment = os.environ | {"OMP_NUM_THREADS": str(settings.threads)}
     if not ours:
         environment.pop("PYTHONPATH", None)
-    if subprocess.run(
-        [python, script, place / "job.json"], env=environment, check=False
-    ).returncode:
-        raise SystemExit(f"{side}, shape {shape}: failed. The environments are those of README.md.")
-    runs.said.append(json.loads(out.with_suffix(".json").read_text()))
+    job_file = place / f"{side.name}-{side.mode}.job.json"
+    job_file.write_text(json.dumps(job))
+    if not said.is_file():
+        ran = subprocess.run([python, script, job_file], env=environment, check=False)
+        if ran.returncode:
+            raise SystemExit(f"{side}, shape {shape}: failed; for its environment see README.md.")
+    runs.said.append(json.loads(said.read_text()))
     found = np.load(out)
     runs.scores, runs.own = found["scores"], found["self"]
     print(f"{shape} {side}: {runs.total('cpu'):.1f} s", flush=True)
@@ -271,8 +275,11 @@ def main(settings: Settings) -> None:
     floors: list[str] = []
     for shape in settings.shapes:
         with TemporaryDirectory() as directory:
-            prepare(SHAPES[shape], Path(directory))
-            found[shape] = measure(settings, shape, Path(directory))
+            place = (settings.keep or Path(directory)) / shape
+            if not (place / "examples.npz").is_file():
+                place.mkdir(parents=True, exist_ok=True)
+                prepare(SHAPES[shape], place)
+            found[shape] = measure(settings, shape, place)
         if settings.floor and SHAPES[shape].network == "llama":
             lines = floor_lines(shape, found[shape]["raycurv float32"], Rates())
             floors += [f"### ({shape})", "", *lines, ""]

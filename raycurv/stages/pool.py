@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -232,8 +233,9 @@ class InProcess:
 
     def stop(self) -> None:
         if self._replicas:
+            modules = [weakref.ref(stage.module) for stages in self._replicas for stage in stages]
             self._replicas = []
-            give_back()
+            give_back(collect=any(module() is not None for module in modules))
 
     def close(self) -> None:
         self.stop()
