@@ -273,6 +273,7 @@ def main(settings: Settings) -> None:
     torch.set_num_threads(settings.threads)
     found: dict[str, dict[str, Runs]] = {}
     floors: list[str] = []
+    rates = Rates()
     for shape in settings.shapes:
         with TemporaryDirectory() as directory:
             place = (settings.keep or Path(directory)) / shape
@@ -281,7 +282,7 @@ def main(settings: Settings) -> None:
                 prepare(SHAPES[shape], place)
             found[shape] = measure(settings, shape, place)
         if settings.floor and SHAPES[shape].network == "llama":
-            lines = floor_lines(shape, found[shape]["raycurv float32"], Rates())
+            lines = floor_lines(shape, found[shape]["raycurv float32"], rates)
             floors += [f"### ({shape})", "", *lines, ""]
     versions = [runs.said[0]["versions"] for runs in next(iter(found.values())).values()]
     lines = [
