@@ -262,6 +262,24 @@ def summary_lines(settings: Settings, found: dict[str, dict[str, Runs]]) -> list
     return table(["raycurv / kronfluence", *titles], [*rows, means])
 
 
+def command_line(settings: Settings) -> str:
+    """The command, with every flag that is not at its default, and no path of this machine."""
+    plain, flags = Settings(settings.kronfluence_python), []
+    for name, value in vars(settings).items():
+        if name in ("kronfluence_python", "keep", "results", "date") or value == getattr(
+            plain, name
+        ):
+            continue
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            said = " ".join(value) if isinstance(value, tuple) else value
+            flags.append(f"--{flag} {said}")
+    start = "python benchmarks/speed.py --kronfluence-python KRONFLUENCE_PYTHON"
+    return " ".join([start, *flags])
+
+
 def loads() -> str:
     """How busy the machine is."""
     return ", ".join(f"{load:.1f}" for load in os.getloadavg())
@@ -288,9 +306,7 @@ def main(settings: Settings) -> None:
     lines = [
         f"# Speed of raycurv and kronfluence, {settings.date}",
         "",
-        "    python benchmarks/speed.py --kronfluence-python KRONFLUENCE_PYTHON "
-        f"--shapes {' '.join(settings.shapes)} --repeats {settings.repeats} "
-        f"--large-repeats {settings.large_repeats} --threads {settings.threads}",
+        f"    {command_line(settings)}",
         "",
         f"- versions: {'; '.join(sorted({json.dumps(v)[1:-1] for v in versions}))}, Python "
         f"{platform.python_version()}",
