@@ -19,10 +19,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from clock import Clock
 from kronfluence.analyzer import Analyzer, prepare_model
 from kronfluence.arguments import FactorArguments, ScoreArguments
 from kronfluence.task import Task
@@ -78,20 +76,6 @@ def read_rows(ids_NT: np.ndarray, lengths_N: np.ndarray) -> Rows:
         row = {"input_ids": ids_T, "labels": torch.where(there, ids_T, IGNORED)}
         rows.append(row | ({"mask": there.long()} if ragged else {}))
     return rows
-
-
-class Clock:
-    """Seconds of named phases."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Times what is inside."""
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - started
 
 
 def factor_arguments(strategy: str, dtype: torch.dtype) -> FactorArguments:
@@ -209,10 +193,11 @@ def main(job: dict[str, Any]) -> None:
         for module, tensor in factors[long].items()
     } | {f"scores/{name}": tensor.contiguous() for name, tensor in scores.items()}
     versions = {name: version(name) for name in ("kronfluence", "torch", "transformers")}
+    seconds = {name: cost.wall for name, cost in clock.phases.items()}
     save_file(
         tensors,
         job["out"],
-        {"versions": json.dumps(versions), "seconds": json.dumps(clock.seconds)},
+        {"versions": json.dumps(versions), "seconds": json.dumps(seconds)},
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from dense import worst
 
 from raycurv.errors import NumericalError, UserError
+from raycurv.mathematics import eigen
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.eigen import Eigenbasis, decompose, effective_rank
 from raycurv.mathematics.gradients import rotate_before
@@ -28,7 +29,7 @@ def factor(width: int, seed: int = 0) -> torch.Tensor:
 
 def failing(monkeypatch: pytest.MonkeyPatch, times: int) -> list[torch.Tensor]:
     """Let the first calls of ``eigh`` fail; gives what it was called with."""
-    real, calls = torch.linalg.eigh, []
+    real, calls = eigen.eigh, []
 
     def eigh(matrix: torch.Tensor) -> Any:
         calls.append(matrix)
@@ -36,7 +37,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, times: int) -> list[torch.Tensor]:
             raise torch.linalg.LinAlgError("did not converge")
         return real(matrix)
 
-    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    monkeypatch.setattr(eigen, "eigh", eigh)
     return calls
 
 
@@ -99,14 +100,14 @@ def test_failures_without_end_are_an_error_with_the_factors_name(
 def test_eigenvectors_that_are_not_finite_count_as_a_failure(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real, calls = torch.linalg.eigh, []
+    real, calls = eigen.eigh, []
 
     def eigh(matrix: torch.Tensor) -> Any:
         calls.append(matrix)
         w, q = real(matrix)
         return (w, q * math.nan) if len(calls) == 1 else (w, q)
 
-    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    monkeypatch.setattr(eigen, "eigh", eigh)
     assert decompose("f", (factor(4),), DOUBLE, CPU).outcome == "jittered"
 
 

@@ -15,7 +15,8 @@ from test_ihvp import WIDE, fit_settings
 from torch import Tensor
 
 import raycurv
-from raycurv.mathematics.gradients import example_gradients
+from raycurv.mathematics import ihvp
+from raycurv.mathematics.gradients import Rotations, example_gradients
 
 # Dot products of dense solves in float64.
 EXACT = 1e-9
@@ -78,6 +79,28 @@ def test_scores_are_products_of_densely_preconditioned_gradients(fits, case: Cas
             got = torch.tensor(blocks[query["id"], row["id"]], dtype=torch.float64)
             scale = float(pairs.abs().max())
             assert float((got - pairs[q, n]).abs().max()) < EXACT * scale
+
+
+@pytest.mark.parametrize("case", [MLP, LLAMA], ids=lambda case: case.name)
+def test_scores_do_not_depend_on_which_side_is_turned(
+    fits, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs, _ = dense_scores(fits.truth(case), fits.run(case), case)
+
+    def scored() -> Tensor:
+        made = fits.run(case).influence(
+            list(case.queries), list(case.data), fits.place(), quiet=True, address="none",
+            rank="full",
+        )  # fmt: skip
+        return by_id(made, case)
+
+    for turned in (True, False):
+        monkeypatch.setattr(ihvp, "stays_turned", lambda *_, turned=turned: turned)
+        assert worst(scored(), pairs.sum(dim=2)) < EXACT
+    # IHVPs that stay in the eigenbasis say nothing to rows that are not turned.
+    monkeypatch.setattr(ihvp, "stays_turned", lambda *_: True)
+    monkeypatch.setattr(Rotations, "rotated", Rotations.rows)
+    assert worst(scored(), pairs.sum(dim=2)) > 1e-3
 
 
 def token_terms(truth: Truth, row: dict[str, Any], products: dict[str, Tensor]) -> Tensor:

@@ -431,7 +431,7 @@ class _Influence:
         self, sweep: Sweep, stages: int, group: range, feed: Feed, label: str, plain: bool
     ) -> None:
         """The IHVPs of a group of stages, and the gradients for those before that lack theirs."""
-        place = self._place(group, plain)
+        place, train = self._place(group, plain), self.train
         unasked = self._unasked(sweep, place)
         lowest = min(unasked, default=stages)
         work = QueryPass(
@@ -441,6 +441,7 @@ class _Influence:
             self.settings.seed,
             place,
             f"{'gradients' if plain else 'queries'}-{_span(group)}",
+            scored=None if plain or self.settings.ihvp or train is None else train.tokens,
         )
         replay = ReplayPass(work.target, work.draws)
         task = Task("queries", feed, work, replay, carries=False)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -140,6 +141,22 @@ def decompose(
     )
 
 
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues ``[t]``, ascending, and eigenvectors ``[t, t]`` of a symmetric matrix, in its
+    dtype and on its device.
+
+    On the CPU they are from numpy's LAPACK, which takes 0.6 of the time of torch's (LOG.md).
+
+    Raises:
+        RuntimeError, numpy.linalg.LinAlgError: it does not converge.
+    """
+    if matrix.device.type != "cpu":
+        w, q = torch.linalg.eigh(matrix)
+        return w, q
+    values, vectors = np.linalg.eigh(matrix.numpy())
+    return torch.from_numpy(values), torch.from_numpy(vectors)
+
+
 def _eigh(where: str, symmetric: Tensor, device: torch.device) -> tuple[Tensor, Tensor, str]:
     def jittered() -> Tensor:
         moved = symmetric.clone()
@@ -154,8 +171,8 @@ def _eigh(where: str, symmetric: Tensor, device: torch.device) -> tuple[Tensor, 
     for outcome, where_to in attempts:
         matrix = jittered() if outcome == "jittered" else symmetric
         try:
-            w, q = torch.linalg.eigh(matrix.to(where_to))
-        except RuntimeError as error:
+            w, q = eigh(matrix.to(where_to))
+        except (RuntimeError, np.linalg.LinAlgError) as error:
             causes.append(f"{outcome}: {error}")
             continue
         if torch.isfinite(w).all() and torch.isfinite(q).all():

@@ -102,7 +102,7 @@ class Rotations:
         rows = self.rows(block)
         if rows is None or rows[0].ndim == 4:
             return None
-        a, g = rows
+        a, _ = rows
         left, right = self._bases[block.output_factor], self._bases[block.input_factor]
         sharing = self._sharing[block.input_factor]
         tile_in, tile_out = max(right.tiles, default=0), max(left.tiles, default=0)
@@ -110,9 +110,17 @@ class Rotations:
             tile_in or tile_out
         ):
             return None
+        return self.rotated(block)
+
+    def rotated(self, block: Block) -> tuple[Tensor, Tensor] | None:
+        """``a`` and ``g`` in the eigenbasis, be it the cheaper way or not."""
+        rows = self.rows(block)
+        if rows is None:
+            return None
+        a, g = rows
         if block.input_factor not in self._turned:
-            self._turned[block.input_factor] = right.rotate(a)
-        return self._turned[block.input_factor], left.rotate(g)
+            self._turned[block.input_factor] = self._bases[block.input_factor].rotate(a)
+        return self._turned[block.input_factor], self._bases[block.output_factor].rotate(g)
 
     def gradients(self, block: Block) -> Iterator[tuple[slice, Tensor]]:
         """Per-example gradients in the eigenbasis, ``(examples, [n, O, I])`` a few at a time.

@@ -1,6 +1,7 @@
 """Inverse-Hessian-vector products of queries, block by block: whole, or truncated to a rank.
 
     M = Q_Gᵀ V Q_A / (Λ + λ)          V = ∇f(query), in the eigenbasis
+    ⟨Q_G M Q_Aᵀ, ∇L⟩ = ⟨M, Q_Gᵀ ∇L Q_A⟩   so few examples are turned sooner than M is turned back
     rank R:  M ≈ U W,   left = (Q_G U)ᵀ [R, O],   right = W Q_Aᵀ [R, I]
 
 Rotations keep singular values, so truncating in the eigenbasis is truncating the IHVP itself. The
@@ -19,8 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from raycurv.mathematics.blocks import CONV2D, Block
 from raycurv.mathematics.capture import Captured
 from raycurv.mathematics.curvature import BlockCurvature, Damping, Preconditioner
+from raycurv.mathematics.eigen import Eigenbasis
 from raycurv.mathematics.gradients import Rotations
 
 _OVERSAMPLING = 8
@@ -31,17 +34,24 @@ _POWER_STEPS = 2
 class BlockProducts:
     """The IHVPs of one block: ``full [Q, O, I]``, or ``left [Q, R, O]`` and ``right [Q, R, I]``.
 
-    The product of query q is ``full[q]``, or ``left[q]ᵀ right[q]``.
+    The product of query q is ``full[q]``, or ``left[q]ᵀ right[q]``. Those that are made for some
+    examples alone may stay in the eigenbasis: ``turned [Q, O, I]``.
     """
 
     full: Tensor | None = None
     left: Tensor | None = None
     right: Tensor | None = None
+    turned: Tensor | None = None
+
+    @property
+    def whole(self) -> Tensor | None:
+        """``[Q, O, I]`` where they are not truncated, in the basis that they are held in."""
+        return self.full if self.turned is None else self.turned
 
     def dense(self) -> Tensor:
-        """``[Q, O, I]``, whichever way they are held."""
-        if self.full is not None:
-            return self.full
+        """``[Q, O, I]``, in the basis that they are held in."""
+        if self.whole is not None:
+            return self.whole
         assert self.left is not None and self.right is not None
         return torch.bmm(self.left.transpose(1, 2), self.right)
 
@@ -62,7 +72,12 @@ class BlockProducts:
 
     def tensors(self) -> dict[str, Tensor]:
         """Those that are held, by name."""
-        named = {"full": self.full, "left": self.left, "right": self.right}
+        named = {
+            "full": self.full,
+            "left": self.left,
+            "right": self.right,
+            "turned": self.turned,
+        }
         return {name: t for name, t in named.items() if t is not None}
 
 
@@ -77,6 +92,18 @@ def product_elements(rank: int | None, d_out: int, d_in: int) -> int:
     """Numbers that one query's IHVP of a block takes."""
     kept = kept_rank(rank, d_out, d_in)
     return d_out * d_in if kept is None else kept * (d_out + d_in)
+
+
+def stays_turned(block: Block, bases: Mapping[str, Eigenbasis], queries: int, rows: int) -> bool:
+    """Whether turning so many rows of examples takes fewer FLOPs than turning whole IHVPs back.
+
+    Rows of a convolution are not counted in tokens: its IHVPs are turned back.
+    """
+    tile_in = max(bases[block.input_factor].tiles, default=0)
+    tile_out = max(bases[block.output_factor].tiles, default=0)
+    back = queries * block.d_out * block.d_in * (tile_in + tile_out)
+    turned = rows * (block.d_in * tile_in + block.d_out * tile_out)
+    return block.kind != CONV2D and turned < back
 
 
 def truncated_svd(m_NOI: Tensor, rank: int, test_NIK: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,6 +152,7 @@ class Products:
         rank: to truncate to; ``None`` for whole products.
         seed: of the test matrices.
         dtype: of the model's computation.
+        scored: rows of the examples that alone the products are for; ``None`` turns all back.
     """
 
     def __init__(
@@ -136,6 +164,7 @@ class Products:
         seed: int,
         dtype: torch.dtype,
         device: torch.device,
+        scored: int | None = None,
     ) -> None:
         self._place = {query: i for i, query in enumerate(queries)}
         self._rank, self._seed = rank, seed
@@ -149,11 +178,16 @@ class Products:
             def zeros(*shape: int) -> Tensor:
                 return torch.zeros((count, *shape), dtype=self._dtype, device=device)
 
-            self.products[block.name] = (
-                BlockProducts(full=zeros(block.d_out, block.d_in))
-                if kept is None
-                else BlockProducts(left=zeros(kept, block.d_out), right=zeros(kept, block.d_in))
-            )
+            if kept is not None:
+                left, right = zeros(kept, block.d_out), zeros(kept, block.d_in)
+                made = BlockProducts(left=left, right=right)
+            elif scored is not None and stays_turned(
+                block, self._preconditioner.bases, count, scored
+            ):
+                made = BlockProducts(turned=zeros(block.d_out, block.d_in))
+            else:
+                made = BlockProducts(full=zeros(block.d_out, block.d_in))
+            self.products[block.name] = made
 
     def add(self, draws: Sequence[Captured], counts: bool = True) -> dict[str, Tensor]:
         """Put the IHVPs of a microbatch of queries in their places, unless they are there."""
@@ -168,8 +202,11 @@ class Products:
             left, right = bases[block.output_factor], bases[block.input_factor]
             for part, m_NOI in rotations.gradients(block):
                 if inverse is not None:
-                    m_NOI = m_NOI * inverse
+                    m_NOI = m_NOI.mul_(inverse)
                 where = [self._place[query] for query in ids[part]]
+                if products.turned is not None:
+                    products.turned[where] = m_NOI
+                    continue
                 if products.full is not None:
                     whole = right.unrotate(m_NOI)
                     products.full[where] = left.unrotate(whole.transpose(1, 2)).transpose(1, 2)

@@ -20,6 +20,7 @@ from raycurv.errors import UserError
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Captured
 from raycurv.mathematics.curvature import BlockCurvature, Damping, Preconditioner
+from raycurv.mathematics.eigen import Eigenbasis
 from raycurv.mathematics.gradients import Rotations, example_gradients
 from raycurv.mathematics.ihvp import BlockProducts
 from raycurv.mathematics.products import rows_times
@@ -50,6 +51,7 @@ class PairwiseScores:
         per_block: also give every block's own scores.
         per_token: also give every token's.
         dtype: of the model's computation.
+        bases: factor -> eigenbasis, of the blocks whose products are in it.
     """
 
     def __init__(
@@ -61,11 +63,13 @@ class PairwiseScores:
         per_token: bool,
         dtype: torch.dtype,
         device: torch.device,
+        bases: Mapping[str, Eigenbasis] | None = None,
     ) -> None:
         self._blocks, self._products, self._queries = tuple(blocks), products, queries
         self._per_block, self._per_token = per_block, per_token
         self._dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self._device = device
+        self._bases = dict(bases or {})
 
     def add(self, draws: Sequence[Captured]) -> dict[str, Tensor]:
         """``scores [N, Q]``, ``block_scores [N, Q, B]``, ``token_scores [N, Q, T]``, float64."""
@@ -79,19 +83,18 @@ class PairwiseScores:
             by_token = torch.zeros(
                 n, self._queries, tokens, dtype=torch.float64, device=self._device
             )
+        rotations = Rotations(captured, self._bases, self._blocks, self._dtype)
         for block in self._blocks:
-            g = captured.gradients[block.name]
-            if g is None:
+            products = self._products[block.name]
+            rows = rotations.rows(block) if products.turned is None else rotations.rotated(block)
+            if rows is None:
                 part = torch.zeros_like(scores)
+            elif by_token is not None:
+                terms = _token_scores(block, products, *rows, by_token.shape[2])
+                by_token += terms
+                part = terms.sum(dim=2)
             else:
-                a = captured.inputs[block.input_factor].to(self._dtype)
-                products = self._products[block.name]
-                if by_token is not None:
-                    terms = _token_scores(block, products, a, g.to(self._dtype), by_token.shape[2])
-                    by_token += terms
-                    part = terms.sum(dim=2)
-                else:
-                    part = _scores(products, a, g.to(self._dtype)).double()
+                part = _scores(products, *rows).double()
             scores += part
             if self._per_block:
                 by_block.append(part)
@@ -150,11 +153,11 @@ def _token_scores(
             f"{a.shape[1]} rows",
             f"Leave out --per-token, or the block: --blocks '!{block.name}'.",
         )
-    if products.full is None:
+    if products.whole is None:
         assert products.left is not None and products.right is not None
         terms = _projected(products.left, products.right, a, g)
     else:
-        terms = torch.stack([((g @ whole) * a).sum(dim=2) for whole in products.full], dim=2)
+        terms = torch.stack([((g @ whole) * a).sum(dim=2) for whole in products.whole], dim=2)
     by_call: Tensor = terms.double().unflatten(1, (calls, tokens))
     return by_call.sum(dim=1).transpose(1, 2)
 

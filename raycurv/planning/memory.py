@@ -102,10 +102,11 @@ def decomposition(tiles: Sequence[int], store_dtype: torch.dtype) -> int:
     """Bytes of the task that decomposes one factor.
 
     The sum and the mean of all tiles in float64; of one tile the symmetric matrix, the eigenvectors
-    and LAPACK's workspace of ``2 d²`` (dsyevd); the eigenvectors so far as they are stored.
+    (numpy has them twice) and LAPACK's workspace of ``2 d²`` (dsyevd); the eigenvectors so far as
+    they are stored.
     """
     whole, tile = squares(tiles), max(tiles) ** 2
-    return 16 * whole + 32 * tile + store_dtype.itemsize * (whole - tile)
+    return 16 * whole + 40 * tile + store_dtype.itemsize * (whole - tile)
 
 
 def corrected(stage: StageShape, recipe: Recipe, data: DataShape) -> tuple[Moment, ...]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from raycurv.mathematics.eigen import eigh
 from raycurv.mathematics.products import add_outer
 
 # What a measurement of a rate moves: large enough to leave the caches, small enough for half a
@@ -92,7 +93,7 @@ def _eigh() -> float:
     # A decomposition is a task on one core.
     torch.set_num_threads(1)
     try:
-        return 9.0 * _EIGH_WIDTH**3 / _seconds(lambda: torch.linalg.eigh(matrix))
+        return 9.0 * _EIGH_WIDTH**3 / _seconds(lambda: eigh(matrix))
     finally:
         torch.set_num_threads(threads)
 

@@ -144,13 +144,10 @@ class CorrectedPass:
     def open(
         self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device
     ) -> CorrectedSums:
-        self_blocks = {b.name: b for b in blocks}
-        names = {n for b in blocks for n in (b.input_factor, b.output_factor)}
-        bases = {
-            n: Eigenbasis() if self.diagonal else _on(read_eigen(self.store, n), device)
-            for n in sorted(names)
-        }
-        only = frozenset(self.only & set(self_blocks))
+        bases = dict.fromkeys(_factors(blocks), Eigenbasis())
+        if not self.diagonal:
+            bases = _read_bases(self.store, blocks, device)
+        only = frozenset(self.only & {b.name for b in blocks})
         return CorrectedSums(blocks, bases, dtype, device, only)
 
     def write(self, name: str, result: CorrectedSum, blocks: Mapping[str, Block]) -> None:
@@ -225,6 +222,8 @@ class QueryPass:
         rank: to truncate to; ``None`` for whole.
         seed: of the test matrices.
         out: where the products go.
+        scored: rows of the examples that alone the products are for; ``None`` when they are
+            results themselves.
     """
 
     source: CurvatureSource
@@ -235,6 +234,7 @@ class QueryPass:
     name: str = "queries"
     target: Target = "measurement"
     draws: int = 1
+    scored: int | None = None
 
     def open(self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device) -> Products:
         return Products(
@@ -245,6 +245,7 @@ class QueryPass:
             self.seed,
             dtype,
             device,
+            self.scored,
         )
 
     def write(self, name: str, result: BlockProducts, blocks: Mapping[str, Block]) -> None:
@@ -282,9 +283,11 @@ class ScorePass:
         own: SelfScores | RankSelfScores | None = None
         if self.products is not None:
             products = {b.name: read_products(self.products, b.name)[0].to(device) for b in blocks}
+            turned = [b for b in blocks if products[b.name].turned is not None]
             pairwise = PairwiseScores(
-                blocks, products, self.queries, self.per_block, self.per_token, dtype, device
-            )
+                blocks, products, self.queries, self.per_block, self.per_token, dtype, device,
+                _read_bases(self.source.store, turned, device),
+            )  # fmt: skip
         if self.self_influence and self.inverses is not None:
             rows = {block.name: open_rows(self.source.store, block).whole() for block in blocks}
             own = RankSelfScores(blocks, rows, self.inverses, dtype, device)
@@ -309,6 +312,18 @@ class ScoreGatherer(Nothing):
         for part in self._parts:
             found |= part.add(draws)
         return found
+
+
+def _factors(blocks: Sequence[Block]) -> list[str]:
+    """All factors of some blocks."""
+    return sorted({n for b in blocks for n in (b.input_factor, b.output_factor)})
+
+
+def _read_bases(
+    store: Store, blocks: Sequence[Block], device: torch.device
+) -> dict[str, Eigenbasis]:
+    """The eigenbases of some blocks, by factor."""
+    return {n: _on(read_eigen(store, n), device) for n in _factors(blocks)}
 
 
 def _on(basis: Eigenbasis, device: torch.device) -> Eigenbasis:

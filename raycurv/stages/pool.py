@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
+
+import torch
+from threadpoolctl import threadpool_limits
 
 from raycurv.mathematics.blocks import Block
 from raycurv.models.model import Model
@@ -12,6 +17,8 @@ from raycurv.stages.memory import give_back
 from raycurv.stages.stage import Stage, StageSpec
 from raycurv.stages.timeline import Record, actor_name, timed
 
+# Bytes up to which tasks in one process run beside each other.
+_SMALL = 2**28
 # Is told what befalls the pool and is no span: waiting for a place, say.
 Say = Callable[[str], None]
 
@@ -204,15 +211,31 @@ class InProcess:
         arguments: Sequence[tuple[Any, ...]],
         needs: Sequence[Need] | None = None,
     ) -> Iterator[tuple[int, Any]]:
-        for i, args in enumerate(arguments):
-            value, span = timed("task", function.__name__, function, args)
+        def run(i: int) -> tuple[int, Any]:
+            value, span = timed("task", function.__name__, function, arguments[i])
             self.spans.append(replace(span, note="" if needs is None else needs[i].name))
-            yield i, value
+            return i, value
+
+        threads, count = torch.get_num_threads(), len(arguments)
+        small = [i for i in range(count) if needs is not None and needs[i].memory <= _SMALL]
+        yield from (run(i) for i in sorted(set(range(count)) - set(small)))
+        if threads == 1 or len(small) < 2:
+            yield from map(run, small)
+            return
+        # Several with a thread each take less time of each core than one with all: its threads wait
+        # for one another, in loops, at thousands of small steps.
+        with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads) as pool:
+            running = [pool.submit(run, i) for i in small]
+            try:
+                yield from (done.result() for done in as_completed(running))
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     def stop(self) -> None:
         if self._replicas:
+            modules = [weakref.ref(stage.module) for stages in self._replicas for stage in stages]
             self._replicas = []
-            give_back()
+            give_back(collect=any(module() is not None for module in modules))
 
     def close(self) -> None:
         self.stop()

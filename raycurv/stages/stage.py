@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from raycurv.batch import Batch
 from raycurv.files.store import Store
@@ -22,7 +22,7 @@ from raycurv.mathematics.evaluate import Target, evaluate
 from raycurv.mathematics.objective import open_objective
 from raycurv.models.model import Model
 from raycurv.models.patched import repatch
-from raycurv.stages.memory import RESIDENT, give_back_at_once
+from raycurv.stages.memory import RESIDENT, give_back, give_back_at_once
 
 
 class Gatherer(Protocol):
@@ -168,6 +168,11 @@ class Stage:
         self._seen: set[int] = set()
         self._last = -1
 
+    @property
+    def module(self) -> nn.Module:
+        """Its part of the model."""
+        return self._segment.module
+
     def discover(self, batch: Batch, hidden: Tensor | None) -> tuple[Tensor, tuple[Block, ...]]:
         """Run one microbatch forward and see which blocks read the same tensor.
 
@@ -199,6 +204,9 @@ class Stage:
         """Start a pass, or go on with it from a commit."""
         self._open.clear()
         self._pass = work
+        # What the pass before gathered is written by now: the two need not be held at once.
+        self._gatherer = None
+        give_back(collect=False)
         self._gatherer = work.open(self.blocks, self.spec.dtype, self._device)
         self._seen, self._last = set(), -1
         if commit is None:

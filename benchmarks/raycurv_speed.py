@@ -1,0 +1,132 @@
+"""raycurv's half of the speed comparison: one run of all phases in this process, without Ray.
+
+``speed.py`` starts it as ``raycurv_speed.py JOB.json``. A job holds
+
+    shape, place    the key of ``shapes.SHAPES``, and the directory that it was prepared in
+    mode, threads   which arithmetic; threads of torch
+    out             an .npz to write ``scores [Q, N]`` and ``self [N]`` to
+
+and beside it comes a .json: ``phases`` (name -> costs), ``held`` (bytes in memory before the first
+of them) and ``versions``. All that a job does is in one of the phases: what comes before the first
+pass (reading examples, building the model, the layout) counts as covariance, tables as corrected
+eigenvalues, and so on.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from clock import Clock, resident
+from shapes import SHAPES, SpeedShape, load_network
+from torch import nn
+
+import raycurv
+from raycurv.driver.fitting import fit
+from raycurv.driver.influence import influence
+from raycurv.driver.phase import Phase
+from raycurv.driver.progress import Reporter
+from raycurv.driver.settings import IN_MEMORY
+
+# What the run's own phases begin.
+BEGINS = {"eigendecompositions": "eigendecomposition", "second pass: Λ": "lambda"}
+MODES: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "float64": {"dtype": "float64"},
+    "bfloat16": {"dtype": "bfloat16"},
+}
+
+
+class Watched(Reporter):
+    """Tells a clock which phase begins."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(quiet=True)
+        self._clock = clock
+
+    def phase(
+        self, name: str, total: int, unit: str, where: str = ""
+    ) -> AbstractContextManager[Phase]:
+        if name in BEGINS:
+            self._clock.begin(BEGINS[name])
+        return super().phase(name, total, unit, where)
+
+
+def read_rows(shape: SpeedShape, place: Path, part: str) -> list[dict[str, Any]]:
+    """Examples as raycurv takes them, their ids in order."""
+    examples = np.load(place / "examples.npz")
+    if shape.network == "llama":
+        columns = [{"input_ids": ids.tolist()} for ids in examples[part]]
+    else:
+        labels = examples[{"train": "train_labels", "queries": "query_labels"}[part]]
+        pairs = zip(examples[part], labels, strict=True)
+        columns = [{"inputs": x.tolist(), "labels": int(y)} for x, y in pairs]
+    return [{"id": f"{n:05d}"} | row for n, row in enumerate(columns)]
+
+
+def main(job: dict[str, Any]) -> None:
+    """Fit, score, write."""
+    torch.set_num_threads(job["threads"])
+    shape, place, clock = SHAPES[job["shape"]], Path(job["place"]), Clock()
+    model: Callable[[], nn.Module] | None = None
+    if shape.network != "llama":
+        weights = place / "weights.safetensors"
+        model = functools.partial(load_network, shape.network, weights)
+    how = {"address": "none", "batch_tokens": shape.batch * shape.length, "device": "cpu"}
+    held = resident()
+    with TemporaryDirectory() as directory:
+        run = f"{directory}/run"
+        clock.begin("covariance")
+        train, queries = (read_rows(shape, place, part) for part in ("train", "queries"))
+        chosen = raycurv.FitSettings(
+            model=str(place / "model") if model is None else IN_MEMORY,
+            data=IN_MEMORY,
+            out=run,
+            fisher="empirical",
+            objective="causal-lm" if model is None else "classification",
+            **how,
+            **MODES[job["mode"]],
+        )
+        fit(chosen, model=model, data=train, reporter=Watched(clock))
+
+        def score(name: str, asked: list[dict[str, Any]], own: bool) -> raycurv.Scores:
+            settings = raycurv.InfluenceSettings(
+                run=run,
+                queries=IN_MEMORY,
+                train=IN_MEMORY,
+                out=f"{directory}/{name}",
+                rank="full",
+                self_influence=own,
+                **how,
+            )
+            reporter = Reporter(quiet=True)
+            influence(settings, queries=asked, train=train, model=model, reporter=reporter)
+            return raycurv.open_scores(settings.out)
+
+        clock.begin("pairwise")
+        scores, rows, columns = score("pairwise", queries, False).matrix()
+        scores = scores[np.argsort(rows)][:, np.argsort(columns)]
+        clock.begin("self")
+        own = score("self", queries[:1], True).self_influence().sort_by("id")["score"].to_numpy()
+        clock.end()
+    np.savez(job["out"], scores=scores, self=own)
+    said = {
+        "phases": {name: asdict(cost) for name, cost in clock.phases.items()},
+        "held": held,
+        "versions": {name: version(name) for name in ("raycurv", "torch", "transformers")},
+    }
+    Path(job["out"]).with_suffix(".json").write_text(json.dumps(said))
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))
