@@ -23,15 +23,7 @@ class Pruned:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        said = Manifest.read(store)
-        if said is None or said.job != "prune" or "tables" not in said.complete:
-            raise UserError(
-                store.root,
-                "a finished pruning of prune.py",
-                "none",
-                "Run prune.py, or the same command again if it was stopped.",
-            )
-        self.manifest: Manifest = said
+        self.manifest = Manifest.finished(store, "prune", "tables", "a finished pruning")
 
     def __repr__(self) -> str:
         return f"<raycurv pruned {self.path}: {self.sparsity:.1%} of the weights removed>"

@@ -397,15 +397,7 @@ class Scores:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        said = Manifest.read(store)
-        if said is None or said.job != "influence" or "scores" not in said.complete:
-            raise UserError(
-                store.root,
-                "finished scores of influence.py",
-                "none",
-                "Run influence.py, or the same command again if it was stopped.",
-            )
-        self.manifest: Manifest = said
+        self.manifest = Manifest.finished(store, "influence", "scores", "finished scores")
 
     @property
     def path(self) -> str:

@@ -125,9 +125,7 @@ def _evaluate_held(
     for directory in ("work", "data"):
         store.delete_directory(directory)
     manifest.complete.append("tables")
-    for name, seconds in reporter.seconds.items():
-        manifest.seconds[name] = manifest.seconds.get(name, 0.0) + seconds
-    manifest.write(store)
+    manifest.took(store, reporter.seconds)
     reporter.summary(_sentence(manifest.facts), {"results": store.root})
     return _numbers(manifest)
 

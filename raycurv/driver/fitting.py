@@ -159,9 +159,7 @@ def _fit_held(
         job.run()
     finally:
         workers.close(store)
-    for name, seconds in reporter.seconds.items():
-        manifest.seconds[name] = manifest.seconds.get(name, 0.0) + seconds
-    manifest.write(store)
+    manifest.took(store, reporter.seconds)
     reporter.summary(
         f"fitted {settings.method} of {len(blocks)} blocks on {manifest.facts['examples']:,} "
         f"examples, {manifest.facts['tokens']:,} tokens",

@@ -171,9 +171,7 @@ def _influence_held(
         job.run()
     finally:
         workers.close(store)
-    for name, seconds in reporter.seconds.items():
-        manifest.seconds[name] = manifest.seconds.get(name, 0.0) + seconds
-    manifest.write(store)
+    manifest.took(store, reporter.seconds)
     reporter.summary(job.said(), {"results": store.root})
     return store
 

@@ -61,6 +61,33 @@ class Manifest:
             },
         )
 
+    def took(self, store: Store, seconds: Mapping[str, float]) -> None:
+        """Add what phases have taken, and write ``run.json``."""
+        for name, more in seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + more
+        self.write(store)
+
+    @classmethod
+    def finished(cls, store: Store, job: str, phase: str, what: str) -> Manifest:
+        """What a directory says of the results that a job has finished there.
+
+        Args:
+            phase: the job's last.
+            what: the results are, for errors.
+
+        Raises:
+            UserError: there are none.
+        """
+        found = cls.read(store)
+        if found is None or found.job != job or phase not in found.complete:
+            raise UserError(
+                store.root,
+                f"{what} of {job}.py",
+                "none",
+                f"Run {job}.py, or the same command again if it was stopped.",
+            )
+        return found
+
     @classmethod
     def read(cls, store: Store) -> Manifest | None:
         """What a directory says of itself; ``None`` when there is no ``run.json``."""

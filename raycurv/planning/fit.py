@@ -35,6 +35,18 @@ def plan_fit(job: Job, data: DataShape) -> Plan:
         gathered = sum(f(stage, work.recipe, data) for f in sums for stage in stages)
         return through + back, gathered
 
+    def back_and_forth(
+        name: str, work: Job, place: Place, model: float, gathered: float, stored: int
+    ) -> Phase:
+        """A pass: all data forward and backward."""
+        return replace(
+            _phase(name, place),
+            moved=work.moved(data, True),
+            stored=stored,
+            flops=model + gathered,
+            seconds=work.seconds(model, gathered, stored),
+        )
+
     spooled = _spooled(job, data)
     phases = [_phase("loading", job.resident(lambda s: memory.loading(s, recipe), data))]
     phases[0] = replace(phases[0], stored=weights, seconds=job.seconds(0.0, 0.0, weights))
@@ -53,15 +65,7 @@ def plan_fit(job: Job, data: DataShape) -> Plan:
         place = job.resident(lambda s: memory.covariance(s, recipe, data), data)
         sums, bases = disk.factor_sums(stages, recipe), disk.eigenbases(stages, recipe)
         stored = sums + disk.gradients(stages, recipe, data) + spooled * (1 + recipe.back)
-        phases.append(
-            replace(
-                _phase(FIRST, place),
-                moved=job.moved(data, True),
-                stored=stored,
-                flops=model + outer,
-                seconds=job.seconds(model, outer, stored),
-            )
-        )
+        phases.append(back_and_forth(FIRST, job, place, model, outer, stored))
         phases.append(
             replace(
                 _phase(EIGEN, job.decomposing()),
@@ -77,43 +81,19 @@ def plan_fit(job: Job, data: DataShape) -> Plan:
         stored = disk.eigenbases(stages, recipe) + disk.corrected(stages, recipe)
         stored += disk.gradients(stages, second.recipe, data)
         stored += spooled * (1 + second.recipe.back)
-        phases.append(
-            replace(
-                _phase(SECOND, place),
-                moved=second.moved(data, True),
-                stored=stored,
-                flops=model + rotated,
-                seconds=job.seconds(model, rotated, stored),
-            )
-        )
+        phases.append(back_and_forth(SECOND, second, place, model, rotated, stored))
     if recipe.method == "mfac":
         model, gathered = passed(job)
         formed = sum(flops.gradients(stage, recipe, data) for stage in stages) + gathered
         place = job.resident(lambda s: memory.rank_rows(s, recipe, data), data)
         stored = disk.rank_rows(stages, recipe) + disk.gradients(stages, recipe, data)
         stored += spooled * (1 + recipe.back)
-        phases.append(
-            replace(
-                _phase(ROWS, place),
-                moved=job.moved(data, True),
-                stored=stored,
-                flops=model + formed,
-                seconds=job.seconds(model, formed, stored),
-            )
-        )
+        phases.append(back_and_forth(ROWS, job, place, model, formed, stored))
     if recipe.method == "identity" and recipe.gradients:
         model, gathered = passed(job)
         place = job.resident(lambda s: memory.gradient_statistics(s, recipe, data), data)
         stored = disk.gradients(stages, recipe, data) + spooled * (1 + recipe.back)
-        phases.append(
-            replace(
-                _phase(GRADIENTS, place),
-                moved=job.moved(data, True),
-                stored=stored,
-                flops=model + gathered,
-                seconds=job.seconds(model, gathered, stored),
-            )
-        )
+        phases.append(back_and_forth(GRADIENTS, job, place, model, gathered, stored))
     elif recipe.method == "identity":
         place = job.resident(lambda s: memory.forward_only(s, recipe, data, True), data)
         phases.append(
