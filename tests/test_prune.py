@@ -525,3 +525,17 @@ def test_a_checkpoint_in_bfloat16_stays_so_and_is_rounded_once(
     for name in names:
         exact = torch.where(keep[name], wanted[name], 0).float()
         assert torch.equal(new[name], exact.to(torch.bfloat16))
+
+
+def test_what_went_stays_away_though_the_gradient_would_have_it_back(fits) -> None:
+    # A weight of zero costs nothing to leave out, but for the first-order term.
+    run = fits.run(MLP, gradients=True)
+    how = {"address": "none", "quiet": True, "measure": "none", "first_order": True}
+    first = run.prune(fits.place(), sparsity=1 - 0.5**0.5, **how)
+    both = run.prune(fits.place(), sparsity=0.5, steps=2, **how)
+    for name in run.block_names():
+        before, after = (p.saliency(name)["keep"].to_pylist() for p in (first, both))
+        pairs = [
+            (a, b) for x, y in zip(before, after, strict=True) for a, b in zip(x, y, strict=True)
+        ]
+        assert not any(b and not a for a, b in pairs), name
