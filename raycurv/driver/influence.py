@@ -5,13 +5,15 @@
                                  self/            with --self
 
 Queries that do not fit together take several passes over the training examples; the products of a
-finished query pass are files, so a restart does not make them again.
+finished query pass are files, so a restart does not make them again. Only where all is one process
+and they are whole (``--rank full``) they stay in memory: each is of the model's size, and takes
+longer to write and read than to make.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -248,6 +250,8 @@ class _Influence:
     manifest: Manifest
     workers: Workers
     reporter: Reporter
+    held: dict[str, BlockProducts] = field(default_factory=dict)
+    """Products that stay in memory, of the queries and stages under way; by block."""
 
     def said(self) -> str:
         """What was done, in one line."""
@@ -325,6 +329,11 @@ class _Influence:
     def _mfac(self) -> bool:
         return self.source.method == "mfac"
 
+    @property
+    def _holds(self) -> bool:
+        """Whether products stay in memory until the examples have been scored on them."""
+        return self.workers.in_process and self.settings.rank_number() is None and not self._mfac
+
     @cached_property
     def _rank_inverses(self) -> RankInverses:
         """The inverses of M-FAC."""
@@ -400,12 +409,15 @@ class _Influence:
                 self._query(sweep, stages, group, feeds["queries"], label, plain)
             if score:
                 files = self._score(sweep, stages, group, feeds["train"], label)
+            self.held.clear()
             sweep.descend(stages)
         sweep.end()
         return files
 
     def _without_products(self, place: Store, blocks: Sequence[Block]) -> bool:
-        return not all(whole(place, ihvp_file(block.name)) for block in blocks)
+        return not all(
+            block.name in self.held or whole(place, ihvp_file(block.name)) for block in blocks
+        )
 
     def _unasked(self, sweep: Sweep, place: Store) -> list[int]:
         """Groups of stages that have products still to make."""
@@ -430,6 +442,7 @@ class _Influence:
     ) -> None:
         """The IHVPs of a group of stages, and the gradients for those before that lack theirs."""
         place, train = self._place(group, plain), self.train
+        kept = plain or self.settings.ihvp or train is None
         unasked = self._unasked(sweep, place)
         lowest = min(unasked, default=stages)
         work = QueryPass(
@@ -439,7 +452,8 @@ class _Influence:
             self.settings.seed,
             place,
             f"{'gradients' if plain else 'queries'}-{_span(group)}",
-            scored=None if plain or self.settings.ihvp or train is None else train.tokens,
+            scored=None if train is None or kept else train.tokens,
+            held=self.held if self._holds and not kept else None,
         )
         replay = ReplayPass(work.target, work.draws)
         task = Task("queries", feed, work, replay, carries=False)
@@ -467,6 +481,7 @@ class _Influence:
             settings.self_influence and group.start == 0,
             self._rank_inverses if self._mfac and settings.self_influence else None,
             self._work(group),
+            held=self.held,
         )
         sink: Sink = NoSink()
         if stages == 0:

@@ -96,8 +96,13 @@ class Workers:
         """Whether the Ray cluster is the job's own."""
         return self._settings.cluster == "local"
 
+    @property
+    def in_process(self) -> bool:
+        """Whether everything runs in this process, without Ray."""
+        return self._settings.address == "none"
+
     def _gpus(self) -> int:
-        if self._settings.address == "none":
+        if self.in_process:
             return torch.cuda.device_count()
         self.tasks()
         from raycurv.onray.connection import cluster_gpus
@@ -107,7 +112,7 @@ class Workers:
     def tasks(self) -> Pool:
         """The pool, with or without stages."""
         if self._pool is None:
-            if self._settings.address == "none":
+            if self.in_process:
                 self._pool = InProcess()
             else:
                 # Ray takes a second to import, which a job without it need not wait for.
@@ -199,7 +204,7 @@ class Workers:
             self._pool = self.resident = None
 
     def _threads(self) -> int | None:
-        if self._settings.address == "none":
+        if self.in_process:
             return None
         from raycurv.onray.connection import cluster_cores, smallest_node_cores
 

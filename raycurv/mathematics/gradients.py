@@ -16,11 +16,12 @@ from torch import Tensor
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Captured
 from raycurv.mathematics.eigen import Eigenbasis
+from raycurv.mathematics.products import outer
 from raycurv.mathematics.sums import RunningSum
 
 # Elements of the per-example gradients that are formed at once, where whole ones are needed
-# (float32: 32 MiB), and where parts will do: those stay in the cache while they are used.
-CHUNK, PIECE = 2**23, 2**20
+# (float32: 8 MiB), and where parts will do: those stay in the cache while they are used.
+CHUNK, PIECE = 2**21, 2**20
 
 
 def rotate_before(
@@ -40,7 +41,7 @@ def rotate_before(
 def example_gradients(a: Tensor, g: Tensor) -> Tensor:
     """``[N, O, I]`` from ``a [N, T, I]`` and ``g [N, T, O]``, or a grouped ``a [N, T, S, I]``."""
     if a.ndim == 3:
-        return torch.bmm(g.transpose(1, 2), a)
+        return outer(g, a)
     examples, _, groups, width = a.shape
     g = g.unflatten(2, (groups, -1))
     return torch.einsum("ntso,ntsi->nsoi", g, a).reshape(examples, -1, width)
@@ -73,6 +74,7 @@ class Rotations:
         for block in blocks:
             self._sharing[block.input_factor] = self._sharing.get(block.input_factor, 0) + 1
         self._turned: dict[str, Tensor] = {}
+        self._latest: tuple[str, Tensor] | None = None
 
     @property
     def examples(self) -> int:
@@ -113,14 +115,19 @@ class Rotations:
         return self.rotated(block)
 
     def rotated(self, block: Block) -> tuple[Tensor, Tensor] | None:
-        """``a`` and ``g`` in the eigenbasis, be it the cheaper way or not."""
+        """``a`` and ``g`` in the eigenbasis, be it the cheaper way or not.
+
+        A block's own may be asked for twice in a row, and are turned once.
+        """
         rows = self.rows(block)
         if rows is None:
             return None
         a, g = rows
         if block.input_factor not in self._turned:
             self._turned[block.input_factor] = self._bases[block.input_factor].rotate(a)
-        return self._turned[block.input_factor], self._bases[block.output_factor].rotate(g)
+        if self._latest is None or self._latest[0] != block.name:
+            self._latest = block.name, self._bases[block.output_factor].rotate(g)
+        return self._turned[block.input_factor], self._latest[1]
 
     def gradients(self, block: Block) -> Iterator[tuple[slice, Tensor]]:
         """Per-example gradients in the eigenbasis, ``(examples, [n, O, I])`` a few at a time.

@@ -36,22 +36,39 @@ def _one_dnn() -> Callable[[Tensor, Tensor], Tensor] | None:
 
 
 _multiply = _one_dnn()
+# Rows on either side below which oneDNN is the slower one (LOG.md), and multiplications of an
+# example from which a call of its own is sooner than a batched product.
+_FEWEST, _WORTH = 32, 2**20
 
 
-def _suits(x: Tensor) -> bool:
+def suits(x: Tensor) -> bool:
+    """Whether another kernel than torch's may multiply it."""
     return x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0
+
+
+def outer(left: Tensor, right: Tensor) -> Tensor:
+    """Every example's ``leftᵀ right``, ``[N, X, Y]``, from ``[N, T, X]`` and ``[N, T, Y]``."""
+    work = left.shape[1] * left.shape[2] * right.shape[2]
+    if _multiply is None or work < _WORTH or not (suits(left) and right.dtype == left.dtype):
+        return torch.bmm(left.transpose(1, 2), right)
+    out = left.new_empty(len(left), left.shape[2], right.shape[2])
+    for n in range(len(left)):
+        out[n] = _multiply(left[n].T, right[n].T)
+    return out
 
 
 def rows_times(x: Tensor, w: Tensor) -> Tensor:
     """``x w`` for rows ``x [..., C]`` and ``w [C, O]``."""
-    if _multiply is None or not (_suits(x) and w.dtype == x.dtype):
+    rows = x.numel() // max(1, x.shape[-1])
+    few = min(rows, w.shape[1]) < _FEWEST
+    if _multiply is None or few or not (suits(x) and w.dtype == x.dtype):
         return x @ w
     return _multiply(x.reshape(-1, x.shape[-1]), w.T).view(*x.shape[:-1], w.shape[1])
 
 
 def add_outer(total: Tensor, left: Tensor, right: Tensor) -> None:
     """``total += leftᵀ right`` for rows ``left [R, X]`` and ``right [R, Y]``."""
-    if _multiply is None or not (_suits(left) and right.dtype == total.dtype == left.dtype):
+    if _multiply is None or not (suits(left) and right.dtype == total.dtype == left.dtype):
         total.addmm_(left.T, right)
     else:
         total.add_(_multiply(left.T, right.T))

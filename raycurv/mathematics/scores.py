@@ -21,7 +21,7 @@ from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Captured
 from raycurv.mathematics.curvature import BlockCurvature, Damping, Preconditioner
 from raycurv.mathematics.eigen import Eigenbasis
-from raycurv.mathematics.gradients import Rotations, example_gradients
+from raycurv.mathematics.gradients import PIECE, Rotations, example_gradients
 from raycurv.mathematics.ihvp import BlockProducts
 from raycurv.mathematics.products import rows_times
 
@@ -52,6 +52,7 @@ class PairwiseScores:
         per_token: also give every token's.
         dtype: of the model's computation.
         bases: factor -> eigenbasis, of the blocks whose products are in it.
+        own: also scores the examples on themselves, from the same rows.
     """
 
     def __init__(
@@ -64,18 +65,22 @@ class PairwiseScores:
         dtype: torch.dtype,
         device: torch.device,
         bases: Mapping[str, Eigenbasis] | None = None,
+        own: SelfScores | None = None,
     ) -> None:
         self._blocks, self._products, self._queries = tuple(blocks), products, queries
+        self._own = own
         self._per_block, self._per_token = per_block, per_token
         self._dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self._device = device
         self._bases = dict(bases or {})
 
     def add(self, draws: Sequence[Captured]) -> dict[str, Tensor]:
-        """``scores [N, Q]``, ``block_scores [N, Q, B]``, ``token_scores [N, Q, T]``, float64."""
+        """``scores [N, Q]``, ``block_scores [N, Q, B]``, ``token_scores [N, Q, T]``, float64; with
+        ``own`` also ``self_scores [N]``."""
         (captured,) = draws
         n = captured.batch.size
         scores = torch.zeros(n, self._queries, dtype=torch.float64, device=self._device)
+        own = torch.zeros(n, dtype=torch.float64, device=self._device)
         by_block, by_token = [], None
         if self._per_token:
             assert captured.batch.mask is not None
@@ -83,7 +88,8 @@ class PairwiseScores:
             by_token = torch.zeros(
                 n, self._queries, tokens, dtype=torch.float64, device=self._device
             )
-        rotations = Rotations(captured, self._bases, self._blocks, self._dtype)
+        bases = self._bases if self._own is None else self._own.bases
+        rotations = Rotations(captured, bases, self._blocks, self._dtype)
         for block in self._blocks:
             products = self._products[block.name]
             rows = rotations.rows(block) if products.turned is None else rotations.rotated(block)
@@ -98,7 +104,11 @@ class PairwiseScores:
             scores += part
             if self._per_block:
                 by_block.append(part)
+            if self._own is not None:
+                own += self._own.of_block(block, rotations)
         results = {"scores": scores}
+        if self._own is not None:
+            results["self_scores"] = own
         if self._per_block:
             results["block_scores"] = (
                 torch.stack(by_block, dim=2) if by_block else scores.new_zeros(*scores.shape, 0)
@@ -117,6 +127,8 @@ def _scores(products: BlockProducts, a: Tensor, g: Tensor) -> Tensor:
         at_once = min(step, examples)
         if not score_through_gradients(a.shape[1], d_out, d_in, queries, rank, at_once):
             return _projected(products.left, products.right, a, g).sum(dim=1)
+    if products.whole is not None and a.ndim == 3:
+        return _whole(products.whole, a, g)
     parts = []
     for i in range(0, examples, step):
         m_NX = example_gradients(a[i : i + step], g[i : i + step]).flatten(1)
@@ -125,6 +137,17 @@ def _scores(products: BlockProducts, a: Tensor, g: Tensor) -> Tensor:
             torch.cat([rows_times(m_NX, w.flatten(1).T) for w in products.some(step)], dim=1)
         )
     return torch.cat(parts)
+
+
+def _whole(products_QOI: Tensor, a: Tensor, g: Tensor) -> Tensor:
+    """``[N, Q]``, some outputs at a time: gradients stay in the cache, products are read once."""
+    scores = a.new_zeros(len(a), len(products_QOI))
+    step = max(1, PIECE // (len(a) * a.shape[-1]))
+    for start in range(0, g.shape[-1], step):
+        outputs = slice(start, start + step)
+        m_NX = example_gradients(a, g[:, :, outputs]).flatten(1)
+        scores += rows_times(m_NX, products_QOI[:, outputs].flatten(1).T)
+    return scores
 
 
 def _projected(left_QRO: Tensor, right_QRI: Tensor, a: Tensor, g: Tensor) -> Tensor:
@@ -182,17 +205,28 @@ class SelfScores:
         self._device = device
         self._preconditioner = Preconditioner.of(curvatures, damping, self._dtype, device)
 
+    @property
+    def bases(self) -> dict[str, Eigenbasis]:
+        """Factor -> eigenbasis, of all blocks."""
+        return self._preconditioner.bases
+
+    def of_block(self, block: Block, rotations: Rotations) -> Tensor:
+        """``[N]`` of one block, float64."""
+        inverse = self._preconditioner.inverse[block.name]
+        scores = torch.zeros(rotations.examples, dtype=torch.float64, device=self._device)
+        for part, outputs, m_NOI in rotations.pieces(block):
+            squares = m_NOI.square_()
+            if inverse is not None:
+                squares = squares.mul_(inverse[outputs])
+            scores[part] += squares.sum(dim=2).sum(dim=1, dtype=torch.float64)
+        return scores
+
     def add(self, draws: Sequence[Captured]) -> dict[str, Tensor]:
         """``self_scores [N]``, float64."""
         (captured,) = draws
-        blocks, bases = self._preconditioner.blocks, self._preconditioner.bases
-        rotations = Rotations(captured, bases, blocks, self._dtype)
+        blocks = self._preconditioner.blocks
+        rotations = Rotations(captured, self.bases, blocks, self._dtype)
         scores = torch.zeros(captured.batch.size, dtype=torch.float64, device=self._device)
         for block in blocks:
-            inverse = self._preconditioner.inverse[block.name]
-            for part, outputs, m_NOI in rotations.pieces(block):
-                squares = m_NOI.square_()
-                if inverse is not None:
-                    squares = squares.mul_(inverse[outputs])
-                scores[part] += squares.sum(dim=2).sum(dim=1, dtype=torch.float64)
+            scores += self.of_block(block, rotations)
         return {"self_scores": scores}

@@ -7,7 +7,7 @@ are.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -224,6 +224,7 @@ class QueryPass:
         out: where the products go.
         scored: rows of the examples that alone the products are for; ``None`` when they are
             results themselves.
+        held: where the products go instead, in one process; by block.
     """
 
     source: CurvatureSource
@@ -235,6 +236,7 @@ class QueryPass:
     target: Target = "measurement"
     draws: int = 1
     scored: int | None = None
+    held: dict[str, BlockProducts] | None = None
 
     def open(self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device) -> Products:
         return Products(
@@ -249,7 +251,10 @@ class QueryPass:
         )
 
     def write(self, name: str, result: BlockProducts, blocks: Mapping[str, Block]) -> None:
-        write_products(self.out, name, result, self.queries)
+        if self.held is None:
+            write_products(self.out, name, result, self.queries)
+        else:
+            self.held[name] = result
 
 
 @dataclass(frozen=True)
@@ -263,6 +268,7 @@ class ScorePass:
         per_block, per_token: what else to give.
         self_influence: whether to score examples on themselves, too.
         inverses: of M-FAC, for self-influence.
+        held: products that the query pass left in this process instead, by block.
     """
 
     source: CurvatureSource
@@ -275,37 +281,44 @@ class ScorePass:
     name: str = "scores"
     target: Target = "labels"
     draws: int = 1
+    held: Mapping[str, BlockProducts] = field(default_factory=dict)
 
     def open(
         self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device
     ) -> ScoreGatherer:
-        pairwise: PairwiseScores | None = None
-        own: SelfScores | RankSelfScores | None = None
-        if self.products is not None:
-            products = {b.name: read_products(self.products, b.name)[0].to(device) for b in blocks}
-            turned = [b for b in blocks if products[b.name].turned is not None]
-            pairwise = PairwiseScores(
-                blocks, products, self.queries, self.per_block, self.per_token, dtype, device,
-                _read_bases(self.source.store, turned, device),
-            )  # fmt: skip
+        products = {b.name: self._products(b.name).to(device) for b in blocks}
+        own: SelfScores | None = None
+        ranked: RankSelfScores | None = None
+        bases: Mapping[str, Eigenbasis] = {}
         if self.self_influence and self.inverses is not None:
             rows = {block.name: open_rows(self.source.store, block).whole() for block in blocks}
-            own = RankSelfScores(blocks, rows, self.inverses, dtype, device)
+            ranked = RankSelfScores(blocks, rows, self.inverses, dtype, device)
         elif self.self_influence:
             own = SelfScores(self.source.read(blocks, device), self.source.damping, dtype, device)
-        return ScoreGatherer(pairwise, own)
+        if own is None:
+            turned = [b for b in blocks if products[b.name].turned is not None]
+            bases = _read_bases(self.source.store, turned, device)
+        pairwise = PairwiseScores(
+            blocks, products, self.queries, self.per_block, self.per_token, dtype, device,
+            bases, own,
+        )  # fmt: skip
+        return ScoreGatherer(pairwise, ranked)
+
+    def _products(self, block: str) -> BlockProducts:
+        held = self.held.get(block)
+        return read_products(self.products, block)[0] if held is None else held
 
     def write(self, name: str, result: Any, blocks: Mapping[str, Block]) -> None:
         """Scores went to the driver, microbatch by microbatch."""
 
 
 class ScoreGatherer(Nothing):
-    """Pairwise scores and self-influence from the same gradients; they leave at once."""
+    """Scores of a microbatch, which leave at once."""
 
-    def __init__(self, pairwise: PairwiseScores, own: SelfScores | RankSelfScores | None) -> None:
-        self._parts: list[PairwiseScores | SelfScores | RankSelfScores] = [pairwise]
-        if own is not None:
-            self._parts.append(own)
+    def __init__(self, pairwise: PairwiseScores, ranked: RankSelfScores | None) -> None:
+        self._parts: list[PairwiseScores | RankSelfScores] = [pairwise]
+        if ranked is not None:
+            self._parts.append(ranked)
 
     def add(self, draws: Sequence[Captured], counts: bool = True) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}

@@ -6,7 +6,8 @@ to the gatherer of the pass that is under way. What is gathered is the pass's bu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from raycurv.files.tensorfile import open_tensors, write_tensors
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Capture, Captured, Record, check_finite
 from raycurv.mathematics.evaluate import Target, evaluate
+from raycurv.mathematics.linear import FrozenLinear
 from raycurv.mathematics.objective import open_objective
 from raycurv.models.model import Model
 from raycurv.models.patched import repatch
@@ -179,7 +181,7 @@ class Stage:
         Gives the hidden states for the next stage, and this stage's blocks with their factors.
         """
         record = Record(batch.to(self._device))
-        with torch.no_grad(), self._capture.recording(record):
+        with self._graph(False, record):
             out = self._segment.forward(record.batch, _own(self._entering(hidden, False)))
             if self._segment.last:
                 self._head(record, out[:, :1] if out.ndim > 2 else out, 0)
@@ -239,7 +241,7 @@ class Stage:
         batch = batch.to(self._device)
         entered = self._entering(hidden, differentiates)
         record = Record(batch)
-        with torch.set_grad_enabled(differentiates), self._capture.recording(record):
+        with self._graph(differentiates, record):
             left = self._segment.forward(batch, _own(entered))
         if differentiates:
             self._open[batch.index] = _Open(record, entered, left)
@@ -275,7 +277,7 @@ class Stage:
         def begin_draw(draw: int) -> None:
             record.draw = draw
 
-        with torch.set_grad_enabled(opened is not None), self._capture.recording(record):
+        with self._graph(opened is not None, record):
             found = evaluate(
                 self._objective,
                 lambda part, start: self._head(record, part, start),
@@ -364,6 +366,12 @@ class Stage:
         """End the pass, and forget its sums."""
         self._open.clear()
         self._pass = self._gatherer = None
+
+    @contextmanager
+    def _graph(self, differentiates: bool, record: Record) -> Iterator[None]:
+        recording = self._capture.recording(record)
+        with torch.set_grad_enabled(differentiates), FrozenLinear(), recording:
+            yield
 
     def _entering(self, hidden: Tensor | None, differentiates: bool) -> Tensor | None:
         if hidden is None:
