@@ -9,6 +9,7 @@ the same batches and threads. Writes ``results/DATE-speed.md``, explained in REA
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import os
@@ -24,10 +25,10 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from against_kronfluence import processor, source_state, table
 from agreement import pearson
 from floor import Rates, count
 from numpy.typing import NDArray
+from result_file import command_line, loads, processor, source_state, table, write_figures
 from shapes import SHAPES, prepare
 
 HERE = Path(__file__).parent
@@ -64,6 +65,8 @@ class Settings:
     """Directory for the runs themselves: those that are there already are not made again."""
     results: Path = HERE / "results"
     """Directory of the result file."""
+    figures: Path | None = None
+    """JSON file for the figures that targets are judged by."""
     date: str = field(default_factory=lambda: datetime.date.today().isoformat())
     """Of the result file."""
 
@@ -262,34 +265,32 @@ def summary_lines(settings: Settings, found: dict[str, dict[str, Runs]]) -> list
     return table(["raycurv / kronfluence", *titles], [*rows, means])
 
 
-def command_line(settings: Settings) -> str:
-    """The command, with every flag that is not at its default, and no path of this machine."""
-    plain, flags = Settings(settings.kronfluence_python), []
-    for name, value in vars(settings).items():
-        if name in ("kronfluence_python", "keep", "results", "date") or value == getattr(
-            plain, name
-        ):
-            continue
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            said = " ".join(value) if isinstance(value, tuple) else value
-            flags.append(f"--{flag} {said}")
-    start = "python benchmarks/speed.py --kronfluence-python KRONFLUENCE_PYTHON"
-    return " ".join([start, *flags])
-
-
-def loads() -> str:
-    """How busy the machine is."""
-    return ", ".join(f"{load:.1f}" for load in os.getloadavg())
+def figures(runs: dict[str, Runs], floors: dict[str, float], referred: bool) -> dict[str, Any]:
+    """What targets of a shape are judged by."""
+    sides = {
+        name: {
+            "cpu": made.total("cpu"),
+            "phases": {phase: made.cost(phase, "cpu") for phase in PHASES},
+            "peak": made.peak,
+        }
+        for name, made in runs.items()
+    }
+    found = {"sides": sides, "over floor": floors}
+    if {"raycurv float32", "kronfluence float32"} <= runs.keys():
+        found["Pearson"] = min(agreement(runs["raycurv float32"], runs["kronfluence float32"]))
+    if referred:
+        found["fastest"] = {side: fastest(runs, side)[0] for side in ("raycurv", "kronfluence")}
+    return found
 
 
 def main(settings: Settings) -> None:
     """Measure all shapes and write the report."""
     state, before = source_state(), loads()
+    # The interpreter's path is this machine's.
+    named = dataclasses.replace(settings, kronfluence_python=Path("KRONFLUENCE_PYTHON"))
     torch.set_num_threads(settings.threads)
     found: dict[str, dict[str, Runs]] = {}
+    judged: dict[str, dict[str, Any]] = {}
     floors: list[str] = []
     rates = Rates()
     for shape in settings.shapes:
@@ -299,14 +300,20 @@ def main(settings: Settings) -> None:
                 place.mkdir(parents=True, exist_ok=True)
                 prepare(SHAPES[shape], place)
             found[shape] = measure(settings, shape, place)
+        over: dict[str, float] = {}
         if settings.floor and SHAPES[shape].network == "llama":
-            lines = floor_lines(shape, found[shape]["raycurv float32"], rates)
+            ours = found[shape]["raycurv float32"]
+            lines = floor_lines(shape, ours, rates)
             floors += [f"### ({shape})", "", *lines, ""]
+            works = count(SHAPES[shape]).items()
+            over = {phase: ours.cost(phase, "cpu") / rates.seconds(work) for phase, work in works}
+        judged[shape] = figures(found[shape], over, settings.reference)
+    write_figures(settings.figures, {"threads": settings.threads, "shapes": judged})
     versions = [runs.said[0]["versions"] for runs in next(iter(found.values())).values()]
     lines = [
         f"# Speed of raycurv and kronfluence, {settings.date}",
         "",
-        f"    {command_line(settings)}",
+        f"    {command_line('speed.py', named, Settings(Path()))}",
         "",
         f"- versions: {'; '.join(sorted({json.dumps(v)[1:-1] for v in versions}))}, Python "
         f"{platform.python_version()}",
