@@ -82,8 +82,8 @@ class Axis:
 AXES = (
     Axis("examples", (16, 32, 64, 128, 256), ("fit", "scores"), "more examples", "tokens in all"),
     Axis("tokens", (32, 64, 128, 256, 512), PHASES, "longer examples", "tokens of an example"),
-    Axis("queries", (4, 8, 16, 32, 64), ("queries", "scores"), "queries", "queries"),
-    Axis("rank", (4, 8, 16, 32, 64), ("queries", "scores"), "rank", "rank"),
+    Axis("queries", (8, 16, 32, 64), ("queries", "scores"), "queries", "queries"),
+    Axis("rank", (4, 16, 32, 64), ("queries", "scores"), "rank", "rank"),
     Axis("width", (96, 192, 288, 384), PHASES, "parameters", "weights of blocks"),
     Axis("stages", (1, 2, 4), PHASES, "stages in one process", "stages"),
 )
@@ -120,6 +120,10 @@ def block_weights(width: int) -> int:
 
 def measure(place: Path, sizes: dict[str, int], repeats: int) -> dict[str, dict[str, float]]:
     """Of each phase processor seconds of its passes, and bytes above what was held before."""
+    # Libraries that a job loads when it needs them would count as memory of the first phase.
+    import pyarrow.parquet  # noqa: F401
+    from transformers.models.llama import modeling_llama  # noqa: F401
+
     import raycurv
     from raycurv.stages import pool
     from raycurv.stages.memory import give_back
@@ -285,8 +289,7 @@ def picture(axes: Sequence[Axis], found: dict[str, dict[int, Measured]], what: s
         plot.set_xscale("log")
         plot.set_yscale("log")
         sizes = [axis.value(size) for size in axis.sizes]
-        thousands = [f"{s / 1e6:.1f}M" if s >= 1e6 else f"{s / 1e3:g}k" for s in sizes]
-        plot.set_xticks(sizes, thousands if max(sizes) >= 10_000 else [str(s) for s in sizes])
+        plot.set_xticks(sizes, [f"{s:,}" if s < 1e5 else f"{s / 1e6:.1f} M" for s in sizes])
         plot.xaxis.set_minor_formatter(NullFormatter())
         plot.xaxis.set_tick_params(which="minor", length=0)
         low, high = plot.get_ylim()

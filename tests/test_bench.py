@@ -102,7 +102,8 @@ GOOD = """
 import json, pathlib, sys
 flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 place = pathlib.Path(flags["--results"])
-(place / "2000-01-01-good.md").write_text("# Title\\n\\n## Section\\n\\n![p](2000-01-01-good.png)\\n")
+text = "# Title\\n\\n## Section\\n\\n![p](2000-01-01-good.png)\\n"
+(place / "2000-01-01-good.md").write_text(text)
 (place / "2000-01-01-good.png").write_bytes(b"picture")
 pathlib.Path(flags["--figures"]).write_text(json.dumps({}))
 with open(place.parent / "started", "a") as file:
