@@ -121,6 +121,8 @@ def block_weights(width: int) -> int:
 def measure(place: Path, sizes: dict[str, int], repeats: int) -> dict[str, dict[str, float]]:
     """Of each phase processor seconds of its passes, and bytes above what was held before."""
     # Libraries that a job loads when it needs them would count as memory of the first phase.
+    # pandas is what pyarrow looks for.
+    import pandas  # noqa: F401
     import pyarrow.parquet  # noqa: F401
     from transformers.models.llama import modeling_llama  # noqa: F401
 

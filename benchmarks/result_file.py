@@ -76,7 +76,10 @@ _WHERE = ("results", "figures", "date", "keep")
 
 
 def command_line(script: str, settings: Any, plain: Any) -> str:
-    """The command, with every flag that differs from ``plain``'s, and no path of this machine."""
+    """The command, with every flag that differs from ``plain``'s.
+
+    A path is this machine's, so its flag's name stands for it: ``--place PLACE``.
+    """
     flags = []
     for name, value in vars(settings).items():
         if name in _WHERE or value == getattr(plain, name):
@@ -86,6 +89,7 @@ def command_line(script: str, settings: Any, plain: Any) -> str:
             flags.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             said = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            said = name.upper() if isinstance(value, Path) else said
             flags.append(f"--{flag} {said}")
     return " ".join([f"python benchmarks/{script}", *flags])
 

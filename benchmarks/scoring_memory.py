@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
@@ -85,11 +85,10 @@ def main(settings: Settings) -> None:
         rows.append((way, *took))
     ratios = {way: b.memory_bytes / a.memory_bytes for way, a, b in rows}
     write_figures(settings.figures, {"few": settings.examples, "many": many, "ratios": ratios})
-    named = replace(settings, place=Path("PLACE"))
     lines = [
         f"# Memory of scoring, {date.today()}",
         "",
-        f"    {command_line('scoring_memory.py', named, Settings(Path()))}",
+        f"    {command_line('scoring_memory.py', settings, Settings(Path()))}",
         "",
         f"- torch {torch.__version__}, {os.cpu_count()} cores; {settings.queries} queries, rank 8, "
         f"examples of {settings.tokens} tokens, a Llama-shaped model of 4 layers of 128",

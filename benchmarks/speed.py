@@ -9,7 +9,6 @@ the same batches and threads. Writes ``results/DATE-speed.md``, explained in REA
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import json
 import os
@@ -286,8 +285,6 @@ def figures(runs: dict[str, Runs], floors: dict[str, float], referred: bool) -> 
 def main(settings: Settings) -> None:
     """Measure all shapes and write the report."""
     state, before = source_state(), loads()
-    # The interpreter's path is this machine's.
-    named = dataclasses.replace(settings, kronfluence_python=Path("KRONFLUENCE_PYTHON"))
     torch.set_num_threads(settings.threads)
     found: dict[str, dict[str, Runs]] = {}
     judged: dict[str, dict[str, Any]] = {}
@@ -313,7 +310,7 @@ def main(settings: Settings) -> None:
     lines = [
         f"# Speed of raycurv and kronfluence, {settings.date}",
         "",
-        f"    {command_line('speed.py', named, Settings(Path()))}",
+        f"    {command_line('speed.py', settings, Settings(Path()))}",
         "",
         f"- versions: {'; '.join(sorted({json.dumps(v)[1:-1] for v in versions}))}, Python "
         f"{platform.python_version()}",
