@@ -47,7 +47,9 @@ class Settings:
     repeats: int = 5
     """Runs of each side; medians are shown."""
     large_repeats: int = 3
-    """The same for shape c."""
+    """The same for the large shapes."""
+    large: tuple[str, ...] = ("c",)
+    """Which those are."""
     ours: tuple[str, ...] = ("float32", "bfloat16")
     """Modes of raycurv: float32, bfloat16."""
     theirs: tuple[str, ...] = ("float32", "medium", "amp", "bf16")
@@ -148,7 +150,7 @@ def measure(settings: Settings, shape: str, place: Path) -> dict[str, Runs]:
     # Alternately, so that what else the machine does falls on both.
     sides.sort(key=lambda side: side.mode != "float32")
     runs = {str(side): Runs() for side in sides}
-    repeats = settings.large_repeats if shape == "c" else settings.repeats
+    repeats = settings.large_repeats if shape in settings.large else settings.repeats
     for number in range(max(repeats, settings.fast_repeats)):
         for side in sides if number % 2 == 0 else sides[::-1]:
             if number < (repeats if side.mode == "float32" else settings.fast_repeats):
