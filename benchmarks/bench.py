@@ -190,7 +190,7 @@ def body(part: Part, outcome: Outcome, work: Path, name: str, results: Path) -> 
     found = work / part.place / "results"
     (text,) = found.glob("*.md")
     # The title is the section's.
-    own = "\n".join(text.read_text().splitlines()[1:]).strip()
+    own = "\n".join(text.read_text().splitlines()[1:]).strip("\n")
     own = re.sub(r"^(#+ )", r"#\1", own, flags=re.MULTILINE)
     for picture in sorted(found.glob("*.png")):
         placed = f"{name}-{re.sub(r'^[-0-9]+-', '', picture.name)}"

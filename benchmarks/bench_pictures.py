@@ -41,7 +41,8 @@ def speed_picture(figures: Figures, path: Path) -> None:
         plot.margins(y=0.12)
         plot.tick_params(axis="y", labelsize=8)
     plots.flat[0].set_ylabel("CPU s, float32; above: ratio")
-    plots.flat[0].legend(fontsize=8, loc="upper left")
+    bars, names = plots.flat[0].get_legend_handles_labels()
+    figure.legend(bars, names, fontsize=9, ncols=2, loc="outside lower center")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -50,7 +51,7 @@ def lds_picture(figures: Figures, path: Path) -> None:
     """LDS of every method, a panel a task; lines are the intervals over queries and subsets."""
     tasks = {name: found for name, found in figures.items() if name.startswith(TABULAR)}
     figure, plots = pyplot.subplots(
-        1, len(tasks), figsize=(4.2 * len(tasks), 3.4), layout="constrained", squeeze=False
+        1, len(tasks), figsize=(4.2 * len(tasks), 3.7), layout="constrained", squeeze=False
     )
     for plot, (name, found) in zip(plots.flat, tasks.items(), strict=True):
         methods = found["methods"]
@@ -63,7 +64,8 @@ def lds_picture(figures: Figures, path: Path) -> None:
         plot.set_title(name.removeprefix(TABULAR), fontsize=11)
         plot.set_xlabel("LDS")
         plot.grid(True, axis="x", alpha=0.3)
-    plots.flat[-1].legend(fontsize=8, loc="best")
+    lines, names = plots.flat[0].get_legend_handles_labels()
+    figure.legend(lines, names, fontsize=9, ncols=2, loc="outside lower center")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 

@@ -102,7 +102,7 @@ GOOD = """
 import json, pathlib, sys
 flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 place = pathlib.Path(flags["--results"])
-text = "# Title\\n\\n## Section\\n\\n![p](2000-01-01-good.png)\\n"
+text = "# Title\\n\\n    command\\n\\n## Section\\n\\n![p](2000-01-01-good.png)\\n"
 (place / "2000-01-01-good.md").write_text(text)
 (place / "2000-01-01-good.png").write_bytes(b"picture")
 pathlib.Path(flags["--figures"]).write_text(json.dumps({}))
@@ -130,7 +130,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
 def test_a_part_that_fails_does_not_lose_the_others(settings: Settings) -> None:
     assert bench.main(settings) == 1
     text = (settings.results / "2001-02-03-machine.md").read_text()
-    assert "## Good\n\n### Section\n\n![p](2001-02-03-machine-good.png)" in text
+    assert "## Good\n\n    command\n\n### Section\n\n![p](2001-02-03-machine-good.png)" in text
     assert (settings.results / "2001-02-03-machine-good.png").read_bytes() == b"picture"
     assert "**Failed** with exit code 1" in text and "no room in …/" in text
     assert "somebody" not in text and str(settings.keep) not in text
