@@ -302,8 +302,9 @@ def picture(axes: Sequence[Axis], found: dict[str, dict[int, Measured]], what: s
         middle = (low * high) ** 0.5
         if high < 4 * low:  # what hardly grows should look so
             plot.set_ylim(middle / 2, middle * 2)
-        ticks = [m * 10.0**k for k in range(-3, 6) for m in (1, 2, 5)]
         low, high = plot.get_ylim()
+        steps = (1, 2, 5) if high > 8 * low else (1, 1.5, 2, 3, 4, 5, 7)
+        ticks = [step * 10.0**k for k in range(-3, 6) for step in steps]
         plot.set_yticks([t for t in ticks if low <= t <= high])
         plot.yaxis.set_major_formatter(plain)
         plot.yaxis.set_minor_formatter(NullFormatter())
