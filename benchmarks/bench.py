@@ -64,8 +64,8 @@ class Part:
 PARTS = (
     Part(
         "speed", "speed.py", "Speed beside kronfluence",
-        # One run of (b) and (c) in each mode takes most of the time: their phases are long, and
-        # vary little. kronfluence's bf16 misses the accuracy by far (LOG.md) and is left out.
+        # One run of (b) and (c) in each mode takes most of the time that there is. kronfluence's
+        # bf16 misses the accuracy by far (LOG.md) and is left out.
         flags=(
             "--repeats", "3", "--large", "b", "c", "--large-repeats", "1",
             "--theirs", "float32", "medium", "amp",
