@@ -31,7 +31,15 @@ from counterfactual import Mislabelled, removal_rises
 from datamodel import GroundTruth, draw_subsets, mean_interval
 from leave_one_out import removal_rises as exact_rises
 from response import respond
-from result_file import Report, command_line, processor, source_state, table
+from result_file import (
+    Judged,
+    Report,
+    command_line,
+    processor,
+    source_state,
+    table,
+    write_figures,
+)
 from retraining import gradient_norms, retrain
 from tasks import Task, byte_task, tabular_task
 from torch import Tensor
@@ -51,6 +59,8 @@ class Settings:
 
     results: Path = HERE / "results"
     """Directory of the result file."""
+    figures: Path | None = None
+    """JSON file for the figures that targets are judged by."""
     date: str = field(default_factory=lambda: datetime.date.today().isoformat())
     """Of the result file."""
     decay: float = 0.03
@@ -148,7 +158,7 @@ class Bench:
         return truth, lines
 
 
-def datamodel(bench: Bench, task: Task) -> tuple[list[str], dict[str, bool]]:
+def datamodel(bench: Bench, task: Task) -> Judged:
     """LDS of every method; whether EK-FAC is above identity and diagonal beyond the intervals."""
     truth, lines = bench.truth(task)
     found = {m.title: truth.lds(bench.scores(task, m)) for m in bench.ways(task)}
@@ -156,12 +166,16 @@ def datamodel(bench: Bench, task: Task) -> tuple[list[str], dict[str, bool]]:
     header = ["", "LDS", "over queries", "over subsets"]
     rows = [[name, *lds.cells()] for name, lds in found.items()]
     rows += [[f"EK-FAC less {other}", *lds.cells()] for other, lds in above.items()]
+    figures = {
+        "methods": {name: lds.figures() for name, lds in found.items()},
+        "EK-FAC less": {other: lds.figures() for other, lds in above.items()},
+    }
     lines += ["", *table(header, rows)]
     if task is not bench.bytes:
         lines += ["", *sweep(bench, task, truth)]
     target = f"LDS of {task.title}: EK-FAC above identity and diagonal beyond both intervals"
     reached = all(d.positive for d in above.values())
-    return [f"## LDS: {task.title}", "", *lines, ""], {target: reached}
+    return [f"## LDS: {task.title}", "", *lines, ""], {target: reached}, figures
 
 
 def sweep(bench: Bench, task: Task, truth: GroundTruth) -> list[str]:
@@ -190,10 +204,10 @@ def exact_methods(task: Task) -> list[Method]:
     ]
 
 
-def leave_one_out(bench: Bench) -> tuple[list[str], dict[str, bool]]:
+def leave_one_out(bench: Bench) -> Judged:
     """Scores of a convex objective against retraining without each example."""
     lines = ["## Leave-one-out, convex: every training example, retrained exactly", ""]
-    rows, reached = [], {}
+    rows, reached, figures = [], {}, {}
     for name in TABULAR:
         task = tabular_task(name, [], bench.settings.decay)
         model, rises_QN = exact_rises(task)
@@ -209,11 +223,12 @@ def leave_one_out(bench: Bench) -> tuple[list[str], dict[str, bool]]:
                 f"{kind} ({name})", method.title, f"{found[method.title]:.4f}",
                 f"{float(by_query.median()):.3f}", f"{slope:.3f}",
             ])  # fmt: skip
+        figures[kind] = found
         for title in ("EK-FAC", f"M-FAC, {len(task.train)} gradients"):
             target = f"leave-one-out, {kind}: {title} at a Pearson of at least {LEAVE_ONE_OUT}"
             reached[target] = found[title] >= LEAVE_ONE_OUT
     header = ["task", "method", "Pearson, all pairs", "median of a query's", "scale"]
-    return [*lines, *table(header, rows), ""], reached
+    return [*lines, *table(header, rows), ""], reached, figures
 
 
 def responses(bench: Bench) -> list[str]:
@@ -293,6 +308,7 @@ def main(settings: Settings) -> None:
         report.add("PBRF", lambda: responses(bench))
         report.add("removal", lambda: removals(bench))
         report.add("wrong labels", lambda: wrong_labels(bench))
+    write_figures(settings.figures, report.figures)
     report.write(
         settings.results / f"{settings.date}-accuracy.md",
         f"# Accuracy of influence scores, {settings.date}",

@@ -12,7 +12,6 @@ Exit code 1 when a case in float64 falls short of the target.
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import json
 import platform
@@ -344,10 +343,7 @@ def case_lines(outcome: Outcome, every_block: bool) -> list[str]:
 
 def report(settings: Settings, state: str, loss: float, outcomes: list[Outcome]) -> str:
     """The result file."""
-    # The interpreter's path is this machine's.
-    there = Path("KRONFLUENCE_PYTHON")
-    named = dataclasses.replace(settings, kronfluence_python=there)
-    command = command_line("against_kronfluence.py", named, Settings(Path()))
+    command = command_line("against_kronfluence.py", settings, Settings(Path()))
     ours, theirs = outcomes[0].ours.versions, outcomes[0].theirs.versions
     shape = Shape()
     reached = all(o.reaches_target for o in outcomes if o.case.dtype == "float64")

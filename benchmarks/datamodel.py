@@ -83,6 +83,15 @@ class Lds:
         """Whether both intervals lie above 0."""
         return self.over_queries.low > 0 and self.over_subsets.low > 0
 
+    def figures(self) -> dict[str, float | tuple[float, float]]:
+        """The mean, and the ends of its intervals."""
+        queries, subsets = self.over_queries, self.over_subsets
+        return {
+            "mean": self.mean,
+            "over queries": (queries.low, queries.high),
+            "over subsets": (subsets.low, subsets.high),
+        }
+
     def cells(self) -> list[str]:
         """For a table."""
         return [f"{self.mean:.3f}", str(self.over_queries), str(self.over_subsets)]

@@ -36,7 +36,15 @@ from agreement import (
 from attribution import Attribution, Method
 from byte_model import Shape, read_sequences, train_model
 from numpy.typing import NDArray
-from result_file import Report, command_line, processor, source_state, table
+from result_file import (
+    Judged,
+    Report,
+    command_line,
+    processor,
+    source_state,
+    table,
+    write_figures,
+)
 from retraining import retrain
 from tasks import tabular_task
 from torch import Tensor
@@ -64,6 +72,8 @@ class Settings:
 
     results: Path = HERE / "results"
     """Directory of the result file."""
+    figures: Path | None = None
+    """JSON file for the figures that targets are judged by."""
     date: str = field(default_factory=lambda: datetime.date.today().isoformat())
     """Of the result file."""
     examples: tuple[int, ...] = (32, 128)
@@ -197,7 +207,7 @@ def sums_of(stream: Stream, way: Raycurv | Plain, batches: int) -> Sums:
     return Sums((a, g), lam_OI, scores_QN)
 
 
-def growth() -> tuple[list[str], dict[str, bool]]:
+def growth() -> Judged:
     """Error of sums as microbatches grow; whether float32 stays below the target to the end."""
     stream = Stream()
     reference = Plain(stream, torch.float64)
@@ -230,7 +240,8 @@ def growth() -> tuple[list[str], dict[str, bool]]:
         "",
     ]
     target = f"float32 within {GROWTH:g} of float64 after {BATCHES[-1]:,} microbatches"
-    return lines, {target: max(errors["float32", BATCHES[-1]]) < GROWTH}
+    worst = max(errors["float32", BATCHES[-1]])
+    return lines, {target: worst < GROWTH}, {"microbatches": BATCHES[-1], "float32": worst}
 
 
 # The language model
@@ -305,14 +316,15 @@ def precision(text: Bytes, sizes: Sequence[int], runs: dict[str, raycurv.Run]) -
     return ["## The language model in each dtype, beside float64", "", *table(header, rows), ""]
 
 
-def ranks(text: Bytes, run: raycurv.Run) -> tuple[list[str], dict[str, bool]]:
+def ranks(text: Bytes, run: raycurv.Run) -> Judged:
     """Scores at lower ranks beside full rank."""
     full = text.scores(run)
     found = {rank: Scores.of(str(rank), text.scores(run, rank=rank), full) for rank in RANKS}
     rows = [[s.title, *_short(s)] for s in found.values()]
     lines = ["## Rank of the queries' gradients, beside full rank", "", *table(_HEADER, rows), ""]
     target = f"rank {RANK} at a Pearson of at least {RANK_PEARSON} with full rank"
-    return lines, {target: found[RANK].pearson >= RANK_PEARSON}
+    pearson = found[RANK].pearson
+    return lines, {target: pearson >= RANK_PEARSON}, {"rank": RANK, "Pearson": pearson}
 
 
 _HEADER = ["", "Pearson", "Spearman", "worst query", "max difference"]
@@ -391,6 +403,7 @@ def main(settings: Settings) -> None:
         report.add("labels", lambda: text_labels(text, settings.examples[-1]))
         report.add("exact labels", lambda: exact_labels(place))
     shape = Shape(layers=settings.layers)
+    write_figures(settings.figures, report.figures)
     report.write(
         settings.results / f"{settings.date}-numerics.md",
         f"# Numerics of factors, Λ and scores, {settings.date}",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -38,11 +40,22 @@ def processor() -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
-def source_state() -> str:
-    """Commit of raycurv, whether files differ from it, and a digest of its modules as they lie."""
+def machine_slug() -> str:
+    """The same for the name of a file: ``amd-epyc-2-cores``."""
+    plain = re.sub(r"\((R|TM)\)|\bCPU\b|@ [\d.]+GHz", "", processor())
+    return "-".join(re.findall(r"[a-z0-9]+", plain.lower()))
+
+
+def modules_digest() -> str:
+    """Of raycurv's modules as they lie."""
     digest = hashlib.blake2b(digest_size=6)
     for path in sorted(Path(raycurv.__file__).parent.rglob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def source_state() -> str:
+    """Commit of raycurv, whether files differ from it, and the digest of its modules."""
     said = subprocess.run(
         ["git", "-C", HERE, "describe", "--always", "--dirty=, with uncommitted changes"],
         capture_output=True,
@@ -50,26 +63,60 @@ def source_state() -> str:
         check=False,
     )
     commit = said.stdout.strip() or "not a git checkout"
-    return f"{commit}; blake2b of its modules {digest.hexdigest()}"
+    return f"{commit}; blake2b of its modules {modules_digest()}"
+
+
+def loads() -> str:
+    """How busy the machine is."""
+    return ", ".join(f"{load:.1f}" for load in os.getloadavg())
+
+
+# Where results go is no part of what was measured.
+_WHERE = ("results", "figures", "date", "keep")
 
 
 def command_line(script: str, settings: Any, plain: Any) -> str:
-    """The command, with every flag that differs from ``plain``'s, and no path of this machine."""
+    """The command, with every flag that differs from ``plain``'s.
+
+    A path is this machine's, so its flag's name stands for it: ``--place PLACE``.
+    """
     flags = []
     for name, value in vars(settings).items():
-        if name not in ("results", "date") and value != getattr(plain, name):
-            text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            flags.append(f"--{name.replace('_', '-')} {text}")
+        if name in _WHERE or value == getattr(plain, name):
+            continue
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            said = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            said = name.upper() if isinstance(value, Path) else said
+            flags.append(f"--{flag} {said}")
     return " ".join([f"python benchmarks/{script}", *flags])
+
+
+def write_figures(path: Path | None, figures: Mapping[str, Any]) -> None:
+    """What others compute with, as JSON, if anybody asked for it."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+# A section's lines, which targets it reaches, and the figures that this rests on.
+Judged = tuple[list[str], Mapping[str, bool], Mapping[str, Any]]
 
 
 @dataclass
 class Report:
-    """A result file under way: sections, what they took, which targets were reached."""
+    """A result file under way: sections, what they took, which targets were reached.
+
+    Attributes:
+        figures: what the judged sections found, by section.
+    """
 
     body: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     reached: dict[str, bool] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)
     processor_seconds: float = 0.0
 
     def add(self, name: str, make: Callable[[], Sequence[str]]) -> None:
@@ -81,11 +128,11 @@ class Report:
         print("\n".join(lines), flush=True)
         self.body.extend(lines)
 
-    def judge(self, name: str, make: Callable[[], tuple[list[str], Mapping[str, bool]]]) -> None:
-        """Likewise, of a section that also says which targets are reached."""
+    def judge(self, name: str, make: Callable[[], Judged]) -> None:
+        """Likewise, of a section that also says which targets are reached, and by what."""
 
         def judged() -> list[str]:
-            lines, reached = make()
+            lines, reached, self.figures[name] = make()
             self.reached.update(reached)
             return lines
 

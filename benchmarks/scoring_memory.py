@@ -16,6 +16,7 @@ import footprint
 import llama_checkpoint
 import torch
 import tyro
+from result_file import command_line, write_figures
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -40,6 +41,10 @@ class Settings:
     """Tokens of an example."""
     queries: int = 4
     """Queries."""
+    results: Path = RESULTS
+    """Directory of the result file."""
+    figures: Path | None = None
+    """JSON file for the figures that targets are judged by."""
 
 
 def main(settings: Settings) -> None:
@@ -78,10 +83,12 @@ def main(settings: Settings) -> None:
                 )
             )  # fmt: skip
         rows.append((way, *took))
+    ratios = {way: b.memory_bytes / a.memory_bytes for way, a, b in rows}
+    write_figures(settings.figures, {"few": settings.examples, "many": many, "ratios": ratios})
     lines = [
         f"# Memory of scoring, {date.today()}",
         "",
-        "    python benchmarks/scoring_memory.py --place PLACE",
+        f"    {command_line('scoring_memory.py', settings, Settings(Path()))}",
         "",
         f"- torch {torch.__version__}, {os.cpu_count()} cores; {settings.queries} queries, rank 8, "
         f"examples of {settings.tokens} tokens, a Llama-shaped model of 4 layers of 128",
@@ -96,7 +103,8 @@ def main(settings: Settings) -> None:
         ),
         "",
     ]
-    file = RESULTS / f"{date.today()}-scoring.md"
+    settings.results.mkdir(parents=True, exist_ok=True)
+    file = settings.results / f"{date.today()}-scoring.md"
     file.write_text("\n".join(lines))
     print("\n".join(lines))
     print(file)

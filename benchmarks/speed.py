@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from against_kronfluence import processor, source_state, table
 from agreement import pearson
 from floor import Rates, count
 from numpy.typing import NDArray
+from result_file import command_line, loads, processor, source_state, table, write_figures
 from shapes import SHAPES, prepare
 
 HERE = Path(__file__).parent
@@ -47,7 +47,9 @@ class Settings:
     repeats: int = 5
     """Runs of each side; medians are shown."""
     large_repeats: int = 3
-    """The same for shape c."""
+    """The same for the large shapes."""
+    large: tuple[str, ...] = ("c",)
+    """Which those are."""
     ours: tuple[str, ...] = ("float32", "bfloat16")
     """Modes of raycurv: float32, bfloat16."""
     theirs: tuple[str, ...] = ("float32", "medium", "amp", "bf16")
@@ -64,6 +66,8 @@ class Settings:
     """Directory for the runs themselves: those that are there already are not made again."""
     results: Path = HERE / "results"
     """Directory of the result file."""
+    figures: Path | None = None
+    """JSON file for the figures that targets are judged by."""
     date: str = field(default_factory=lambda: datetime.date.today().isoformat())
     """Of the result file."""
 
@@ -146,7 +150,7 @@ def measure(settings: Settings, shape: str, place: Path) -> dict[str, Runs]:
     # Alternately, so that what else the machine does falls on both.
     sides.sort(key=lambda side: side.mode != "float32")
     runs = {str(side): Runs() for side in sides}
-    repeats = settings.large_repeats if shape == "c" else settings.repeats
+    repeats = settings.large_repeats if shape in settings.large else settings.repeats
     for number in range(max(repeats, settings.fast_repeats)):
         for side in sides if number % 2 == 0 else sides[::-1]:
             if number < (repeats if side.mode == "float32" else settings.fast_repeats):
@@ -262,27 +266,22 @@ def summary_lines(settings: Settings, found: dict[str, dict[str, Runs]]) -> list
     return table(["raycurv / kronfluence", *titles], [*rows, means])
 
 
-def command_line(settings: Settings) -> str:
-    """The command, with every flag that is not at its default, and no path of this machine."""
-    plain, flags = Settings(settings.kronfluence_python), []
-    for name, value in vars(settings).items():
-        if name in ("kronfluence_python", "keep", "results", "date") or value == getattr(
-            plain, name
-        ):
-            continue
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            said = " ".join(value) if isinstance(value, tuple) else value
-            flags.append(f"--{flag} {said}")
-    start = "python benchmarks/speed.py --kronfluence-python KRONFLUENCE_PYTHON"
-    return " ".join([start, *flags])
-
-
-def loads() -> str:
-    """How busy the machine is."""
-    return ", ".join(f"{load:.1f}" for load in os.getloadavg())
+def figures(runs: dict[str, Runs], floors: dict[str, float], referred: bool) -> dict[str, Any]:
+    """What targets of a shape are judged by."""
+    sides = {
+        name: {
+            "cpu": made.total("cpu"),
+            "phases": {phase: made.cost(phase, "cpu") for phase in PHASES},
+            "peak": made.peak,
+        }
+        for name, made in runs.items()
+    }
+    found = {"sides": sides, "over floor": floors}
+    if {"raycurv float32", "kronfluence float32"} <= runs.keys():
+        found["Pearson"] = min(agreement(runs["raycurv float32"], runs["kronfluence float32"]))
+    if referred:
+        found["fastest"] = {side: fastest(runs, side)[0] for side in ("raycurv", "kronfluence")}
+    return found
 
 
 def main(settings: Settings) -> None:
@@ -290,6 +289,7 @@ def main(settings: Settings) -> None:
     state, before = source_state(), loads()
     torch.set_num_threads(settings.threads)
     found: dict[str, dict[str, Runs]] = {}
+    judged: dict[str, dict[str, Any]] = {}
     floors: list[str] = []
     rates = Rates()
     for shape in settings.shapes:
@@ -299,14 +299,20 @@ def main(settings: Settings) -> None:
                 place.mkdir(parents=True, exist_ok=True)
                 prepare(SHAPES[shape], place)
             found[shape] = measure(settings, shape, place)
+        over: dict[str, float] = {}
         if settings.floor and SHAPES[shape].network == "llama":
-            lines = floor_lines(shape, found[shape]["raycurv float32"], rates)
+            ours = found[shape]["raycurv float32"]
+            lines = floor_lines(shape, ours, rates)
             floors += [f"### ({shape})", "", *lines, ""]
+            works = count(SHAPES[shape]).items()
+            over = {phase: ours.cost(phase, "cpu") / rates.seconds(work) for phase, work in works}
+        judged[shape] = figures(found[shape], over, settings.reference)
+    write_figures(settings.figures, {"threads": settings.threads, "shapes": judged})
     versions = [runs.said[0]["versions"] for runs in next(iter(found.values())).values()]
     lines = [
         f"# Speed of raycurv and kronfluence, {settings.date}",
         "",
-        f"    {command_line(settings)}",
+        f"    {command_line('speed.py', settings, Settings(Path()))}",
         "",
         f"- versions: {'; '.join(sorted({json.dumps(v)[1:-1] for v in versions}))}, Python "
         f"{platform.python_version()}",
