@@ -42,6 +42,8 @@ class Settings:
 
     kronfluence_python: Path
     """Interpreter of the environment that kronfluence is installed in (see README.md)."""
+    bergson_python: Path | None = None
+    """The same of bergson, which then takes part in float32, on shapes a, b and c."""
     shapes: tuple[str, ...] = tuple(SHAPES)
     """Which of the shapes a to e."""
     repeats: int = 5
@@ -126,7 +128,8 @@ def run_side(settings: Settings, side: Side, shape: str, place: Path, runs: Runs
         "out": str(out),
     }
     ours = side.name == "raycurv"
-    python = sys.executable if ours else settings.kronfluence_python
+    theirs = {"kronfluence": settings.kronfluence_python, "bergson": settings.bergson_python}
+    python = sys.executable if ours else theirs[side.name]
     script = HERE / f"{side.name}_speed.py"
     environment = os.environ | {"OMP_NUM_THREADS": str(settings.threads)}
     if not ours:
@@ -147,6 +150,8 @@ def measure(settings: Settings, shape: str, place: Path) -> dict[str, Runs]:
     """All runs of a shape, both sides in turn."""
     sides = [Side("raycurv", mode) for mode in settings.ours]
     sides += [Side("kronfluence", mode) for mode in settings.theirs]
+    if settings.bergson_python and SHAPES[shape].network == "llama":
+        sides.append(Side("bergson", "float32"))
     # Alternately, so that what else the machine does falls on both.
     sides.sort(key=lambda side: side.mode != "float32")
     runs = {str(side): Runs() for side in sides}
@@ -168,7 +173,7 @@ def agreement(runs: Runs, reference: Runs) -> tuple[float, float]:
     return both[0], both[1]
 
 
-def phase_lines(ours: Runs, theirs: Runs) -> list[str]:
+def phase_lines(ours: Runs, theirs: Runs, name: str = "kronfluence") -> list[str]:
     """Phases of two sides."""
     rows = []
     for phase in (*PHASES, "load", "total"):
@@ -180,7 +185,7 @@ def phase_lines(ours: Runs, theirs: Runs) -> list[str]:
                 a, b = ours.cost(phase, what), theirs.cost(phase, what)
             cells += [f"{a:.2f}", f"{b:.2f}", f"{a / b:.2f}" if b else ""]
         rows.append([phase, *cells])
-    titles = ["CPU s, raycurv", "kronfluence", "ratio", "wall s, raycurv", "kronfluence", "ratio"]
+    titles = ["CPU s, raycurv", name, "ratio", "wall s, raycurv", name, "ratio"]
     return table(["phase", *titles], rows)
 
 
@@ -327,6 +332,11 @@ def main(settings: Settings) -> None:
     for shape, runs in found.items():
         lines += [f"## ({shape}) {SHAPES[shape].title}", "", "float32 against float32:", ""]
         lines += [*phase_lines(runs["raycurv float32"], runs["kronfluence float32"]), ""]
+        if bergson := runs.get("bergson float32"):
+            lines += [*phase_lines(runs["raycurv float32"], bergson, "bergson"), ""]
+            both = agreement(runs["raycurv float32"], bergson)
+            said = ", ".join(f"{1 - p:.1e}" for p in both)
+            lines += [f"1 - Pearson of scores and of self with bergson's: {said}", ""]
         lines += [*mode_lines(runs), ""]
     if floors:
         lines += ["## Over the floor (float32)", "", *floors]
