@@ -40,8 +40,11 @@ from raycurv.driver.settings import IN_MEMORY
 
 # What the run's own phases begin.
 BEGINS = {"eigendecompositions": "eigendecomposition", "second pass: Λ": "lambda"}
+# "together" makes pairwise scores and self-influence in one job, as a user would; its self is
+# counted with pairwise.
 MODES: dict[str, dict[str, Any]] = {
     "float32": {},
+    "together": {},
     "float64": {"dtype": "float64"},
     "bfloat16": {"dtype": "bfloat16"},
 }
@@ -114,10 +117,14 @@ def main(job: dict[str, Any]) -> None:
             return raycurv.open_scores(settings.out)
 
         clock.begin("pairwise")
-        scores, rows, columns = score("pairwise", queries, False).matrix()
+        together = job["mode"] == "together"
+        found = score("pairwise", queries, together)
+        scores, rows, columns = found.matrix()
         scores = scores[np.argsort(rows)][:, np.argsort(columns)]
-        clock.begin("self")
-        own = score("self", queries[:1], True).self_influence().sort_by("id")["score"].to_numpy()
+        if not together:
+            clock.begin("self")
+            found = score("self", queries[:1], True)
+        own = found.self_influence().sort_by("id")["score"].to_numpy()
         clock.end()
     np.savez(job["out"], scores=scores, self=own)
     said = {

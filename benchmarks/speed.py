@@ -1,7 +1,7 @@
 """Speed of raycurv beside kronfluence's, phase by phase, and beside what the machine allows.
 
-    a shape ─► prepared once ─┬► raycurv_speed.py      a fresh process each, in turn  ─┐
-                              └► kronfluence_speed.py  in its own environment         ─┴► medians
+    a shape ─► prepared once ─┬► raycurv_speed.py      a fresh process each, in turn,  ─┐
+                              └► kronfluence_speed.py  of the same interpreter         ─┴► medians
 
 Both take the empirical Fisher of one model on one data set, full-rank IHVPs, λ = 0.1 · mean(Λ) and
 the same batches and threads. Writes ``results/DATE-speed.md``, explained in README.md.
@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import geometric_mean, median
@@ -41,7 +40,7 @@ class Settings:
     """Measures raycurv and kronfluence in turn, on the shapes of shapes.py."""
 
     kronfluence_python: Path
-    """Interpreter of the environment that kronfluence is installed in (see README.md)."""
+    """Interpreter of the environment that both run in (see README.md)."""
     bergson_python: Path | None = None
     """The same of bergson, which then takes part in float32, on shapes a, b and c."""
     shapes: tuple[str, ...] = tuple(SHAPES)
@@ -52,8 +51,8 @@ class Settings:
     """The same for the large shapes."""
     large: tuple[str, ...] = ("c",)
     """Which those are."""
-    ours: tuple[str, ...] = ("float32", "bfloat16")
-    """Modes of raycurv: float32, bfloat16."""
+    ours: tuple[str, ...] = ("float32", "together")
+    """Modes of raycurv: float32, bfloat16, together (float32, both kinds of scores in one job)."""
     theirs: tuple[str, ...] = ("float32", "medium", "amp", "bf16")
     """Modes of kronfluence: float32, medium, amp, bf16."""
     fast_repeats: int = 1
@@ -127,13 +126,11 @@ def run_side(settings: Settings, side: Side, shape: str, place: Path, runs: Runs
         "threads": settings.threads,
         "out": str(out),
     }
-    ours = side.name == "raycurv"
-    theirs = {"kronfluence": settings.kronfluence_python, "bergson": settings.bergson_python}
-    python = sys.executable if ours else theirs[side.name]
+    pythons = {"bergson": settings.bergson_python}
+    python = pythons.get(side.name, settings.kronfluence_python)
     script = HERE / f"{side.name}_speed.py"
     environment = os.environ | {"OMP_NUM_THREADS": str(settings.threads)}
-    if not ours:
-        environment.pop("PYTHONPATH", None)
+    environment.pop("PYTHONPATH", None)
     job_file = place / f"{side.name}-{side.mode}.job.json"
     job_file.write_text(json.dumps(job))
     if not said.is_file():

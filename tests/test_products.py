@@ -45,6 +45,21 @@ def test_sums_of_outer_products(kernel, dtype, rows: int, inputs: int, outputs: 
     assert worst(total, 1 + left.double().T @ right.double()) <= TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("examples,rows,x,y", [(3, 64, 150, 120), (5, 7, 9, 4), (0, 64, 150, 120)])
+def test_outer_products_of_each_example(
+    kernel, dtype, examples: int, rows: int, x: int, y: int
+) -> None:
+    left, right = torch.randn(examples, rows, x), torch.randn(examples, rows, 2 * y)
+    # Some outputs of wider rows, and rows that are not contiguous.
+    left, right = left.to(dtype)[:, :, : x // 2], right.to(dtype)[:, :, ::2]
+    got = products.outer(left, right)
+    assert got.shape == (examples, x // 2, y) and got.dtype == dtype
+    assert worst(got, torch.einsum("ntx,nty->nxy", left.double(), right.double())) <= (
+        TOLERANCE[dtype]
+    )
+
+
 def test_a_kernel_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     class Wrong:
         def _linear_pointwise(self, x, w, *rest):  # type: ignore[no-untyped-def]

@@ -507,6 +507,28 @@ def test_stages_batches_and_memory_may_change_while_scoring(
     assert_close(out, Path(whole[1].path))
 
 
+@pytest.mark.parametrize(("rank", "files"), [("full", False), (1, True)])
+def test_whole_products_stay_in_memory_and_are_made_again(
+    rank: str | int, files: bool, whole: tuple[raycurv.Run, raycurv.Scores], tmp_path: Path
+) -> None:
+    def job(out: Path, **more: Any) -> None:
+        score(whole[0], out, ihvp=False, rank=rank, commit_seconds=1e-9, **more)
+
+    job(tmp_path / "undisturbed")
+    if rank == "full":
+        # In memory or through a file, the numbers are the same.
+        for place in ("scores", "self"):
+            assert_same(tmp_path / "undisturbed" / place, Path(whole[1].path) / place)
+    # The queries' backward, and then those of examples that are scored on them.
+    for at in (1, 4, 7):
+        out = tmp_path / f"{at}"
+        assert stopped("a backward", at, True, lambda out=out: job(out))
+        made = list(out.glob("work/pass-*/ihvp/*.safetensors"))
+        assert bool(made) == (files and at > 1)
+        job(out, schedule="swept", stages=2)
+        assert_close(out, tmp_path / "undisturbed")
+
+
 def test_a_second_loss_while_the_first_is_mended_is_mended_too(
     whole: tuple[raycurv.Run, raycurv.Scores], tmp_path: Path
 ) -> None:
