@@ -57,7 +57,9 @@ def test_two_draws_go_back_through_one_graph() -> None:
         assert worst(got, back.double() @ layer.weight.double()) <= ROUNDING
 
 
-@pytest.mark.parametrize("what", ["trained weight", "trained bias", "float64", "autocast", "vector"])
+@pytest.mark.parametrize(
+    "what", ["trained weight", "trained bias", "float64", "autocast", "vector"]
+)
 def test_what_is_not_frozen_float32_rows_is_left_to_torch(calls, what: str) -> None:
     layer = nn.Linear(64, 64).requires_grad_(False)
     x = torch.randn(40, 64)

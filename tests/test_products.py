@@ -55,8 +55,9 @@ def test_outer_products_of_each_example(
     left, right = left.to(dtype)[:, :, : x // 2], right.to(dtype)[:, :, ::2]
     got = products.outer(left, right)
     assert got.shape == (examples, x // 2, y) and got.dtype == dtype
-    assert worst(got, torch.einsum("ntx,nty->nxy", left.double(), right.double())) <= (
-        TOLERANCE[dtype]
+    assert (
+        worst(got, torch.einsum("ntx,nty->nxy", left.double(), right.double()))
+        <= (TOLERANCE[dtype])
     )
 
 
