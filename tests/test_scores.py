@@ -170,7 +170,7 @@ def test_low_rank_scores_are_those_of_the_truncated_ihvp(
     numbers_at_once: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("raycurv.mathematics.scores._CHUNK", numbers_at_once)
+    monkeypatch.setattr("raycurv.mathematics.scores.TOGETHER", numbers_at_once)
     monkeypatch.setattr(
         "raycurv.mathematics.scores.score_through_gradients", lambda *_: through_gradients
     )

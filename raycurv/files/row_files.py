@@ -21,7 +21,7 @@ from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.rank_fisher import RowSum, gram_of
 
 # Elements of a run of outputs: in float64, as they are computed with, 64 MiB.
-_RUN = 2**23
+RUN = 2**23
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def rows_file(block: str) -> str:
 def write_rows(store: Store, block: Block, found: RowSum, dtype: torch.dtype) -> None:
     """Write a block's rows in ``dtype``, and the Gram of them as they were rounded."""
     count = len(found.counts_M)
-    outputs = max(1, _RUN // (count * block.d_in))
+    outputs = max(1, RUN // (count * block.d_in))
     runs = [
         found.rows(slice(at, at + outputs)).to(dtype).cpu() for at in range(0, block.d_out, outputs)
     ]

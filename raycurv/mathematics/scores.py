@@ -25,8 +25,9 @@ from raycurv.mathematics.gradients import PIECE, Rotations, example_gradients
 from raycurv.mathematics.ihvp import BlockProducts
 from raycurv.mathematics.products import rows_times
 
-# Elements of an intermediate that are formed at once (float32: 32 MiB).
-_CHUNK = 2**23
+# Elements of an intermediate that are formed at once (float32: 32 MiB), where products of a rank are
+# projected, or made whole for so many examples.
+TOGETHER = 2**23
 
 
 def score_through_gradients(
@@ -121,7 +122,7 @@ class PairwiseScores:
 def _scores(products: BlockProducts, a: Tensor, g: Tensor) -> Tensor:
     """``[N, Q]`` of one block."""
     d_out, d_in, examples = g.shape[-1], a.shape[-1], len(a)
-    step = max(1, _CHUNK // (d_out * d_in))
+    step = max(1, TOGETHER // (d_out * d_in))
     if products.left is not None and products.right is not None and a.ndim == 3:
         queries, rank = products.left.shape[:2]
         at_once = min(step, examples)
@@ -154,7 +155,7 @@ def _projected(left_QRO: Tensor, right_QRI: Tensor, a: Tensor, g: Tensor) -> Ten
     """``Σ_r (left_r · g_t)(right_r · a_t)``, ``[N, T, Q]``, some queries at a time."""
     queries, rank = left_QRO.shape[:2]
     rows = a.shape[0] * a.shape[1]
-    step = max(1, _CHUNK // (rows * rank))
+    step = max(1, TOGETHER // (rows * rank))
     a_XI, g_XO = a.reshape(rows, -1), g.reshape(rows, -1)
     parts = []
     for i in range(0, queries, step):

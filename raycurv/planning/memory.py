@@ -15,10 +15,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from raycurv.files.row_files import RUN
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.gradients import CHUNK, PIECE, rotate_before
 from raycurv.mathematics.ihvp import kept_rank, product_elements
-from raycurv.mathematics.scores import score_through_gradients
+from raycurv.mathematics.scores import TOGETHER, score_through_gradients
 from raycurv.mathematics.sums import FOLD_EVERY
 from raycurv.planning.shapes import DataShape, Recipe, StageShape, squares
 
@@ -147,7 +148,7 @@ def rank_rows(stage: StageShape, recipe: Recipe, data: DataShape) -> tuple[Momen
     held = _weights(stage) | {"rows": recipe.rows * recipe.computed * elements}
     held |= _gradient_sums(stage, recipe, data)
     # As they are written; some outputs' at a time in float64.
-    finishing = recipe.rows * recipe.store_dtype.itemsize * largest + 16 * CHUNK
+    finishing = recipe.rows * recipe.store_dtype.itemsize * largest + 16 * RUN
     return (
         *_running(stage, recipe, data, held, _gradients(stage, recipe, data, 1, pieces=False)),
         Moment("writing rows", held, {"rows of a block": finishing}),
@@ -187,6 +188,9 @@ def scores(stage: StageShape, recipe: Recipe, data: DataShape, queries: int) -> 
     held = _weights(stage) | {"IHVPs": products_bytes(stage, recipe, queries)}
     most = max((_scored(block, recipe, data, queries) for block in stage.blocks), default=0)
     passing = {"gradients or projections of some examples": most}
+    if recipe.rank is None and recipe.method != "mfac":
+        # Where examples are few, their rows are turned into the products' basis.
+        held |= _bases(stage, recipe)
     if recipe.self_influence:
         elements = sum(b.d_in * b.d_out for b in stage.blocks)
         if recipe.method == "mfac":
@@ -201,15 +205,18 @@ def _scored(block: Block, recipe: Recipe, data: DataShape, queries: int) -> int:
     """What a block's scores pass through: whole gradients and products, or projected rows."""
     item, rows, size = recipe.computed, data.rows, block.d_in * block.d_out
     cast = item * rows * _cast(recipe, block.d_in + block.d_out)
-    examples = min(data.batch_examples, max(1, CHUNK // size))
+    examples = min(data.batch_examples, max(1, TOGETHER // size))
     kept = kept_rank(recipe.rank, block.d_out, block.d_in)
-    if kept is not None and not score_through_gradients(
+    if kept is None:
+        # Some outputs' gradients of all examples.
+        return cast + item * max(PIECE, data.batch_examples * block.d_in)
+    if not score_through_gradients(
         data.batch_positions, block.d_out, block.d_in, queries, kept, examples
     ):
         # The left and the right projection, and their product.
-        return cast + 3 * item * rows * kept * min(queries, max(1, CHUNK // (rows * kept)))
+        return cast + 3 * item * rows * kept * min(queries, max(1, TOGETHER // (rows * kept)))
     # Low-rank products are made whole, as many at a time as examples.
-    whole = 0 if kept is None else min(queries, max(1, CHUNK // size))
+    whole = min(queries, max(1, TOGETHER // size))
     return cast + item * size * (examples + whole)
 
 
