@@ -21,14 +21,15 @@ from raycurv.mathematics.products import rows_times, suits
 class _Frozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        ctx.weight = w
+        ctx.save_for_backward(w)
         y = rows_times(x, w.T)
         return y if b is None else y.add_(b)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        return rows_times(g, ctx.weight), None, None
+        (w,) = ctx.saved_tensors
+        return rows_times(g, w), None, None
 
 
 class FrozenLinear(TorchFunctionMode):

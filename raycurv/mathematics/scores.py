@@ -25,8 +25,8 @@ from raycurv.mathematics.gradients import PIECE, Rotations, example_gradients
 from raycurv.mathematics.ihvp import BlockProducts
 from raycurv.mathematics.products import rows_times
 
-# Elements of an intermediate that are formed at once (float32: 32 MiB), where products of a rank are
-# projected, or made whole for so many examples.
+# Elements of an intermediate that are formed at once (float32: 32 MiB), where products of a rank
+# are projected, or made whole for so many examples.
 TOGETHER = 2**23
 
 
