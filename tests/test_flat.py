@@ -26,6 +26,7 @@ from raycurv.driver.feed import Feed
 from raycurv.driver.rows import ExampleRows, Pile, ScoreRows
 from raycurv.files.store import Store
 from raycurv.planning.shapes import DataShape
+from raycurv.stages.seen import Seen
 from raycurv.stages.timeline import Record, Span
 
 MANY = 200_000
@@ -156,6 +157,19 @@ def test_a_pile_keeps_few_arrays_and_every_row() -> None:
     assert np.array_equal(pile.whole(), put)
     pile.put(put[:1])
     assert np.array_equal(pile.whole(), np.concatenate([put, put[:1]]))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_a_stage_has_seen_is_a_set(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    seen, known = Seen(), set[int]()
+    seen.update(given := rng.integers(0, 300, 20).tolist())
+    known.update(given)
+    for m in rng.integers(0, 1000, 200).tolist():
+        assert (m in seen) == (m in known)
+        seen.add(m)
+        known.add(m)
+    assert list(seen) == sorted(known)
 
 
 # Rows
