@@ -43,6 +43,8 @@ _GROUP = 1 << 14  # rows of a row group of the index
 class Corpus:
     """Stored examples, and the plan of their microbatches.
 
+    In memory an example is its id's text and 12 bytes, and 8 or up to 16 in a plan.
+
     Attributes:
         store: of the run.
         directory: below it, where the parts lie.
