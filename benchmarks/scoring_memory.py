@@ -1,6 +1,8 @@
 """What scoring takes as the training examples grow a hundredfold: the memory, not the disk.
 
 a small model ─► fit ─► influence on n and on 100 n training examples ─► results/DATE-scoring.md
+
+The fit has examples of its own: what it has read already, scoring would not read.
 """
 
 from __future__ import annotations
@@ -52,13 +54,15 @@ def main(settings: Settings) -> None:
     place, many = settings.place, 100 * settings.examples
     shutil.rmtree(place, ignore_errors=True)
     shape = llama_checkpoint.Settings(
-        out=place / "model", width=128, ff=256, heads=4, kv_heads=2, layers=4, vocab=300,
+        out=place / "model", width=64, ff=128, heads=4, kv_heads=2, layers=2, vocab=300,
         dtype="float32", examples=many, tokens=settings.tokens, queries=settings.queries,
     )  # fmt: skip
     llama_checkpoint.main(shape)
     texts = (place / "model" / "train.jsonl").read_text().splitlines(keepends=True)
     few = place / "model" / "few.jsonl"
     few.write_text("".join(texts[: settings.examples]))
+    fitted = place / "model" / "fitted.jsonl"
+    fitted.write_text("".join(texts[-settings.examples :]))
     environment = dict(os.environ) | {"OMP_WAIT_POLICY": "PASSIVE"}
 
     def job(name: str, *flags: str) -> footprint.Footprint:
@@ -69,7 +73,7 @@ def main(settings: Settings) -> None:
         return found
 
     model, run = str(place / "model"), str(place / "run")
-    job("fit", "--model", model, "--data", str(few), "--out", run, "--address", "none")
+    job("fit", "--model", model, "--data", str(fitted), "--out", run, "--address", "none")
     rows = []
     for way, flags in WAYS.items():
         took = []
@@ -91,7 +95,7 @@ def main(settings: Settings) -> None:
         f"    {command_line('scoring_memory.py', settings, Settings(Path()))}",
         "",
         f"- torch {torch.__version__}, {os.cpu_count()} cores; {settings.queries} queries, rank 8, "
-        f"examples of {settings.tokens} tokens, a Llama-shaped model of 4 layers of 128",
+        f"examples of {settings.tokens} tokens, a Llama-shaped model of 2 layers of 64",
         "- memory: of all processes together, anonymous and /dev/shm, at its highest",
         "",
         f"| schedule | {settings.examples:,} examples | {many:,} examples | ratio | seconds |",

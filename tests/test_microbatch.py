@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -7,17 +8,23 @@ import pytest
 import torch
 
 from raycurv.data.examples import Example
-from raycurv.data.microbatch import make_batch, padding_share, plan_microbatches
+from raycurv.data.microbatch import Microbatches, make_batch, padding_share, plan_microbatches
 from raycurv.errors import UserError
 
 SEEDS = range(20)
 
 
-def random_plan(seed: int) -> tuple[list[int], int, int, list[tuple[int, ...]]]:
+def random_plan(seed: int) -> tuple[list[int], int, int, Microbatches]:
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, 80, size=int(rng.integers(0, 300))).tolist()
     batch_tokens, window = int(rng.integers(1, 400)), int(rng.integers(1, 100))
     return lengths, batch_tokens, window, plan_microbatches(lengths, batch_tokens, window)
+
+
+def planned(microbatches: Sequence[tuple[int, ...]]) -> Microbatches:
+    order = [n for members in microbatches for n in members]
+    starts = np.cumsum([0, *map(len, microbatches)])
+    return Microbatches(np.array(order, np.int64), starts)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -53,21 +60,36 @@ def test_no_microbatch_could_take_the_next_example(seed: int) -> None:
 
 
 def test_sorting_is_longest_first_and_stable() -> None:
-    assert plan_microbatches([2, 5, 2, 5, 9], 10) == [(4,), (1, 3), (0, 2)]
+    assert list(plan_microbatches([2, 5, 2, 5, 9], 10)) == [(4,), (1, 3), (0, 2)]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_part_of_a_plan_has_its_microbatches_without_the_other_examples(seed: int) -> None:
+    lengths, _, _, plan = random_plan(seed)
+    wanted = range(len(lengths) // 3, len(lengths) // 2)
+    left = [tuple(n for n in members if n in wanted) for members in plan]
+    assert list(plan.only(wanted)) == [members for members in left if members]
+    assert plan.longest(lengths).tolist() == [max(lengths[n] for n in m) for m in plan]
+    assert plan.sizes.tolist() == [len(members) for members in plan]
+
+
+def test_a_plan_ends() -> None:
+    with pytest.raises(IndexError, match="microbatch 2 of 2"):
+        plan_microbatches([1, 1], 1)[2]
 
 
 def test_sorting_in_windows_saves_padding() -> None:
     lengths = np.random.default_rng(0).integers(1, 200, size=2000).tolist()
     share = {w: padding_share(lengths, plan_microbatches(lengths, 2048, w)) for w in (1, 16, 1024)}
-    unsorted = [tuple(range(a, a + 10)) for a in range(0, 2000, 10)]
+    unsorted = planned([tuple(range(a, a + 10)) for a in range(0, 2000, 10)])
     assert share[1] == 0.0  # one example a microbatch
     assert share[1024] < 0.05 < padding_share(lengths, unsorted)
 
 
 def test_padding_share_is_of_the_padded_positions() -> None:
-    assert padding_share([1, 3], [(0, 1)]) == pytest.approx(2 / 6)
-    assert padding_share([1, 3], [(1,), (0,)]) == 0.0
-    assert padding_share([], []) == 0.0
+    assert padding_share([1, 3], planned([(0, 1)])) == pytest.approx(2 / 6)
+    assert padding_share([1, 3], planned([(1,), (0,)])) == 0.0
+    assert padding_share([], planned([])) == 0.0
 
 
 @pytest.mark.parametrize("arguments", [([1], 0, 8), ([1], 8, 0)])

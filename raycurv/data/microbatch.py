@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -12,10 +13,60 @@ from raycurv.batch import Batch
 from raycurv.data.examples import NOT_A_TARGET, Example
 from raycurv.errors import UserError
 
+Lengths: TypeAlias = "Sequence[int] | np.ndarray"
 
-def plan_microbatches(
-    lengths: Sequence[int], batch_tokens: int, window: int = 1024
-) -> list[tuple[int, ...]]:
+
+class Microbatches:
+    """A plan: the example numbers of every microbatch, in 8 bytes an example and 8 a microbatch.
+
+    Args:
+        order: the numbers, one microbatch after the other, int64.
+        starts: where in ``order`` each microbatch begins, and at last where it ends.
+    """
+
+    def __init__(self, order: np.ndarray, starts: np.ndarray) -> None:
+        self._order, self._starts = order, starts
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, microbatch: int) -> tuple[int, ...]:
+        if not 0 <= microbatch < len(self):
+            raise IndexError(f"microbatch {microbatch} of {len(self)}")
+        return tuple(self.members(microbatch).tolist())
+
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
+        return (self[m] for m in range(len(self)))
+
+    @property
+    def nbytes(self) -> int:
+        """What it holds."""
+        return self._order.nbytes + self._starts.nbytes
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """How many examples each has."""
+        return np.diff(self._starts)
+
+    def members(self, microbatch: int) -> np.ndarray:
+        """The example numbers of one."""
+        start, stop = self._starts[microbatch : microbatch + 2]
+        return self._order[start:stop]
+
+    def longest(self, lengths: Lengths) -> np.ndarray:
+        """Tokens of the longest example of each."""
+        if not len(self):
+            return np.empty(0, np.int64)
+        return np.maximum.reduceat(np.asarray(lengths, np.int64)[self._order], self._starts[:-1])
+
+    def only(self, numbers: range) -> Microbatches:
+        """What is left of it with these examples alone; a microbatch of none is no more."""
+        kept = (self._order >= numbers.start) & (self._order < numbers.stop)
+        left = np.concatenate([[0], np.cumsum(kept)])[self._starts]
+        return Microbatches(self._order[kept], np.unique(left))
+
+
+def plan_microbatches(lengths: Lengths, batch_tokens: int, window: int = 1024) -> Microbatches:
     """Which examples go through the stages together.
 
     Within each window of consecutive examples those of like length share a microbatch, longest
@@ -37,25 +88,26 @@ def plan_microbatches(
     for flag, value in (("--batch-tokens", batch_tokens), ("window", window)):
         if value < 1:
             raise UserError(flag, "a number from 1 on", str(value), "Leave it out for the default.")
-    plan: list[tuple[int, ...]] = []
-    for start in range(0, len(lengths), window):
-        members = range(start, min(start + window, len(lengths)))
-        longest_first = sorted(members, key=lambda n: -lengths[n])  # sorted() is stable
-        at = 0
-        while at < len(longest_first):
-            size = max(1, batch_tokens // max(1, lengths[longest_first[at]]))
-            plan.append(tuple(longest_first[at : at + size]))
-            at += size
-    return plan
+    tokens = np.asarray(lengths)
+    order = np.empty(len(tokens), np.int64)
+    starts: list[np.ndarray] = []
+    for first in range(0, len(tokens), window):
+        here = tokens[first : first + window].astype(np.int64)
+        longest_first = np.argsort(-here, kind="stable")
+        order[first : first + len(here)] = first + longest_first
+        sorted_ = here[longest_first].tolist()
+        begins, at = [], 0
+        while at < len(sorted_):
+            begins.append(first + at)
+            at += max(1, batch_tokens // max(1, sorted_[at]))
+        starts.append(np.array(begins, np.int64))
+    return Microbatches(order, np.concatenate([*starts, np.array([len(tokens)], np.int64)]))
 
 
-def padding_share(lengths: Sequence[int], plan: Iterable[Sequence[int]]) -> float:
+def padding_share(lengths: Lengths, plan: Microbatches) -> float:
     """The share of a plan's positions that are padding, from 0 to 1; 0 for an empty plan."""
-    real = padded = 0
-    for members in plan:
-        own = [lengths[n] for n in members]
-        real += sum(own)
-        padded += len(own) * max(own, default=0)
+    padded = int((plan.sizes * plan.longest(lengths)).sum())
+    real = int(np.asarray(lengths, np.int64).sum())
     return 1.0 - real / padded if padded else 0.0
 
 

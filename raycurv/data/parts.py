@@ -24,6 +24,7 @@ from raycurv.errors import UserError
 
 CHUNK_ROWS = 1024
 CHUNK_BYTES = 16 << 20
+READ_BYTES = 4 << 20  # read of a column of a Parquet file at once
 
 # Values from JSON and from Python have no type of their own: text is given its, the rest is what
 # pyarrow infers. (Given a type of whole numbers it would cut 1.5 down to 1 without a word.)
@@ -130,8 +131,8 @@ class _ParquetPart(FilePart):
             raise unreadable(self.location, error) from error
         with file:
             try:
-                # Without buffering ahead, memory is one row group and not the whole file.
-                parquet = pq.ParquetFile(file, pre_buffer=False)
+                # Neither the whole file ahead nor a whole row group, which may be all of it.
+                parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=READ_BYTES)
             except READ_ERRORS as error:
                 raise _not_what_it_says(self.location, "a Parquet file", error) from error
             yield parquet

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Literal
 import numpy as np
 
 from raycurv.data import columns
+from raycurv.data.digests import Digests, Smallest
 from raycurv.data.examples import NOT_A_TARGET, VOCABULARY_LIMIT, Example
 from raycurv.data.parts import Part, Rows
 from raycurv.data.sources import Source, open_parts
@@ -95,7 +94,7 @@ class _Reader:
     seed: int
     token_inputs: bool | None
 
-    seen: set[bytes] = field(default_factory=set)
+    seen: Digests = field(default_factory=Digests)
     kind: tuple[str, ...] | None = None
     shape: tuple[int, ...] | None = None
     labelled: bool | None = None
@@ -192,25 +191,18 @@ class _Reader:
 
     def _sample(self, size: int) -> np.ndarray:
         """Which rows to read: those of the ``size`` smallest hashes, ascending."""
-        largest: list[tuple[int, int]] = []
+        smallest = Smallest(size)
         first = 0
         for rows, ids in self._named_rows():
             self._check_unique(ids, rows)
-            for ordinal, id in enumerate(ids, start=first):
-                entry = (-int.from_bytes(_hash(f"{self.seed} {id}"), "big"), -ordinal)
-                if len(largest) < size:
-                    heapq.heappush(largest, entry)
-                elif entry > largest[0]:
-                    heapq.heapreplace(largest, entry)
+            smallest.add([f"{self.seed} {id}" for id in ids], first)
             first += len(ids)
-        return np.sort(np.array([-ordinal for _, ordinal in largest], dtype=np.int64))
+        return smallest.numbers()
 
     def _check_unique(self, ids: Sequence[str], rows: Rows) -> None:
-        for i, id in enumerate(ids):
-            digest = _hash(id)
-            if digest in self.seen:
-                raise self._twice(id, rows.place(i))
-            self.seen.add(digest)
+        again = self.seen.add(ids)
+        if again is not None:
+            raise self._twice(ids[again], rows.place(again))
 
     def _twice(self, id: str, place: str) -> UserError:
         # Only hashes were kept, so the first place is looked up again.
@@ -364,12 +356,12 @@ class _Reader:
         if self.long == "truncate":
             yield _slice(example, example.id, 0, limit)
             return
-        for k, begin in enumerate(range(0, example.length, limit)):
-            piece = _slice(example, f"{example.id}#{k}", begin, begin + limit)
-            digest = _hash(piece.id)
-            if digest in self.seen:
+        begins = range(0, example.length, limit)
+        pieces = [_slice(example, f"{example.id}#{k}", a, a + limit) for k, a in enumerate(begins)]
+        again = self.seen.add([piece.id for piece in pieces])
+        for k, piece in enumerate(pieces):
+            if k == again:
                 raise self._twice(piece.id, f"piece {k} of {place}")
-            self.seen.add(digest)
             yield piece
 
     # Numbers
@@ -434,10 +426,6 @@ def _ids(part: Part, rows: Rows) -> list[str]:
         f"{prefix}{number}" if id is None else id
         for id, number in zip(own, rows.numbers.tolist(), strict=True)
     ]
-
-
-def _hash(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def _both(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from raycurv.data.microbatch import Lengths
 from raycurv.driver.drafts import Drafts, ShapeOf, arrangement_of, of_lengths, recipe_of, with_spool
 from raycurv.driver.settings import (
     DTYPES,
@@ -38,7 +39,7 @@ def check_fit(
     settings: FitSettings,
     network: Outline,
     blocks: Sequence[Block],
-    lengths: Sequence[int],
+    lengths: Lengths,
     store: Store,
 ) -> None:
     """Refuse a fit that cannot fit on this machine's memory or disk.
@@ -63,8 +64,8 @@ def check_influence(
     fitted: Mapping[str, Any],
     network: Outline,
     blocks: Sequence[Block],
-    queries: Sequence[int],
-    train: Sequence[int] | None,
+    queries: Lengths,
+    train: Lengths | None,
     store: Store,
 ) -> None:
     """Refuse a scoring that cannot fit on this machine's memory or disk.
@@ -103,7 +104,7 @@ def check_influence(
 
 
 def check_evaluate(
-    settings: EvaluateSettings, network: Outline, lengths: Sequence[int], store: Store
+    settings: EvaluateSettings, network: Outline, lengths: Lengths, store: Store
 ) -> None:
     """Refuse an evaluation that cannot fit on this machine's memory or disk.
 

@@ -10,7 +10,7 @@ where it stopped.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from raycurv.driver.corpus import (
     store_corpus,
     stored_corpus,
 )
-from raycurv.driver.parents import How, Parent, Parents, check_new
+from raycurv.driver.parents import How, Parent, Parents, check_new, places
 from raycurv.driver.progress import Reporter
 from raycurv.driver.settings import FitSettings
 from raycurv.driver.timeline import write_timeline
@@ -40,6 +40,7 @@ from raycurv.models.model import Model
 from raycurv.stages.pool import Pool
 
 Array = np.ndarray[Any, Any]
+_DIGEST = 16  # bytes
 
 
 def open_examples(
@@ -192,9 +193,10 @@ def _renumbered(parents: Parents) -> Iterator[Example]:
     first: Example | None = None
     index = 0
     for run, numbers in parents.kept:
-        kept = set(numbers)
+        kept = np.zeros(len(run.corpus), bool)
+        kept[numbers] = True
         for example in run.corpus.examples():
-            if example.index not in kept:
+            if not kept[example.index]:
                 continue
             first = first or example
             if example.input_ids is None and _shapes(example) != _shapes(first):
@@ -219,7 +221,7 @@ def _labels(parents: Parents) -> Iterator[Array]:
         yield from _drawn(run, numbers)
 
 
-def _drawn(run: Parent, numbers: Sequence[int]) -> Iterator[Array]:
+def _drawn(run: Parent, numbers: Iterable[int]) -> Iterator[Array]:
     labels = DrawnLabels(run.store)
     if not labels.complete(len(run.corpus)):
         raise DamagedFile(
@@ -227,7 +229,7 @@ def _drawn(run: Parent, numbers: Sequence[int]) -> Iterator[Array]:
             "Run its fit again: it makes what is missing.",
         )  # fmt: skip
     for n in numbers:
-        yield labels.read([n])[0]
+        yield labels.read([int(n)])[0]
 
 
 def _check_contents(parents: Parents, sampled: bool) -> int:
@@ -237,36 +239,43 @@ def _check_contents(parents: Parents, sampled: bool) -> int:
     off by the difference of two draws.
     """
     first, *others = parents.runs
-    subtracted: dict[str, tuple[bytes, bytes]] = {}
+    gone = pa.concat_arrays([run.corpus.ids for run in others])
+    digests = bytearray()
     for run in others:
-        subtracted |= _digests(run, sampled)
+        for found in _digests(run, sampled):
+            digests += found
     other_labels = 0
-    for id, (content, labels) in _digests(first, sampled, set(subtracted)).items():
-        if content != subtracted[id][0]:
+    place = places(first.corpus.ids, gone)
+    kept = np.flatnonzero(place >= 0)
+    for n, found in zip(kept, _digests(first, sampled, place >= 0), strict=True):
+        at = 2 * _DIGEST * int(place[n])
+        there = digests[at : at + 2 * _DIGEST]
+        if found[:_DIGEST] != there[:_DIGEST]:
             raise UserError(
-                f"example {id!r}", f"the same content in {first.flag} and in the other run",
+                f"example {first.corpus.ids[int(n)].as_py()!r}",
+                f"the same content in {first.flag} and in the other run",
                 "another", "Only what has entered a run can be taken out of it.",
             )  # fmt: skip
-        other_labels += labels != subtracted[id][1]
+        other_labels += found[_DIGEST:] != there[_DIGEST:]
     return other_labels
 
 
-def _digests(
-    run: Parent, sampled: bool, only: set[str] | None = None
-) -> dict[str, tuple[bytes, bytes]]:
-    """Id -> hashes of an example's content and of its drawn labels."""
+def _digests(run: Parent, sampled: bool, only: Array | None = None) -> Iterator[bytes]:
+    """Hashes of each example's content and of its drawn labels, one behind the other.
+
+    Args:
+        only: of which examples, ``[N]`` bool; by default of all.
+    """
     drawn = _drawn(run, range(len(run.corpus))) if sampled else None
-    found = {}
     for example in run.corpus.examples():
         labels = None if drawn is None else next(drawn)
-        if only is None or example.id in only:
+        if only is None or only[example.index]:
             content = _hash(example.input_ids, example.inputs, example.labels, example.loss_mask)
-            found[example.id] = (content, _hash(labels))
-    return found
+            yield content + _hash(labels)
 
 
 def _hash(*arrays: Array | None) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(digest_size=_DIGEST)
     for array in arrays:
         if array is None:
             digest.update(b"none;")

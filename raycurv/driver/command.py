@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import pyarrow as pa
 import tyro
 
 from raycurv.driver import stopping
@@ -47,6 +48,8 @@ def run_job(settings: type[Settings], job: Callable[..., Any], name: str) -> Non
     Raises:
         SystemExit: with exit code 1 or 2; a job that stopped ends its process.
     """
+    # Arrow's own allocator keeps tens of MB for itself, which all else could use.
+    pa.set_memory_pool(pa.system_memory_pool())
     ending = _Ending(name)
     with stopping.listening(ending.at_once):
         code, more = _run(settings, job, ending)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 
 from raycurv.files.store import Store
@@ -62,6 +62,11 @@ def sums_name(place: str, done: int, replica: int, stage: int) -> str:
     return f"{place}/{done:07d}/replica-{replica}-stage-{stage}.safetensors"
 
 
-def plan_mark(plan: Sequence[tuple[int, ...]]) -> str:
+def plan_mark(plan: Iterable[Sequence[int]]) -> str:
     """Tells plans apart: another --batch-tokens makes other microbatches."""
-    return hashlib.blake2b(json.dumps(plan).encode(), digest_size=16).hexdigest()
+    # The hash of the plan as JSON, a microbatch at a time.
+    digest = hashlib.blake2b(b"[", digest_size=16)
+    for m, members in enumerate(plan):
+        digest.update(f"{', ' if m else ''}{json.dumps(members)}".encode())
+    digest.update(b"]")
+    return digest.hexdigest()

@@ -23,7 +23,7 @@ from raycurv.data.examples import (
     no_loss_terms,
     table_to_examples,
 )
-from raycurv.data.microbatch import make_batch, padding_share, plan_microbatches
+from raycurv.data.microbatch import Microbatches, make_batch, padding_share, plan_microbatches
 from raycurv.data.reading import read_examples
 from raycurv.data.sources import Source
 from raycurv.data.tokenizer import LazyTokenizer
@@ -32,28 +32,32 @@ from raycurv.errors import DamagedFile
 from raycurv.files.store import Store
 from raycurv.files.tables import read_rows, read_table, write_table
 from raycurv.models.model import Model
+from raycurv.stages.memory import give_back
 
 PART = 1024
 WINDOW = 1024
+_GROUP = 1 << 14  # rows of a row group of the index
 
 
 @dataclass(frozen=True)
 class Corpus:
     """Stored examples, and the plan of their microbatches.
 
+    In memory an example is its id's text and 12 bytes, and 8 or up to 16 in a plan.
+
     Attributes:
         store: of the run.
         directory: below it, where the parts lie.
-        ids: of every example, in order.
-        lengths: tokens of every example (1 without a token axis).
+        ids: of every example, in order, as Arrow's large strings: no Python object an example.
+        lengths: tokens of every example (1 without a token axis), int32.
         terms: how many examples have a loss term.
         tokenizer: what tokenised them; empty for data without text.
     """
 
     store: Store
     directory: str
-    ids: tuple[str, ...]
-    lengths: tuple[int, ...]
+    ids: pa.LargeStringArray
+    lengths: np.ndarray[Any, Any]
     terms: int
     tokenizer: dict[str, Any]
 
@@ -63,9 +67,13 @@ class Corpus:
     @cached_property
     def tokens(self) -> int:
         """Tokens in all."""
-        return sum(self.lengths)
+        return int(self.lengths.sum(dtype=np.int64))
 
-    def plan(self, batch_tokens: int) -> list[tuple[int, ...]]:
+    def named(self, numbers: Sequence[int] | np.ndarray[Any, Any]) -> pa.StringArray:
+        """The ids of some examples."""
+        return self.ids.take(pa.array(numbers, pa.int64())).cast(pa.string())
+
+    def plan(self, batch_tokens: int) -> Microbatches:
         """Example numbers of every microbatch."""
         return plan_microbatches(self.lengths, batch_tokens, WINDOW)
 
@@ -146,9 +154,11 @@ def open_corpus(
         seed=seed,
         token_inputs=model.token_inputs,
     )
-    return store_corpus(
+    corpus = store_corpus(
         store, directory, examples, flag, lambda: {} if tokenizer is None else tokenizer.describe()
     )
+    give_back(collect=False)
+    return corpus
 
 
 def store_corpus(
@@ -171,33 +181,35 @@ def store_corpus(
         UserError: no example has a loss term.
     """
     store.delete_directory(directory)
-    ids: list[str] = []
-    lengths: list[int] = []
-    terms = 0
+    ids: list[pa.StringArray] = []
+    lengths: list[np.ndarray[Any, Any]] = []
+    terms = count = 0
     buffer: list[Example] = []
 
     def flush() -> None:
         if buffer:
-            part = (len(ids) - 1) // PART
-            write_table(store, _part_name(directory, part), examples_to_table(buffer))
+            write_table(store, _part_name(directory, len(ids)), examples_to_table(buffer))
+            ids.append(pa.array([example.id for example in buffer], pa.string()))
+            lengths.append(np.array([example.length for example in buffer], np.int32))
             buffer.clear()
 
     for example in examples:
         buffer.append(example)
-        ids.append(example.id)
-        lengths.append(example.length)
+        count += 1
         terms += loss_terms(example) > 0
         if len(buffer) == PART:
             flush()
     flush()
     if not terms:
-        raise no_loss_terms(flag, len(ids))
-    index = pa.table({"id": ids, "tokens": pa.array(lengths, pa.int32())})
-    write_table(store, f"{directory}/index.parquet", index)
+        raise no_loss_terms(flag, count)
+    named, tokens = pa.chunked_array(ids, pa.string()), np.concatenate(lengths)
+    index = pa.table({"id": named, "tokens": tokens})
+    # A writer takes as much as its row group, several times over.
+    write_table(store, f"{directory}/index.parquet", index, row_group_size=_GROUP)
     described = describe()
-    said = {"examples": len(ids), "with_loss": terms, "tokenizer": described}
+    said = {"examples": count, "with_loss": terms, "tokenizer": described}
     store.write_json(f"{directory}/corpus.json", said)
-    return Corpus(store, directory, tuple(ids), tuple(lengths), terms, described)
+    return Corpus(store, directory, whole_ids(named), tokens, terms, described)
 
 
 def stored_corpus(store: Store, directory: str) -> Corpus | None:
@@ -217,11 +229,16 @@ def stored_corpus(store: Store, directory: str) -> Corpus | None:
     return Corpus(
         store,
         directory,
-        tuple(index["id"].to_pylist()),
-        tuple(index["tokens"].to_pylist()),
+        whole_ids(index["id"]),
+        index["tokens"].to_numpy(),
         said["with_loss"],
         said["tokenizer"],
     )
+
+
+def whole_ids(column: pa.ChunkedArray) -> pa.LargeStringArray:
+    """A table's ids in one array, which 2 GiB of them do not fill."""
+    return column.cast(pa.large_string()).combine_chunks()
 
 
 def _part_name(directory: str, part: int) -> str:

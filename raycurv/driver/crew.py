@@ -101,7 +101,7 @@ class Crew:
         """Say that a commit exists: from now on, that is where a lost stage goes on from."""
         self._sums = sums
         for line in self._lines:
-            line.since.clear()
+            del line.since[:]
 
     def finish(self) -> None:
         """Add up what was gathered over replicas, write it, and end the pass."""

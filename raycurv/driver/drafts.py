@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from raycurv.data.microbatch import Lengths
 from raycurv.driver.corpus import WINDOW
 from raycurv.driver.pipeline import COMMIT_SECONDS
 from raycurv.driver.settings import (
@@ -186,6 +187,6 @@ def with_spool(supply: Supply, settings: Execution, directory: Path | None) -> S
     return replace(supply, spool=free_disk(place))
 
 
-def of_lengths(lengths: Sequence[int]) -> ShapeOf:
+def of_lengths(lengths: Lengths) -> ShapeOf:
     """The shape of examples of so many tokens each."""
     return lambda batch_tokens: DataShape.of_lengths(lengths, batch_tokens, WINDOW)

@@ -8,10 +8,11 @@ tables   -> tables/examples    and their sums in run.json
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from raycurv.data.examples import loss_terms
@@ -38,6 +39,7 @@ NUMBERS = (
 _LARGEST_EXPONENT = math.log(1.7e308)
 
 Numbers = dict[str, Any]
+Array = np.ndarray[Any, Any]
 
 
 def evaluate(
@@ -158,16 +160,16 @@ def _write_tables(
     store.delete_directory("tables/examples")
     schema = evaluation_schema(losses.dtype == torch.float64)
     examples = corpus.examples()
-    all_losses: list[float] = []
-    targets: list[int] = []
-    correct: list[int | None] = []
+    all_losses: list[Array] = []
+    targets = correct = 0
+    known = True
     for part, table in found:
-        index = table["index"].to_pylist()
+        index = table["index"].to_numpy()
         own = [loss_terms(next(examples)) if per_token else 1 for _ in index]
         rows = pa.table(
             {
-                "id": [corpus.ids[n] for n in index],
-                "tokens": pa.array([corpus.lengths[n] for n in index], pa.int32()),
+                "id": corpus.named(index),
+                "tokens": corpus.lengths[index],
                 "targets": pa.array(own, pa.int32()),
                 "loss": table["loss"].cast(schema.field("loss").type),
                 "correct": table["correct"],
@@ -175,33 +177,35 @@ def _write_tables(
             schema=schema,
         )
         write_table(store, f"tables/examples/part-{part:05d}.parquet", rows, notes)
-        all_losses += table["loss"].to_pylist()
-        correct += table["correct"].to_pylist()
-        targets += own
-    return _summed(all_losses, targets, correct, corpus.tokens, per_token)
+        all_losses.append(table["loss"].to_numpy())
+        known = known and not table["correct"].null_count
+        correct += pc.sum(table["correct"]).as_py() or 0
+        targets += sum(own)
+    losses_N = np.concatenate(all_losses)
+    return _summed(losses_N, targets, correct if known else None, corpus.tokens, per_token)
 
 
 def _summed(
-    losses: Sequence[float],
-    targets: Sequence[int],
-    correct: Sequence[int | None],
+    losses_N: Array,
+    targets: int,
+    correct: int | None,
     tokens: int,
     per_token: bool,
 ) -> Numbers:
     """The numbers of a model; sums do not depend on an order, for they are exact."""
-    total, count = math.fsum(losses), sum(targets)
+    total = math.fsum(losses_N)
     found: Numbers = {
-        "loss": total / len(losses),
-        "loss_per_target": total / count,
-        "examples": len(losses),
+        "loss": total / len(losses_N),
+        "loss_per_target": total / targets,
+        "examples": len(losses_N),
         "tokens": tokens,
-        "targets": count,
+        "targets": targets,
     }
     # Beyond it, a perplexity is no number that a float or JSON could hold.
-    if per_token and total / count < _LARGEST_EXPONENT:
-        found["perplexity"] = math.exp(total / count)
-    if None not in correct:
-        found["accuracy"] = sum(c for c in correct if c is not None) / count
+    if per_token and total / targets < _LARGEST_EXPONENT:
+        found["perplexity"] = math.exp(total / targets)
+    if correct is not None:
+        found["accuracy"] = correct / targets
     return found
 
 

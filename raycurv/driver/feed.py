@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 from torch import Tensor
 
 from raycurv.batch import Batch
+from raycurv.data.microbatch import Microbatches
 
 Results = dict[str, Tensor]
 
@@ -23,13 +25,13 @@ class Feed:
         lengths: tokens of every example, for the rate shown.
     """
 
-    plan: Sequence[tuple[int, ...]]
+    plan: Microbatches
     read: Callable[[int, Sequence[int]], Batch]
-    lengths: Sequence[int]
+    lengths: np.ndarray[Any, Any]
 
     def tokens(self, microbatch: int) -> int:
         """Tokens of a microbatch, without padding."""
-        return sum(self.lengths[n] for n in self.plan[microbatch])
+        return int(self.lengths[self.plan.members(microbatch)].sum(dtype=np.int64))
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from raycurv.driver.check import check_fit
 from raycurv.driver.combined import (
     open_examples,
 )
-from raycurv.driver.corpus import Corpus
+from raycurv.driver.corpus import PART, Corpus
 from raycurv.driver.fit_phases import FitPhases
 from raycurv.driver.gradients import Gradients
 from raycurv.driver.parents import open_parents
@@ -177,8 +177,12 @@ def _mark_of(data: Source | Corpus) -> dict[str, Any]:
     """Tells the data from others."""
     if not isinstance(data, Corpus):
         return fingerprint(data)
-    ids = hashlib.blake2b("\0".join(data.ids).encode(), digest_size=16).hexdigest()
-    return {"examples": ids, "tokens": data.tokens}
+    # The hash of all ids with zeros between them, some at a time.
+    digest = hashlib.blake2b(digest_size=16)
+    for start in range(0, len(data), PART):
+        some = data.named(range(start, min(start + PART, len(data)))).to_pylist()
+        digest.update(("\0" * (start > 0) + "\0".join(some)).encode())
+    return {"examples": digest.hexdigest(), "tokens": data.tokens}
 
 
 def _lasting(model: str) -> str:

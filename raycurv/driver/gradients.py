@@ -140,12 +140,12 @@ class Gradients:
         store.delete_directory(_NORMS)
         for part in range(-(-len(self._corpus) // PART)):
             tables = {g: read_table(store, _part_file(_place(g), part)) for g in widths}
-            index = next(iter(tables.values()))["index"].to_pylist()
+            index = next(iter(tables.values()))["index"].to_numpy()
             norms_NB = np.concatenate([_matrix(tables[g], widths[g]) for g in widths], axis=1)
             number = schema.field("sq_norm").type
             rows = pa.table(
                 {
-                    "id": [self._corpus.ids[n] for n in index],
+                    "id": self._corpus.named(index),
                     "sq_norm": pa.array(norms_NB.sum(axis=1)).cast(number),
                     BLOCK_NORMS: as_lists(norms_NB, number),
                 },

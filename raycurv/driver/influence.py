@@ -426,13 +426,8 @@ class _Influence:
         return [g for g, blocks in mine.items() if self._without_products(place, blocks)]
 
     def _query_feed(self, group: range) -> Feed:
-        wanted = set(group)
-        mine = [
-            tuple(n for n in members if n in wanted)
-            for members in self.queries.plan(self.settings.batch_tokens)
-        ]
         return Feed(
-            [members for members in mine if members],
+            self.queries.plan(self.settings.batch_tokens).only(group),
             self.queries.reader(self.dtype),
             self.queries.lengths,
         )
@@ -447,7 +442,7 @@ class _Influence:
         lowest = min(unasked, default=stages)
         work = QueryPass(
             replace(self.source, method="identity") if plain else self.source,
-            tuple(self.queries.ids[n] for n in group),
+            tuple(self.queries.named(group).to_pylist()),
             None if plain else self.settings.rank_number(),
             self.settings.seed,
             place,
@@ -471,7 +466,7 @@ class _Influence:
         """Partial scores of a group of stages, added to what those behind it found."""
         assert self.train is not None
         settings = self.settings
-        ids = [self.queries.ids[n] for n in group]
+        ids = self.queries.named(group).to_pylist()
         work = ScorePass(
             self.source,
             self._place(group),

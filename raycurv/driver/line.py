@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -63,7 +64,7 @@ class Line:
     def __init__(self, pool: Pool, replica: int, work: Pass, feed: Feed, keeps: bool) -> None:
         self._pool, self.replica, self._work = pool, replica, work
         self._feed, self._keeps = feed, keeps
-        self.since: list[int] = []
+        self.since = array("q")
         self._under: dict[int, _Under] = {}
         self._ended: deque[int] = deque()
         self._operations: Iterator[Operation] = iter(())

@@ -17,7 +17,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-from raycurv.driver.corpus import Corpus, stored_corpus
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raycurv.driver.corpus import Corpus, stored_corpus, whole_ids
 from raycurv.driver.fitted import check_model, read_fit
 from raycurv.driver.settings import FitSettings
 from raycurv.errors import DamagedFile, UserError
@@ -29,6 +33,7 @@ from raycurv.files.tensorfile import whole
 from raycurv.mathematics.blocks import Block
 from raycurv.models.model import Model
 
+Array = np.ndarray[Any, Any]
 How = Literal["extend", "merge", "subtract"]
 
 # What runs that are put together must share, or their sums mean different things.
@@ -81,10 +86,9 @@ class Parent:
         return found
 
     @cached_property
-    def ids(self) -> list[str]:
+    def ids(self) -> pa.LargeStringArray:
         """Ids of all examples that entered its curvature."""
-        ids: list[str] = read_directory(self.store, "tables/examples")["id"].to_pylist()
-        return ids
+        return whole_ids(read_directory(self.store, "tables/examples")["id"])
 
 
 @dataclass(frozen=True)
@@ -137,13 +141,13 @@ class Parents:
         return self.how in ("merge", "subtract")
 
     @cached_property
-    def kept(self) -> list[tuple[Parent, list[int]]]:
+    def kept(self) -> list[tuple[Parent, Array]]:
         """Of each run the numbers of the examples that the combined run has, in order."""
         if self.how == "merge":
-            return [(run, list(range(len(run.corpus)))) for run in self.runs]
+            return [(run, np.arange(len(run.corpus))) for run in self.runs]
         first, *others = self.runs
-        gone = {id for run in others for id in run.corpus.ids}
-        return [(first, [n for n, id in enumerate(first.corpus.ids) if id not in gone])]
+        gone = pa.concat_arrays([run.corpus.ids for run in others])
+        return [(first, np.flatnonzero(places(first.corpus.ids, gone) < 0))]
 
 
 def open_parents(settings: FitSettings, out: Store, network: Model) -> Parents:
@@ -173,6 +177,12 @@ def open_parents(settings: FitSettings, out: Store, network: Model) -> Parents:
     return parents
 
 
+def places(ids: pa.LargeStringArray, among: pa.LargeStringArray) -> Array:
+    """Where each id stands among others, -1 where it does not; int32."""
+    found: Array = pc.index_in(ids, value_set=among).fill_null(-1).to_numpy()
+    return found
+
+
 def check_new(parents: Parents, corpus: Corpus) -> None:
     """Refuse examples that the run which they extend has already.
 
@@ -180,9 +190,9 @@ def check_new(parents: Parents, corpus: Corpus) -> None:
         UserError: names the first.
     """
     if parents.extended is not None:
-        twice = set(parents.extended.ids).intersection(corpus.ids)
-        if twice:
-            raise _twice(next(i for i in corpus.ids if i in twice), parents.extended.flag, "--data")
+        twice = np.flatnonzero(places(corpus.ids, parents.extended.ids) >= 0)
+        if len(twice):
+            raise _twice(corpus.ids[int(twice[0])].as_py(), parents.extended.flag, "--data")
 
 
 def _open(how: str, name: str, out: Store) -> Parent:
@@ -292,28 +302,32 @@ def _check_together(runs: Sequence[Parent]) -> None:
 
 
 def _check_merged(runs: Sequence[Parent]) -> None:
-    seen: dict[str, str] = {}
-    for run in runs:
-        for id in run.corpus.ids:
-            if id in seen:
-                raise _twice(id, seen[id], run.flag)
-        seen |= dict.fromkeys(run.corpus.ids, run.flag)
+    for number, run in enumerate(runs[1:], start=1):
+        ids = run.corpus.ids
+        there = places(ids, pa.concat_arrays([other.corpus.ids for other in runs[:number]]))
+        twice = np.flatnonzero(there >= 0)
+        if len(twice):
+            ends = np.cumsum([len(other.corpus) for other in runs[:number]])
+            other = runs[int(np.searchsorted(ends, there[twice[0]], side="right"))]
+            raise _twice(ids[int(twice[0])].as_py(), other.flag, run.flag)
 
 
 def _check_subtracted(runs: Sequence[Parent]) -> None:
     first, *others = runs
-    left = set(first.corpus.ids)
+    left = np.ones(len(first.corpus), bool)
     for run in others:
-        for id in run.corpus.ids:
-            if id not in left:
-                gone = id in set(first.corpus.ids)
-                raise UserError(
-                    f"example {id!r} of {run.flag}", f"one of the examples of {first.store.root}",
-                    "one that is subtracted already" if gone else "none of that id",
-                    "Only what has entered a run once can be taken out of it, once.",
-                )  # fmt: skip
-            left.remove(id)
-    if not left:
+        there = places(run.corpus.ids, first.corpus.ids)
+        wrong = np.flatnonzero((there < 0) | ~left[there])
+        if len(wrong):
+            n = int(wrong[0])
+            raise UserError(
+                f"example {run.corpus.ids[n].as_py()!r} of {run.flag}",
+                f"one of the examples of {first.store.root}",
+                "one that is subtracted already" if there[n] >= 0 else "none of that id",
+                "Only what has entered a run once can be taken out of it, once.",
+            )
+        left[there] = False
+    if not left.any():
         raise UserError(
             "--subtract", f"examples of {first.store.root} that are left", "none",
             "A run of nothing has no curvature.",

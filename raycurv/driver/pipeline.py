@@ -17,7 +17,7 @@ from raycurv.driver.commits import Committed, last_commit, plan_mark, write_comm
 from raycurv.driver.crew import Crew
 from raycurv.driver.feed import Ends, Feed, Given, Results
 from raycurv.driver.progress import Reporter
-from raycurv.driver.timeline import write_timeline
+from raycurv.driver.timeline import write_long_timeline, write_timeline
 from raycurv.files.spool import LostSpool
 from raycurv.files.store import Store
 from raycurv.mathematics.gradient_statistics import BLOCK_NORMS
@@ -133,6 +133,7 @@ def run_pass(
                     ends.leave(arrived.microbatch, arrived.leaving, results)
                     sink.take(feed.plan[arrived.microbatch], results)
                     phase.advance(1, feed.tokens(arrived.microbatch))
+                    write_long_timeline(store, pool, label)
                     done = arrived.microbatch + 1
             except LostSpool:
                 # Of one that had to go again: all stages go back to the last commit.
@@ -203,6 +204,7 @@ def take_through(
                 results = combine([*arrived.results, dict(arrived.given.carried)])
                 ends.leave(arrived.microbatch, arrived.leaving, results)
                 phase.advance(1, feed.tokens(arrived.microbatch))
+                write_long_timeline(store, pool, label)
             stopping.stop_if_asked()
         crew.finish()
         write_timeline(store, pool, label)

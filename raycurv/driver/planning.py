@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from raycurv.data.reading import read_examples
@@ -191,4 +192,4 @@ def _data(settings: PlanSettings, outline: Outline) -> ShapeOf:
         seed=settings.seed,
         token_inputs=outline.token_inputs,
     )
-    return of_lengths([example.length for example in found])
+    return of_lengths(np.fromiter((example.length for example in found), np.int32))

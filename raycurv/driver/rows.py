@@ -13,11 +13,13 @@ from raycurv.driver.corpus import PART, Corpus, DrawnLabels
 from raycurv.driver.feed import Results
 from raycurv.files.store import Store
 from raycurv.files.tables import (
+    ROWS,
     examples_schema,
     read_table,
     scores_schema,
     self_schema,
     write_table,
+    write_tables,
 )
 from raycurv.mathematics.gradient_statistics import BLOCK_NORMS
 from raycurv.mathematics.rank_inverse import RankInverses
@@ -25,8 +27,35 @@ from raycurv.mathematics.rank_scores import whole_self_scores
 
 # Numbers that may wait in memory for the next commit.
 _FULL = 8_000_000
+# Arrays on a pile that become one.
+_SMALL = 256
 
 Array = np.ndarray[Any, Any]
+
+
+class Pile:
+    """Arrays of like rows, until they are written: few objects, however many are put on it."""
+
+    def __init__(self) -> None:
+        self._parts: list[Array] = []
+        self._small = 0
+
+    def put(self, rows: Array) -> None:
+        """Put some rows on it; they are copied in the end."""
+        self._parts.append(rows)
+        self._small += 1
+        if self._small == _SMALL:
+            self._parts[-_SMALL:] = [np.concatenate(self._parts[-_SMALL:])]
+            self._small = 0
+
+    def whole(self) -> Array:
+        """All rows, in order."""
+        if len(self._parts) > 1:
+            self._parts, self._small = [np.concatenate(self._parts)], 0
+        return self._parts[0]
+
+    def __bool__(self) -> bool:
+        return bool(self._parts)
 
 
 class ExampleRows:
@@ -38,60 +67,68 @@ class ExampleRows:
             labels are not one a token.
     """
 
-    def __init__(self, store: Store, lengths: Sequence[int] | None) -> None:
+    def __init__(self, store: Store, lengths: Array | None) -> None:
         self._store, self._lengths = store, lengths
-        self._rows: list[dict[str, Any]] = []
-        self._size = 0
+        self.forget()
 
     @property
     def full(self) -> bool:
         return self._size > _FULL
 
     def take(self, members: Sequence[int], results: Results) -> None:
-        norms, loss, drawn = (results.get(k) for k in ("gradient_sq_norm", "loss", "drawn"))
-        correct = results.get("correct")
-        by_block = results.get(BLOCK_NORMS)
+        self._put("index", np.array(members, np.int64))
+        for name in ("loss", "gradient_sq_norm", "correct", BLOCK_NORMS):
+            if name in results:
+                self._put(name, results[name].numpy())
+        drawn = results.get("drawn")
+        if drawn is None:
+            return
         for i, n in enumerate(members):
-            y = None if drawn is None else drawn[:, i].numpy()
-            if y is not None and self._lengths is not None:
+            y = drawn[:, i].numpy()
+            if self._lengths is not None:
                 y = y[:, : self._lengths[n]]
-            self._rows.append(
-                {
-                    "index": n,
-                    "loss": None if loss is None else float(loss[i]),
-                    "gradient_sq_norm": None if norms is None else float(norms[i]),
-                    "drawn": None if y is None else y.reshape(-1),
-                    "shape": None if y is None else list(y.shape),
-                    "correct": None if correct is None else int(correct[i]),
-                    BLOCK_NORMS: None if by_block is None else by_block[i].numpy(),
-                }
-            )
-            self._size += 4 + (0 if y is None else y.size)
-            self._size += 0 if by_block is None else by_block.shape[1]
+            self._put("drawn", y.reshape(-1))
+            self._put("shape", np.array([y.shape], np.int32))
+
+    def _put(self, name: str, rows: Array) -> None:
+        self._piles.setdefault(name, Pile()).put(rows)
+        self._size += rows.size
 
     def commit(self, name: str) -> list[str]:
-        if not self._rows:
+        if not self._piles:
             return []
-        drawn = [r["drawn"] for r in self._rows]
-        table = pa.table(
-            {
-                "index": [r["index"] for r in self._rows],
-                "loss": pa.array([r["loss"] for r in self._rows], pa.float64()),
-                "gradient_sq_norm": pa.array(
-                    [r["gradient_sq_norm"] for r in self._rows], pa.float64()
-                ),
-                "drawn": pa.array(drawn),
-                "shape": pa.array([r["shape"] for r in self._rows], pa.list_(pa.int32())),
-                "correct": pa.array([r["correct"] for r in self._rows], pa.int32()),
-                BLOCK_NORMS: pa.array([r[BLOCK_NORMS] for r in self._rows], pa.list_(pa.float64())),
-            }
-        )
-        write_table(self._store, f"{name}/rows.parquet", table)
+        index = self._piles["index"].whole()
+        columns: dict[str, Any] = {"index": index}
+        for key, number in (("loss", pa.float64()), ("gradient_sq_norm", pa.float64())):
+            columns[key] = self._column(key, number, len(index))
+        columns["drawn"], columns["shape"] = self._drawn(len(index))
+        columns["correct"] = self._column("correct", pa.int32(), len(index))
+        if BLOCK_NORMS in self._piles:
+            columns[BLOCK_NORMS] = as_lists(self._piles[BLOCK_NORMS].whole(), pa.float64())
+        else:
+            columns[BLOCK_NORMS] = pa.nulls(len(index), pa.list_(pa.float64()))
+        write_table(self._store, f"{name}/rows.parquet", pa.table(columns))
         self.forget()
         return [f"{name}/rows.parquet"]
 
+    def _column(self, name: str, number: pa.DataType, count: int) -> pa.Array:
+        if name not in self._piles:
+            return pa.nulls(count, number)
+        return pa.array(self._piles[name].whole()).cast(number)
+
+    def _drawn(self, count: int) -> tuple[pa.Array, pa.Array]:
+        """The labels of every example in one list, and their shapes."""
+        if "drawn" not in self._piles:
+            return pa.nulls(count), pa.nulls(count, pa.list_(pa.int32()))
+        shapes = self._piles["shape"].whole()
+        offsets = np.concatenate([[0], np.cumsum(shapes.prod(axis=1, dtype=np.int64))])
+        values = pa.array(self._piles["drawn"].whole())
+        lists = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
+        return lists, as_lists(shapes, pa.int32())
+
     def forget(self) -> None:
-        self._rows, self._size = [], 0
+        self._piles: dict[str, Pile] = {}
+        self._size = 0
 
 
 def as_lists(values: Array, number: pa.DataType) -> pa.ListArray:
@@ -155,11 +192,11 @@ def write_examples(
     """
     schema = examples_schema(double)
     for part, table in rows_by_part(store, names):
-        index = table["index"].to_pylist()
+        index = table["index"].to_numpy()
         rows = pa.table(
             {
-                "id": [corpus.ids[n] for n in index],
-                "tokens": pa.array([corpus.lengths[n] for n in index], pa.int32()),
+                "id": corpus.named(index),
+                "tokens": corpus.lengths[index],
                 "loss": table["loss"].cast(schema.field("loss").type),
                 "gradient_sq_norm": table["gradient_sq_norm"].cast(
                     schema.field("gradient_sq_norm").type
@@ -206,11 +243,10 @@ class ScoreRows:
         self.forget()
 
     def forget(self) -> None:
-        self._members: list[int] = []
-        self._scores: list[Array] = []
-        self._blocks: list[Array] = []
+        self._members, self._scores, self._self = Pile(), Pile(), Pile()
+        self._blocks = Pile()
+        # Of each microbatch, since every one has its own length.
         self._tokens: list[Array] = []
-        self._self: list[Array] = []
         self._size = 0
 
     @property
@@ -220,70 +256,96 @@ class ScoreRows:
     def take(self, members: Sequence[int], results: Results) -> None:
         if self._inverses is not None:
             results = whole_self_scores(self._inverses, results)
-        self._members += members
-        self._scores.append(results["scores"].numpy())
-        self._size += results["scores"].numel()
+        self._put(self._members, np.array(members, np.int64))
+        self._put(self._scores, results["scores"].numpy())
         if "self_scores" in results:
-            self._self.append(results["self_scores"].numpy())
-            self._size += results["self_scores"].numel()
+            self._put(self._self, results["self_scores"].numpy())
         if self._per_block:
-            self._blocks.append(results["block_scores"].numpy())
-            self._size += results["block_scores"].numel()
+            self._put(self._blocks, results["block_scores"].numpy())
         if self._per_token:
-            self._tokens += list(results["token_scores"].numpy())
+            self._tokens.append(results["token_scores"].numpy())
             self._size += results["token_scores"].numel()
+
+    def _put(self, pile: Pile, rows: Array) -> None:
+        pile.put(rows)
+        self._size += rows.size
 
     def commit(self, name: str) -> list[str]:
         """Write what waits; the files' numbers are how many microbatches were done."""
         if not self._members:
             return []
         number = name.rpartition("/")[2]
-        order = np.argsort(np.array(self._members), kind="stable")
-        ids = pa.array([self._train.ids[self._members[i]] for i in order], pa.string())
+        members = self._members.whole()
+        order = np.argsort(members, kind="stable")
         written = []
         if self._self:
-            own = np.concatenate(self._self)[order]
-            table = pa.table(
-                {"id": ids, "score": pa.array(own).cast(self._self_schema.field("score").type)},
-                schema=self._self_schema,
-            )
             written.append(f"self/{self._part}-{number}.parquet")
-            write_table(self._store, written[-1], table, self._notes)
+            own = self._own_tables(members, order)
+            write_tables(self._store, written[-1], self._self_schema, own, self._notes, repeated=[])
         directory = "scores" if self._top_k is None else "work/top"
         written.append(f"{directory}/{self._part}-{number}.parquet")
-        write_table(self._store, written[-1], self._table(order, ids), self._notes)
+        tables = self._tables(members, order)
+        write_tables(
+            self._store, written[-1], self._schema, tables, self._notes, repeated=["query_id"]
+        )
         self.forget()
         return written
 
-    def _table(self, order: Array, ids: pa.Array) -> pa.Table:
-        scores_NQ = np.concatenate(self._scores)[order]
-        n_rows, q_rows = self._rows(scores_NQ)
-        columns: dict[str, Any] = {
-            "query_id": pa.array(self._queries, pa.string()).take(pa.array(q_rows)),
-            "train_id": ids.take(pa.array(n_rows)),
-            "score": pa.array(scores_NQ[n_rows, q_rows]).cast(self._schema.field("score").type),
-        }
-        if self._per_block:
-            blocks = np.concatenate(self._blocks)[order][n_rows, q_rows]
-            number = self._schema.field("block_scores").type.value_type
-            columns["block_scores"] = as_lists(blocks, number)
-        if self._per_token:
-            number = self._schema.field("token_scores").type.value_type
-            lists = []
-            for n, q in zip(n_rows, q_rows, strict=True):
-                example = order[n]
-                length = self._train.lengths[self._members[example]]
-                lists.append(self._tokens[example][q, :length])
-            columns["token_scores"] = pa.array(lists, pa.list_(pa.float64())).cast(pa.list_(number))
-        return pa.table(columns, schema=self._schema)
+    def _own_tables(self, members: Array, order: Array) -> Iterator[pa.Table]:
+        own, number = self._self.whole(), self._self_schema.field("score").type
+        for start in range(0, len(order), ROWS):
+            taken = order[start : start + ROWS]
+            yield pa.table(
+                {
+                    "id": self._train.named(members[taken]),
+                    "score": pa.array(own[taken]).cast(number),
+                },
+                schema=self._self_schema,
+            )
 
-    def _rows(self, scores_NQ: Array) -> tuple[Array, Array]:
-        """Which (example, query) pairs are written, example by example."""
+    def _tables(self, members: Array, order: Array) -> Iterator[pa.Table]:
+        """The rows, some at a time: with their ids they take far more than the scores alone."""
+        scores_NQ = self._scores.whole()
+        queries = pa.array(self._queries, pa.string())
+        places = _places(self._tokens)
+        for n_rows, q_rows in self._rows(scores_NQ, order):
+            taken = order[n_rows]
+            columns: dict[str, Any] = {
+                "query_id": queries.take(pa.array(q_rows)),
+                "train_id": self._train.named(members[taken]),
+                "score": pa.array(scores_NQ[taken, q_rows]).cast(self._schema.field("score").type),
+            }
+            if self._per_block:
+                blocks = self._blocks.whole()[taken, q_rows]
+                number = self._schema.field("block_scores").type.value_type
+                columns["block_scores"] = as_lists(blocks, number)
+            if self._per_token:
+                number = self._schema.field("token_scores").type.value_type
+                lists = []
+                for n, q in zip(taken, q_rows, strict=True):
+                    m = int(np.searchsorted(places, n, side="right")) - 1
+                    length = self._train.lengths[members[n]]
+                    lists.append(self._tokens[m][n - places[m], q, :length])
+                lists_ = pa.array(lists, pa.list_(pa.float64()))
+                columns["token_scores"] = lists_.cast(pa.list_(number))
+            yield pa.table(columns, schema=self._schema)
+
+    def _rows(self, scores_NQ: Array, order: Array) -> Iterator[tuple[Array, Array]]:
+        """Which (example, query) pairs are written, example by example, some at a time."""
         n, q = scores_NQ.shape
         if self._top_k is None or n <= 2 * self._top_k:
-            return np.repeat(np.arange(n), q), np.tile(np.arange(q), n)
-        kept = np.sort(_extremes(scores_NQ.T, self._top_k), axis=1)
-        return kept.reshape(-1), np.repeat(np.arange(q), kept.shape[1])
+            for start in range(0, n * q, ROWS):
+                yield np.divmod(np.arange(start, min(start + ROWS, n * q)), q)
+            return
+        kept = np.sort(_extremes(scores_NQ[order].T, self._top_k), axis=1)
+        n_rows, q_rows = kept.reshape(-1), np.repeat(np.arange(q), kept.shape[1])
+        for start in range(0, len(n_rows), ROWS):
+            yield n_rows[start : start + ROWS], q_rows[start : start + ROWS]
+
+
+def _places(parts: Sequence[Array]) -> Array:
+    """Where the rows of each part begin among those of all."""
+    return np.cumsum([0, *(len(part) for part in parts)])
 
 
 def _extremes(scores_QN: Array, k: int) -> Array:

@@ -13,9 +13,16 @@ import pyarrow as pa
 from raycurv.files.store import Store
 from raycurv.files.tables import TIMELINE, footer, write_table
 from raycurv.stages.pool import Pool
-from raycurv.stages.timeline import Span
 
 DIRECTORY = "tables/timeline"
+# Spans that may wait in memory for the next commit.
+_FULL = 4096
+
+
+def write_long_timeline(store: Store, pool: Pool, phase: str) -> None:
+    """Write down what was done since the last time if it has become much."""
+    if len(pool.spans) > _FULL:
+        write_timeline(store, pool, phase)
 
 
 def write_timeline(store: Store, pool: Pool, phase: str) -> None:
@@ -30,24 +37,13 @@ def write_timeline(store: Store, pool: Pool, phase: str) -> None:
     if not spans:
         return
     number = len(store.names(DIRECTORY, ".parquet"))
-    table = pa.Table.from_pylist([_row(span, phase) for span in spans], schema=TIMELINE)
-    write_table(store, f"{DIRECTORY}/part-{number:05d}.parquet", table, footer({}))
-
-
-def _row(span: Span, phase: str) -> dict[str, object]:
-    return {
-        "phase": phase,
-        "actor": span.actor,
-        "operation": span.operation,
-        "microbatch": span.microbatch,
-        "start": _when(span.start),
-        "end": _when(span.end),
-        "transport": span.transport,
-        "note": span.note,
-        "node": span.node,
-        "pid": span.pid,
-        "memory": span.memory,
+    columns = {"phase": [phase] * len(spans)} | {
+        name: [getattr(span, name) for span in spans] for name in TIMELINE.names[1:]
     }
+    for name in ("start", "end"):
+        columns[name] = [_when(seconds) for seconds in columns[name]]
+    table = pa.table(columns, schema=TIMELINE)
+    write_table(store, f"{DIRECTORY}/part-{number:05d}.parquet", table, footer({}))
 
 
 def _when(seconds: float) -> datetime:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -19,6 +19,9 @@ from raycurv.errors import DamagedFile
 from raycurv.files.store import Store
 
 SCHEMA_VERSION = "1"
+
+# Rows that are made and written at a time where there may be many.
+ROWS = 1 << 15
 
 _CHECKSUM = "raycurv.checksum"
 _ZEROS = b"0" * 32
@@ -199,11 +202,33 @@ def write_table(
     row_group_size: int | None = None,
 ) -> None:
     """Write one Parquet file, atomically."""
+    write_tables(store, name, table.schema, [table], notes, row_group_size)
+
+
+def write_tables(
+    store: Store,
+    name: str,
+    schema: pa.Schema,
+    tables: Iterable[pa.Table],
+    notes: Mapping[str, str] | None = None,
+    row_group_size: int | None = None,
+    repeated: Sequence[str] | None = None,
+) -> None:
+    """Write one Parquet file, atomically, from tables of which one is held at a time.
+
+    Each makes row groups of its own: of ``ROWS`` rows they are large enough for those who read.
+
+    Args:
+        repeated: columns whose values come many times, which alone are to be looked up; by
+            default Parquet finds out.
+    """
     if notes is not None:
-        table = table.replace_schema_metadata(dict(notes))
+        schema = schema.with_metadata(dict(notes))
     sink = pa.BufferOutputStream()
-    with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
-        writer.write_table(table, row_group_size=row_group_size)
+    looked_up = True if repeated is None else list(repeated)
+    with pq.ParquetWriter(sink, schema, compression="zstd", use_dictionary=looked_up) as writer:
+        for table in tables:
+            writer.write_table(table, row_group_size=row_group_size)
         writer.add_key_value_metadata({_CHECKSUM: _ZEROS.decode()})
     data = sink.getvalue()
     at = _checksum_place(data)

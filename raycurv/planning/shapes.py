@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from raycurv.data.microbatch import plan_microbatches
+from raycurv.data.microbatch import Lengths, plan_microbatches
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.tiles import tile_widths
 from raycurv.models.model import Outline
@@ -51,20 +52,25 @@ class DataShape:
         return max(1, round(self.positions / max(1, self.examples)))
 
     @classmethod
-    def of_lengths(cls, lengths: Sequence[int], batch_tokens: int, window: int) -> DataShape:
+    def of_lengths(cls, lengths: Lengths, batch_tokens: int, window: int) -> DataShape:
         """Of examples with so many tokens each, exactly."""
         plan = plan_microbatches(lengths, batch_tokens, window)
-        sizes = [(len(members), max(lengths[n] for n in members)) for members in plan]
-        largest = max(sizes, key=lambda size: (size[0] * size[1], size[1]), default=(1, 1))
-        tokens, positions = sum(lengths), sum(n * t for n, t in sizes)
+        if not len(plan):
+            return cls(0, 0, 0, 0, 1, 1, False, 1)
+        sizes, longest = plan.sizes, plan.longest(lengths)
+        padded = sizes * longest
+        largest = int(padded.max())
+        width = int(longest[padded == largest].max())
+        tokens, positions = int(np.asarray(lengths, np.int64).sum()), int(padded.sum())
         return cls(
             len(lengths),
             tokens,
             positions,
-            len(sizes),
-            *largest,
+            len(plan),
+            largest // width,
+            width,
             positions > tokens,
-            max(lengths, default=1),
+            int(longest.max()),
         )
 
     @classmethod

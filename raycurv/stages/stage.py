@@ -25,6 +25,7 @@ from raycurv.mathematics.objective import open_objective
 from raycurv.models.model import Model
 from raycurv.models.patched import repatch
 from raycurv.stages.memory import RESIDENT, give_back, give_back_at_once
+from raycurv.stages.seen import Seen
 
 
 class Gatherer(Protocol):
@@ -167,7 +168,7 @@ class Stage:
         self._open: dict[int, _Open] = {}
         self._pass: Pass | None = None
         self._gatherer: Gatherer | None = None
-        self._seen: set[int] = set()
+        self._seen = Seen()
         self._last = -1
 
     @property
@@ -210,7 +211,7 @@ class Stage:
         self._gatherer = None
         give_back(collect=False)
         self._gatherer = work.open(self.blocks, self.spec.dtype, self._device)
-        self._seen, self._last = set(), -1
+        self._seen, self._last = Seen(), -1
         if commit is None:
             return
         owners = {key.rpartition("/")[0] for key in self._gatherer.state()}
@@ -219,7 +220,7 @@ class Stage:
             for name in names:
                 file = open_tensors(commit.store, name)
                 if _SEEN in file.names:
-                    self._seen |= set(file.read(_SEEN).tolist())
+                    self._seen.update(file.read(_SEEN).tolist())
                 for key in file.names:
                     if key.rpartition("/")[0] in owners and key != _SEEN:
                         state[key] = file.read(key)
@@ -232,7 +233,7 @@ class Stage:
         """Drop the microbatches under way, which will come again; gives those in the sums."""
         self._open.clear()
         self._last = -1
-        return tuple(sorted(self._seen))
+        return tuple(self._seen)
 
     def forward(self, batch: Batch, hidden: Tensor | None) -> Tensor:
         """Hidden states after this stage's last layer; the graph stays for ``backward``."""
@@ -339,7 +340,7 @@ class Stage:
     def commit(self, store: Store, name: str) -> None:
         """Write all sums so far, and which microbatches they contain, into one file, atomically."""
         assert self._gatherer is not None and not self._open
-        seen = torch.tensor(sorted(self._seen), dtype=torch.int64)
+        seen = torch.tensor(list(self._seen), dtype=torch.int64)
         write_tensors(store, name, self._gatherer.state() | {_SEEN: seen}, {})
 
     def names(self) -> tuple[str, ...]:
