@@ -187,6 +187,23 @@ def test_low_rank_scores_are_those_of_the_truncated_ihvp(
     assert worst(by_id(scores, WIDE), want) < EXACT
 
 
+@pytest.mark.parametrize("case", [WIDE, MLP, LLAMA], ids=lambda case: case.name)
+def test_scores_do_not_depend_on_how_much_is_formed_at_once(
+    fits, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Whole blocks of a small network fit into a piece: here it takes a few outputs.
+    pairs, own = dense_scores(fits.truth(case), fits.run(case), case)
+    for module in ("scores", "gradients"):
+        monkeypatch.setattr(f"raycurv.mathematics.{module}.PIECE", 50)
+    monkeypatch.setattr("raycurv.mathematics.gradients.CHUNK", 50)
+    made = fits.run(case).influence(
+        list(case.queries), list(case.data), fits.place(), quiet=True, address="none",
+        rank="full", self_influence=True,
+    )  # fmt: skip
+    assert worst(by_id(made, case), pairs.sum(dim=2)) < EXACT
+    assert worst(own_scores(made, case), own.sum(dim=1)) < EXACT
+
+
 def test_a_rank_as_large_as_the_block_scores_as_full_rank(fits) -> None:
     assert worst(by_id(fits.scores(WIDE, rank=24), WIDE), by_id(fits.scores(WIDE), WIDE)) < EXACT
     assert worst(by_id(fits.scores(WIDE, rank=4), WIDE), by_id(fits.scores(WIDE), WIDE)) > 1e-6
