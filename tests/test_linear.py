@@ -47,6 +47,25 @@ def test_output_and_gradient_are_those_of_linear(calls, bias: bool, shape: tuple
     assert len(calls) == (2 if x.numel() else 0)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(40, 64), (2, 20, 64)])
+def test_a_model_may_change_the_output_in_place(calls, bias: bool, shape: tuple[int, ...]) -> None:
+    layer = nn.Linear(64, 64, bias=bias).requires_grad_(False)
+
+    def model(x: Tensor) -> Tensor:
+        y = layer(x)
+        y[..., :32].mul_(3)
+        return nn.functional.relu(y, inplace=True)
+
+    x = torch.randn(shape, requires_grad=True)
+    (want,) = torch.autograd.grad(model(x).sum(), x)
+    with FrozenLinear():
+        y = model(x)
+    (got,) = torch.autograd.grad(y.sum(), x)
+    assert worst(got, want.double()) <= ROUNDING
+    assert len(calls) == 2
+
+
 def test_two_draws_go_back_through_one_graph() -> None:
     layer = nn.Linear(64, 64).requires_grad_(False)
     x = torch.randn(40, 64, requires_grad=True)

@@ -19,6 +19,7 @@ from raycurv.mathematics.products import rows_times, suits
 
 
 class _Frozen(torch.autograd.Function):
+    # Of rows [R, I]: what it gives is no view, so that a model may go on to change it in place.
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         ctx.save_for_backward(w)
@@ -60,5 +61,6 @@ def _is_frozen(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> boo
 
 
 def _frozen(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    result: Tensor = _Frozen.apply(input, weight, bias)  # type: ignore[no-untyped-call]
-    return result
+    rows = input.flatten(0, -2)
+    result: Tensor = _Frozen.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
+    return result if input.ndim == 2 else result.view(*input.shape[:-1], len(weight))

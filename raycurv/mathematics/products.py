@@ -63,7 +63,8 @@ def rows_times(x: Tensor, w: Tensor) -> Tensor:
     few = min(rows, w.shape[1]) < _FEWEST
     if _multiply is None or few or not (suits(x) and w.dtype == x.dtype):
         return x @ w
-    return _multiply(x.reshape(-1, x.shape[-1]), w.T).view(*x.shape[:-1], w.shape[1])
+    product = _multiply(x.reshape(-1, x.shape[-1]), w.T)
+    return product if x.ndim == 2 else product.view(*x.shape[:-1], w.shape[1])
 
 
 def add_outer(total: Tensor, left: Tensor, right: Tensor) -> None:
