@@ -18,8 +18,6 @@ import shutil
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -150,12 +148,7 @@ def main(job: dict[str, Any]) -> None:
         own = score(shape, out, "self", "train", resume=True).diagonal()
         clock.end()
     np.savez(job["out"], scores=scores, self=own)
-    said = {
-        "phases": {name: asdict(cost) for name, cost in clock.phases.items()},
-        "held": held,
-        "versions": {name: version(name) for name in ("bergson", "torch", "transformers")},
-    }
-    Path(job["out"]).with_suffix(".json").write_text(json.dumps(said))
+    clock.write(Path(job["out"]).with_suffix(".json"), held, ("bergson", "torch", "transformers"))
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@ Imports nothing but Python's own library: both sides of a comparison read it.
 
 from __future__ import annotations
 
+import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -54,6 +56,20 @@ class Clock:
         cost.wall += time.perf_counter() - self._since[1]
         cost.peak = max(cost.peak, resident("VmHWM"))
         self._name = None
+
+    def write(self, path: Path, held: int, packages: Sequence[str]) -> None:
+        """The costs as JSON.
+
+        Args:
+            held: bytes in memory before the first phase.
+            packages: those whose versions are told.
+        """
+        said = {
+            "phases": {name: asdict(cost) for name, cost in self.phases.items()},
+            "held": held,
+            "versions": {name: version(name) for name in packages},
+        }
+        path.write_text(json.dumps(said))
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -10,8 +10,6 @@ import json
 import logging
 import sys
 import warnings
-from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -132,12 +130,9 @@ def main(job: dict[str, Any]) -> None:
             analyzer.compute_self_scores("self", "ekfac", train, batch, score_args=scored)
             own = analyzer.load_self_scores("self")[ALL_MODULE_NAME]
     np.savez(job["out"], scores=scores.double().numpy(), self=own.double().numpy())
-    said = {
-        "phases": {name: asdict(cost) for name, cost in clock.phases.items()},
-        "held": held,
-        "versions": {name: version(name) for name in ("kronfluence", "torch", "transformers")},
-    }
-    Path(job["out"]).with_suffix(".json").write_text(json.dumps(said))
+    clock.write(
+        Path(job["out"]).with_suffix(".json"), held, ("kronfluence", "torch", "transformers")
+    )
 
 
 if __name__ == "__main__":

@@ -19,8 +19,6 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -127,12 +125,7 @@ def main(job: dict[str, Any]) -> None:
         own = found.self_influence().sort_by("id")["score"].to_numpy()
         clock.end()
     np.savez(job["out"], scores=scores, self=own)
-    said = {
-        "phases": {name: asdict(cost) for name, cost in clock.phases.items()},
-        "held": held,
-        "versions": {name: version(name) for name in ("raycurv", "torch", "transformers")},
-    }
-    Path(job["out"]).with_suffix(".json").write_text(json.dumps(said))
+    clock.write(Path(job["out"]).with_suffix(".json"), held, ("raycurv", "torch", "transformers"))
 
 
 if __name__ == "__main__":

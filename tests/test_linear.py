@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from networks import vectors
 from test_products import worst
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+import raycurv
 from raycurv.mathematics import linear as module
 from raycurv.mathematics.linear import FrozenLinear
 
@@ -64,6 +67,34 @@ def test_a_model_may_change_the_output_in_place(calls, bias: bool, shape: tuple[
     (got,) = torch.autograd.grad(y.sum(), x)
     assert worst(got, want.double()) <= ROUNDING
     assert len(calls) == 2
+
+
+def test_passes_go_through_it_and_end_as_with_torch(
+    calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Linear(40, 64), nn.ReLU(inplace=True), nn.Linear(64, 64), nn.SiLU(inplace=True),
+            nn.Linear(64, 40),
+        )  # fmt: skip
+
+    rows = vectors(80, 40, "classes")
+
+    def scored(name: str) -> Tensor:
+        how = dict(address="none", quiet=True, batch_tokens=40)
+        run = raycurv.fit(
+            network, rows, tmp_path / name, objective="classification", fisher="empirical", **how
+        )
+        scores = run.influence(rows[:3], rows, tmp_path / f"{name}-scores", rank="full", **how)
+        return torch.from_numpy(scores.matrix()[0])
+
+    fast = scored("fast")
+    assert calls
+    calls.clear()
+    monkeypatch.setattr(module, "suits", lambda _: False)
+    assert worst(fast, scored("torch").double()) <= 1e-4
+    assert not calls
 
 
 def test_two_draws_go_back_through_one_graph() -> None:
