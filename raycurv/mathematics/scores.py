@@ -187,7 +187,7 @@ def _token_scores(
 
 
 class SelfScores:
-    """Scores every example against itself, at full rank, in the eigenbasis.
+    """Scores examples against themselves, at full rank, in the eigenbasis, a block at a time.
 
     Args:
         curvatures: block name -> its curvature.
@@ -202,9 +202,9 @@ class SelfScores:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        computed = torch.float64 if dtype == torch.float64 else torch.float32
         self._device = device
-        self._preconditioner = Preconditioner.of(curvatures, damping, self._dtype, device)
+        self._preconditioner = Preconditioner.of(curvatures, damping, computed, device)
 
     @property
     def bases(self) -> dict[str, Eigenbasis]:
@@ -221,13 +221,3 @@ class SelfScores:
                 squares = squares.mul_(inverse[outputs])
             scores[part] += squares.sum(dim=2).sum(dim=1, dtype=torch.float64)
         return scores
-
-    def add(self, draws: Sequence[Captured]) -> dict[str, Tensor]:
-        """``self_scores [N]``, float64."""
-        (captured,) = draws
-        blocks = self._preconditioner.blocks
-        rotations = Rotations(captured, self.bases, blocks, self._dtype)
-        scores = torch.zeros(captured.batch.size, dtype=torch.float64, device=self._device)
-        for block in blocks:
-            scores += self.of_block(block, rotations)
-        return {"self_scores": scores}
