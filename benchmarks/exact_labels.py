@@ -19,7 +19,7 @@ from torch import Tensor
 
 import raycurv
 from raycurv.batch import Batch
-from raycurv.mathematics.objective import Uniform
+from raycurv.mathematics.loss.objective import Uniform
 
 _EXACT = 2  # a class that two classes do not have
 

@@ -130,7 +130,7 @@ def measure(place: Path, sizes: dict[str, int], repeats: int) -> dict[str, dict[
 
     import raycurv
     from raycurv.stages import pool
-    from raycurv.stages.memory import give_back
+    from raycurv.stages.heap import give_back
 
     taken: list[float] = []
     inner = pool.timed

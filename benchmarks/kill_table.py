@@ -169,7 +169,7 @@ def task_killed(fit: Callable[..., Path], reference: Path) -> Row:
     """An eigendecomposition whose process is killed."""
     from test_kills import died_in_a_task
 
-    from raycurv.driver import fitting
+    from raycurv.jobs.fit import fitting
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fitting, "decompose_factor", died_in_a_task)

@@ -25,7 +25,7 @@ import ray
 import tyro
 
 import raycurv
-from raycurv.onray.pool import OnRay
+from raycurv.onray.ray_pool import OnRay
 from raycurv.stages.pool import InProcess
 
 ROOT = Path(__file__).parents[1]

@@ -30,11 +30,11 @@ from shapes import SHAPES, SpeedShape, load_network
 from torch import nn
 
 import raycurv
-from raycurv.driver.fitting import fit
-from raycurv.driver.influence import influence
-from raycurv.driver.phase import Phase
-from raycurv.driver.progress import Reporter
 from raycurv.driver.settings import IN_MEMORY
+from raycurv.jobs.fit.fitting import fit
+from raycurv.jobs.influence.scoring import influence
+from raycurv.progress.phase import Phase
+from raycurv.progress.reporter import Reporter
 
 # What the run's own phases begin.
 BEGINS = {"eigendecompositions": "eigendecomposition", "second pass: Λ": "lambda"}

@@ -22,10 +22,10 @@ import llama_checkpoint
 import ray
 import tyro
 
-from raycurv.driver.fitting import fit
-from raycurv.driver.progress import Reporter
 from raycurv.driver.settings import FitSettings
-from raycurv.stages.timeline import Span
+from raycurv.jobs.fit.fitting import fit
+from raycurv.progress.reporter import Reporter
+from raycurv.stages.spans import Span
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENS, EXAMPLES = 128, 80

@@ -3,9 +3,9 @@
 from loading import loading
 
 with loading("evaluate.py"):
-    from raycurv.driver.command import run_job
-    from raycurv.driver.evaluating import evaluate
     from raycurv.driver.settings import EvaluateSettings
+    from raycurv.jobs.command import run_job
+    from raycurv.jobs.evaluate.evaluating import evaluate
 
 if __name__ == "__main__":
     run_job(EvaluateSettings, evaluate, "evaluate.py")

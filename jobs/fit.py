@@ -3,9 +3,9 @@
 from loading import loading
 
 with loading("fit.py"):
-    from raycurv.driver.command import run_job
-    from raycurv.driver.fitting import fit
     from raycurv.driver.settings import FitSettings
+    from raycurv.jobs.command import run_job
+    from raycurv.jobs.fit.fitting import fit
 
 if __name__ == "__main__":
     run_job(FitSettings, fit, "fit.py")

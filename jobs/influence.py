@@ -3,9 +3,9 @@
 from loading import loading
 
 with loading("influence.py"):
-    from raycurv.driver.command import run_job
-    from raycurv.driver.influence import influence
     from raycurv.driver.settings import InfluenceSettings
+    from raycurv.jobs.command import run_job
+    from raycurv.jobs.influence.scoring import influence
 
 if __name__ == "__main__":
     run_job(InfluenceSettings, influence, "influence.py")

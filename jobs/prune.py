@@ -3,9 +3,9 @@
 from loading import loading
 
 with loading("prune.py"):
-    from raycurv.driver.command import run_job
-    from raycurv.driver.prune_settings import PruneSettings
-    from raycurv.driver.pruning import prune
+    from raycurv.jobs.command import run_job
+    from raycurv.jobs.prune.prune_settings import PruneSettings
+    from raycurv.jobs.prune.pruning import prune
 
 if __name__ == "__main__":
     run_job(PruneSettings, prune, "prune.py")

@@ -4,9 +4,9 @@ were."""
 from loading import loading
 
 with loading("timeline.py"):
-    from raycurv.driver.command import run_job
     from raycurv.driver.settings import TimelineSettings
-    from raycurv.driver.watching import show_timeline
+    from raycurv.jobs.command import run_job
+    from raycurv.jobs.timeline.watching import show_timeline
 
 if __name__ == "__main__":
     run_job(TimelineSettings, lambda settings, reporter: show_timeline(settings), "timeline.py")

@@ -8,12 +8,12 @@ from typing import Any
 import pyarrow as pa
 
 from raycurv.data.sources import Source
-from raycurv.driver.evaluating import evaluate as run_evaluate
-from raycurv.driver.progress import Reporter
 from raycurv.driver.settings import EvaluateSettings
 from raycurv.files.store import Store
 from raycurv.files.tables import read_directory
-from raycurv.mathematics.objective import Objective
+from raycurv.jobs.evaluate.evaluating import evaluate as run_evaluate
+from raycurv.mathematics.loss.objective import Objective
+from raycurv.progress.reporter import Reporter
 from raycurv.run import Model, named
 
 

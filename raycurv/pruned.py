@@ -7,11 +7,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from raycurv.driver.pruning import PRUNED_FILE
 from raycurv.errors import UserError
 from raycurv.files.manifest import Manifest
 from raycurv.files.store import Store, open_store
 from raycurv.files.tables import SALIENCY, read_directory, read_table
+from raycurv.jobs.prune.pruning import PRUNED_FILE
 
 
 class Pruned:

@@ -12,13 +12,6 @@ import pyarrow.compute as pc
 from torch import Tensor, nn
 
 from raycurv.data.sources import Source
-from raycurv.driver.fitted import fitted_model, read_fit
-from raycurv.driver.fitting import fit as run_fit
-from raycurv.driver.influence import influence as run_influence
-from raycurv.driver.parents import SHARED
-from raycurv.driver.progress import Reporter
-from raycurv.driver.prune_settings import PruneSettings
-from raycurv.driver.pruning import prune as run_prune
 from raycurv.driver.settings import IN_MEMORY, FitSettings, InfluenceSettings
 from raycurv.errors import DamagedFile, UserError
 from raycurv.files.artifacts import (
@@ -33,12 +26,19 @@ from raycurv.files.manifest import Manifest
 from raycurv.files.row_files import open_rows
 from raycurv.files.store import Store, open_store
 from raycurv.files.tables import iterate_directory, read_directory, scores_schema
+from raycurv.jobs.fit.fitting import fit as run_fit
+from raycurv.jobs.fit.parents import SHARED
+from raycurv.jobs.fitted import fitted_model, read_fit
+from raycurv.jobs.influence.scoring import influence as run_influence
+from raycurv.jobs.prune.prune_settings import PruneSettings
+from raycurv.jobs.prune.pruning import prune as run_prune
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.curvature import BlockCurvature
 from raycurv.mathematics.gradient_statistics import GradientStatistics
-from raycurv.mathematics.objective import Objective
-from raycurv.mathematics.rank_curvature import RankCurvature
-from raycurv.mathematics.rank_fisher import RankFisher
+from raycurv.mathematics.loss.objective import Objective
+from raycurv.mathematics.rank.rank_curvature import RankCurvature
+from raycurv.mathematics.rank.rank_fisher import RankFisher
+from raycurv.progress.reporter import Reporter
 from raycurv.pruned import Pruned
 
 Model = str | os.PathLike[str] | Callable[[], nn.Module]

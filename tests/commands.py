@@ -23,16 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from raycurv.data.sources import fingerprint
-from raycurv.driver.command import run_job
 from raycurv.driver.corpus import open_corpus
-from raycurv.driver.evaluating import evaluate
-from raycurv.driver.fitting import fit
-from raycurv.driver.influence import influence
-from raycurv.driver.losses import Losses
-from raycurv.driver.planning import plan
-from raycurv.driver.progress import Reporter
-from raycurv.driver.prune_settings import PruneSettings
-from raycurv.driver.pruning import prune
 from raycurv.driver.settings import (
     EvaluateSettings,
     FitSettings,
@@ -40,10 +31,19 @@ from raycurv.driver.settings import (
     PlanSettings,
     TimelineSettings,
 )
-from raycurv.driver.watching import show_timeline
 from raycurv.driver.workers import Workers
 from raycurv.files.manifest import Manifest
 from raycurv.files.store import Store
+from raycurv.jobs.command import run_job
+from raycurv.jobs.evaluate.evaluating import evaluate
+from raycurv.jobs.fit.fitting import fit
+from raycurv.jobs.influence.scoring import influence
+from raycurv.jobs.losses import Losses
+from raycurv.jobs.plan.estimating import plan
+from raycurv.jobs.prune.prune_settings import PruneSettings
+from raycurv.jobs.prune.pruning import prune
+from raycurv.jobs.timeline.watching import show_timeline
+from raycurv.progress.reporter import Reporter
 
 ROOT = Path(__file__).resolve().parent.parent
 JOBS: dict[str, tuple[Any, Callable[..., Any]]] = {

@@ -15,7 +15,7 @@ import pytest
 
 from raycurv.files.store import Store
 from raycurv.files.tables import read_directory
-from raycurv.onray.pool import OnRay
+from raycurv.onray.ray_pool import OnRay
 
 
 @dataclass

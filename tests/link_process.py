@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from raycurv.errors import LostPeer
-from raycurv.stages.links import Links, Ticket
-from raycurv.stages.pair import Pair
+from raycurv.links.links import Links, Ticket
+from raycurv.links.pair import Pair
 from raycurv.stages.schedule import pipelined
 
 MIB = 2**20
@@ -217,7 +217,7 @@ class Handle:
     def __init__(self) -> None:
         # A server that has imported torch, and forks: a process of its own takes seconds each.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["raycurv.stages.links"])
+        context.set_forkserver_preload(["raycurv.links.links"])
         self._pipe, child = context.Pipe()
         self._process = context.Process(target=serve, args=(child,), daemon=True)
         self._process.start()

@@ -254,7 +254,7 @@ def test_recorded_labels_are_read_and_not_drawn_again(
     def draw(*_: Any) -> None:
         raise AssertionError("drawn again")
 
-    monkeypatch.setattr("raycurv.mathematics.objective.Classification.sample", draw)
+    monkeypatch.setattr("raycurv.mathematics.loss.objective.Classification.sample", draw)
     merged = first.merge(rest, out=fits.place(), keep_sums=True, address="none", quiet=True)
     left = merged.subtract(first, out=fits.place(), keep_sums=True, address="none", quiet=True)
     assert len(left.examples()) == len(rest.examples())

@@ -84,7 +84,7 @@ def test_sum_of_eigenvalues_is_the_same_in_any_orthonormal_basis(
         return Eigenbasis((q.to(dtype),), (torch.ones(len(q), dtype=torch.float64),))
 
     fitted = fits.run(case).blocks().to_pylist()
-    monkeypatch.setattr("raycurv.driver.decompositions.decompose", elsewhere)
+    monkeypatch.setattr("raycurv.steps.decompositions.decompose", elsewhere)
     run = fits.run(case, commit_seconds=1e6)  # a run of its own
     truth = fits.truth(case)
     for before, after in zip(fitted, run.blocks().to_pylist(), strict=True):

@@ -9,8 +9,8 @@ import torch
 from dense import mix as mix_integers
 from dense import uniform as uniform_integers
 
-from raycurv.mathematics.draws import _mix, draw_categorical, id_keys, uniforms
-from raycurv.mathematics.objective import Regression
+from raycurv.mathematics.loss.draws import _mix, draw_categorical, id_keys, uniforms
+from raycurv.mathematics.loss.objective import Regression
 
 # Every statistical test draws from fixed seeds: it passes or fails always. ALPHA is how rare an
 # excess must be under the right distribution to be called wrong.

@@ -28,16 +28,16 @@ from torch import Tensor, nn
 
 import raycurv
 from raycurv import UserError
-from raycurv.driver import check
-from raycurv.driver.evaluating import evaluate
-from raycurv.driver.progress import Reporter
 from raycurv.driver.settings import EvaluateSettings
 from raycurv.files.store import Store
 from raycurv.files.weights import write_checkpoint
+from raycurv.jobs import check
+from raycurv.jobs.evaluate.evaluating import evaluate
 from raycurv.mathematics.blocks import choose_blocks
 from raycurv.models.model import open_model
 from raycurv.models.patched import Patched
 from raycurv.models.stored import Patch
+from raycurv.progress.reporter import Reporter
 from raycurv.stages.stage import Stage
 
 # float64, where sums may be taken in another order; max |difference| over max |reference|.

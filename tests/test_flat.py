@@ -19,15 +19,17 @@ import torch
 from raycurv.data.digests import BYTES, Digests, Smallest, digest
 from raycurv.data.examples import Example
 from raycurv.data.microbatch import plan_microbatches
-from raycurv.driver import fitting, rows, timeline
+from raycurv.driver import sinks as rows
+from raycurv.driver import timeline_table as timeline
 from raycurv.driver.commits import plan_mark
 from raycurv.driver.corpus import Corpus, store_corpus, stored_corpus, whole_ids
 from raycurv.driver.feed import Feed
-from raycurv.driver.rows import ExampleRows, Pile, ScoreRows
+from raycurv.driver.sinks import ExampleRows, Pile, ScoreRows
 from raycurv.files.store import Store
+from raycurv.jobs.fit import fitting
 from raycurv.planning.shapes import DataShape
 from raycurv.stages.seen import Seen
-from raycurv.stages.timeline import Record, Span
+from raycurv.stages.spans import Record, Span
 
 MANY = 200_000
 # Of ids 14 characters and an offset of 8, lengths 4, the plan 8 and as much a microbatch.

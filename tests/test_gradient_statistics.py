@@ -302,7 +302,7 @@ def test_a_finished_run_is_given_its_statistics_and_nothing_else(
 
     with monkeypatch.context() as patch:
         patch.setattr(Stage, "backward", noted)
-        patch.setattr("raycurv.driver.decompositions.decompose", None)
+        patch.setattr("raycurv.steps.decompositions.decompose", None)
         fit(tmp_path / "run", method=method, gradients=True, **how)
     assert set(passes) == {"gradients"}
     allowed = (*THEIRS, "tables/blocks/", "tables/spectrum/")

@@ -12,8 +12,8 @@ from networks import CASES, LLAMA, MLP, Case, language_model, sentences, vectors
 from torch import Tensor, nn
 
 import raycurv
-from raycurv.mathematics import ihvp
-from raycurv.mathematics.ihvp import kept_rank, truncated_svd
+from raycurv.mathematics.influence import ihvp
+from raycurv.mathematics.influence.ihvp import kept_rank, truncated_svd
 
 # A solve with a condition number of at most some thousands, in float64.
 SOLVED = 1e-9

@@ -27,7 +27,7 @@ from results import assert_close, assert_same, changed
 
 import raycurv
 from raycurv import RaycurvError
-from raycurv.driver import decompositions
+from raycurv.steps import decompositions
 
 torch.set_num_threads(1)
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 import raycurv
-from raycurv.mathematics import linear as module
-from raycurv.mathematics.linear import FrozenLinear
+from raycurv.mathematics import frozen_linear as module
+from raycurv.mathematics.frozen_linear import FrozenLinear
 
 # float32 rounding over 300 terms.
 ROUNDING = 2e-6

@@ -14,9 +14,9 @@ import torch
 from link_process import MIB, Chain, Handle, bits_of, tensors
 
 from raycurv.errors import LostPeer, OutOfOrder
-from raycurv.stages import pair as pair_module
-from raycurv.stages.links import Links, Ticket
-from raycurv.stages.pair import Pair, backend_between
+from raycurv.links import pair as pair_module
+from raycurv.links.links import Links, Ticket
+from raycurv.links.pair import Pair, backend_between
 
 # Long enough for a machine under load, short enough to wait for.
 SILENT_SECONDS = 2.0

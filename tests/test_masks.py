@@ -10,9 +10,9 @@ from torch import Tensor
 
 import raycurv
 from raycurv.errors import NumericalError
-from raycurv.mathematics import selection
 from raycurv.mathematics.blocks import Block
-from raycurv.mathematics.masks import (
+from raycurv.mathematics.pruning import selection
+from raycurv.mathematics.pruning.masks import (
     all_kept,
     candidates,
     columns_mask,
@@ -21,7 +21,7 @@ from raycurv.mathematics.masks import (
     sets_kept,
     single_weights,
 )
-from raycurv.mathematics.selection import (
+from raycurv.mathematics.pruning.selection import (
     below,
     count_ties,
     find_prefix,
@@ -30,7 +30,7 @@ from raycurv.mathematics.selection import (
     share_ties,
     smallest,
 )
-from raycurv.mathematics.structures import column_runs
+from raycurv.mathematics.pruning.structures import column_runs
 
 SALIENCY = numbers(D_OUT, D_IN, seed=5).square().float()
 

@@ -15,11 +15,11 @@ from test_scores import by_id, own_scores
 from torch import Tensor, nn
 
 import raycurv
-from raycurv.driver import rank_products
 from raycurv.errors import NumericalError, UserError
 from raycurv.files.row_files import open_rows
-from raycurv.mathematics.rank_fisher import RankFisher
-from raycurv.mathematics.rank_inverse import rank_inverse
+from raycurv.jobs import rank_products
+from raycurv.mathematics.rank.rank_fisher import RankFisher
+from raycurv.mathematics.rank.rank_inverse import rank_inverse
 
 # Sums of a handful of gradients in float64.
 EXACT = 1e-10

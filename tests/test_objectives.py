@@ -16,7 +16,7 @@ from torch import Tensor
 
 import raycurv
 from raycurv.batch import Batch
-from raycurv.mathematics.evaluate import evaluate
+from raycurv.mathematics.loss.differentiation import evaluate
 
 EXACT = 1e-10  # float64; slices add up in another order
 

@@ -8,7 +8,7 @@ from itertools import combinations, pairwise
 import pytest
 
 from raycurv.errors import UserError
-from raycurv.stages.placement import (
+from raycurv.stages.dealing import (
     Slot,
     cut_stages,
     eigh_cost,

@@ -14,15 +14,15 @@ import torch
 from commands import Outcome, run_here, save_llama, texts, write_rows
 
 from raycurv.batch import Batch
-from raycurv.driver import check
 from raycurv.errors import UserError
+from raycurv.jobs import check
 from raycurv.mathematics.blocks import Block, choose_blocks
 from raycurv.mathematics.capture import Capture, Record
 from raycurv.models.model import Outline, open_model, open_outline
 from raycurv.planning.advice import Bounds, advise, as_sentence
 from raycurv.planning.arrangement import Arrangement, Peak
-from raycurv.planning.fit import plan_fit
-from raycurv.planning.influence import plan_influence
+from raycurv.planning.fit_plan import plan_fit
+from raycurv.planning.influence_plan import plan_influence
 from raycurv.planning.job import Job
 from raycurv.planning.plan import Phase, Plan
 from raycurv.planning.rates import Rates
@@ -30,7 +30,7 @@ from raycurv.planning.shapes import DataShape, Recipe, StageShape, stage_shapes
 from raycurv.planning.sizes import sizes
 from raycurv.planning.supply import Supply, memory_here
 from raycurv.planning.trace import trace
-from raycurv.stages.placement import cut_stages
+from raycurv.stages.dealing import cut_stages
 
 # hidden, feed-forward, layers, heads, key-value heads, vocabulary; then sizes worked out by hand:
 # factors and Λ in float32 (GB), factors, widest, covariance and propagation (GFLOP a token).

@@ -40,8 +40,8 @@ from torch import nn
 
 import raycurv
 from raycurv import UserError
-from raycurv.driver import pruning, surgery
-from raycurv.driver.losses import Losses
+from raycurv.jobs.losses import Losses
+from raycurv.jobs.prune import pruning, surgery
 from raycurv.pruned import Pruned
 from raycurv.stages.pool import InProcess
 

@@ -41,7 +41,7 @@ from raycurv.mathematics.blocks import choose_blocks
 from raycurv.models.model import open_model
 from raycurv.models.patched import Patched
 from raycurv.models.stored import Patch
-from raycurv.onray.pool import OnRay
+from raycurv.onray.ray_pool import OnRay
 from raycurv.stages.stage import StageSpec
 from raycurv.stages.transport import Packed, pack, unpack
 

@@ -31,12 +31,12 @@ from safetensors.torch import load_file
 
 import raycurv
 from raycurv import DamagedFile, RaycurvError
-from raycurv.driver import decompositions
 from raycurv.files.artifacts import read_eigen
 from raycurv.files.store import Store
 from raycurv.files.tables import read_rows, read_table
 from raycurv.files.tensorfile import open_tensors, write_tensors
 from raycurv.stages.stage import Stage
+from raycurv.steps import decompositions
 
 torch.set_num_threads(1)
 

@@ -23,12 +23,12 @@ from torch import Tensor
 
 import raycurv
 from raycurv.errors import NumericalError
-from raycurv.mathematics import pattern as patterns
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.curvature import BlockCurvature, Damping
 from raycurv.mathematics.eigen import Eigenbasis
-from raycurv.mathematics.pattern import obs_pattern, rank_pattern, summed_pattern
-from raycurv.mathematics.saliency import (
+from raycurv.mathematics.pruning import pattern as patterns
+from raycurv.mathematics.pruning.pattern import obs_pattern, rank_pattern, summed_pattern
+from raycurv.mathematics.pruning.saliency import (
     after_newton_step,
     block_obd,
     block_obs,
@@ -37,13 +37,13 @@ from raycurv.mathematics.saliency import (
     rank_diagonal,
     rank_obs,
 )
-from raycurv.mathematics.set_saliency import (
+from raycurv.mathematics.pruning.set_saliency import (
     column_saliencies,
     rank_column_saliencies,
     rank_row_saliencies,
     row_saliencies,
 )
-from raycurv.mathematics.structures import NofM, column_runs, column_sums, row_sums
+from raycurv.mathematics.pruning.structures import NofM, column_runs, column_sums, row_sums
 
 # Float64 solves, kept in float32: half of its last place is 6e-8.
 ROUNDED = 1e-7

@@ -15,8 +15,8 @@ from test_ihvp import WIDE, fit_settings
 from torch import Tensor
 
 import raycurv
-from raycurv.mathematics import ihvp
 from raycurv.mathematics.gradients import Rotations, example_gradients
+from raycurv.mathematics.influence import ihvp
 
 # Dot products of dense solves in float64.
 EXACT = 1e-9
@@ -170,9 +170,9 @@ def test_low_rank_scores_are_those_of_the_truncated_ihvp(
     numbers_at_once: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("raycurv.mathematics.scores.TOGETHER", numbers_at_once)
+    monkeypatch.setattr("raycurv.mathematics.influence.scores.TOGETHER", numbers_at_once)
     monkeypatch.setattr(
-        "raycurv.mathematics.scores.score_through_gradients", lambda *_: through_gradients
+        "raycurv.mathematics.influence.scores.score_through_gradients", lambda *_: through_gradients
     )
     run = fits.run(WIDE)
     made = run.ihvp(list(WIDE.queries), fits.place(), quiet=True, address="none", rank=4)

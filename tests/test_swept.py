@@ -30,7 +30,7 @@ from test_resume import (
 import raycurv
 from raycurv.files.spool import KINDS, LostSpool, Spool, spool_directory
 from raycurv.files.store import Store
-from raycurv.stages.placement import group_stages
+from raycurv.stages.dealing import group_stages
 from raycurv.stages.stage import Stage
 
 torch.set_num_threads(1)

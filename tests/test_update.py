@@ -24,11 +24,11 @@ from torch import Tensor
 
 import raycurv
 from raycurv.errors import NumericalError
-from raycurv.mathematics import rank_update
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.curvature import BlockCurvature, Damping
 from raycurv.mathematics.eigen import Eigenbasis
-from raycurv.mathematics.rank_update import (
+from raycurv.mathematics.pruning import rank_update
+from raycurv.mathematics.pruning.rank_update import (
     masked_gram,
     projection,
     rank_increase,
@@ -37,7 +37,7 @@ from raycurv.mathematics.rank_update import (
     updated_block,
     updated_part,
 )
-from raycurv.mathematics.update import Solver, joint_update, predicted_increase
+from raycurv.mathematics.pruning.update import Solver, joint_update, predicted_increase
 
 # Solves with condition numbers of at most some thousands, in float64.
 SOLVED = 1e-9

@@ -25,19 +25,19 @@ from failures import Strike, lost, striking, timeline
 from rich.console import Console
 
 from raycurv.batch import Batch
-from raycurv.driver import displays
-from raycurv.driver.activity import MOST_LINES, Activity
-from raycurv.driver.fitting import fit
-from raycurv.driver.lanes import Lanes, read_lanes
-from raycurv.driver.phase import Phase
-from raycurv.driver.picture import BACKWARD, BAR, FORWARD, TURN, draw, save
-from raycurv.driver.progress import Reporter
 from raycurv.driver.settings import FitSettings
-from raycurv.driver.timeline import write_timeline
+from raycurv.driver.timeline_table import write_timeline
 from raycurv.files.store import Store
+from raycurv.jobs.fit.fitting import fit
+from raycurv.jobs.timeline.lanes import Lanes, read_lanes
+from raycurv.jobs.timeline.picture import BACKWARD, BAR, FORWARD, TURN, draw, save
 from raycurv.onray.metrics import ActorMetrics, DriverMetrics
+from raycurv.progress import displays
+from raycurv.progress.activity import MOST_LINES, Activity
+from raycurv.progress.phase import Phase
+from raycurv.progress.reporter import Reporter
 from raycurv.stages.pool import InProcess
-from raycurv.stages.timeline import Span, timed
+from raycurv.stages.spans import Span, timed
 from raycurv.stages.transport import pack, unpack
 
 torch.set_num_threads(1)

@@ -32,7 +32,7 @@ from raycurv.errors import DamagedFile
 from raycurv.files.store import Store
 from raycurv.files.tables import read_rows, read_table, write_table
 from raycurv.models.model import Model
-from raycurv.stages.memory import give_back
+from raycurv.stages.heap import give_back
 
 PART = 1024
 WINDOW = 1024

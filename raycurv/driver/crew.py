@@ -18,7 +18,7 @@ from raycurv.driver.commits import Committed, sums_name
 from raycurv.driver.feed import Ends, Feed, Given
 from raycurv.driver.line import Arrived, Line
 from raycurv.files.store import Store
-from raycurv.stages.placement import tree
+from raycurv.stages.dealing import tree
 from raycurv.stages.pool import Pool, StageLost
 from raycurv.stages.stage import Commit, Pass
 

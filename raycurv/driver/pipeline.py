@@ -12,15 +12,15 @@ from typing import Protocol
 
 import torch
 
-from raycurv.driver import stopping
 from raycurv.driver.commits import Committed, last_commit, plan_mark, write_commit
 from raycurv.driver.crew import Crew
 from raycurv.driver.feed import Ends, Feed, Given, Results
-from raycurv.driver.progress import Reporter
-from raycurv.driver.timeline import write_long_timeline, write_timeline
+from raycurv.driver.timeline_table import write_long_timeline, write_timeline
 from raycurv.files.spool import LostSpool
 from raycurv.files.store import Store
 from raycurv.mathematics.gradient_statistics import BLOCK_NORMS
+from raycurv.progress import stopping
+from raycurv.progress.reporter import Reporter
 from raycurv.stages.pool import Pool
 from raycurv.stages.stage import Pass
 

@@ -25,14 +25,14 @@ from torch import Tensor
 from raycurv.driver.commits import plan_mark
 from raycurv.driver.feed import Ends, Feed, Given, ModelEnds, Results
 from raycurv.driver.pipeline import NoSink, Sink, run_pass, take_through
-from raycurv.driver.progress import Reporter
-from raycurv.driver.timeline import write_timeline
+from raycurv.driver.timeline_table import write_timeline
 from raycurv.driver.workers import Workers
 from raycurv.files.manifest import Manifest
 from raycurv.files.spool import LostSpool, Spool, spool_directory
 from raycurv.files.store import Store
-from raycurv.mathematics.evaluate import Target
 from raycurv.mathematics.gradient_statistics import BLOCK_NORMS
+from raycurv.mathematics.loss.differentiation import Target
+from raycurv.progress.reporter import Reporter
 from raycurv.stages.passes import LossPass
 from raycurv.stages.pool import Pool
 from raycurv.stages.stage import Pass

@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from raycurv.driver.progress import Reporter
 from raycurv.driver.settings import Execution
-from raycurv.driver.timeline import write_timeline
+from raycurv.driver.timeline_table import write_timeline
 from raycurv.errors import UserError
 from raycurv.files.store import Store
 from raycurv.mathematics.blocks import Block
 from raycurv.models.model import Model
 from raycurv.models.patched import parts
-from raycurv.stages.memory import RESIDENT, SWEPT
-from raycurv.stages.placement import cut_stages, group_stages
+from raycurv.progress.reporter import Reporter
+from raycurv.stages.dealing import cut_stages, group_stages
+from raycurv.stages.heap import RESIDENT, SWEPT
 from raycurv.stages.pool import InProcess, Pool
 from raycurv.stages.stage import StageSpec, stage_specs
 
@@ -116,8 +116,8 @@ class Workers:
                 self._pool = InProcess()
             else:
                 # Ray takes a second to import, which a job without it need not wait for.
-                from raycurv.onray.pool import OnRay
                 from raycurv.onray.preflight import preflight
+                from raycurv.onray.ray_pool import OnRay
 
                 self._pool = OnRay(
                     self._settings.cluster,

@@ -31,7 +31,7 @@ from raycurv.mathematics.gradient_statistics import (
     GradientStatistics,
     GradientSum,
 )
-from raycurv.mathematics.ihvp import BlockProducts
+from raycurv.mathematics.influence.ihvp import BlockProducts
 
 
 def read_blocks(store: Store) -> tuple[Block, ...]:

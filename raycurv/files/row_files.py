@@ -18,7 +18,7 @@ from raycurv.errors import DamagedFile
 from raycurv.files.store import Store
 from raycurv.files.tensorfile import TensorFile, open_tensors, write_tensors
 from raycurv.mathematics.blocks import Block
-from raycurv.mathematics.rank_fisher import RowSum, gram_of
+from raycurv.mathematics.rank.rank_fisher import RowSum, gram_of
 
 # Elements of a run of outputs: in float64, as they are computed with, 64 MiB.
 RUN = 2**23

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from raycurv.batch import Batch
 from raycurv.errors import UserError
 from raycurv.mathematics.blocks import Block
+from raycurv.models.anatomy import AS_FACTORY, META, Layout, find_layout, hidden_of, run_on_meta
 from raycurv.models.checkpoint import Checkpoint, Weights
 from raycurv.models.checkpoint_files import CheckpointFile, hf_files
-from raycurv.models.layout import AS_FACTORY, META, Layout, find_layout, hidden_of, run_on_meta
 from raycurv.models.stored import Patch, StoredWeight, no_tensor_of_its_own, replacements
 
 TOKENIZER_FILES = (

@@ -11,11 +11,11 @@ import ray
 import torch
 
 from raycurv.errors import RaycurvError
+from raycurv.links.links import Links, Ticket
 from raycurv.onray.metrics import ActorMetrics
-from raycurv.stages.links import Links, Ticket
-from raycurv.stages.memory import give_back, give_back_at_once
+from raycurv.stages.heap import give_back, give_back_at_once
+from raycurv.stages.spans import Span, actor_name, timed
 from raycurv.stages.stage import Stage, StageSpec
-from raycurv.stages.timeline import Span, actor_name, timed
 from raycurv.stages.transport import pack, unpack
 
 # What these give is taken by another actor, never by the driver.

@@ -10,7 +10,7 @@ from typing import Any
 from ray.util.metrics import Counter, Gauge
 
 from raycurv.batch import Batch
-from raycurv.stages.timeline import Span
+from raycurv.stages.spans import Span
 
 # Each microbatch comes by a stage once in one of these; what else takes one looks at it only.
 _FORWARD = ("forward", "turn")

@@ -27,11 +27,11 @@ from raycurv.errors import RaycurvError
 from raycurv.onray.actor import run_task
 from raycurv.onray.connection import nodes
 from raycurv.onray.metrics import DriverMetrics
-from raycurv.onray.placement import Places
+from raycurv.onray.places import Places
+from raycurv.stages.dealing import Slot, next_task
 from raycurv.stages.failures import RUN, Failures, Limits
-from raycurv.stages.placement import Slot, next_task
 from raycurv.stages.pool import Need, Say
-from raycurv.stages.timeline import Record, Span
+from raycurv.stages.spans import Record, Span
 
 _LOST = (
     WorkerCrashedError, OutOfMemoryError, NodeDiedError, ObjectLostError, TaskCancelledError,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from raycurv.planning.memory import Bytes, Moment
+from raycurv.planning.moments import Bytes, Moment
 from raycurv.planning.shapes import StageShape
-from raycurv.stages.placement import group_stages
+from raycurv.stages.dealing import group_stages
 
 Moments = Callable[[StageShape], Sequence[Moment]]
 

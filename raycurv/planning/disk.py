@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from raycurv.planning.memory import gradient_sum_bytes, products_bytes, sum_bytes
+from raycurv.planning.moments import gradient_sum_bytes, products_bytes, sum_bytes
 from raycurv.planning.shapes import DataShape, Recipe, StageShape, squares
 
 Group = Sequence[StageShape]

@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from raycurv.mathematics.gradients import rotate_before
-from raycurv.mathematics.ihvp import kept_rank
-from raycurv.mathematics.scores import score_through_gradients
+from raycurv.mathematics.influence.ihvp import kept_rank
+from raycurv.mathematics.influence.scores import score_through_gradients
 from raycurv.planning.shapes import DataShape, Recipe, StageShape, squares
-from raycurv.stages.placement import eigh_cost
+from raycurv.stages.dealing import eigh_cost
 
 
 def covariance_of_position(stage: StageShape, recipe: Recipe) -> float:

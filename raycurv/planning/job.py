@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from raycurv.planning import disk, flops, memory
+from raycurv.planning import disk, flops
+from raycurv.planning import moments as memory
 from raycurv.planning.arrangement import Arrangement, Moments, Peak, process_peak, stage_peaks
 from raycurv.planning.rates import Rates
 from raycurv.planning.shapes import DataShape, Recipe, StageShape, squares
-from raycurv.stages.placement import makespan
+from raycurv.stages.dealing import makespan
 
 # The head's daemons and the workers that Ray starts before there is work.
 RAY_DAEMONS = 450 * 1000**2

@@ -30,13 +30,13 @@ from raycurv.mathematics.capture import Captured
 from raycurv.mathematics.corrected import CorrectedSum, CorrectedSums
 from raycurv.mathematics.curvature import BlockCurvature, Damping
 from raycurv.mathematics.eigen import Eigenbasis
-from raycurv.mathematics.evaluate import Target
 from raycurv.mathematics.factors import FactorSum, FactorSums
-from raycurv.mathematics.ihvp import BlockProducts, Products
-from raycurv.mathematics.rank_fisher import RowSum, RowSums
-from raycurv.mathematics.rank_inverse import RankInverses
-from raycurv.mathematics.rank_scores import RankSelfScores
-from raycurv.mathematics.scores import PairwiseScores, SelfScores
+from raycurv.mathematics.influence.ihvp import BlockProducts, Products
+from raycurv.mathematics.influence.scores import PairwiseScores, SelfScores
+from raycurv.mathematics.loss.differentiation import Target
+from raycurv.mathematics.rank.rank_fisher import RowSum, RowSums
+from raycurv.mathematics.rank.rank_inverse import RankInverses
+from raycurv.mathematics.rank.rank_scores import RankSelfScores
 
 
 @dataclass(frozen=True)

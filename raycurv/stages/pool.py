@@ -13,9 +13,9 @@ from threadpoolctl import threadpool_limits
 
 from raycurv.mathematics.blocks import Block
 from raycurv.models.model import Model
-from raycurv.stages.memory import give_back
+from raycurv.stages.heap import give_back
+from raycurv.stages.spans import Record, actor_name, timed
 from raycurv.stages.stage import Stage, StageSpec
-from raycurv.stages.timeline import Record, actor_name, timed
 
 # Bytes up to which tasks in one process run beside each other.
 _SMALL = 2**28

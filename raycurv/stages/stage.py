@@ -19,12 +19,12 @@ from raycurv.files.store import Store
 from raycurv.files.tensorfile import open_tensors, write_tensors
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Capture, Captured, Record, check_finite
-from raycurv.mathematics.evaluate import Target, evaluate
-from raycurv.mathematics.linear import FrozenLinear
-from raycurv.mathematics.objective import open_objective
+from raycurv.mathematics.frozen_linear import FrozenLinear
+from raycurv.mathematics.loss.differentiation import Target, evaluate
+from raycurv.mathematics.loss.objective import open_objective
 from raycurv.models.model import Model
 from raycurv.models.patched import repatch
-from raycurv.stages.memory import RESIDENT, give_back, give_back_at_once
+from raycurv.stages.heap import RESIDENT, give_back, give_back_at_once
 from raycurv.stages.seen import Seen
 
 

@@ -1,0 +1,192 @@
+"""Plans of one model and its data under settings that may yet change."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raycurv.data.microbatch import Lengths
+from raycurv.driver.corpus import WINDOW
+from raycurv.driver.pipeline import COMMIT_SECONDS
+from raycurv.driver.settings import (
+    DTYPES,
+    Execution,
+    FitSettings,
+    PlanSettings,
+    parse_bytes,
+    rank_number,
+)
+from raycurv.mathematics.blocks import Block
+from raycurv.models.model import Outline
+from raycurv.planning.advice import (
+    Bounds,
+)
+from raycurv.planning.arrangement import Arrangement
+from raycurv.planning.fit_plan import plan_fit
+from raycurv.planning.influence_plan import plan_influence
+from raycurv.planning.job import Job
+from raycurv.planning.plan import Plan
+from raycurv.planning.rates import Rates
+from raycurv.planning.shapes import DataShape, Recipe, stage_shapes
+from raycurv.planning.supply import Supply, existing_parent, free_disk, resident
+from raycurv.planning.trace import Trace, trace
+from raycurv.stages.dealing import cut_stages
+
+# Microbatches of so many tokens -> the shape of the data.
+ShapeOf = Callable[[int], DataShape]
+
+
+@dataclass
+class Drafts:
+    """Plans of one model and its data under changing settings.
+
+    Attributes:
+        outline: of the model.
+        blocks: chosen of it.
+        settings: how the job runs; a change may take the place of each.
+        recipe: settings that decide sizes.
+        arrangement: where it runs; homes are the settings'.
+        nodes_follow: every resident stage has a node of its own.
+        base: bytes of a process without a stage.
+        rates: of a node; ``None`` for plans without times.
+        spool_apart: the spool has a disk of its own.
+    """
+
+    outline: Outline
+    blocks: Sequence[Block]
+    settings: Execution
+    recipe: Recipe
+    arrangement: Arrangement
+    nodes_follow: bool = False
+    base: int = field(default_factory=resident)
+    rates: Rates | None = None
+    spool_apart: bool = False
+    _traces: dict[tuple[int, int], Trace] = field(default_factory=dict)
+
+    def fit(self, data: ShapeOf, changes: Mapping[str, Any]) -> Plan:
+        """The plan of a fit."""
+        shape = data(changes.get("batch_tokens", self.settings.batch_tokens))
+        return plan_fit(self.job(shape, changes), shape)
+
+    def influence(
+        self, queries: ShapeOf, train: ShapeOf | None, changes: Mapping[str, Any]
+    ) -> Plan:
+        """The plan of a scoring."""
+        tokens = changes.get("batch_tokens", self.settings.batch_tokens)
+        asked, trained = queries(tokens), None if train is None else train(tokens)
+        largest = max((s for s in (asked, trained) if s is not None), key=lambda s: s.rows)
+        job = self.job(largest, changes)
+        # Of the fit alone.
+        job = replace(job, recipe=replace(job.recipe, gradients=False, own=False))
+        return plan_influence(job, asked, trained)
+
+    def job(self, data: DataShape, changes: Mapping[str, Any]) -> Job:
+        """The job with some settings changed."""
+        execution = {k: v for k, v in changes.items() if hasattr(self.settings, k)}
+        numbers = {k: v for k, v in changes.items() if k in ("max_factor_dim", "store_dtype")}
+        if "store_dtype" in numbers:
+            numbers["store_dtype"] = DTYPES[numbers["store_dtype"]]
+        settings = replace(self.settings, **execution)
+        count = settings.stage_count(self.outline.units)
+        homes = settings.homes if settings.schedule == "swept" else count
+        place = replace(self.arrangement, homes=homes)
+        if self.nodes_follow:
+            place = replace(place, nodes=min(homes, count) * place.replicas)
+        cuts = cut_stages(self.outline.unit_costs, count)
+        traced = self.traced(data)
+        stages = stage_shapes(self.outline, cuts, traced, self.recipe.dtype, data.rows)
+        recipe = replace(self.recipe, **numbers)
+        seconds = settings.commit_seconds or COMMIT_SECONDS
+        return Job(stages, recipe, place, self.base, self.rates, seconds, self.spool_apart)
+
+    def traced(self, data: DataShape) -> Trace:
+        """What a forward of the largest microbatch keeps, run without values once."""
+        key = (data.batch_examples, data.batch_positions)
+        if key not in self._traces:
+            self._traces[key] = trace(self.outline, self.blocks, *key, self.recipe.dtype)
+        return self._traces[key]
+
+    def bounds(self, data: ShapeOf) -> Bounds:
+        """Where to look for settings that fit."""
+        # A job without blocks has no axis to cut.
+        widest = max((max(b.d_in, b.d_out) for b in self.blocks), default=1)
+        tokens = self.settings.batch_tokens
+        return Bounds(
+            self.outline.units,
+            min(widest, self.recipe.max_factor_dim or widest),
+            tokens,
+            data(tokens).longest,
+        )
+
+    def now(self) -> dict[str, Any]:
+        """The settings that advice may change."""
+        settings = self.settings
+        store = next(name for name, dtype in DTYPES.items() if dtype == self.recipe.store_dtype)
+        return {
+            "stages": settings.stage_count(self.outline.units),
+            "schedule": settings.schedule,
+            "store_dtype": store,
+        }
+
+
+def recipe_of(settings: FitSettings) -> Recipe:
+    """The settings that decide sizes."""
+    settings = settings.resolved()
+    assert settings.store_dtype is not None
+    recipe = Recipe(
+        method=settings.method,
+        draws=settings.draws,
+        max_factor_dim=settings.max_factor_dim,
+        dtype=DTYPES[settings.dtype],
+        store_dtype=DTYPES[settings.store_dtype],
+        keep_sums=settings.keep_sums,
+        gradients=settings.gradients,
+        own=settings.gradients and settings.fisher == "sampled",
+        logits_chunk=settings.logits_chunk,
+        rows=settings.rows or 0,
+    )
+    if not isinstance(settings, PlanSettings):
+        return recipe
+    return replace(
+        recipe,
+        # Products of M-FAC are whole until they are truncated.
+        rank=None if settings.method == "mfac" else rank_number(settings.rank),
+        query_memory=parse_bytes("--query-memory", settings.query_memory),
+        self_influence=settings.self_influence,
+        ihvp=settings.ihvp,
+    )
+
+
+def arrangement_of(settings: Execution) -> Arrangement:
+    """Where the settings let a job run."""
+    place = Arrangement(
+        replicas=settings.replicas, ray=settings.address != "none", cores=os.cpu_count() or 1
+    )
+    if isinstance(settings, PlanSettings):
+        return replace(place, nodes=settings.nodes or 1, gpus=settings.gpus)
+    if settings.device != "cpu" and torch.cuda.is_available():
+        return replace(place, gpus=torch.cuda.device_count())
+    return place
+
+
+def with_spool(supply: Supply, settings: Execution, directory: Path | None) -> Supply:
+    """Counts the disk of the spool apart, if it has one of its own."""
+    if settings.spool_dir is None:
+        return supply
+    place = existing_parent(Path(settings.spool_dir).expanduser().absolute())
+    if (
+        directory is not None
+        and os.stat(existing_parent(directory)).st_dev == os.stat(place).st_dev
+    ):
+        return supply
+    return replace(supply, spool=free_disk(place))
+
+
+def of_lengths(lengths: Lengths) -> ShapeOf:
+    """The shape of examples of so many tokens each."""
+    return lambda batch_tokens: DataShape.of_lengths(lengths, batch_tokens, WINDOW)

@@ -1,0 +1,1 @@
+"""Curvature of a model on a data set."""

@@ -1,0 +1,285 @@
+"""What a new run takes over from those that it starts from: examples, labels, sums, bases, rows.
+
+    merge, subtract    data/ labels/ blocks.json factors/      then the fit goes on from there
+    extend             blocks.json eigen/                      then Λ of the new data alone
+
+Every file is written whole and depends on the other runs alone, so that the same command goes on
+where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from raycurv.data.examples import Example
+from raycurv.data.sources import Source
+from raycurv.driver.corpus import (
+    PART,
+    Corpus,
+    DrawnLabels,
+    open_corpus,
+    store_corpus,
+    stored_corpus,
+)
+from raycurv.driver.settings import FitSettings
+from raycurv.driver.timeline_table import write_timeline
+from raycurv.errors import DamagedFile, UserError
+from raycurv.files.artifacts import eigen_file, read_factor, write_factor
+from raycurv.files.store import Store
+from raycurv.files.tables import read_directory, read_table, write_table
+from raycurv.files.tensorfile import open_tensors
+from raycurv.jobs.fit.parents import How, Parent, Parents, check_new, places
+from raycurv.models.model import Model
+from raycurv.progress.reporter import Reporter
+from raycurv.stages.pool import Pool
+
+Array = np.ndarray[Any, Any]
+_DIGEST = 16  # bytes
+
+
+def open_examples(
+    store: Store,
+    parents: Parents,
+    source: Source,
+    network: Model,
+    settings: FitSettings,
+    facts: dict[str, Any],
+    reporter: Reporter,
+) -> Corpus:
+    """The examples of a fit: of its own source, or of the runs that it puts together.
+
+    Args:
+        store: of the new run.
+        facts: of the new run; is told how many examples were subtracted with other labels.
+
+    Raises:
+        UserError: a mistake in the source; an example that the extended run has already; examples
+            of two runs that cannot share a microbatch; one that is subtracted is another than the
+            one of its id.
+        DamagedFile: a run has lost examples or labels.
+    """
+    if parents.combined:
+        return _combined(store, parents, settings.fisher == "sampled", facts, reporter)
+    corpus = open_corpus(
+        store, "data", source, "--data", network, settings, settings.max_examples, settings.seed
+    )
+    check_new(parents, corpus)
+    return corpus
+
+
+def _combined(
+    store: Store, parents: Parents, sampled: bool, facts: dict[str, Any], reporter: Reporter
+) -> Corpus:
+    """The examples of all runs, with the labels that were drawn for them."""
+    corpus = stored_corpus(store, "data")
+    if corpus is None:
+        if parents.how == "subtract":
+            others = _check_contents(parents, sampled)
+            facts["subtracted_with_other_labels"] = others
+            if others:
+                reporter.say(
+                    f"{others:,} subtracted examples have other drawn labels than in the first "
+                    "run: what is left of G holds the difference of the two"
+                )
+        tokenizers = [run.corpus.tokenizer for run in parents.runs]
+        corpus = store_corpus(
+            store,
+            "data",
+            _renumbered(parents),
+            f"--{parents.how}",
+            lambda: next(filter(None, tokenizers), {}),
+        )
+    labels = DrawnLabels(store)
+    if sampled and not labels.complete(len(corpus)):
+        held: list[Array] = []
+        part = 0
+        for drawn in _labels(parents):
+            held.append(drawn)
+            if len(held) == PART:
+                labels.write(part, held)
+                held, part = [], part + 1
+        if held:
+            labels.write(part, held)
+    return corpus
+
+
+def take_over_blocks(store: Store, parents: Parents) -> None:
+    """Which blocks read the same tensor is a matter of the model, and known."""
+    if parents.runs and not store.exists("blocks.json"):
+        store.copy("blocks.json", parents.runs[0].store)
+
+
+def take_over_factors(
+    store: Store,
+    parents: Parents,
+    factors: Sequence[str],
+    tasks: Callable[[], Pool],
+    reporter: Reporter,
+) -> None:
+    """Combine the sums of these factors, or copy their bases; a task for each.
+
+    Args:
+        store: of the new run.
+        factors: what is missing.
+        tasks: gives the pool; asked only when something is missing.
+    """
+    if not factors:
+        return
+    stores = tuple(run.store for run in parents.runs)
+    function: Callable[..., None]
+    if parents.extended is not None:
+        label, function = "bases of the run", copy_basis
+        arguments: list[tuple[Any, ...]] = [(store, stores[0], name) for name in factors]
+    else:
+        label, function = "A and G of the runs", combine_factor
+        arguments = [(store, stores, parents.how, name) for name in factors]
+    with reporter.phase(label, len(factors), "factors") as phase:
+        pool = tasks()
+        for _ in pool.map(function, arguments):
+            phase.advance(1)
+    write_timeline(store, pool, label)
+
+
+def copy_basis(store: Store, run: Store, name: str) -> None:
+    """Take over a factor's eigenbasis byte for byte, if it is what its checksums say."""
+    open_tensors(run, eigen_file(name)).read_all()
+    store.copy(eigen_file(name), run)
+
+
+def combine_factor(store: Store, runs: Sequence[Store], how: How, name: str) -> None:
+    """Add a factor's sums and counts in float64, or take the later ones off the first."""
+    total = read_factor(runs[0], name)
+    for run in runs[1:]:
+        other = read_factor(run, name)
+        total = total.plus(other) if how == "merge" else total.minus(other)
+    assert total.count >= 0 and total.rows >= 0
+    write_factor(store, total, total.dtype)
+
+
+def combine_examples(store: Store, parents: Parents, notes: dict[str, str]) -> None:
+    """``tables/examples`` of a method without a second pass: the rows that the runs have."""
+    rows = pa.concat_tables(
+        read_directory(run.store, "tables/examples").take(pa.array(kept, pa.int64()))
+        for run, kept in parents.kept
+    )
+    store.delete_directory("tables/examples")
+    for part, start in enumerate(range(0, len(rows), PART)):
+        write_table(
+            store, f"tables/examples/part-{part:05d}.parquet", rows.slice(start, PART), notes
+        )
+
+
+def copy_examples(store: Store, parent: Parent, notes: dict[str, str]) -> int:
+    """``tables/examples`` of the run that is extended; gives the number of files."""
+    names = parent.store.names("tables/examples", ".parquet")
+    for part, name in enumerate(names):
+        write_table(
+            store, f"tables/examples/part-{part:05d}.parquet", read_table(parent.store, name), notes
+        )
+    return len(names)
+
+
+# Examples and labels
+
+
+def _renumbered(parents: Parents) -> Iterator[Example]:
+    """The kept examples of all runs, numbered anew."""
+    first: Example | None = None
+    index = 0
+    for run, numbers in parents.kept:
+        kept = np.zeros(len(run.corpus), bool)
+        kept[numbers] = True
+        for example in run.corpus.examples():
+            if not kept[example.index]:
+                continue
+            first = first or example
+            if example.input_ids is None and _shapes(example) != _shapes(first):
+                raise UserError(
+                    f"example {example.id!r} of {run.flag}",
+                    f"inputs and labels as those of {first.id!r}: {_shapes(first)}",
+                    str(_shapes(example)),
+                    "Only data of one shape, all with labels or all without, go through together.",
+                )
+            yield replace(example, index=index)
+            index += 1
+
+
+def _shapes(example: Example) -> tuple[tuple[Any, ...] | None, ...]:
+    parts = (example.inputs, example.labels)
+    return tuple(None if part is None else (*part.shape, str(part.dtype)) for part in parts)
+
+
+def _labels(parents: Parents) -> Iterator[Array]:
+    """The labels that were drawn for the kept examples."""
+    for run, numbers in parents.kept:
+        yield from _drawn(run, numbers)
+
+
+def _drawn(run: Parent, numbers: Iterable[int]) -> Iterator[Array]:
+    labels = DrawnLabels(run.store)
+    if not labels.complete(len(run.corpus)):
+        raise DamagedFile(
+            run.store.path("labels"), "the labels that were drawn for all examples", "fewer",
+            "Run its fit again: it makes what is missing.",
+        )  # fmt: skip
+    for n in numbers:
+        yield labels.read([int(n)])[0]
+
+
+def _check_contents(parents: Parents, sampled: bool) -> int:
+    """Refuse to subtract an example that is another than the one of its id.
+
+    Labels that were drawn otherwise (by another kernel, say) are only counted: what is left is then
+    off by the difference of two draws.
+    """
+    first, *others = parents.runs
+    gone = pa.concat_arrays([run.corpus.ids for run in others])
+    digests = bytearray()
+    for run in others:
+        for found in _digests(run, sampled):
+            digests += found
+    other_labels = 0
+    place = places(first.corpus.ids, gone)
+    kept = np.flatnonzero(place >= 0)
+    for n, found in zip(kept, _digests(first, sampled, place >= 0), strict=True):
+        at = 2 * _DIGEST * int(place[n])
+        there = digests[at : at + 2 * _DIGEST]
+        if found[:_DIGEST] != there[:_DIGEST]:
+            raise UserError(
+                f"example {first.corpus.ids[int(n)].as_py()!r}",
+                f"the same content in {first.flag} and in the other run",
+                "another", "Only what has entered a run can be taken out of it.",
+            )  # fmt: skip
+        other_labels += found[_DIGEST:] != there[_DIGEST:]
+    return other_labels
+
+
+def _digests(run: Parent, sampled: bool, only: Array | None = None) -> Iterator[bytes]:
+    """Hashes of each example's content and of its drawn labels, one behind the other.
+
+    Args:
+        only: of which examples, ``[N]`` bool; by default of all.
+    """
+    drawn = _drawn(run, range(len(run.corpus))) if sampled else None
+    for example in run.corpus.examples():
+        labels = None if drawn is None else next(drawn)
+        if only is None or only[example.index]:
+            content = _hash(example.input_ids, example.inputs, example.labels, example.loss_mask)
+            yield content + _hash(labels)
+
+
+def _hash(*arrays: Array | None) -> bytes:
+    digest = hashlib.blake2b(digest_size=_DIGEST)
+    for array in arrays:
+        if array is None:
+            digest.update(b"none;")
+        else:
+            digest.update(f"{array.dtype}{array.shape};".encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.digest()

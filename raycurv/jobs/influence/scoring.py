@@ -1,0 +1,566 @@
+"""Influence: scores of every query against every training example, into a directory of results.
+
+    queries  -> IHVPs -> work/pass-000/ihvp/      as many queries as fit --query-memory
+    training examples · IHVPs -> scores/          streamed, a file a commit
+                                 self/            with --self
+
+Queries that do not fit together take several passes over the training examples; the products of a
+finished query pass are files, so a restart does not make them again. Only where all is one process
+and they are whole (``--rank full``) they stay in memory: each is of the model's size, and takes
+longer to write and read than to make.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from raycurv.data.sources import Source, fingerprint
+from raycurv.data.uri import shown
+from raycurv.driver.commits import last_commit, plan_mark
+from raycurv.driver.corpus import Corpus, open_corpus, stored_corpus
+from raycurv.driver.feed import Feed
+from raycurv.driver.pipeline import NoSink, Sink
+from raycurv.driver.settings import DTYPES, InfluenceSettings, identity, parse_bytes
+from raycurv.driver.sinks import ScoreRows, merge_top
+from raycurv.driver.sweep import Sweep, Task, commit_place, open_spool
+from raycurv.driver.timeline_table import write_timeline
+from raycurv.driver.workers import Workers, check_address
+from raycurv.errors import DamagedFile, UserError
+from raycurv.files.artifacts import ihvp_file, read_blocks, read_products, write_products
+from raycurv.files.lock import hold
+from raycurv.files.manifest import Manifest, continue_or_refuse
+from raycurv.files.store import Store, open_store
+from raycurv.files.tables import footer, read_rows
+from raycurv.files.tensorfile import whole
+from raycurv.jobs.check import check_influence
+from raycurv.jobs.fitted import check_model, fitted_model, read_fit
+from raycurv.jobs.rank_products import make_rank_products, rank_inverses
+from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.curvature import Damping
+from raycurv.mathematics.influence.ihvp import BlockProducts, product_elements
+from raycurv.mathematics.loss.objective import Objective, open_objective
+from raycurv.mathematics.rank.rank_inverse import RankInverses
+from raycurv.models.model import Model, ModelSource, open_model
+from raycurv.progress.reporter import Reporter
+from raycurv.stages.passes import CurvatureSource, QueryPass, ReplayPass, ScorePass
+
+
+def influence(
+    settings: InfluenceSettings,
+    queries: Source | None = None,
+    train: Source | None = None,
+    model: ModelSource | None = None,
+    objective: Objective | None = None,
+    reporter: Reporter | None = None,
+) -> Store:
+    """Score queries against training examples; gives the store of the results.
+
+    Args:
+        settings: of the job; without ``train`` (and ``settings.train``) only IHVPs are made.
+        queries, train: instead of the settings' paths, tables or rows in memory.
+        model: instead of the path that the fit recorded.
+        objective: instead of the name that the fit recorded.
+        reporter: shows progress; by default to the terminal.
+
+    Raises:
+        UserError: a mistake in settings, run, model or data, or another job works on the same
+            directory; nothing that was computed is lost.
+    """
+    if queries is None:
+        queries = settings.queries
+    if train is None:
+        train = settings.train or None
+    settings.check(has_train=train is not None)
+    reporter = reporter or Reporter(log=settings.log)
+    store = open_store(settings.out, "--out")
+    with hold(store, "influence.py", reporter.say):
+        return _influence_held(settings, store, queries, train, model, objective, reporter)
+
+
+def _influence_held(
+    settings: InfluenceSettings,
+    store: Store,
+    queries: Source,
+    train: Source | None,
+    model: ModelSource | None,
+    objective: Objective | None,
+    reporter: Reporter,
+) -> Store:
+    """The scoring, while no other job writes to its directory."""
+    fitted = open_store(settings.run, "--run")
+    fit = read_fit(fitted)
+    blocks = read_blocks(fitted)
+    network = open_model(model if model is not None else fitted_model(fit, fitted.root))
+    check_model(fit, network, fitted.root)
+    named = objective if objective is not None else fit.settings["objective"]
+    per_token = open_objective(named).per_token
+    if settings.per_token and not per_token:
+        raise UserError(
+            "--per-token",
+            "an objective that is called on positions (causal-lm)",
+            str(named),
+            "Leave --per-token out.",
+        )
+    dtype = settings.dtype or fit.settings["dtype"]
+    prints = {"fit": _fit_mark(fit), "queries": fingerprint(queries)}
+    if train is not None:
+        prints["train"] = fingerprint(train)
+    manifest = continue_or_refuse(
+        store,
+        Manifest(
+            "influence",
+            {k: v for k, v in identity(settings).items() if k not in ("run", "queries", "train")}
+            | {"dtype": dtype},
+            prints,
+            {
+                "run": fitted.root,
+                "queries": shown(settings.queries),
+                "train": shown(settings.train),
+            },
+        ),
+    )
+    if "scores" in manifest.complete:
+        if _forget_damaged(store, manifest, blocks if settings.ihvp else ()):
+            reporter.say("some results are gone or damaged: making them again")
+        else:
+            reporter.say(f"complete: {store.root}")
+            return store
+    check_address(settings)
+    corpora = _Corpora(store, fitted, fit, network, settings)
+    with reporter.phase("examples", 1 if train is None else 2, "sources") as phase:
+        asked = corpora.open("queries", queries, "--queries", prints["queries"], None)
+        phase.advance(1)
+        training = None
+        if train is not None:
+            training = corpora.open(
+                "train", train, "--train", prints["train"], settings.max_examples
+            )
+            phase.advance(1)
+    workers = Workers(
+        settings, network, named, blocks, DTYPES[dtype], fit.settings["seed"], reporter, store
+    )
+    lengths = None if training is None else training.lengths
+    check_influence(settings, fit.settings, network, blocks, asked.lengths, lengths, store)
+    if settings.inverse is not None and fit.settings["method"] != "mfac":
+        raise UserError(
+            "--inverse", "a fit with --method mfac", f"one with {fit.settings['method']}",
+            "Leave --inverse out: the other methods have each block's own inverse.",
+        )  # fmt: skip
+    source = CurvatureSource(
+        fitted,
+        fit.settings["method"],
+        int(fit.facts["examples"]),
+        Damping.parse(settings.damping),
+    )
+    job = _Influence(
+        settings,
+        store,
+        blocks,
+        asked,
+        training,
+        source,
+        DTYPES[dtype],
+        manifest,
+        workers,
+        reporter,
+    )
+    try:
+        job.run()
+    finally:
+        workers.close(store)
+    manifest.took(store, reporter.seconds)
+    reporter.summary(job.said(), {"results": store.root})
+    return store
+
+
+def _forget_damaged(store: Store, manifest: Manifest, products: Sequence[Block]) -> bool:
+    """Take back that passes are finished whose files are gone or of another length."""
+    files: dict[str, dict[str, int]] = manifest.facts["files"]
+    damaged = [
+        name
+        for name, sizes in files.items()
+        if any(store.size(file) != size for file, size in sizes.items())
+    ]
+    if not damaged and all(whole(store, ihvp_file(block.name)) for block in products):
+        return False
+    manifest.facts["files"] = {n: sizes for n, sizes in files.items() if n not in damaged}
+    manifest.complete.remove("scores")
+    manifest.write(store)
+    return True
+
+
+def _fit_mark(fit: Manifest) -> dict[str, Any]:
+    return {"settings": fit.settings, "data": fit.fingerprints["data"]}
+
+
+@dataclass(frozen=True)
+class _Corpora:
+    """Finds the examples in the fit's directory, or stores them beside the results."""
+
+    store: Store
+    fitted: Store
+    fit: Manifest
+    network: Model
+    settings: InfluenceSettings
+
+    def open(
+        self, name: str, source: Source, flag: str, mark: Any, max_examples: int | None
+    ) -> Corpus:
+        settings, fit = self.settings, self.fit
+        same = mark == fit.fingerprints["data"] and all(
+            getattr(settings, key) == fit.settings[key] for key in ("max_length", "long")
+        )
+        if same and max_examples is None and fit.settings["max_examples"] is None:
+            # Reading beside another job needs no lock: files are whole. Making them again does.
+            there = stored_corpus(self.fitted, "data")
+            if there is not None:
+                return there
+            with hold(self.fitted, "influence.py", flag="--run"):
+                return open_corpus(
+                    self.fitted, "data", source, flag, self.network, settings, None, settings.seed
+                )
+        return open_corpus(
+            self.store,
+            f"work/{name}",
+            source,
+            flag,
+            self.network,
+            settings,
+            max_examples,
+            settings.seed,
+        )
+
+
+@dataclass
+class _Influence:
+    """One scoring under way."""
+
+    settings: InfluenceSettings
+    store: Store
+    blocks: tuple[Block, ...]
+    queries: Corpus
+    train: Corpus | None
+    source: CurvatureSource
+    dtype: torch.dtype
+    manifest: Manifest
+    workers: Workers
+    reporter: Reporter
+    held: dict[str, BlockProducts] = field(default_factory=dict)
+    """Products that stay in memory, of the queries and stages under way; by block."""
+
+    def said(self) -> str:
+        """What was done, in one line."""
+        if self.train is None:
+            return f"made the IHVPs of {len(self.queries):,} queries"
+        return f"scored {len(self.queries):,} queries against {len(self.train):,} examples"
+
+    def run(self) -> None:
+        groups = self._groups()
+        rank = self.settings.rank
+        self.manifest.facts |= {
+            "queries_scored": len(self.queries),
+            "examples": 0 if self.train is None else len(self.train),
+            "passes": len(groups),
+        }
+        self.reporter.say(
+            f"{len(self.queries):,} queries in {len(groups)} "
+            f"pass{'es' if len(groups) > 1 else ''} over "
+            f"{0 if self.train is None else len(self.train):,} training examples, "
+            f"rank {rank}, damping {self.source.damping}"
+        )
+        self._sweep_leftovers(groups)
+        for number, group in enumerate(groups):
+            if _span(group) in self._finished:
+                continue
+            label = "" if len(groups) == 1 else f", pass {number + 1} of {len(groups)}"
+            self._make_rank_products(group, label)
+            files = self._sweep(group, label, score=self.train is not None)
+            self._finished[_span(group)] = self._sizes(files)
+            self.manifest.write(self.store)
+            if not self.settings.ihvp:
+                self.store.delete_directory(f"work/pass-{_span(group)}")
+        if self.settings.ihvp:
+            self._collect_products(groups)
+        self.store.delete_directory("work")
+        self.manifest.complete.append("scores")
+        self.manifest.write(self.store)
+
+    @property
+    def _finished(self) -> dict[str, dict[str, int]]:
+        """Finished passes: the span of their queries -> their files, with their bytes."""
+        found: dict[str, dict[str, int]] = self.manifest.facts.setdefault("files", {})
+        return found
+
+    def _sizes(self, files: Sequence[str]) -> dict[str, int]:
+        sizes = {}
+        for name in files:
+            size = self.store.size(name)
+            if size is None or read_rows(self.store, name) < 0:
+                raise DamagedFile(self.store.path(name), "a finished file", "none", "Run it again.")
+            sizes[name] = size
+        return sizes
+
+    def _groups(self) -> list[range]:
+        """Queries by pass: as many as keep every stage's products within ``--query-memory``."""
+        # Products of M-FAC start as whole gradients.
+        rank = None if self._mfac else self.settings.rank_number()
+        item = 8 if self.dtype == torch.float64 else 4
+        largest = 0
+        for stage in range(len(self.workers.cuts)):
+            mine = self.workers.blocks_of(range(stage, stage + 1))
+            largest = max(largest, sum(product_elements(rank, b.d_out, b.d_in) for b in mine))
+        memory = parse_bytes("--query-memory", self.settings.query_memory)
+        size = max(1, memory // (largest * item))
+        # What is finished stays; the rest is dealt out anew, for stages or memory may have changed.
+        finished = [tuple(map(int, name.split("-"))) for name in sorted(self._finished)]
+        groups, at = [], 0
+        for start, stop in [*finished, (len(self.queries), len(self.queries))]:
+            groups += [range(i, min(i + size, start)) for i in range(at, start, size)]
+            groups += [range(start, stop)] if start < stop else []
+            at = stop
+        return groups
+
+    @property
+    def _mfac(self) -> bool:
+        return self.source.method == "mfac"
+
+    @property
+    def _holds(self) -> bool:
+        """Whether products stay in memory until the examples have been scored on them."""
+        return self.workers.in_process and self.settings.rank_number() is None and not self._mfac
+
+    @cached_property
+    def _rank_inverses(self) -> RankInverses:
+        """The inverses of M-FAC."""
+        whole = self.settings.inverse != "block"
+        return rank_inverses(self.source.store, self.blocks, self.source.damping, whole)
+
+    def _make_rank_products(self, group: range, label: str) -> None:
+        """With M-FAC, the IHVPs of a group of queries, which no stage can make alone."""
+        place = self._place(group)
+        missing = [b for b in self.blocks if self._without_products(place, [b])]
+        if not (self._mfac and missing):
+            return
+        inverses, gradients = self._rank_inverses, place.inside("gradients")
+        self._sweep(group, f"{label}, gradients", score=False, plain=True)
+        residual = make_rank_products(
+            gradients,
+            place,
+            self.source.store,
+            self.blocks,
+            inverses,
+            self.settings.rank_number(),
+            self.settings.seed,
+            self.dtype,
+            self.workers,
+            self.reporter,
+        )
+        facts = self.manifest.facts
+        facts["residual"] = max(residual, facts.get("residual", 0.0))
+        place.delete_directory("gradients")
+
+    def _place(self, group: range, plain: bool = False) -> Store:
+        """Where the products of a group of queries lie, or their plain gradients."""
+        place = self.store.inside(f"work/pass-{_span(group)}")
+        return place.inside("gradients") if plain else place
+
+    def _sweep(self, group: range, label: str, score: bool, plain: bool = False) -> list[str]:
+        """IHVPs of a group of queries, and with ``score`` the training examples' scores on them;
+        gives the files of these.
+
+        Args:
+            plain: the queries' gradients, whole, instead of their IHVPs.
+        """
+        place = self._place(group, plain)
+        feeds = {"queries": self._query_feed(group)}
+        if score:
+            assert self.train is not None
+            feeds["train"] = Feed(
+                self.train.plan(self.settings.batch_tokens),
+                self.train.reader(self.dtype),
+                self.train.lengths,
+            )
+        # What waits in the spool is of use whether or not all products have been made by now.
+        spool = open_spool(
+            self.store, self.settings.spool_dir, self.manifest, self.workers, list(feeds.values())
+        )
+        if not self._without_products(place, self.blocks):
+            del feeds["queries"]
+        if not feeds:
+            return []
+        sweep = Sweep(
+            self.workers,
+            self.store,
+            spool,
+            feeds,
+            self.reporter,
+            self.settings.commit_seconds,
+        )
+        lowest = 0 if score else min(self._unasked(sweep, place))
+        sweep.forward()
+        files: list[str] = []
+        for stages in range(sweep.level, lowest - 1, -1):
+            if "queries" in feeds:
+                self._query(sweep, stages, group, feeds["queries"], label, plain)
+            if score:
+                files = self._score(sweep, stages, group, feeds["train"], label)
+            self.held.clear()
+            sweep.descend(stages)
+        sweep.end()
+        return files
+
+    def _without_products(self, place: Store, blocks: Sequence[Block]) -> bool:
+        return not all(
+            block.name in self.held or whole(place, ihvp_file(block.name)) for block in blocks
+        )
+
+    def _unasked(self, sweep: Sweep, place: Store) -> list[int]:
+        """Groups of stages that have products still to make."""
+        groups = self.workers.groups
+        mine = {g: self.workers.blocks_of(groups[g]) for g in range(sweep.last + 1)}
+        return [g for g, blocks in mine.items() if self._without_products(place, blocks)]
+
+    def _query_feed(self, group: range) -> Feed:
+        return Feed(
+            self.queries.plan(self.settings.batch_tokens).only(group),
+            self.queries.reader(self.dtype),
+            self.queries.lengths,
+        )
+
+    def _query(
+        self, sweep: Sweep, stages: int, group: range, feed: Feed, label: str, plain: bool
+    ) -> None:
+        """The IHVPs of a group of stages, and the gradients for those before that lack theirs."""
+        place, train = self._place(group, plain), self.train
+        kept = plain or self.settings.ihvp or train is None
+        unasked = self._unasked(sweep, place)
+        lowest = min(unasked, default=stages)
+        work = QueryPass(
+            replace(self.source, method="identity") if plain else self.source,
+            tuple(self.queries.named(group).to_pylist()),
+            None if plain else self.settings.rank_number(),
+            self.settings.seed,
+            place,
+            f"{'gradients' if plain else 'queries'}-{_span(group)}",
+            scored=None if train is None or kept else train.tokens,
+            held=self.held if self._holds and not kept else None,
+        )
+        replay = ReplayPass(work.target, work.draws)
+        task = Task("queries", feed, work, replay, carries=False)
+        if stages in unasked:
+            commits = sweep.place(work.name, stages)
+            commit = self.store.read_json(f"{commits}/commit.json")
+            if commit is not None and commit["finished"]:
+                # A product of a finished pass has gone since: it has to run again.
+                self.store.delete_directory(commits)
+            sweep.run(stages, task, f"queries: IHVPs{label}", lowest)
+        if lowest < stages:
+            sweep.replay(stages, replace(task, work=replay))
+
+    def _score(self, sweep: Sweep, stages: int, group: range, feed: Feed, label: str) -> list[str]:
+        """Partial scores of a group of stages, added to what those behind it found."""
+        assert self.train is not None
+        settings = self.settings
+        ids = self.queries.named(group).to_pylist()
+        work = ScorePass(
+            self.source,
+            self._place(group),
+            len(group),
+            settings.per_block,
+            settings.per_token,
+            settings.self_influence and group.start == 0,
+            self._rank_inverses if self._mfac and settings.self_influence else None,
+            self._work(group),
+            held=self.held,
+        )
+        sink: Sink = NoSink()
+        if stages == 0:
+            sink = ScoreRows(
+                self.store,
+                f"part-{_span(group)}",
+                ids,
+                self.train,
+                self.dtype == torch.float64,
+                settings.per_block,
+                settings.per_token,
+                settings.top_k,
+                self._notes(),
+                self._rank_inverses if self._mfac and settings.self_influence else None,
+            )
+        task = Task("train", feed, work, work, carries=True, sink=sink)
+        names = sweep.run(stages, task, f"scores{label}", 0)
+        if settings.top_k is None or stages > 0:
+            return names
+        top = f"scores/part-{_span(group)}-top.parquet"
+        merge_top(
+            self.store,
+            [n for n in names if n.startswith("work/top/")],
+            ids,
+            settings.top_k,
+            self._notes(),
+            top,
+        )
+        return [*(n for n in names if not n.startswith("work/top/")), top]
+
+    def _work(self, group: range) -> str:
+        return f"scores-{_span(group)}"
+
+    def _sweep_leftovers(self, groups: Sequence[range]) -> None:
+        """Files that no commit speaks of were written by a run that then died: forget them."""
+        if self.train is None:
+            return
+        known = {name for files in self._finished.values() for name in files}
+        mark = plan_mark(self.train.plan(self.settings.batch_tokens))
+        for group in groups:
+            place = commit_place(self._work(group), 0, len(self.workers.groups))
+            commit = last_commit(self.store, place, mark)
+            known |= set() if commit is None else set(commit.rows)
+        for directory in ("scores", "self", "work/top"):
+            for name in self.store.names(directory, ".parquet"):
+                if name not in known:
+                    self.store.delete(name)
+
+    def _collect_products(self, groups: Sequence[range]) -> None:
+        """``ihvp/``: every block's products of all passes in one file."""
+        missing = [b.name for b in self.blocks if not whole(self.store, ihvp_file(b.name))]
+        if not missing:
+            return
+        for number, group in enumerate(groups):
+            label = "" if len(groups) == 1 else f", pass {number + 1}"
+            self._make_rank_products(group, label)
+            self._sweep(group, label, score=False)
+        pool = self.workers.tasks()
+        places = [self._place(group) for group in groups]
+        with self.reporter.phase("IHVPs", len(missing), "blocks") as phase:
+            arguments = [(places, self.store, name) for name in missing]
+            for _ in pool.map(join_products, arguments):
+                phase.advance(1)
+        write_timeline(self.store, pool, "IHVPs")
+
+    def _notes(self) -> dict[str, str]:
+        said = identity(self.settings) | {"fit": self.source.store.root}
+        return footer(said, blocks=self._block_order())
+
+    def _block_order(self) -> list[str]:
+        """The blocks as stages give their scores: stage by stage."""
+        return [b.name for b in self.workers.blocks_of(range(len(self.workers.cuts)))]
+
+
+def _span(group: range) -> str:
+    """Names a pass by the queries it serves: a name never means others after a restart."""
+    return f"{group.start:06d}-{group.stop:06d}"
+
+
+def join_products(places: Sequence[Store], out: Store, block: str) -> None:
+    """Put the IHVPs of a block from several passes into one file."""
+    parts = [read_products(place, block) for place in places]
+    joined = {
+        key: torch.cat([products.tensors()[key] for products, _ in parts])
+        for key in parts[0][0].tensors()
+    }
+    write_products(out, block, BlockProducts(**joined), [q for _, ids in parts for q in ids])

@@ -1,0 +1,137 @@
+"""Losses of models on the same examples, one model after the other.
+
+The examples are read and the stages are built once. From one model to the next, where it differs in
+patches alone, resident stages change the weights of these blocks: a forward through the data is all
+that a model takes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from raycurv.driver.commits import last_commit, plan_mark
+from raycurv.driver.corpus import Corpus
+from raycurv.driver.feed import Feed
+from raycurv.driver.settings import Execution
+from raycurv.driver.sinks import ExampleRows, rows_by_part
+from raycurv.driver.sweep import Sweep, Task, commit_place, open_spool
+from raycurv.driver.workers import Workers
+from raycurv.files.manifest import Manifest
+from raycurv.files.store import Store
+from raycurv.models.model import Model
+from raycurv.models.patched import parts
+from raycurv.progress.reporter import Reporter
+from raycurv.stages.passes import LossPass
+
+_STREAM = "examples"
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Forward passes of a corpus, each of one model.
+
+    What a pass found lies in the directory's ``work/`` until the caller deletes that: a restart
+    goes on within a pass, and does not repeat one that is finished.
+
+    Attributes:
+        settings: how it is run.
+        store: of the run.
+        manifest: of the run; tells its data and model from others.
+        corpus: the examples.
+        dtype: of the models' computation.
+        workers: hold the stages, of a model that the others are patched from or are.
+        reporter: shows progress.
+    """
+
+    settings: Execution
+    store: Store
+    manifest: Manifest
+    corpus: Corpus
+    dtype: torch.dtype
+    workers: Workers
+    reporter: Reporter
+
+    def of(self, model: Model, label: str = "losses") -> Tensor:
+        """Every example's loss under a model, summed over its targets, in nats; ``[N]`` float64.
+
+        Args:
+            model: the workers' own, or one that differs from it in patches alone.
+            label: what the progress calls it.
+
+        Raises:
+            UserError: a loss is not finite (names the example), or a patch does not fit.
+        """
+        found = [table["loss"].to_numpy() for _, table in self.tables(model, label)]
+        return torch.from_numpy(np.concatenate(found))
+
+    def tables(self, model: Model, label: str = "losses") -> Iterator[tuple[int, pa.Table]]:
+        """What a pass finds of the examples, a part of the corpus at a time, in its order.
+
+        Yields:
+            the part's number, and ``index``, ``loss`` (float64) and ``correct`` of its examples.
+
+        Raises:
+            UserError: see :meth:`of`.
+        """
+        mark = _mark(model)
+        work = LossPass(f"losses-{mark}" if mark else "losses")
+        return rows_by_part(self.store, self._finished(work) or self._run(model, work, mark, label))
+
+    def _finished(self, work: LossPass) -> list[str]:
+        """The files of a pass that has come to its end; none of another."""
+        groups = len(self.workers.groups)
+        place = commit_place(work.name, groups - 1, groups)
+        commit = last_commit(self.store, place, plan_mark(self._feed.plan))
+        return commit.rows if commit is not None and commit.finished else []
+
+    def _run(self, model: Model, work: LossPass, mark: str, label: str) -> list[str]:
+        """Take the corpus through a model; gives the files of what was found."""
+        self.workers.become(model)
+        spool = None
+        if len(self.workers.groups) > 1:
+            # Hidden states of one model are of no use to another.
+            prints = self.manifest.fingerprints | {"patches": mark}
+            of_model = replace(self.manifest, fingerprints=prints)
+            spool = open_spool(
+                self.store, self.settings.spool_dir, of_model, self.workers, [self._feed]
+            )
+        sweep = Sweep(
+            self.workers,
+            self.store,
+            spool,
+            {_STREAM: self._feed},
+            self.reporter,
+            self.settings.commit_seconds,
+        )
+        sweep.forward()
+        task = Task(_STREAM, self._feed, work, work, False, ExampleRows(self.store, None))
+        names = sweep.run(sweep.last, task, label, sweep.last)
+        sweep.end()
+        return names
+
+    @cached_property
+    def _feed(self) -> Feed:
+        # One for all models: it keeps the examples that it has read last.
+        return Feed(
+            self.corpus.plan(self.settings.batch_tokens),
+            self.corpus.reader(self.dtype),
+            self.corpus.lengths,
+        )
+
+
+def _mark(model: Model) -> str:
+    """Tells models that differ in patches apart; empty for one without."""
+    patches, _ = parts(model)
+    if not patches:
+        return ""
+    said = json.dumps({name: patch.mark for name, patch in patches.items()}, sort_keys=True)
+    return hashlib.blake2b(said.encode(), digest_size=16).hexdigest()

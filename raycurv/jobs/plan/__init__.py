@@ -1,0 +1,1 @@
+"""What a fit and a scoring would take."""

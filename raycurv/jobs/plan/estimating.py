@@ -1,0 +1,195 @@
+"""The job of plan.py: what a fit and a scoring would take, for a person or a machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from raycurv.data.reading import read_examples
+from raycurv.data.tokenizer import LazyTokenizer
+from raycurv.driver.settings import (
+    DTYPES,
+    PlanSettings,
+    parse_bytes,
+)
+from raycurv.jobs.drafts import Drafts, ShapeOf, arrangement_of, of_lengths, recipe_of, with_spool
+from raycurv.mathematics.blocks import choose_blocks
+from raycurv.mathematics.tiles import check_axes
+from raycurv.models.model import Outline, open_outline
+from raycurv.planning import report
+from raycurv.planning.advice import (
+    Shortfall,
+    advise,
+    as_sentence,
+    fewest_stages,
+    shortfalls,
+)
+from raycurv.planning.job import Job
+from raycurv.planning.plan import Plan
+from raycurv.planning.rates import Rates, measure, on_h100
+from raycurv.planning.shapes import DataShape
+from raycurv.planning.sizes import sizes
+from raycurv.planning.supply import Supply, supply_here
+
+
+def plan(settings: PlanSettings) -> dict[str, Any]:
+    """Show what a fit and a scoring would take; gives the same for machines.
+
+    Raises:
+        UserError: a mistake in settings, model or data.
+    """
+    settings.check()
+    outline = open_outline(settings.model)
+    blocks = choose_blocks(
+        outline.skeleton(), settings.blocks, outline.default_scope, outline.tied_head
+    )
+    if settings.method in ("ekfac", "kfac"):
+        check_axes(blocks, settings.max_factor_dim)
+    directory = Path(settings.out).absolute() if "://" not in settings.out else None
+    supply = with_spool(_supply(settings, directory), settings, directory)
+    drafts = Drafts(
+        outline,
+        blocks,
+        settings,
+        recipe_of(settings),
+        arrangement_of(settings),
+        nodes_follow=settings.nodes is None and settings.memory is not None,
+        rates=_rates(settings, directory),
+        spool_apart=supply.spool is not None,
+    )
+    data = _data(settings, outline)
+    queries = _uniform(settings.queries, settings.tokens)
+    train = data
+    if settings.train_examples is not None:
+        train = _uniform(settings.train_examples, settings.tokens)
+
+    def both(changes: Mapping[str, Any]) -> tuple[Plan, Plan]:
+        return drafts.fit(data, changes), drafts.influence(queries, train, changes)
+
+    def short(plans: Sequence[Plan]) -> list[Shortfall]:
+        # The scoring finds the fit's files beside its own.
+        kept = -plans[0].kept
+        return shortfalls(plans[0], supply) + shortfalls(plans[1], supply, kept)
+
+    chosen: dict[str, Any] = {}
+    if settings.stages is None and settings.schedule == "pipelined":
+        chosen = {"stages": _few_stages(lambda changes: short(both(changes)), outline.units)}
+        drafts.settings = replace(settings, **chosen)
+    plans = both({})
+    missing = short(plans)
+    advice: list[dict[str, Any]] = []
+    if missing:
+        advice = advise(lambda changes: not short(both(changes)), drafts.now(), drafts.bounds(data))
+    largest = data(settings.batch_tokens)
+    job = drafts.job(largest, {})
+    of_model = sizes(job.stages, job.recipe)
+    if not settings.json:
+        _show(drafts, job, plans, data(settings.batch_tokens), supply, missing, advice)
+    said = report.as_json(plans, of_model, missing, advice)
+    counts = {"stages": len(job.stages), "nodes": job.arrangement.nodes}
+    return {"fits": not missing} | counts | (said if settings.json else {})
+
+
+def _few_stages(short: Callable[[Mapping[str, Any]], Sequence[Shortfall]], units: int) -> int:
+    """The fewest stages that fit, or those that lack least."""
+    found = fewest_stages(lambda changes: not short(changes), 0, units)
+    if found is not None:
+        return found
+    tried = sorted({min(units, 1 << power) for power in range(units.bit_length() + 1)})
+    lacks = {k: sum(s.needed / max(1, s.available) for s in short({"stages": k})) for k in tried}
+    return min(tried, key=lambda stages: lacks[stages])
+
+
+def _show(
+    drafts: Drafts,
+    job: Job,
+    plans: Sequence[Plan],
+    data: DataShape,
+    supply: Supply,
+    short: Sequence[Any],
+    advice: Sequence[dict[str, Any]],
+) -> None:
+    console = Console(highlight=False)
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
+    recipe, place, groups = job.recipe, job.arrangement, len(job.groups)
+    say(f"{drafts.outline.name}: {recipe.method} of {len(drafts.blocks)} blocks")
+    say(report.sizes_line(sizes(job.stages, recipe)))
+    resident_at_once = "all resident" if groups == 1 else f"{len(job.groups[0])} resident"
+    where = f"{place.gpus} GPUs" if place.gpus else f"{place.nodes} nodes"
+    say(
+        f"{len(job.stages)} stages, {resident_at_once}, on {where}; {data.examples:,} examples, "
+        f"{data.tokens:,} tokens; times: {'' if job.rates is None else job.rates.where}"
+    )
+    if not drafts.traced(data).seen:
+        say("inputs are not known without data: none are taken as shared, activations as guessed")
+    for plan in plans:
+        say("")
+        console.print(report.phases_table(plan, bool(place.gpus)))
+        say(f"largest process: {report.process_line(plan.process)}")
+        say(
+            f"most: {report.size(plan.memory.node)} of memory on a node, "
+            f"{report.size(plan.disk.disk)} of disk, of which {report.size(plan.kept)} stay; "
+            f"{report.duration(plan.seconds)} in all"
+        )
+    say("")
+    if not short:
+        say(f"fits: {report.size(supply.memory)} of memory on a node" + _disk_there(supply))
+        return
+    for one in short:
+        say(f"does not fit: {report.shortfall_line(one)}")
+    say(as_sentence(advice))
+
+
+def _disk_there(supply: Supply) -> str:
+    return "" if supply.disk is None else f", {report.size(supply.disk)} of disk"
+
+
+def _supply(settings: PlanSettings, directory: Path | None) -> Supply:
+    supply = supply_here(directory)
+    if settings.memory is not None:
+        memory = parse_bytes("--memory", settings.memory)
+        supply = Supply(memory, supply.disk)
+    if settings.disk is not None:
+        supply = replace(supply, disk=parse_bytes("--disk", settings.disk))
+    elif settings.memory is not None:
+        # The disk of other nodes is not known.
+        supply = replace(supply, disk=None)
+    if settings.gpus:
+        supply = replace(supply, gpu=parse_bytes("--gpu-memory", settings.gpu_memory))
+    return supply
+
+
+def _rates(settings: PlanSettings, directory: Path | None) -> Rates:
+    dtype = DTYPES[settings.dtype]
+    here = measure(dtype, directory)
+    return on_h100(dtype, here) if settings.gpus else here
+
+
+def _uniform(examples: int, tokens: int) -> ShapeOf:
+    return lambda batch_tokens: DataShape.uniform(examples, tokens, batch_tokens)
+
+
+def _data(settings: PlanSettings, outline: Outline) -> ShapeOf:
+    if not settings.data:
+        return _uniform(settings.examples, settings.tokens)
+    directory = outline.tokenizer_dir
+    found = read_examples(
+        settings.data,
+        tokenizer=None if directory is None else LazyTokenizer(directory),
+        vocab_size=outline.vocab_size,
+        max_positions=outline.max_positions,
+        max_length=settings.max_length,
+        long=settings.long,
+        max_examples=settings.max_examples,
+        seed=settings.seed,
+        token_inputs=outline.token_inputs,
+    )
+    return of_lengths(np.fromiter((example.length for example in found), np.int32))

@@ -1,0 +1,535 @@
+"""Pruning: which weights of a fitted model go, what becomes of the others, and the checkpoint.
+
+    saliencies    one task a block                           work/step-1/saliency/
+    masks         what goes, of all blocks or of each        work/step-1/keep/
+    update        the weights that remain, moved             work/step-1/weights/, saliency/
+    (the curvature of the pruned model, and again)           work/step-2/run/, work/step-2/…
+    checkpoint    the model with these weights               model/
+    measured      losses before and after                    tables/pruned/
+
+Blocks are never together in memory: between them travel histograms of saliencies, numbers of whole
+rows or heads, and of M-FAC as many numbers as its Fisher has rows.
+
+Every arrow leaves finished files, and a phase makes only those that are missing.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from raycurv.driver.corpus import Corpus, store_corpus, stored_corpus
+from raycurv.driver.settings import DTYPES, Execution, FitSettings, identity
+from raycurv.driver.timeline_table import write_timeline
+from raycurv.driver.workers import Workers, check_address
+from raycurv.errors import DamagedFile
+from raycurv.files.lock import hold
+from raycurv.files.manifest import Manifest, continue_or_refuse
+from raycurv.files.row_files import open_rows
+from raycurv.files.store import Store, open_store
+from raycurv.files.tables import HEADS, PRUNED, footer, write_table
+from raycurv.files.tensorfile import open_tensors, whole
+from raycurv.files.weights import stored_patch, write_checkpoint
+from raycurv.jobs.fit.fitting import refit
+from raycurv.jobs.fit.parents import SHARED
+from raycurv.jobs.fitted import check_model, fitted_model, read_fit
+from raycurv.jobs.losses import Losses
+from raycurv.jobs.prune.prunable import blocks_to_prune, check_statistics
+from raycurv.jobs.prune.prune_settings import PruneSettings
+from raycurv.jobs.prune.surgery import (
+    Cut,
+    Operation,
+    Pruned,
+    Rank,
+    Updated,
+    count_equal,
+    mask_block,
+    project_mean_gradient,
+    refine_histogram,
+    score_block,
+    step_place,
+    update_block,
+    updated,
+)
+from raycurv.jobs.prune.totals import Total
+from raycurv.jobs.rank_products import rank_inverses
+from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.loss.objective import Objective
+from raycurv.mathematics.pruning.masks import count_gone, sets_kept
+from raycurv.mathematics.pruning.rank_update import rank_increase, solve_kept
+from raycurv.mathematics.pruning.selection import find_prefix, find_threshold, share_ties
+from raycurv.mathematics.pruning.structures import inputs_of
+from raycurv.models.model import Model, ModelSource, open_model
+from raycurv.models.patched import Patched, parts
+from raycurv.progress.reporter import Reporter
+from raycurv.stages.pool import Need
+
+# Bytes that a run of rows of a rank-m Fisher and what is made of it take.
+_RUN_MEMORY = 2**28
+# Where results lie.
+_RESULTS = ("model", "saliency", "tables/pruned", "tables/heads")
+PRUNED_FILE = "tables/pruned/part-00000.parquet"
+HEADS_FILE = "tables/heads/part-00000.parquet"
+
+
+def prune(
+    settings: PruneSettings,
+    model: ModelSource | None = None,
+    objective: Objective | None = None,
+    reporter: Reporter | None = None,
+) -> tuple[Store, dict[str, Any]]:
+    """Prune the model of a fit; gives the store of the results and what was found.
+
+    Args:
+        settings: of the job.
+        model: instead of the path that the fit recorded.
+        objective: instead of the name that the fit recorded.
+        reporter: shows progress; by default to the terminal.
+
+    Raises:
+        UserError: a mistake in settings or run, statistics that the run lacks, a checkpoint that
+            has changed since, or another job works on the same directory; nothing that was computed
+            is lost.
+        NumericalError: a result that cannot be trusted; names the block.
+    """
+    settings.check()
+    reporter = reporter or Reporter(log=settings.log)
+    store = open_store(settings.out, "--out")
+    with hold(store, "prune.py", reporter.say):
+        return store, _prune_held(settings, store, model, objective, reporter)
+
+
+def _prune_held(
+    settings: PruneSettings,
+    store: Store,
+    model: ModelSource | None,
+    objective: Objective | None,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """The pruning, while no other job writes to its directory."""
+    fitted = open_store(settings.run, "--run")
+    fit = read_fit(fitted)
+    network = open_model(model if model is not None else fitted_model(fit, fitted.root))
+    check_model(fit, network, fitted.root)
+    blocks, heads = blocks_to_prune(settings, fitted, network)
+    check_statistics(settings, fitted, fit, blocks)
+    named = objective if objective is not None else fit.settings["objective"]
+    manifest = continue_or_refuse(
+        store,
+        Manifest(
+            "prune",
+            {k: v for k, v in identity(settings).items() if k != "run"},
+            {"fit": {"settings": fit.settings}} | fit.fingerprints,
+            {"run": fitted.root},
+        ),
+    )
+    if "tables" in manifest.complete:
+        if _there(store, manifest):
+            store.delete_directory("work")
+            reporter.say(f"complete: {store.root}")
+            return _numbers(manifest)
+        reporter.say("some results are gone or damaged: making them again")
+        _begin_again(store, manifest)
+    check_address(settings)
+    workers = Workers(
+        settings, network, named, blocks, DTYPES[fit.settings["dtype"]], fit.settings["seed"],
+        reporter, store,
+    )  # fmt: skip
+    job = _Prune(
+        settings, store, fitted, fit, network, named, blocks, heads, manifest, workers, reporter
+    )
+    try:
+        job.run()
+    finally:
+        workers.close(store)
+    manifest.took(store, reporter.seconds)
+    reporter.summary(job.said(), {"results": store.root, "checkpoint": store.path("model")})
+    return _numbers(manifest)
+
+
+def _numbers(manifest: Manifest) -> dict[str, Any]:
+    names = ("sparsity", "predicted", "measured", "loss", "pruned_loss", "correlation")
+    return {name: manifest.facts[name] for name in names if manifest.facts.get(name) is not None}
+
+
+def _there(store: Store, manifest: Manifest) -> bool:
+    """Whether all results are of the length that they were written with."""
+    files: dict[str, int] = manifest.facts["files"]
+    return all(store.size(name) == size for name, size in files.items())
+
+
+def _begin_again(store: Store, manifest: Manifest) -> None:
+    """Forget that anything is done: what results are made from was deleted in the end."""
+    for key in ("files", "steps"):
+        manifest.facts.pop(key, None)
+    manifest.complete.clear()
+    manifest.write(store)
+    for name in ("work", *_RESULTS):
+        store.delete_directory(name)
+
+
+@dataclass
+class _Prune:
+    """One pruning under way."""
+
+    settings: PruneSettings
+    store: Store
+    fitted: Store
+    fit: Manifest
+    network: Model
+    objective: str | Objective
+    blocks: tuple[Block, ...]
+    heads: Mapping[str, int]
+    manifest: Manifest
+    workers: Workers
+    reporter: Reporter
+
+    def said(self) -> str:
+        """What was done, in one line."""
+        facts = self.manifest.facts
+        text = f"{facts['sparsity']:.1%} of {facts['weights']:,} weights removed"
+        if facts.get("predicted") is not None:
+            text += f"; predicted rise of the loss {facts['predicted']:.4g} an example"
+        if facts.get("measured") is not None:
+            text += f", measured {facts['measured']:.4g} (from {facts['loss']:.6g})"
+        if facts.get("correlation") is not None:
+            text += f"; correlation over blocks {facts['correlation']:.3f}"
+        last = self.manifest.facts["steps"][-1]["blocks"]
+        empty = sum(p["removed"] == p["weights"] for p in last)
+        if empty:
+            text += f"; nothing is left of {empty} blocks"
+        rough = sum(p["update"] == "not converged" for p in last)
+        if rough:
+            text += f"; the update of {rough} blocks has not converged: give more --iterations"
+        return text
+
+    def run(self) -> None:
+        done: list[dict[str, Any]] = self.manifest.facts.setdefault("steps", [])
+        # The last one that is done is looked at again: what it left may have been damaged since.
+        for step in range(max(1, len(done)), self.settings.steps + 1):
+            done[step - 1 :] = [self._step(step)]
+            self.manifest.write(self.store)
+            self._tidy(step)
+        pruned = self._network(self.settings.steps + 1)
+        if "checkpoint" not in self.manifest.complete or not _there(self.store, self.manifest):
+            with self.reporter.phase("checkpoint", 1, "models") as phase:
+                write_checkpoint(self.store.inside("model"), pruned)
+                phase.advance(1)
+            self._record("checkpoint")
+        self._tables(pruned)
+        self._record("tables")
+        self.store.delete_directory("work")
+
+    def _record(self, phase: str) -> None:
+        """A phase is complete, with the results that there are now."""
+        names = [name for place in _RESULTS for name in self.store.names(place)]
+        self.manifest.facts["files"] = {name: self.store.size(name) for name in names}
+        if phase not in self.manifest.complete:
+            self.manifest.complete.append(phase)
+        self.manifest.write(self.store)
+
+    def _tidy(self, step: int) -> None:
+        """Delete what no step needs any more: a fit is larger than the model."""
+        for before in range(1, step - 1):
+            self.store.delete_directory(step_place(before))
+        if step > 2:
+            self.store.delete_directory(f"{step_place(step - 1)}/run")
+
+    # One step
+
+    def _network(self, step: int) -> Model:
+        """The model before a step."""
+        if step == 1:
+            return self.network
+        place = self.store.inside(step_place(step - 1))
+        return Patched(self.network, [stored_patch(place, b) for b in self.blocks])
+
+    def _curvature(self, step: int) -> Store:
+        """The fit of the model before a step."""
+        if step == 1 or self.fit.settings["method"] == "identity":
+            return self.fitted
+        place = self.store.inside(f"{step_place(step)}/run")
+        # Its stages take the place of these.
+        self.workers.close(self.store)
+        network = self._network(step)
+        return refit(self._again(place), network, self._examples(), self.objective, self.reporter)
+
+    def _again(self, place: Store) -> FitSettings:
+        """The settings of the fit of a pruned model."""
+        said = self.fit.settings
+        own: dict[str, Any] = {k: v for k, v in said.items() if k in SHARED}
+        # Of the blocks that are pruned alone.
+        own["blocks"] = tuple(glob.escape(b.name) for b in self.blocks)
+        how: dict[str, Any] = {f.name: getattr(self.settings, f.name) for f in fields(Execution)}
+        return FitSettings(
+            **how, **own, model=str(self.fit.facts["model"]), data=str(self.fit.facts["data"]),
+            out=place.uri, gradients=self.settings.first_order,
+        )  # fmt: skip
+
+    def _step(self, step: int) -> dict[str, Any]:
+        """Make what is missing of a step; gives what became of the blocks, for the tables."""
+        settings = self.settings
+        label = "" if settings.steps == 1 else f", step {step} of {settings.steps}"
+        operations = self._operations(step, self.fitted)
+        there: list[Updated] = []
+        for op in operations:
+            found = updated(op)
+            if found is None:
+                break
+            there.append(found)
+        else:
+            return self._outcome(there)
+        operations = self._operations(step, self._curvature(step))
+        operations = self._with_rank(operations)
+        cuts = self._cuts(operations, label)
+        shares = Total()
+        self._each(f"masks{label}", mask_block, list(zip(operations, cuts, strict=True)), shares)
+        z = self._solution(operations, shares)
+        notes = footer(identity(settings) | {"run": self.fitted.root})
+        made = self._each(f"update{label}", update_block, [(op, z, notes) for op in operations])
+        return self._outcome(made)
+
+    def _operations(self, step: int, fitted: Store) -> list[Operation]:
+        said = self.fit.settings
+        patches, base = parts(self._network(step))
+        return [
+            Operation(
+                fitted,
+                self.store,
+                step,
+                # To each task the patch of its block alone.
+                Patched(base, [patches[block.name]]) if block.name in patches else base,
+                block,
+                self.settings,
+                self.settings.share(step),
+                said["method"],
+                int(self.fit.facts["examples"]),
+                said["dtype"] == "float64",
+                self.heads.get(block.name, 0),
+            )
+            for block in self.blocks
+        ]
+
+    def _with_rank(self, operations: list[Operation]) -> list[Operation]:
+        """With what M-FAC knows of all blocks together."""
+        if not self._joint:
+            return operations
+        fitted = operations[0].fitted
+        inverses = rank_inverses(fitted, self.blocks, operations[0].damping, whole=True)
+        gram = open_rows(fitted, self.blocks[0]).gram()
+        for block in self.blocks[1:]:
+            gram += open_rows(fitted, block).gram()
+        ranks = {name: Rank(inverse, gram) for name, inverse in inverses.by_block.items()}
+        found = [replace(op, rank=ranks[op.block.name]) for op in operations]
+        if not self.settings.first_order:
+            return found
+        total = Total()
+        self._each("mean gradient", project_mean_gradient, [(op,) for op in found], total)
+        gradient = None if total.sums is None else total.sums[0]
+        return [replace(op, rank=replace(ranks[op.block.name], gradient=gradient)) for op in found]
+
+    @property
+    def _joint(self) -> bool:
+        """Whether the curvature is one for all blocks together."""
+        return self.fit.settings["method"] == "mfac" and self.settings.inverse != "block"
+
+    def _cuts(self, operations: list[Operation], label: str) -> list[Cut]:
+        """Make the saliencies; gives what goes of every block."""
+        settings, share = self.settings, operations[0].share
+        each: list[tuple[Operation]] = [(op,) for op in operations]
+        histograms = settings.structure == "unstructured" and settings.scope == "global"
+        upper = Total() if histograms else None
+        found = self._each(f"saliencies{label}", score_block, each, upper)
+        known = all(whole(self.store, op.file("keep")) for op in operations)
+        if known or settings.pattern() is not None:
+            return [Cut() for _ in operations]
+        if settings.structure in ("rows", "heads"):
+            return self._unit_cuts(share, found)
+        if upper is None or upper.sums is None:
+            return [Cut() for _ in operations]
+        total = sum(b.d_out * inputs_of(b) for b in self.blocks)
+        (coarse,) = upper.sums
+        gone_before = total - int(coarse.sum())
+        count = max(0, count_gone(share, total) - gone_before)
+        prefix = find_prefix(coarse, count)
+        lower = Total()
+        again = [(op, prefix) for op in operations]
+        self._each(f"threshold{label}", refine_histogram, again, lower)
+        assert lower.sums is not None
+        threshold = find_threshold(lower.sums[0], prefix)
+        equal = self._each(f"ties{label}", count_equal, [(o, threshold) for o in operations])
+        return [Cut(threshold, ties) for ties in share_ties(threshold, equal)]
+
+    def _unit_cuts(self, share: float, found: Sequence[Tensor]) -> list[Cut]:
+        """Which rows or heads stay."""
+        if self.settings.scope == "block":
+            return [Cut(units=sets_kept(f[0], share, f[1] > 0)) for f in found]
+        both = torch.cat(list(found), dim=1)
+        keep = sets_kept(both[0], share, both[1] > 0)
+        return [Cut(units=part) for part in keep.split([f.shape[1] for f in found])]
+
+    def _solution(self, operations: Sequence[Operation], shares: Total) -> Tensor | None:
+        """The solution of the whole model's equations of what remains, of M-FAC."""
+        rank = operations[0].rank
+        if shares.sums is None or rank is None or rank.inverse is None:
+            return None
+        gram, removed = shares.sums
+        return solve_kept(gram, removed, rank.inverse.damping)
+
+    def _each(
+        self,
+        label: str,
+        function: Callable[..., Any],
+        arguments: Sequence[tuple[Any, ...]],
+        total: Total | None = None,
+    ) -> list[Any]:
+        """Run a task for every block; gives what they found, in the order of the blocks.
+
+        Args:
+            total: adds up what they found, which is then kept of no block.
+        """
+        pool = self.workers.tasks()
+        needs = [self._need(args[0]) for args in arguments]
+        found: list[Any] = [None] * len(arguments)
+        with self.reporter.phase(label, len(arguments), "blocks") as phase:
+            for place, value in pool.map(function, arguments, needs):
+                if total is None:
+                    found[place] = value
+                else:
+                    total.add(place, value)
+                phase.advance(1)
+        write_timeline(self.store, pool, label)
+        return found
+
+    def _need(self, operation: Operation) -> Need:
+        block = operation.block
+        size = block.d_out * block.d_in
+        # Weights, eigenvalues and the vectors of conjugate gradients, in float64; both bases.
+        memory = 80 * size + 16 * (block.d_out**2 + block.d_in**2)
+        rows = self.fit.settings.get("rows")
+        if rows is not None:
+            # Of M-FAC a run of its rows, as stored and in float64; where heads go, all of them.
+            memory += 12 * rows * size if self.heads else _RUN_MEMORY
+        flops = 8.0 * self.settings.iterations * size * (block.d_in + block.d_out)
+        return Need(memory, flops, block.name)
+
+    # Tables
+
+    def _outcome(self, made: Sequence[Updated]) -> dict[str, Any]:
+        """What became of the blocks in a step, for the tables at the end."""
+        seen = [u.seen for u in made if u.seen is not None]
+        known = [u.pruned.predicted for u in made if u.pruned.predicted is not None]
+        total = sum(known) if known else None
+        if self._joint and seen:
+            # Blocks are not independent there.
+            total = rank_increase(torch.stack(seen).sum(dim=0)) + sum(u.first for u in made)
+        return {"total": total, "blocks": [asdict(u.pruned) for u in made]}
+
+    def _tables(self, pruned: Model) -> None:
+        steps = self.manifest.facts["steps"]
+        last = [Pruned(**said) for said in steps[-1]["blocks"]]
+        weights, removed = sum(p.weights for p in last), sum(p.removed for p in last)
+        # Each step predicts from where the one before it ended.
+        totals = [s["total"] for s in steps]
+        measured = self._measured(pruned)
+        facts = self.manifest.facts
+        facts |= {
+            "weights": weights,
+            "removed": removed,
+            "sparsity": removed / weights,
+            "predicted": None if None in totals else sum(totals),
+        }
+        rows = [
+            {"block": b.name, "sparsity": p.removed / p.weights}
+            | {k: v for k, v in asdict(p).items() if k != "update"}
+            | {"update": p.update, "measured": measured.get(b.name)}
+            for b, p in zip(self.blocks, last, strict=True)
+        ]
+        for row, *each in zip(rows, *(s["blocks"] for s in steps), strict=True):
+            for key in ("predicted", "saliency", "seconds"):
+                values = [said[key] for said in each]
+                row[key] = None if None in values else sum(values)
+        facts["correlation"] = _correlation(rows)
+        notes = footer(identity(self.settings) | {"run": self.fitted.root})
+        write_table(self.store, PRUNED_FILE, pa.Table.from_pylist(rows, schema=PRUNED), notes)
+        if self.settings.structure == "heads":
+            self._write_heads(notes)
+
+    def _write_heads(self, notes: dict[str, str]) -> None:
+        rows = []
+        for op in self._operations(self.settings.steps, self.fitted):
+            saliency = open_tensors(self.store, op.file("saliency")).read("units").tolist()
+            keep = open_tensors(self.store, op.file("keep")).read("keep")
+            for head, (run, value) in enumerate(zip(op.columns(), saliency, strict=True)):
+                stays = bool(keep[:, run.start : run.stop].any())
+                said = (op.block.name, head, run.start, run.stop, value, stays)
+                rows.append(dict(zip(HEADS.names, said, strict=True)))
+        write_table(self.store, HEADS_FILE, pa.Table.from_pylist(rows, schema=HEADS), notes)
+
+    def _measured(self, pruned: Model) -> dict[str, float]:
+        """The rise of the mean loss per example that each block alone makes; that of all goes to
+        the facts."""
+        settings, facts = self.settings, self.manifest.facts
+        if settings.measure == "none":
+            return {}
+        dtype = DTYPES[self.fit.settings["dtype"]]
+        losses = Losses(
+            settings, self.store, self.manifest, self._sample(), dtype, self.workers, self.reporter
+        )
+        base = float(losses.of(self.network, "loss").mean())
+        after = float(losses.of(pruned, "loss, pruned").mean())
+        facts |= {"loss": base, "pruned_loss": after, "measured": after - base}
+        if settings.measure == "total":
+            return {}
+        place = self.store.inside(step_place(settings.steps))
+        found = {}
+        for block in self.blocks:
+            alone = Patched(self.network, [stored_patch(place, block)])
+            found[block.name] = float(losses.of(alone, f"loss, {block.name}").mean()) - base
+        return found
+
+    def _examples(self) -> Corpus:
+        """The fit's examples."""
+        there = stored_corpus(self.fitted, "data")
+        if there is None:
+            raise DamagedFile(
+                self.fitted.path("data"), "the examples of the fit", "some of them at most",
+                "Run the fit again: it makes what is missing.",
+            )  # fmt: skip
+        return there
+
+    def _sample(self) -> Corpus:
+        """Some of them."""
+        there = self._examples()
+        count = self.settings.measure_examples
+        if len(there) <= count:
+            return there
+        found = stored_corpus(self.store, "work/sample")
+        if found is not None:
+            return found
+        generator = np.random.default_rng(self.settings.seed)
+        chosen = set(generator.choice(len(there), count, replace=False).tolist())
+        examples = (e for n, e in enumerate(there.examples()) if n in chosen)
+        return store_corpus(self.store, "work/sample", examples, "--run", lambda: there.tokenizer)
+
+
+def _correlation(rows: Sequence[dict[str, Any]]) -> float | None:
+    """Pearson's, of predicted and measured rises over blocks; ``None`` where it is no number."""
+    pairs = [
+        (r["predicted"], r["measured"])
+        for r in rows
+        if r["predicted"] is not None and r["measured"] is not None
+    ]
+    if len(pairs) < 3:
+        return None
+    predicted, measured = np.array(pairs).T
+    if not (predicted.std() > 0 and measured.std() > 0):
+        return None
+    return float(np.corrcoef(predicted, measured)[0, 1])

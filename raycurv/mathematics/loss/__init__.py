@@ -1,0 +1,1 @@
+"""What is differentiated: objectives, labels drawn from the model, gradients that go back."""

@@ -1,0 +1,1 @@
+"""Which weights go, and how the others move to make up for them."""

@@ -1,0 +1,463 @@
+"""Stages as actors of a Ray cluster.
+
+An actor dies for good (Ray must not restart it: its sums would be lost without a word). A new one
+is built in its place, restored from the last commit and given what it lacks, by whoever drives the
+pass; this file finds out who is gone or hangs, and builds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import ray
+from ray.exceptions import (
+    ActorUnavailableError,
+    GetTimeoutError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    TaskCancelledError,
+    WorkerCrashedError,
+)
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raycurv.errors import LostPeer, OutOfOrder, RaycurvError
+from raycurv.mathematics.blocks import Block
+from raycurv.models.model import Model
+from raycurv.onray.actor import Answer, StageActor
+from raycurv.onray.connection import connect
+from raycurv.onray.metrics import DriverMetrics
+from raycurv.onray.places import Places, demand_of
+from raycurv.onray.tasks import Tasks
+from raycurv.stages.failures import Failures, Limits
+from raycurv.stages.pool import Need, Say, StageLost
+from raycurv.stages.spans import Record, Span, actor_name
+from raycurv.stages.stage import StageSpec
+from raycurv.stages.transport import pack, unpack
+
+Transport = Literal["auto", "object-store", "distributed"]
+
+# What says that a process or what it held is gone, and not that it went wrong.
+LOST = (
+    RayActorError, ActorUnavailableError, ObjectLostError, OutOfMemoryError, NodeDiedError,
+    WorkerCrashedError, TaskCancelledError,
+)  # fmt: skip
+# The part of Ray's message that says how a process ended.
+_DETAIL = re.compile(r"Worker exit detail: (.*?\.)(?: Some common causes|$)", re.MULTILINE)
+# For a process that was killed to be seen to be gone.
+_GONE_SECONDS = 30.0
+
+
+@dataclass
+class _Actor:
+    """One actor: its handle, where it is, and which stage it has."""
+
+    handle: Any
+    node: str = ""
+    pid: int = 0
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call that may not have ended."""
+
+    number: int
+    handle: Any
+    stage: int
+    method: str
+    microbatch: int
+
+
+class OnRay:
+    """Stages as actors and functions as tasks of a Ray cluster.
+
+    Args:
+        address: see :func:`raycurv.onray.connection.connect`.
+        cpus: cores that a stage's actor reserves, see :func:`raycurv.onray.places.demand_of`.
+        own: whether the cluster is the job's own.
+        limits: what is borne.
+        say: is told of what is no span: that there is no room, that an actor hangs.
+        transport: how hidden states and gradients go from stage to stage: through Ray's object
+            store, by torch.distributed, or ``auto``, which is the latter on GPUs.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        cpus: float | None = None,
+        own: bool = True,
+        limits: Limits | None = None,
+        transport: Transport = "auto",
+        say: Say = lambda text: None,
+    ) -> None:
+        self._owner = connect(address)
+        self._cpus, self._own, self._say, self._transport = cpus, own, say, transport
+        self._limits = limits or Limits()
+        self.failures = Failures(self._limits)
+        self.spans = Record()
+        self._places: Places | None = None
+        self._actors: list[list[_Actor]] = []
+        self._specs: list[StageSpec] = []
+        self._numbers = itertools.count()
+        self._under: list[dict[Any, _Call]] = []
+        self._metrics = DriverMetrics()
+
+    @property
+    def stages(self) -> int:
+        return len(self._specs)
+
+    @property
+    def replicas(self) -> int:
+        return len(self._actors)
+
+    def start(self, specs: Sequence[StageSpec], replicas: int = 1) -> None:
+        if replicas != len(self._actors) or len(specs) > len(self._actors[0]):
+            self.stop()
+            self._place(len(specs), replicas, specs[0].device != "cpu")
+        self._specs = list(specs)
+        for replica in range(replicas):
+            # Actors stay from one group of stages to the next: a process takes seconds to start.
+            for stage in range(len(specs), len(self._actors[replica])):
+                self._actors[replica][stage].handle.drop.remote()
+        lacking = [(r, s) for r in range(replicas) for s in range(len(specs))]
+        while lacking:
+            lacking = self._build(lacking)
+        for replica in range(replicas):
+            try:
+                self._linked(replica)
+            except StageLost as lost:
+                self.repair(replica, lost)
+
+    def assign(self, blocks: Sequence[tuple[Block, ...]]) -> None:
+        self._specs = [
+            replace(spec, blocks=mine) for spec, mine in zip(self._specs, blocks, strict=True)
+        ]
+        self._tell("assign", blocks)
+
+    def become(self, model: Model) -> None:
+        self._specs = [replace(spec, model=model) for spec in self._specs]
+        self._tell("become", [model] * self.stages)
+
+    def _tell(self, method: str, told: Sequence[Any]) -> None:
+        """Tell every stage, in a call of its own, what its spec says already."""
+        for replica in range(self.replicas):
+            for stage, each in enumerate(told):
+                handle = self.call(stage, method, each, replica=replica)
+                try:
+                    self.get(handle)
+                except StageLost as lost:
+                    # What is built again is built as the spec says.
+                    self.repair(replica, lost)
+
+    def call(
+        self,
+        stage: int,
+        method: str,
+        *args: Any,
+        returns: int = 1,
+        replica: int = 0,
+        to: int | None = None,
+        microbatch: int = -1,
+    ) -> Any:
+        packed = tuple(a if isinstance(a, ray.ObjectRef) else pack(a) for a in args)
+        actor = self._actors[replica][stage].handle
+        handle = actor.call.options(num_returns=returns).remote(method, returns, to, *packed)
+        last = handle[-1] if returns > 1 else handle
+        number = next(self._numbers)
+        self._under[replica][last.task_id()] = _Call(number, last, stage, method, microbatch)
+        return tuple(handle) if returns > 1 else handle
+
+    def put(self, value: Any) -> Any:
+        return ray.put(pack(value))
+
+    def get(self, handle: Any) -> Any:
+        self._await(handle)
+        try:
+            value = ray.get(handle)
+        except RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, (*LOST, LostPeer, OutOfOrder)):
+                raise StageLost(_first_line(cause)) from error
+            if isinstance(cause, RaycurvError):
+                raise cause from None
+            raise
+        except LOST as error:
+            raise StageLost(_first_line(error)) from error
+        self._ended(handle)
+        if isinstance(value, Answer):
+            self.spans.extend(value.spans)
+            value = value.value
+        return unpack(value)
+
+    def repair(self, replica: int, lost: StageLost | None) -> tuple[int, ...]:
+        began = time.time()
+        doing = {stage: self._doing(replica, stage) for stage in range(self.stages)}
+        # On the main queue, behind everything that was asked for before.
+        answers = [actor.handle.abort.remote() for actor in self._of(replica)]
+        gone: dict[int, str] = {}
+        for stage, answer in enumerate(answers):
+            try:
+                ray.get(answer, timeout=self._limits.hang_seconds)
+            except GetTimeoutError:
+                gone[stage] = f"no answer for {self._limits.hang_seconds:g} s"
+                self._kill(self._actors[replica][stage])
+            except (*LOST, RayTaskError) as error:
+                if isinstance(error, RayTaskError) and not isinstance(error.cause, LOST):
+                    raise
+                gone[stage] = _first_line(error)
+        self._under[replica] = {}
+        if not gone and lost is not None:
+            # What was lost is an object: its node went, or it was not kept.
+            self._lost(f"replica {replica}", "a tensor on its way", -1, str(lost), began)
+        for stage, cause in gone.items():
+            call = doing[stage]
+            method, microbatch = ("idle", -1) if call is None else (call.method, call.microbatch)
+            self._lost(actor_name(replica, stage), method, microbatch, cause, began)
+        lacking = [(replica, stage) for stage in gone]
+        for at in lacking:
+            self._renew(*at)
+        while lacking:
+            lacking = self._build(lacking)
+        if gone:
+            self._note_rebuilt(replica, tuple(gone), began)
+        try:
+            self._linked(replica)
+        except StageLost as again:
+            return tuple(sorted({*gone, *self.repair(replica, again)}))
+        return tuple(gone)
+
+    def map(
+        self,
+        function: Callable[..., Any],
+        arguments: Sequence[tuple[Any, ...]],
+        needs: Sequence[Need] | None = None,
+    ) -> Iterator[tuple[int, Any]]:
+        tasks = Tasks(
+            self._places, self._limits, self.failures, self._metrics, self._say, self.spans
+        )
+        gpu = bool(self._specs) and self._specs[0].device != "cpu"
+        for place, (value, span) in tasks.run(function, arguments, needs, gpu):
+            self.spans.append(span)
+            yield place, value
+
+    def stop(self) -> None:
+        for actors in self._actors:
+            for actor in actors:
+                ray.kill(actor.handle)
+        if self._places is not None:
+            self._places.remove()
+        self._actors, self._specs, self._under, self._places = [], [], [], None
+
+    def close(self) -> None:
+        self.stop()
+        if self._owner:
+            ray.shutdown()
+
+    def pids(self) -> dict[str, int]:
+        """The process of every actor, by its name."""
+        return {
+            actor_name(replica, stage): actor.pid
+            for replica, actors in enumerate(self._actors)
+            for stage, actor in enumerate(actors)
+        }
+
+    # Places and processes
+
+    def _of(self, replica: int) -> list[_Actor]:
+        return self._actors[replica][: self.stages]
+
+    def _place(self, stages: int, replicas: int, gpu: bool) -> None:
+        """An actor for each stage of each replica, with a place in the cluster."""
+        demand = demand_of(stages * replicas, self._cpus, gpu, self._own)
+        self._places = Places(replicas, stages, demand, self._limits.place_seconds, self._say)
+        self._under = [{} for _ in range(replicas)]
+        self._actors = [
+            [_Actor(self._remote(r, s)) for s in range(stages)] for r in range(replicas)
+        ]
+        for replica, actors in enumerate(self._actors):
+            for stage, actor in enumerate(actors):
+                try:
+                    self._settle(actor)
+                except StageLost as lost:
+                    self._lost(actor_name(replica, stage), "start", -1, str(lost), time.time())
+                    self._renew(replica, stage)
+
+    def _remote(self, replica: int, stage: int) -> Any:
+        assert self._places is not None
+        remote = ray.remote(
+            max_restarts=0, max_task_retries=0, **self._places.options(replica, stage)
+        )(StageActor)
+        return remote.remote(replica, stage)
+
+    def _settle(self, actor: _Actor) -> None:
+        """Wait until an actor answers, and note where it is."""
+        ready = actor.handle.ready.remote()
+        try:
+            actor.node, actor.pid = ray.get(ready, timeout=self._limits.start_seconds)
+        except (*LOST, GetTimeoutError) as error:
+            raise StageLost(_first_line(error)) from error
+
+    def _renew(self, replica: int, stage: int) -> None:
+        """A new actor in the place of one that is gone."""
+        assert self._places is not None
+        while True:
+            ray.kill(self._actors[replica][stage].handle)
+            self._places.wait()
+            self._actors[replica][stage] = actor = _Actor(self._remote(replica, stage))
+            try:
+                self._settle(actor)
+                return
+            except StageLost as lost:
+                self._lost(actor_name(replica, stage), "start", -1, str(lost), time.time())
+
+    def _build(self, lacking: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Build stages in their actors; gives those whose actors died of it, renewed."""
+        built = {(r, s): self._actors[r][s].handle.build.remote(self._specs[s]) for r, s in lacking}
+        failed = []
+        for (replica, stage), handle in built.items():
+            try:
+                if not ray.wait([handle], timeout=self._limits.start_seconds)[0]:
+                    self._kill(self._actors[replica][stage])
+                self.get(handle)
+            except StageLost as lost:
+                self._lost(actor_name(replica, stage), "load", -1, str(lost), time.time())
+                failed.append((replica, stage))
+        for at in failed:
+            self._renew(*at)
+        return failed
+
+    def _linked(self, replica: int) -> None:
+        """Link the stages of a replica, if tensors go from one to the next without Ray.
+
+        Raises:
+            StageLost: one of them was lost meanwhile.
+        """
+        distributed = self._transport == "distributed" or (
+            self._transport == "auto" and self._specs[0].device != "cpu"
+        )
+        if not distributed or self.stages == 1:
+            return
+        actors = self._of(replica)
+        epoch = f"replica-{replica}-{next(self._numbers)}"
+        try:
+            address = ray.get(actors[0].handle.host.remote(), timeout=self._limits.start_seconds)
+            links = [
+                actor.handle.link.remote(
+                    rank, len(actors), address, epoch, self._limits.hang_seconds
+                )
+                for rank, actor in enumerate(actors)
+            ]
+            ray.get(links, timeout=self._limits.start_seconds)
+        except (*LOST, GetTimeoutError, RayTaskError) as error:
+            cause = error.cause if isinstance(error, RayTaskError) else error
+            if not isinstance(cause, (*LOST, LostPeer, GetTimeoutError)):
+                raise
+            raise StageLost(_first_line(cause)) from error
+
+    def _kill(self, actor: _Actor) -> None:
+        """End a process that does not answer, wherever it is."""
+        ray.kill(actor.handle)
+        here = NodeAffinitySchedulingStrategy(actor.node, soft=False)
+        remote = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=here)(_end_process)
+        try:
+            ray.get(remote.remote(actor.pid), timeout=_GONE_SECONDS)
+        except (RayError, GetTimeoutError):
+            return  # its node is gone as well
+
+    # What is under way
+
+    def _ended(self, handle: Any) -> None:
+        """Forget a call that has ended, and those before it: an actor answers in order."""
+        task = handle.task_id()
+        for under in self._under:
+            if task in under:
+                ended = under[task]
+                for key, call in list(under.items()):
+                    if call.stage == ended.stage and call.number <= ended.number:
+                        del under[key]
+                return
+
+    def _doing(self, replica: int, stage: int) -> _Call | None:
+        """What an actor is at, or was when it died: the first call without an answer."""
+        calls = [c for c in self._under[replica].values() if c.stage == stage]
+        for call in sorted(calls, key=lambda call: call.number):
+            if not ray.wait([call.handle], timeout=0)[0]:
+                return call
+            try:
+                ray.get(call.handle)
+            except Exception:
+                return call
+        return None
+
+    def _await(self, handle: Any) -> None:
+        """Wait for a handle as long as anything goes on.
+
+        Raises:
+            StageLost: an actor hangs; it has been ended.
+        """
+        before: set[Any] = set()
+        while not ray.wait([handle], timeout=self._limits.hang_seconds / 2)[0]:
+            now = self._unanswered()
+            if now and now == before:
+                self._end_hung(now)
+                raise StageLost("an actor hung")
+            before = now
+
+    def _unanswered(self) -> set[Any]:
+        calls = [call.handle for under in self._under for call in under.values()]
+        if not calls:
+            return set()
+        return set(ray.wait(calls, num_returns=len(calls), timeout=0)[1])
+
+    def _end_hung(self, unanswered: set[Any]) -> None:
+        """End the actor whose call is the first without an answer: it waits for nobody."""
+        replica, call = min(
+            (
+                (replica, call)
+                for replica, under in enumerate(self._under)
+                for call in under.values()
+                if call.handle in unanswered
+            ),
+            key=lambda found: found[1].number,
+        )
+        at = f" of microbatch {call.microbatch}" if call.microbatch >= 0 else ""
+        self._say(
+            f"{actor_name(replica, call.stage)} hangs in {call.method}{at}: no progress for "
+            f"{self._limits.hang_seconds:g} s; it is ended"
+        )
+        self._kill(self._actors[replica][call.stage])
+
+    def _lost(self, who: str, method: str, microbatch: int, cause: str, began: float) -> None:
+        self._metrics.retried("actor")
+        self.spans.append(Span(who, "lost", microbatch, began, began, note=f"{method}: {cause}"))
+        self.failures.count(who, method, microbatch, cause)
+
+    def _note_rebuilt(self, replica: int, stages: tuple[int, ...], began: float) -> None:
+        ended = time.time()
+        for stage in stages:
+            self.spans.append(Span(actor_name(replica, stage), "rebuild", -1, began, ended))
+
+
+def _end_process(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def _first_line(error: BaseException) -> str:
+    """What Ray says of a loss, without its advice."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    detail = _DETAIL.search(str(error))
+    text = " ".join(lines[:1] + ([detail[1].strip()] if detail else []))
+    return text[:300] or type(error).__name__

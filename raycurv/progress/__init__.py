@@ -1,0 +1,1 @@
+"""How far a job is, who does what, and stopping it."""

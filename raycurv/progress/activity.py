@@ -1,0 +1,141 @@
+"""How busy the actors are: what the spans of the last seconds say, one line an actor."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from raycurv.planning.report import size
+from raycurv.stages.spans import Span, actor_order
+
+# Seconds that a share is about.
+WINDOW = 30.0
+# Lines of actors; the others share one.
+MOST_LINES = 12
+# After so many seconds it is worth saying when an actor was last heard of.
+_LONG_AGO = 5.0
+# What an actor does not do itself.
+_BEFALLS = ("lost", "rebuild")
+
+
+@dataclass
+class _Seen:
+    """What was seen of an actor: its last span, its memory, and when it was busy."""
+
+    last: Span
+    memory: int = 0
+    recent: deque[tuple[float, float]] = field(default_factory=deque)
+
+
+@dataclass(frozen=True)
+class Doing:
+    """What an actor is at.
+
+    Attributes:
+        actor: its name; ``task`` for all tasks together.
+        busy: share of the last seconds, compute and transport; of tasks, how many ran at a time.
+        memory: bytes.
+        last: its last span.
+    """
+
+    actor: str
+    busy: float
+    memory: int
+    last: Span
+
+    def line(self, now: float) -> str:
+        """``replica 0, stage 1       busy  83 %   1.20 GB  turn of microbatch 12``."""
+        name, busy = self.actor, f"busy {100 * self.busy:3.0f} %"
+        if self.actor == "task":
+            name, busy = "tasks", f"{self.busy:.1f} at a time"
+        memory = size(self.memory) if self.memory else ""
+        ago = now - self.last.end
+        since = f", {ago:.0f} s ago" if ago > _LONG_AGO else ""
+        return f"  {name:<24}{busy:<14}{memory:>9}  {said(self.last)}{since}"
+
+
+def said(span: Span) -> str:
+    """What a span is about: ``turn of microbatch 12``, or an operation and its factor."""
+    if span.operation in _BEFALLS:
+        return span.operation
+    if span.microbatch >= 0:
+        return f"{span.operation} of microbatch {span.microbatch}"
+    if span.note:
+        return f"{span.operation} of {span.note}"
+    return span.operation
+
+
+class Activity:
+    """Takes spans as they become known, in any thread.
+
+    Args:
+        clock: gives the time, in seconds since the epoch.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._seen: dict[str, _Seen] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """A phase begins: only who does something in it is shown."""
+        with self._lock:
+            self._began = self._now = self._clock()
+            self._seen = {}
+
+    def add(self, span: Span) -> None:
+        """Something was done."""
+        with self._lock:
+            seen = self._seen.setdefault(span.actor, _Seen(span))
+            seen.last = span
+            if span.operation in _BEFALLS:
+                return
+            seen.memory = span.memory
+            seen.recent.append((span.start, span.end))
+            # Spans come with answers: a share up to this moment would lack those on their way.
+            self._now = max(self._now, span.end)
+            while seen.recent[0][1] < self._now - WINDOW:
+                seen.recent.popleft()
+
+    def actors(self) -> list[Doing]:
+        """Everyone who did something since the phase began, in their order."""
+        with self._lock:
+            since = max(self._began, self._now - WINDOW)
+            length = max(self._now - since, 1e-9)
+            found = []
+            for actor in sorted(self._seen, key=actor_order):
+                seen = self._seen[actor]
+                busy = sum(max(0.0, end - max(start, since)) for start, end in seen.recent)
+                share = busy / length
+                # Clocks of other nodes may be ahead.
+                share = share if actor == "task" else min(share, 1.0)
+                found.append(Doing(actor, share, seen.memory, seen.last))
+            return found
+
+    def lines(self) -> list[str]:
+        """One line an actor; those beyond the twelfth in one."""
+        actors, now = self.actors(), self._clock()
+        lines = [doing.line(now) for doing in actors[:MOST_LINES]]
+        rest = actors[MOST_LINES:]
+        if rest:
+            busy = sum(doing.busy for doing in rest) / len(rest)
+            most = size(max(doing.memory for doing in rest))
+            name = f"and {len(rest)} more"
+            lines.append(f"  {name:<24}busy {100 * busy:3.0f} %    {most:>9}  at most")
+        return lines
+
+    def share(self) -> float | None:
+        """The stages' mean share; ``None`` while none of them works."""
+        stages = [doing.busy for doing in self.actors() if doing.actor != "task"]
+        return sum(stages) / len(stages) if stages else None
+
+    def busy(self) -> str:
+        """``busy 83 %``, or ``2.0 tasks at a time``; empty while nobody works."""
+        share = self.share()
+        if share is not None:
+            return f"busy {100 * share:.0f} %"
+        return "".join(f"{doing.busy:.1f} tasks at a time" for doing in self.actors())

@@ -1,0 +1,252 @@
+"""Where progress is shown: redrawn in a terminal, line by line elsewhere, or as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Any, Literal, Protocol
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.text import Text
+
+from raycurv.progress.activity import Activity
+from raycurv.progress.phase import Phase, clock
+
+Level = Literal["info", "warning", "error"]
+# Seconds between two lines where there is no terminal to redraw.
+LINE_EVERY = 10.0
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that a person is told once.
+
+    Attributes:
+        text: in words.
+        name: what kind of event.
+        level: how bad.
+        facts: more, for machines.
+    """
+
+    text: str
+    name: str = "message"
+    level: Level = "info"
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class Display(Protocol):
+    """Shows events, and phases as they go on."""
+
+    def tell(self, event: Event) -> None:
+        """Show an event."""
+        ...
+
+    def opened(self, phase: Phase) -> None:
+        """A phase begins; others may be under way."""
+        ...
+
+    def advanced(self, phase: Phase) -> None:
+        """A phase has gone on."""
+        ...
+
+    def closed(self, phase: Phase, whole: bool) -> None:
+        """A phase has ended; ``whole`` if it was not broken off."""
+        ...
+
+
+class Silent:
+    """Shows nothing."""
+
+    def tell(self, event: Event) -> None:
+        pass
+
+    def opened(self, phase: Phase) -> None:
+        pass
+
+    def advanced(self, phase: Phase) -> None:
+        pass
+
+    def closed(self, phase: Phase, whole: bool) -> None:
+        pass
+
+
+class Terminal:
+    """One live display: a bar a phase, beneath them a line an actor; events scroll by above.
+
+    Args:
+        console: the terminal.
+        activity: of the actors.
+    """
+
+    def __init__(self, console: Console, activity: Activity) -> None:
+        self._console, self._activity = console, activity
+        self._live: Live | None = None
+        self._bars = self._new_bars()
+        self._open: dict[int, TaskID] = {}
+
+    def tell(self, event: Event) -> None:
+        style = {"info": "", "warning": "yellow", "error": "red"}[event.level]
+        self._console.print(
+            event.text, highlight=False, markup=False, soft_wrap=True, style=style or None
+        )
+
+    def opened(self, phase: Phase) -> None:
+        if self._live is None:
+            self._bars = self._new_bars()
+            self._live = Live(
+                get_renderable=self._shown, console=self._console, refresh_per_second=2
+            )
+            self._live.start()
+        task = self._bars.add_task(
+            phase.title, total=phase.total, unit=phase.unit, rate="", left=""
+        )
+        self._open[id(phase)] = task
+
+    def advanced(self, phase: Phase) -> None:
+        self._draw(self._open[id(phase)], phase)
+
+    def closed(self, phase: Phase, whole: bool) -> None:
+        task = self._open.pop(id(phase))
+        self._draw(task, phase)
+        self._bars.stop_task(task)
+        if self._live is not None and not self._open:
+            # The bars stay where they are; the actors' lines are gone by then.
+            live, self._live = self._live, None
+            live.stop()
+
+    def _draw(self, task: TaskID, phase: Phase) -> None:
+        left = "" if phase.seconds_left is None else f"{clock(phase.seconds_left)} left"
+        self._bars.update(task, completed=phase.done, rate=phase.rate(), left=left)
+
+    def _shown(self) -> Group:
+        lines = self._activity.lines() if self._open else []
+        actors = [Text(line, no_wrap=True, overflow="ellipsis", style="dim") for line in lines]
+        return Group(self._bars.get_renderable(), *actors)
+
+    def _new_bars(self) -> Progress:
+        return Progress(
+            TextColumn("{task.description:<24}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]}"),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=self._console,
+            auto_refresh=False,
+        )
+
+
+class _Paced(ABC):
+    """Shows a phase every ten seconds."""
+
+    def __init__(self) -> None:
+        self._shown: dict[int, float] = {}
+
+    def opened(self, phase: Phase) -> None:
+        self._shown[id(phase)] = time.monotonic()
+
+    def advanced(self, phase: Phase) -> None:
+        now = time.monotonic()
+        # The last one's line comes with the end.
+        if now - self._shown[id(phase)] >= LINE_EVERY and phase.done < phase.total:
+            self._shown[id(phase)] = now
+            self._progress(phase)
+
+    def closed(self, phase: Phase, whole: bool) -> None:
+        del self._shown[id(phase)]
+
+    @abstractmethod
+    def _progress(self, phase: Phase) -> None:
+        """Show how far a phase is."""
+
+
+class Lines(_Paced):
+    """Lines of text.
+
+    Args:
+        console: where they go.
+        activity: of the actors.
+    """
+
+    def __init__(self, console: Console, activity: Activity) -> None:
+        super().__init__()
+        self._console, self._activity = console, activity
+
+    def tell(self, event: Event) -> None:
+        self._console.print(event.text, highlight=False, markup=False, soft_wrap=True)
+
+    def closed(self, phase: Phase, whole: bool) -> None:
+        super().closed(phase, whole)
+        if whole:
+            line = phase.line(self._activity.busy())
+            self.tell(Event(f"{line}, {clock(phase.seconds)}"))
+
+    def _progress(self, phase: Phase) -> None:
+        self.tell(Event(phase.line(self._activity.busy())))
+
+
+class JsonLines(_Paced):
+    """One JSON object a line, on stderr: ``time`` (ISO 8601, UTC), ``level``, ``event``,
+    ``message``, and what there is to say more exactly.
+
+    Args:
+        activity: of the actors.
+    """
+
+    def __init__(self, activity: Activity) -> None:
+        super().__init__()
+        self._activity = activity
+
+    def tell(self, event: Event) -> None:
+        print(json_line(event), file=sys.stderr, flush=True)
+
+    def opened(self, phase: Phase) -> None:
+        super().opened(phase)
+        self._say(phase, "begin")
+
+    def closed(self, phase: Phase, whole: bool) -> None:
+        super().closed(phase, whole)
+        if whole:
+            self._say(phase, "end", seconds=phase.seconds)
+        else:
+            self._say(phase, "broken off", "warning", seconds=phase.seconds)
+
+    def _progress(self, phase: Phase) -> None:
+        self._say(phase, "progress")
+
+    def _say(self, phase: Phase, name: str, level: Level = "info", **more: float) -> None:
+        facts = {
+            "phase": phase.name,
+            "where": phase.where or None,
+            "done": phase.done,
+            "total": phase.total,
+            "unit": phase.unit,
+            "tokens_per_second": phase.tokens_per_second,
+            "seconds_left": phase.seconds_left,
+            "busy": self._activity.share(),
+            **more,
+        }
+        rounded = {k: round(v, 3) if isinstance(v, float) else v for k, v in facts.items()}
+        known = {key: value for key, value in rounded.items() if value is not None}
+        self.tell(Event(phase.line(self._activity.busy()), name, level, known))
+
+
+def json_line(event: Event) -> str:
+    """An event as one line of JSON."""
+    now = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    head = {"time": now, "level": event.level, "event": event.name, "message": event.text}
+    return json.dumps(head | event.facts, ensure_ascii=False)

@@ -1,0 +1,80 @@
+"""Eigendecompositions of factors: one task each, the longest first, wherever there is room."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from raycurv.driver.timeline_table import write_timeline
+from raycurv.driver.workers import Workers
+from raycurv.files.artifacts import factor_file, read_factor, write_eigen
+from raycurv.files.store import Store
+from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.eigen import decompose
+from raycurv.mathematics.tiles import tile_widths
+from raycurv.planning.moments import decomposition
+from raycurv.progress.reporter import Reporter
+from raycurv.stages.dealing import eigh_cost, longest_first
+from raycurv.stages.pool import Need
+
+
+def factors_of(blocks: Sequence[Block]) -> dict[str, tuple[Block, str]]:
+    """Factor -> the first block that uses it, and the side."""
+    found: dict[str, tuple[Block, str]] = {}
+    for block in blocks:
+        found.setdefault(block.input_factor, (block, "input"))
+        found[block.output_factor] = (block, "output")
+    return found
+
+
+def decompose_factors(
+    store: Store,
+    factors: Mapping[str, tuple[Block, str]],
+    max_factor_dim: int | None,
+    store_dtype: torch.dtype,
+    keep_sums: bool,
+    workers: Workers,
+    where: str,
+    reporter: Reporter,
+) -> None:
+    """Decompose factors whose sums are in the store.
+
+    Args:
+        store: of the run.
+        factors: as :func:`factors_of` gives them.
+        max_factor_dim: widest tile.
+        store_dtype: of the written bases.
+        keep_sums: whether sums stay once they are decomposed.
+        workers: have the pool.
+        where: which stages the factors are of, for the progress.
+        reporter: shows progress, and says which went otherwise than they should.
+    """
+    tiles = {
+        name: tile_widths(block.d_in if side == "input" else block.d_out, max_factor_dim)
+        for name, (block, side) in factors.items()
+    }
+    order = longest_first({name: eigh_cost(widths) for name, widths in tiles.items()})
+    arguments = [(store, name, store_dtype, workers.device) for name in order]
+    needs = [
+        Need(decomposition(tiles[name], store_dtype), eigh_cost(tiles[name]), name)
+        for name in order
+    ]
+    pool = workers.tasks()
+    with reporter.phase("eigendecompositions", len(order), "factors", where) as phase:
+        for place, outcome in pool.map(decompose_factor, arguments, needs):
+            phase.advance(1)
+            if not keep_sums:
+                # Not in the task: Ray may run that twice.
+                store.delete(factor_file(order[place]))
+            if outcome != "ok":
+                reporter.say(f"factor {order[place]}: {outcome}")
+    write_timeline(store, pool, "eigendecompositions")
+
+
+def decompose_factor(store: Store, name: str, store_dtype: torch.dtype, device: str) -> str:
+    """Read a factor's sum, decompose it, write its eigenbasis; gives the outcome."""
+    factor = read_factor(store, name)
+    basis = decompose(name, factor.mean(), store_dtype, torch.device(device), factor.dtype)
+    write_eigen(store, factor, basis)
+    return basis.outcome

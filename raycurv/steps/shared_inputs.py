@@ -1,0 +1,116 @@
+"""The layout of a fit: which blocks read the same tensor and so share an input factor.
+
+a group of stages and the first example that enters it -> work/layout/UNITS.json
+all groups -> blocks.json
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from raycurv.driver.corpus import Corpus
+from raycurv.driver.feed import Given
+from raycurv.driver.timeline_table import write_timeline
+from raycurv.driver.workers import Workers
+from raycurv.errors import DamagedFile
+from raycurv.files.artifacts import read_blocks
+from raycurv.files.store import Store
+from raycurv.mathematics.blocks import Block
+from raycurv.progress.reporter import Reporter
+from raycurv.stages.pool import Pool, StageLost
+
+_FILE = "blocks.json"
+
+
+class Layout:
+    """Looks at one group of stages after the other.
+
+    Args:
+        store: of the run.
+        workers: hold the stages.
+        corpus: whose first microbatch is looked at.
+        dtype: of inputs that are numbers.
+        batch_tokens: of the microbatches.
+        reporter: shows progress.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        workers: Workers,
+        corpus: Corpus,
+        dtype: torch.dtype,
+        batch_tokens: int,
+        reporter: Reporter,
+    ) -> None:
+        self._store, self._workers, self._corpus = store, workers, corpus
+        self._dtype, self._batch_tokens, self._reporter = dtype, batch_tokens, reporter
+
+    @property
+    def known(self) -> bool:
+        """Whether all groups were looked at."""
+        return self._store.exists(_FILE)
+
+    def read(self, chosen: tuple[Block, ...]) -> tuple[Block, ...]:
+        """The blocks with their factors.
+
+        Raises:
+            DamagedFile: they are not those that were chosen.
+        """
+        there = read_blocks(self._store)
+        if {dataclasses.replace(b, input_factor="") for b in there} != set(chosen):
+            raise DamagedFile(
+                self._store.path(_FILE), "the blocks of the model", "others",
+                "Delete it and run the command again.",
+            )  # fmt: skip
+        return there
+
+    def meet(self, group: int, pool: Pool, given: Given) -> None:
+        """Look at a resident group, by the first example that enters it."""
+        name = self._part(group)
+        if self._store.exists(name):
+            return
+        where = self._workers.named(group)
+        with self._reporter.phase("layout", pool.stages, "stages", where) as phase:
+            # The first of a microbatch is its longest: alone, it is as long as all of them.
+            first = self._corpus.plan(self._batch_tokens)[0][:1]
+            batch = pool.put(self._corpus.reader(self._dtype)(0, first))
+            hidden: Any = None if given.hidden is None else pool.put(given.hidden[:1])
+            while True:
+                try:
+                    mine = _discovered(pool, batch, hidden)
+                    break
+                except StageLost as lost:
+                    pool.repair(0, lost)
+            phase.advance(pool.stages)
+        write_timeline(self._store, pool, "layout")
+        self._store.write_json(name, [dataclasses.asdict(b) for b in mine])
+
+    def write(self) -> tuple[Block, ...]:
+        """``blocks.json``, from what was seen of every group."""
+        found = tuple(
+            Block(**said)
+            for group in range(len(self._workers.groups))
+            for said in self._store.read_json(self._part(group))
+        )
+        self._store.write_json(_FILE, [dataclasses.asdict(b) for b in found])
+        self._store.delete_directory("work/layout")
+        return found
+
+    def _part(self, group: int) -> str:
+        # Groups may be cut anew while some have been looked at.
+        stages, cuts = self._workers.groups[group], self._workers.cuts
+        start, stop = cuts[stages.start].start, cuts[stages.stop - 1].stop
+        return f"work/layout/units-{start:04d}-{stop:04d}.json"
+
+
+def _discovered(pool: Pool, batch: Any, hidden: Any) -> list[Block]:
+    """The blocks of the resident stages, as one example that goes through them shows them."""
+    found = []
+    for stage in range(pool.stages):
+        hidden, blocks = pool.call(stage, "discover", batch, hidden, returns=2, microbatch=0)
+        found.append(blocks)
+    return [block for handle in found for block in pool.get(handle)]
