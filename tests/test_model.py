@@ -168,12 +168,12 @@ def _segments(
 
 
 def _logits(model: Model, cuts: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    hidden: Tensor | None = None
+    hidden: tuple[Tensor, ...] | None = None
     segments = _segments(model, cuts, dtype)
     for segment in segments:
         hidden = segment.forward(_batch(), hidden)
     assert hidden is not None
-    return segments[-1].head(hidden)
+    return segments[-1].head(*hidden)
 
 
 def _reference(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
@@ -230,7 +230,7 @@ def test_gradients_at_the_cuts_are_those_of_the_whole(
         outputs.append(output[0] if isinstance(output, tuple) else output)
         outputs[-1].retain_grad()
 
-    for layer in reference.get_submodule(model.layout.layers):
+    for layer in reference.get_submodule(model.anatomy.layers):
         layer.register_forward_hook(keep)
     whole = reference(input_ids=batch.inputs, attention_mask=batch.mask.long(), use_cache=False)
     direction = torch.randn_like(whole.logits) * batch.mask[:, :, None]
@@ -241,7 +241,8 @@ def test_gradients_at_the_cuts_are_those_of_the_whole(
     received: list[Tensor | None] = [None]
     sent: list[Tensor] = []
     for segment in segments:
-        sent.append(segment.forward(batch, received[-1]))
+        entered = received[-1]
+        sent += segment.forward(batch, None if entered is None else (entered,))
         received.append(sent[-1].detach().requires_grad_())
     assert not sent[0].requires_grad, "frozen weights alone make no graph"
     # The head in two slices of positions, as long vocabularies need it.
@@ -287,11 +288,11 @@ def test_control_the_comparison_sees_one_weight_and_the_mask(own: Path) -> None:
     segments = _segments(open_model(str(own)), CUTS[1])
     unmasked = Batch(0, _batch().ids, _batch().inputs)
     hidden = segments[1].forward(_batch(), segments[0].forward(_batch(), None))
-    assert _error(segments[1].head(hidden), expected) < CLOSE
+    assert _error(segments[1].head(*hidden), expected) < CLOSE
     # Right padding is invisible to the tokens; what changes without a mask is at the padding.
     hidden = segments[1].forward(unmasked, segments[0].forward(unmasked, None))
-    assert _error(segments[1].head(hidden)[_batch().mask], expected[_batch().mask]) < CLOSE
-    assert _error(segments[1].head(hidden), expected) > 100 * CLOSE
+    assert _error(segments[1].head(*hidden)[_batch().mask], expected[_batch().mask]) < CLOSE
+    assert _error(segments[1].head(*hidden), expected) > 100 * CLOSE
     path = own / "model.safetensors"
     weights = load_file(path)
     weights["model.layers.2.mlp.down_proj.weight"][0] += 0.1
@@ -332,7 +333,8 @@ def test_what_a_hook_puts_in_place_of_an_output_reaches_the_cut(own: Path) -> No
         return taken[-1]
 
     module.register_forward_hook(replace)
-    segment.forward(_batch(), None).square().sum().backward()
+    (output,) = segment.forward(_batch(), None)
+    output.square().sum().backward()
     assert taken[0].grad is not None and taken[0].grad.abs().sum() > 0
 
 
@@ -349,7 +351,7 @@ def test_a_forward_leaves_nothing_behind_but_its_output(own: Path) -> None:
     gc.collect()
     gc.disable()
     try:
-        output = segment.forward(_batch(), hidden)
+        (output,) = segment.forward(_batch(), (hidden,))
         logits = segment.head(output)
         # Not even to a collector of cycles.
         assert alive[0]() is None
@@ -365,9 +367,9 @@ def test_a_forward_leaves_nothing_behind_but_its_output(own: Path) -> None:
 def test_a_graph_outlives_the_forward_that_was_stopped(own: Path) -> None:
     segment = open_model(str(own)).build(range(1, 3), torch.float32, CPU)
     hidden = torch.randn(3, 12, 32, requires_grad=True)
-    outputs = [segment.forward(_batch(), hidden) for _ in range(2)]
+    outputs = [segment.forward(_batch(), (hidden,)) for _ in range(2)]
     gc.collect()
-    for output in outputs:
+    for (output,) in outputs:
         output.sum().backward()
     assert hidden.grad is not None and hidden.grad.isfinite().all()
 
@@ -395,7 +397,7 @@ def test_a_segment_holds_its_own_weights_only(saved: Callable[[str], Path], fami
         twice = seen.keys() & tensors.keys()
         assert not twice
         seen |= tensors
-    extra = {model.layout.head + ".weight"} if family in TIED else set()
+    extra = {model.anatomy.head + ".weight"} if family in TIED else set()
     assert seen.keys() == {name for name, _ in reference.named_parameters()} | extra
     assert (model.tied_head is not None) == (family in TIED)
 
@@ -663,7 +665,7 @@ def _inputs(*shape: int) -> Batch:
 def test_a_sequential_gives_the_same_outputs_however_it_is_cut(cuts: tuple[int, ...]) -> None:
     model, batch = open_model(_mlp), _inputs(4, 6)
     assert model.units == 6 and model.default_scope == () and not model.token_inputs
-    hidden: Tensor | None = None
+    hidden: tuple[Tensor, ...] | None = None
     segments = _segments(model, cuts)
     names: list[str] = []
     for segment in segments:
@@ -671,7 +673,7 @@ def test_a_sequential_gives_the_same_outputs_however_it_is_cut(cuts: tuple[int, 
         names += [name for name, _ in segment.module.named_parameters()]
     assert hidden is not None
     with torch.no_grad():
-        assert torch.equal(segments[-1].head(hidden), _mlp().eval()(batch.inputs.float()))
+        assert torch.equal(segments[-1].head(*hidden), _mlp().eval()(batch.inputs.float()))
     assert names == [name for name, _ in _mlp().named_parameters()]
     sizes = [
         sum(p.nbytes for p in s.module.parameters())
@@ -684,7 +686,7 @@ def test_a_sequential_gives_the_same_outputs_however_it_is_cut(cuts: tuple[int, 
 def test_a_cast_segment_leaves_the_skeleton_alone() -> None:
     model = open_model(_mlp)
     segment = model.build(range(0, 6), torch.float64, CPU)
-    assert segment.forward(_inputs(2, 6), None).dtype == torch.float64
+    assert segment.forward(_inputs(2, 6), None)[0].dtype == torch.float64
     assert {p.dtype for p in model.skeleton().parameters()} == {torch.float32}
     assert not any(p.requires_grad for p in segment.module.parameters())
     assert not segment.module.training
@@ -726,11 +728,11 @@ def test_children_that_share_a_weight_are_one_unit() -> None:
     assert one.weight is two.weight, "what is shared stays shared"
     twice = model.build(range(2, 3), torch.float32, CPU).module
     assert twice.get_submodule("twice") is twice.get_submodule("once_more")
-    hidden: Tensor | None = None
+    hidden: tuple[Tensor, ...] | None = None
     batch = _inputs(3, 5)
     for part in _segments(model, (0, 1, 2, 3, 4)):
         hidden = part.forward(batch, hidden)
-    assert hidden is not None and torch.equal(hidden, _tied_seeded()(batch.inputs.float()))
+    assert hidden is not None and torch.equal(*hidden, _tied_seeded()(batch.inputs.float()))
 
 
 class _Own(nn.Module):
@@ -756,7 +758,7 @@ def test_any_module_is_one_unit_that_gets_the_mask(answer: str) -> None:
     segment = model.build(range(0, 1), torch.float64, CPU)
     assert segment.first and segment.last
     whole = _Own().double()
-    found = segment.head(segment.forward(batch, None))
+    found = segment.head(*segment.forward(batch, None))
     assert torch.equal(found, whole(batch.inputs, batch.mask).detach())
     assert not torch.equal(found, whole(batch.inputs, torch.ones(1, 3)).detach())
     assert model.weight_bytes(range(0, 1), torch.float64) == 8 * (7 * 4 + 4 * 2 + 2)
@@ -792,7 +794,7 @@ def test_a_sequential_of_its_own_kind_is_not_cut() -> None:
     model = open_model(lambda: whole)
     assert model.units == 1
     batch = _inputs(3, 2)
-    found = model.build(range(0, 1), torch.float32, CPU).forward(batch, None)
+    (found,) = model.build(range(0, 1), torch.float32, CPU).forward(batch, None)
     assert torch.equal(found, whole(batch.inputs.float()))
 
 
@@ -850,7 +852,7 @@ def test_a_factory_is_imported_by_name_from_base(module: Path) -> None:
     again = pickle.loads(pickle.dumps(model))
     batch = _inputs(2, 2)
     outputs = [
-        m.build(range(0, 2), torch.float32, CPU).forward(batch, None) for m in (model, again)
+        m.build(range(0, 2), torch.float32, CPU).forward(batch, None)[0] for m in (model, again)
     ]
     assert torch.equal(*outputs)
 

@@ -104,13 +104,13 @@ IDS = torch.randint(0, VOCAB, (3, 7), generator=torch.Generator().manual_seed(3)
 
 
 def _logits(model: Model, cuts: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    hidden: Tensor | None = None
+    hidden: tuple[Tensor, ...] | None = None
     batch = Batch(0, ("a", "b", "c"), IDS, torch.ones_like(IDS, dtype=torch.bool))
     for start, stop in itertools.pairwise(cuts):
         segment = model.build(range(start, stop), dtype, CPU)
         hidden = segment.forward(batch, hidden)
     assert hidden is not None
-    return segment.head(hidden)
+    return segment.head(*hidden)
 
 
 @torch.no_grad()
@@ -157,15 +157,16 @@ def test_a_patched_sequential_is_the_one_whose_weights_are_set_by_hand() -> None
     model = open_model(_grouped)
     patched = _patched(model, every=1)
     images = torch.randn(2, 4, 5, 6)
-    hidden: Tensor | None = None
+    hidden: tuple[Tensor, ...] | None = None
     for start, stop in ((0, 2), (2, model.units)):
         segment = patched.build(range(start, stop), torch.float32, CPU)
         hidden = segment.forward(Batch(0, ("a", "b"), images), hidden)
+    assert hidden is not None
     own = _grouped()
     plain = own(images)
     for name, patch in patched.patches.items():
         dense.set_weight(own.get_submodule(name), patch.read())
-    assert torch.equal(hidden, own(images))
+    assert torch.equal(*hidden, own(images))
     assert not torch.equal(plain, own(images))
 
 

@@ -22,7 +22,7 @@ POSITIONS = ("position_ids", "cache_position")
 
 
 @dataclass(frozen=True)
-class Layout:
+class Anatomy:
     """Where the parts of an HF model are, by dotted module name.
 
     Attributes:
@@ -64,9 +64,9 @@ class Layout:
         return names
 
 
-def find_layout(
+def find_anatomy(
     whole: Any, config: Any, stored_twice: Callable[[torch.Size], bool], directory: Path
-) -> Layout:
+) -> Anatomy:
     """Find the parts, and prove on the meta device that layers speak through hidden states only.
 
     Args:
@@ -124,7 +124,7 @@ def find_layout(
     }
     for index, layer in enumerate(layers):
         numel[f"{layers_name}.{index}"] = sum(p.numel() for p in layer.parameters())
-    return Layout(
+    return Anatomy(
         layers=layers_name,
         count=len(layers),
         tuples=tuples,

@@ -228,18 +228,20 @@ class ChildrenSegment:
         self.first, self.last = first, last
         self._name, self._dtype = name, dtype
 
-    def forward(self, batch: Batch, hidden: Tensor | None) -> Tensor:
-        """Output of the last child ``[N, ...]``.
+    def forward(self, batch: Batch, hidden: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
+        """Output of the last child ``[N, ...]``, alone in a tuple.
 
         Args:
-            hidden: ``[N, ...]`` from the segment before; ``None`` for the first, which takes
-                ``batch.inputs``, cast to the model's dtype when they are floating point.
+            batch: the microbatch.
+            hidden: ``[N, ...]`` from the segment before, alone in a tuple; ``None`` for the first
+                segment, which takes ``batch.inputs``, cast to the model's dtype when they are
+                floating point.
 
         Raises:
             UserError: a child that returns something else than a tensor.
         """
         assert (hidden is None) == self.first, "the first segment, and only that, takes no hidden"
-        value = _cast(batch.inputs, self._dtype) if hidden is None else hidden
+        (value,) = (_cast(batch.inputs, self._dtype),) if hidden is None else hidden
         for name, child in self.module._modules.items():
             assert child is not None
             value = child(value)
@@ -250,12 +252,12 @@ class ChildrenSegment:
                     f"a {type(value).__name__}",
                     "Wrap the Sequential in a module of your own: it then runs as one stage.",
                 )
-        return value
+        return (value,)
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """The outputs are those of the last child: ``hidden`` itself."""
+    def head(self, part: Tensor) -> Tensor:
+        """The outputs are those of the last child: ``part`` itself."""
         assert self.last, "only the last segment holds the head"
-        return hidden
+        return part
 
 
 class WholeSegment:
@@ -271,8 +273,8 @@ class WholeSegment:
         self._masked = "attention_mask" in parameters
         self._cached = "use_cache" in parameters
 
-    def forward(self, batch: Batch, hidden: Tensor | None) -> Tensor:
-        """The module's output ``[N, ...]``, or its ``logits`` when it has such an attribute.
+    def forward(self, batch: Batch, hidden: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
+        """The module's output ``[N, ...]``, or its ``logits`` where it has them; in a tuple.
 
         Raises:
             UserError: the output is not a tensor.
@@ -292,11 +294,11 @@ class WholeSegment:
                 f"a {type(output).__name__}",
                 "Wrap the module so that its forward returns the tensor that the objective takes.",
             )
-        return output
+        return (output,)
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """The outputs are those of the module: ``hidden`` itself."""
-        return hidden
+    def head(self, part: Tensor) -> Tensor:
+        """The outputs are those of the module: ``part`` itself."""
+        return part
 
 
 def _import(name: str, base: Path | None) -> Callable[[], nn.Module]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from raycurv.batch import Batch
 from raycurv.errors import UserError
 from raycurv.mathematics.blocks import Block
-from raycurv.models.anatomy import AS_FACTORY, META, Layout, find_layout, hidden_of, run_on_meta
+from raycurv.models.anatomy import AS_FACTORY, META, Anatomy, find_anatomy, hidden_of, run_on_meta
 from raycurv.models.checkpoint import Checkpoint, Weights
 from raycurv.models.checkpoint_files import CheckpointFile, hf_files
 from raycurv.models.stored import Patch, StoredWeight, no_tensor_of_its_own, replacements
@@ -53,7 +53,7 @@ class HFOutline:
         self.directory = directory
         self.config = _read_config(directory)
         whole = self._on_meta()
-        self.layout = find_layout(whole, self.config, self._stored_twice, directory)
+        self.anatomy = find_anatomy(whole, self.config, self._stored_twice, directory)
         self._skeleton: nn.Module | None = whole
 
     def __getstate__(self) -> dict[str, Any]:
@@ -68,30 +68,30 @@ class HFOutline:
     @property
     def units(self) -> int:
         """Decoder layers."""
-        return self.layout.count
+        return self.anatomy.count
 
     @property
     def unit_costs(self) -> tuple[float, ...]:
         """Weights that multiply at each token: those of each layer, and the head's in the last."""
-        numel = self.layout.numel
-        costs = [float(numel[self.layout.layer(i)]) for i in range(self.units)]
-        costs[-1] += numel[self.layout.head]
+        numel = self.anatomy.numel
+        costs = [float(numel[self.anatomy.layer(i)]) for i in range(self.units)]
+        costs[-1] += numel[self.anatomy.head]
         return tuple(costs)
 
     @property
     def width(self) -> int:
         """Columns of the hidden states."""
-        return self.layout.width
+        return self.anatomy.width
 
     @property
     def default_scope(self) -> tuple[str, ...]:
         """The layer list's prefix."""
-        return (f"{self.layout.layers}.",)
+        return (f"{self.anatomy.layers}.",)
 
     @property
     def tied_head(self) -> str | None:
         """Name of the output embedding if it shares the input embedding's weight."""
-        return self.layout.head if self.layout.tied else None
+        return self.anatomy.head if self.anatomy.tied else None
 
     @property
     def max_positions(self) -> int | None:
@@ -117,23 +117,23 @@ class HFOutline:
 
     def rehearse(self, skeleton: nn.Module, examples: int, tokens: int) -> bool:
         """Run the skeleton, or a copy of it in another dtype, for those who watch its modules."""
-        run_on_meta(skeleton, examples, tokens, self.layout.masked)
+        run_on_meta(skeleton, examples, tokens, self.anatomy.masked)
         return True
 
     def unit_of(self, module_name: str) -> int:
         """The layer that holds a module: 0 what runs before them, the last what runs behind."""
-        prefix = f"{self.layout.layers}."
+        prefix = f"{self.anatomy.layers}."
         if module_name.startswith(prefix):
             return int(module_name.removeprefix(prefix).split(".")[0])
-        return 0 if module_name in self.layout.early else self.units - 1
+        return 0 if module_name in self.anatomy.early else self.units - 1
 
     def weight_bytes(self, units: range, dtype: torch.dtype) -> int:
         """Bytes of the weights that the segment of ``units`` holds, cast to ``dtype``."""
-        layout = self.layout
-        names = {layout.layer(i) for i in units} | layout.outside(units)
-        if layout.tied and {layout.embedding, layout.head} <= names:
-            names.remove(layout.head)
-        return dtype.itemsize * sum(layout.numel[name] for name in names)
+        anatomy = self.anatomy
+        names = {anatomy.layer(i) for i in units} | anatomy.outside(units)
+        if anatomy.tied and {anatomy.embedding, anatomy.head} <= names:
+            names.remove(anatomy.head)
+        return dtype.itemsize * sum(anatomy.numel[name] for name in names)
 
 
 class HFModel(HFOutline):
@@ -171,11 +171,11 @@ class HFModel(HFOutline):
         """
         assert 0 <= units.start < units.stop <= self.units and units.step == 1, units
         weights = Weights(self.checkpoint, device)
-        module, _ = self._load(weights, dtype, units, self.layout)
+        module, _ = self._load(weights, dtype, units, self.anatomy)
         # Weights are on the device already; this moves HF's own tables, without a cast.
         module.to(device)
         module.eval().requires_grad_(False)
-        return HFSegment(module, units, self.layout)
+        return HFSegment(module, units, self.anatomy)
 
     def stored(self, block: Block) -> StoredWeight:
         """Where the checkpoint keeps a block's weight, as the loader resolved its keys.
@@ -217,7 +217,7 @@ class HFModel(HFOutline):
         return hf_files(self.checkpoint, replacements(self.stored, patches))
 
     def _load(
-        self, weights: Weights, dtype: torch.dtype, units: range | None, layout: Layout | None
+        self, weights: Weights, dtype: torch.dtype, units: range | None, anatomy: Anatomy | None
     ) -> tuple[nn.Module, list[str]]:
         """HF's own loading of the class pruned to ``units``; also the checkpoint's keys it used."""
         base = self._class
@@ -225,8 +225,8 @@ class HFModel(HFOutline):
 
         def init(module: Any, config: Any) -> None:
             base.__init__(module, config)
-            if units is not None and layout is not None:
-                _prune(module, units, layout)
+            if units is not None and anatomy is not None:
+                _prune(module, units, anatomy)
             # The weights of other segments are foreign here, as are ignorable extras.
             module._keys_to_ignore_on_load_unexpected = {".*"}
             buffers_may_miss.update(module._keys_to_ignore_on_load_missing)
@@ -256,9 +256,9 @@ class HFModel(HFOutline):
                 AS_FACTORY,
             ) from error
         self._check_loaded(module, info, buffers_may_miss)
-        if units is not None and layout is not None and layout.tied:
+        if units is not None and anatomy is not None and anatomy.tied:
             # Either was there for HF to resolve the tie from both names.
-            for name in {layout.embedding, layout.head} - layout.outside(units):
+            for name in {anatomy.embedding, anatomy.head} - anatomy.outside(units):
                 if next(module.get_submodule(name).parameters(), None) is not None:
                     _replace(module, name, _Absent(module.get_submodule(name)))
         return module, weights.used
@@ -305,15 +305,15 @@ class HFSegment:
     ``module`` is the whole HF class, pruned, so that names are the whole model's.
     """
 
-    def __init__(self, module: nn.Module, units: range, layout: Layout) -> None:
+    def __init__(self, module: nn.Module, units: range, anatomy: Anatomy) -> None:
         self.module = module
         self.first = units.start == 0
-        self.last = units.stop == layout.count
-        self._layout = layout
-        layers = cast(nn.ModuleList, module.get_submodule(layout.layers))
+        self.last = units.stop == anatomy.count
+        self._anatomy = anatomy
+        layers = cast(nn.ModuleList, module.get_submodule(anatomy.layers))
         self._layers = layers
         self._passed = nn.ModuleList(
-            layer if isinstance(layer, _Passed) else _Passed(layer, layout.tuples)
+            layer if isinstance(layer, _Passed) else _Passed(layer, anatomy.tuples)
             for layer in layers
         )
         self._dtype = next(layers[units.start].parameters()).dtype
@@ -324,27 +324,29 @@ class HFSegment:
         self._masked = not (eager and self._dtype == torch.float64)
         layers[units.stop - 1].register_forward_hook(_stop)
 
-    def forward(self, batch: Batch, hidden: Tensor | None) -> Tensor:
-        """Hidden states ``[N, T, d]`` behind the segment's last layer.
+    def forward(self, batch: Batch, hidden: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
+        """Hidden states ``[N, T, d]`` behind the segment's last layer, alone in a tuple.
 
         Args:
-            hidden: ``[N, T, d]`` from the segment before; ``None`` for the first segment, which
-                embeds ``batch.inputs``.
+            batch: the microbatch.
+            hidden: ``[N, T, d]`` from the segment before, alone in a tuple; ``None`` for the first
+                segment, which embeds ``batch.inputs``.
         """
         assert (hidden is None) == self.first, "the first segment, and only that, takes no hidden"
         if hidden is None:
-            return self._run({"input_ids": batch.inputs}, batch.mask, None)
-        return self._run(self._dummy(hidden), batch.mask, hidden)
+            return (self._run({"input_ids": batch.inputs}, batch.mask, None),)
+        (states,) = hidden
+        return (self._run(self._dummy(states), batch.mask, states),)
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """Logits ``[N, t, V]`` of hidden states ``[N, t, d]``, differentiable in ``hidden``.
+    def head(self, part: Tensor) -> Tensor:
+        """Logits ``[N, t, V]`` of hidden states ``[N, t, d]``, differentiable in ``part``.
 
         HF's forward with every layer passed over. Nothing behind the layers looks from one
         position to another, so each position goes alone: no masks of t x t, no limit on N·t.
         """
         assert self.last, "only the last segment holds the head"
-        rows = hidden.reshape(-1, 1, hidden.shape[-1])
-        parent, _, name = self._layout.layers.rpartition(".")
+        rows = part.reshape(-1, 1, part.shape[-1])
+        parent, _, name = self._anatomy.layers.rpartition(".")
         owner = self.module.get_submodule(parent)
         entry = cast(_Passed, self._passed[0])
         setattr(owner, name, self._passed)
@@ -354,12 +356,12 @@ class HFSegment:
         finally:
             entry.instead = None
             setattr(owner, name, self._layers)
-        return cast(Tensor, output.logits.reshape(*hidden.shape[:-1], -1))
+        return cast(Tensor, output.logits.reshape(*part.shape[:-1], -1))
 
     def _dummy(self, hidden: Tensor) -> dict[str, Tensor]:
         """Stands for embeddings in shape and dtype, from which HF makes masks and rotary tables."""
         zero = torch.zeros((), dtype=self._dtype, device=hidden.device)
-        return {"inputs_embeds": zero.expand(*hidden.shape[:-1], self._layout.width)}
+        return {"inputs_embeds": zero.expand(*hidden.shape[:-1], self._anatomy.width)}
 
     def _run(self, given: dict[str, Tensor], mask: Tensor | None, hidden: Tensor | None) -> Tensor:
         entry = cast(_Passed, self._passed[0])
@@ -426,17 +428,17 @@ class _Absent(nn.Module):
         return zero.expand(*given.shape, self.columns)
 
 
-def _prune(module: Any, units: range, layout: Layout) -> None:
+def _prune(module: Any, units: range, anatomy: Anatomy) -> None:
     """Replace what other segments hold, before anything is loaded."""
-    layers = cast(nn.ModuleList, module.get_submodule(layout.layers))
-    for index in range(layout.count):
+    layers = cast(nn.ModuleList, module.get_submodule(anatomy.layers))
+    for index in range(anatomy.count):
         if index not in units:
-            layers[index] = _Passed(layers[index], layout.tuples)
-    kept = layout.outside(units)
+            layers[index] = _Passed(layers[index], anatomy.tuples)
+    kept = anatomy.outside(units)
     # A tie is resolved by HF, from whichever of the two a checkpoint has.
-    if layout.tied and kept & {layout.embedding, layout.head}:
-        kept |= {layout.embedding, layout.head}
-    for name in (layout.early | layout.late | layout.idle) - kept:
+    if anatomy.tied and kept & {anatomy.embedding, anatomy.head}:
+        kept |= {anatomy.embedding, anatomy.head}
+    for name in (anatomy.early | anatomy.late | anatomy.idle) - kept:
         _replace(module, name, _Absent(module.get_submodule(name)))
     there = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     module.all_tied_weights_keys = {

@@ -39,18 +39,28 @@ class Segment(Protocol):
     @property
     def last(self) -> bool: ...
 
-    def forward(self, batch: Batch, hidden: Tensor | None) -> Tensor:
-        """Output of the last unit held: ``[N, T, d]`` hidden states, before norm and head if last.
+    def forward(self, batch: Batch, hidden: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
+        """What travels to the next segment: the output of the last unit held.
 
-        Differentiable in ``hidden`` (``None`` for the first segment, and only there), and
-        connected to whatever hooks on modules of the segment put in place of an output.
+        Args:
+            batch: the microbatch.
+            hidden: what the segment before returned; ``None`` for the first segment alone.
+
+        Returns:
+            the hidden states ``[N, T, d]`` (before norm and head in the last segment) and whatever
+            else the next unit takes. Differentiable in each of ``hidden``, and connected to
+            whatever hooks on modules of the segment put in place of an output.
         """
         ...
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """What the objective takes, of a slice ``[N, t, d]`` of the last segment's output.
+    def head(self, part: Tensor) -> Tensor:
+        """What the objective takes, from a slice of the last segment's hidden states.
 
-        Logits ``[N, t, V]`` of an HF model; ``hidden`` itself for others.
+        Args:
+            part: ``[N, t, d]``: some positions of the first tensor that :meth:`forward` returned.
+
+        Returns:
+            logits ``[N, t, V]`` of an HF model; ``part`` itself for other models.
         """
         ...
 

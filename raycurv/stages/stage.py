@@ -183,7 +183,7 @@ class Stage:
         """
         record = Record(batch.to(self._device))
         with self._graph(False, record):
-            out = self._segment.forward(record.batch, _own(self._entering(hidden, False)))
+            (out,) = self._segment.forward(record.batch, _own(self._entering(hidden, False)))
             if self._segment.last:
                 self._head(record, out[:, :1] if out.ndim > 2 else out, 0)
         return out, self._capture.discover(record)
@@ -243,7 +243,7 @@ class Stage:
         entered = self._entering(hidden, differentiates)
         record = Record(batch)
         with self._graph(differentiates, record):
-            left = self._segment.forward(batch, _own(entered))
+            (left,) = self._segment.forward(batch, _own(entered))
         if differentiates:
             self._open[batch.index] = _Open(record, entered, left)
         return left.detach()
@@ -394,10 +394,10 @@ class Stage:
         return max(1, self.spec.logits_chunk // (batch.size * classes))
 
 
-def _own(entered: Tensor | None) -> Tensor | None:
+def _own(entered: Tensor | None) -> tuple[Tensor, ...] | None:
     # A layer may change its input in place, which neither a leaf of the graph nor the tensor that
     # the stage before put out would bear.
-    return None if entered is None else entered.clone()
+    return None if entered is None else (entered.clone(),)
 
 
 def stage_specs(
