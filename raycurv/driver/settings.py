@@ -18,6 +18,7 @@ import tyro
 from raycurv.data.uri import shown
 from raycurv.errors import UserError
 from raycurv.mathematics.curvature import Damping
+from raycurv.mathematics.methods import MethodName, methods_with, open_method
 from raycurv.mathematics.tiles import LARGEST_EIGH, SMALLEST_TILE
 from raycurv.stages.failures import Limits
 
@@ -136,7 +137,7 @@ class FitSettings(Execution, Reading):
     `prompt` + `completion`, or `inputs` + `labels`."""
     out: str = ""
     """Run directory: an absolute path, or a URI that pyarrow.fs understands."""
-    method: Literal["ekfac", "kfac", "diagonal", "identity", "mfac"] = "ekfac"
+    method: MethodName = "ekfac"
     """Form of the curvature; `mfac`: the Fisher of `--rows` gradients, across blocks."""
     rows: int | None = None
     """How many gradients make the Fisher of `--method mfac`, each of its share of the examples;
@@ -210,7 +211,7 @@ class FitSettings(Execution, Reading):
         check_positive("draws", self.draws)
         if self.rows is not None:
             check_positive("rows", self.rows)
-            if self.method != "mfac":
+            if not open_method(self.method).ranked:
                 raise UserError(
                     "--rows", "--method mfac, which is made of them", f"--method {self.method}",
                     "Leave --rows out, or give --method mfac.",
@@ -236,6 +237,7 @@ class FitSettings(Execution, Reading):
 
     def _check_parents(self) -> None:
         """Refuse runs to start from that do not go with the other settings."""
+        method = open_method(self.method)
         flag, *more = (f for f in ("extend", "merge", "subtract") if getattr(self, f))
         if more:
             raise UserError(
@@ -243,10 +245,11 @@ class FitSettings(Execution, Reading):
                 "Make one run after the other.",
             )  # fmt: skip
         if flag == "extend":
-            if self.method not in ("ekfac", "diagonal"):
+            if not method.corrected:
+                named = methods_with(lambda method: method.corrected)
                 raise UserError(
-                    "--extend", "--method ekfac or diagonal, which have corrected eigenvalues",
-                    f"--method {self.method}", "Fit all the data together.",
+                    "--extend", f"--method {named}, which have corrected eigenvalues",
+                    f"--method {method}", "Fit all the data together.",
                 )  # fmt: skip
             if self.gradients:
                 raise UserError(
@@ -261,10 +264,11 @@ class FitSettings(Execution, Reading):
                 f"{len(runs)}: {' '.join(map(shown, runs))}",
                 f"Give them one after the other: --{flag} RUN_A RUN_B.",
             )  # fmt: skip
-        if self.method not in ("ekfac", "kfac"):
+        if not method.factors:
+            named = methods_with(lambda method: method.factors)
             raise UserError(
-                f"--{flag}", "--method ekfac or kfac, which have factors to add",
-                f"--method {self.method}", "Fit the data anew, or --extend a run by it.",
+                f"--{flag}", f"--method {named}, which have factors to add",
+                f"--method {method}", "Fit the data anew, or --extend a run by it.",
             )  # fmt: skip
         for other in ("data", "max_examples"):
             if getattr(self, other):
@@ -277,7 +281,9 @@ class FitSettings(Execution, Reading):
     def resolved(self) -> FitSettings:
         """With the defaults that depend on other fields filled in."""
         store = self.store_dtype or ("float64" if self.dtype == "float64" else "float32")
-        rows = ROWS if self.method == "mfac" and self.rows is None else self.rows
+        rows = self.rows
+        if open_method(self.method).ranked and rows is None:
+            rows = ROWS
         return dataclasses.replace(self, store_dtype=store, rows=rows)
 
 

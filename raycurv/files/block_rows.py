@@ -14,7 +14,9 @@ from raycurv.files.store import Store
 from raycurv.files.tables import BLOCKS, GRADIENTS, SPECTRUM, write_table
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.eigen import effective_rank
+from raycurv.mathematics.factors import Factor
 from raycurv.mathematics.gradient_statistics import GradientNumbers
+from raycurv.mathematics.methods import Method
 from raycurv.mathematics.tiles import tile_ranges
 
 BLOCKS_FILE = "tables/blocks/part-00000.parquet"
@@ -26,7 +28,7 @@ def write_blocks(
     store: Store,
     blocks: Sequence[Block],
     stages: Mapping[str, int],
-    method: str,
+    method: Method,
     examples: int,
     notes: Mapping[str, str],
 ) -> None:
@@ -39,7 +41,7 @@ def write_blocks(
     write_table(store, BLOCKS_FILE, pa.Table.from_pylist(rows, schema=BLOCKS), notes)
 
 
-def _row(store: Store, block: Block, stage: int, method: str, examples: int) -> dict[str, Any]:
+def _row(store: Store, block: Block, stage: int, method: Method, examples: int) -> dict[str, Any]:
     row: dict[str, Any] = {
         "block": block.name,
         "module": block.name,
@@ -54,7 +56,7 @@ def _row(store: Store, block: Block, stage: int, method: str, examples: int) -> 
     }
     outcomes: list[str] = []
     rows = 0
-    if method in ("ekfac", "kfac"):
+    if method.factors:
         right, right_notes = read_spectrum(store, block.input_factor)
         left, left_notes = read_spectrum(store, block.output_factor)
         rows = int(left_notes["rows"])
@@ -67,14 +69,14 @@ def _row(store: Store, block: Block, stage: int, method: str, examples: int) -> 
             "eigh_seconds": float(right_notes["seconds"]) + float(left_notes["seconds"]),
         }
         outcomes = [right_notes["outcome"], left_notes["outcome"]]
-        if method == "kfac":
+        if not method.corrected:
             traces = float(sum(t.sum() for t in right)), float(sum(t.sum() for t in left))
             row["trace"] = rows / max(examples, 1) * traces[0] * traces[1]
             row["mean_eigenvalue"] = row["trace"] / (block.d_in * block.d_out)
-    if method in ("ekfac", "diagonal"):
+    if method.corrected:
         said = corrected_notes(store, block)
         row |= {"trace": float(said["trace"]), "mean_eigenvalue": float(said["mean"])}
-    if method == "mfac":
+    if method.ranked:
         row["trace"] = float(open_rows(store, block).file.metadata["trace"])
         row["mean_eigenvalue"] = row["trace"] / (block.d_in * block.d_out)
     if row.get("mean_eigenvalue") == 0.0:
@@ -84,15 +86,13 @@ def _row(store: Store, block: Block, stage: int, method: str, examples: int) -> 
     return row
 
 
-def write_spectrum(
-    store: Store, factors: Mapping[str, tuple[Block, str]], notes: Mapping[str, str]
-) -> None:
+def write_spectrum(store: Store, factors: Mapping[str, Factor], notes: Mapping[str, str]) -> None:
     """``tables/spectrum``: one row an eigenvalue, largest first in each tile.
 
     ``tile_start`` and ``tile_stop`` say which indices of the axis the tile holds.
     """
     parts = []
-    for name, (block, side) in factors.items():
+    for name, factor in factors.items():
         tiles = read_spectrum(store, name)[0]
         held = tile_ranges(len(t) for t in tiles)
         for tile, (values, indices) in enumerate(zip(tiles, held, strict=True)):
@@ -101,11 +101,11 @@ def write_spectrum(
                 pa.table(
                     {
                         "factor": [name] * count,
-                        "block": [block.name] * count,
+                        "block": [factor.block.name] * count,
                         "tile": pa.array([tile] * count, pa.int32()),
                         "tile_start": pa.array([indices.start] * count, pa.int32()),
                         "tile_stop": pa.array([indices.stop] * count, pa.int32()),
-                        "side": [side] * count,
+                        "side": [factor.side] * count,
                         "index": pa.array(range(count), pa.int32()),
                         "eigenvalue": values.flip(0).numpy(),
                     },

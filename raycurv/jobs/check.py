@@ -22,6 +22,7 @@ from raycurv.errors import UserError
 from raycurv.files.store import Store
 from raycurv.jobs.drafts import Drafts, ShapeOf, arrangement_of, of_lengths, recipe_of, with_spool
 from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.methods import open_method
 from raycurv.models.model import Outline
 from raycurv.planning import report
 from raycurv.planning.advice import (
@@ -79,7 +80,6 @@ def check_influence(
     """
     if settings.force:
         return
-    mfac = fitted["method"] == "mfac"
     recipe = Recipe(
         method=fitted["method"],
         rows=fitted.get("rows") or 0,
@@ -88,7 +88,7 @@ def check_influence(
         store_dtype=DTYPES[fitted["store_dtype"]],
         logits_chunk=settings.logits_chunk,
         # Products of M-FAC are whole until they are truncated.
-        rank=None if mfac else settings.rank_number(),
+        rank=None if open_method(fitted["method"]).ranked else settings.rank_number(),
         query_memory=parse_bytes("--query-memory", settings.query_memory),
         self_influence=settings.self_influence,
         ihvp=settings.ihvp,

@@ -22,6 +22,7 @@ from raycurv.driver.settings import (
     rank_number,
 )
 from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.methods import open_method
 from raycurv.models.model import Outline
 from raycurv.planning.advice import (
     Bounds,
@@ -155,7 +156,7 @@ def recipe_of(settings: FitSettings) -> Recipe:
     return replace(
         recipe,
         # Products of M-FAC are whole until they are truncated.
-        rank=None if settings.method == "mfac" else rank_number(settings.rank),
+        rank=None if open_method(settings.method).ranked else rank_number(settings.rank),
         query_memory=parse_bytes("--query-memory", settings.query_memory),
         self_influence=settings.self_influence,
         ihvp=settings.ihvp,

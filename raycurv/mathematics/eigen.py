@@ -10,7 +10,7 @@ result.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from raycurv.errors import NumericalError
+from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.factors import factors_of
 from raycurv.mathematics.products import rows_times
 from raycurv.mathematics.tiles import tile_ranges
 
@@ -82,6 +84,11 @@ class Eigenbasis:
         """``Q * Q``, tile by tile in one matrix."""
         whole: Tensor = torch.block_diag(*(q.to(dtype).square() for q in self.vectors))
         return whole
+
+
+def own_axes(blocks: Iterable[Block]) -> dict[str, Eigenbasis]:
+    """The identity as the basis of every factor: gradients stay in the weights' own axes."""
+    return dict.fromkeys(factors_of(blocks), Eigenbasis())
 
 
 def effective_rank(values: Tensor) -> float:

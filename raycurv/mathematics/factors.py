@@ -9,8 +9,9 @@ Martens & Grosse 2015 (arXiv:1503.05671), sections 3 and 4; over tokens as in Gr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +20,37 @@ from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Captured, of_fit
 from raycurv.mathematics.sums import RunningSum, join_nested, load_nested, nested_state
 from raycurv.mathematics.tiles import tile_widths
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A Kronecker factor before anything is known of it but its place.
+
+    Attributes:
+        block: the first block that uses it.
+        side: of that block: ``input`` (A) or ``output`` (G).
+    """
+
+    block: Block
+    side: Literal["input", "output"]
+
+    @property
+    def width(self) -> int:
+        """Rows and columns of the factor."""
+        return self.block.d_in if self.side == "input" else self.block.d_out
+
+    def tiles(self, max_factor_dim: int | None) -> tuple[int, ...]:
+        """Widths of its tiles, none above ``max_factor_dim``."""
+        return tile_widths(self.width, max_factor_dim)
+
+
+def factors_of(blocks: Iterable[Block]) -> dict[str, Factor]:
+    """The factors of some blocks by name, each once, in the order in which they are summed up."""
+    found: dict[str, Factor] = {}
+    for block in blocks:
+        found.setdefault(block.input_factor, Factor(block, "input"))
+        found[block.output_factor] = Factor(block, "output")
+    return found
 
 
 @dataclass(frozen=True)
@@ -82,13 +114,9 @@ class FactorSums:
         max_factor_dim: int | None = None,
         only: frozenset[str] | None = None,
     ) -> None:
-        widths: dict[str, int] = {}
-        for block in blocks:
-            widths.setdefault(block.input_factor, block.d_in)
-            widths[block.output_factor] = block.d_out
         self.tiles = {
-            name: tile_widths(width, max_factor_dim)
-            for name, width in widths.items()
+            name: factor.tiles(max_factor_dim)
+            for name, factor in factors_of(blocks).items()
             if only is None or name in only
         }
         self._blocks = blocks

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Captured
-from raycurv.mathematics.eigen import Eigenbasis
+from raycurv.mathematics.eigen import own_axes
 from raycurv.mathematics.gradients import Rotations, add_squares
 from raycurv.mathematics.sums import RunningSum, join_nested, load_nested, nested_state
 
@@ -185,7 +185,7 @@ class GradientSums:
             for name in self._names
             for kind in self._kinds
         }
-        self._bases = {n: Eigenbasis() for b in blocks for n in (b.input_factor, b.output_factor)}
+        self._bases = own_axes(blocks)
         self._draws = draws
         self._examples = self._batches = 0
 

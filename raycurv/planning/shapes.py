@@ -13,7 +13,7 @@ import torch
 
 from raycurv.data.microbatch import Lengths, plan_microbatches
 from raycurv.mathematics.blocks import Block
-from raycurv.mathematics.tiles import tile_widths
+from raycurv.mathematics.factors import factors_of
 from raycurv.models.model import Outline
 from raycurv.planning.trace import Trace
 
@@ -166,16 +166,7 @@ class StageShape:
 
     def factors(self, max_factor_dim: int | None) -> dict[str, tuple[int, ...]]:
         """Factor -> widths of its tiles, in the order in which they are summed up."""
-        return factor_tiles(self.blocks, max_factor_dim)
-
-
-def factor_tiles(blocks: Sequence[Block], max_factor_dim: int | None) -> dict[str, tuple[int, ...]]:
-    """Factor -> widths of its tiles; a shared input factor counts once."""
-    widths: dict[str, int] = {}
-    for block in blocks:
-        widths.setdefault(block.input_factor, block.d_in)
-        widths[block.output_factor] = block.d_out
-    return {name: tile_widths(width, max_factor_dim) for name, width in widths.items()}
+        return {n: f.tiles(max_factor_dim) for n, f in factors_of(self.blocks).items()}
 
 
 def squares(tiles: Sequence[int]) -> int:

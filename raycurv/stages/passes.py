@@ -29,8 +29,8 @@ from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Captured
 from raycurv.mathematics.corrected import CorrectedSum, CorrectedSums
 from raycurv.mathematics.curvature import BlockCurvature, Damping
-from raycurv.mathematics.eigen import Eigenbasis
-from raycurv.mathematics.factors import FactorSum, FactorSums
+from raycurv.mathematics.eigen import Eigenbasis, own_axes
+from raycurv.mathematics.factors import FactorSum, FactorSums, factors_of
 from raycurv.mathematics.influence.ihvp import BlockProducts, Products
 from raycurv.mathematics.influence.scores import PairwiseScores, SelfScores
 from raycurv.mathematics.loss.differentiation import Target
@@ -144,9 +144,7 @@ class CorrectedPass:
     def open(
         self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device
     ) -> CorrectedSums:
-        bases = dict.fromkeys(_factors(blocks), Eigenbasis())
-        if not self.diagonal:
-            bases = _read_bases(self.store, blocks, device)
+        bases = own_axes(blocks) if self.diagonal else _read_bases(self.store, blocks, device)
         only = frozenset(self.only & {b.name for b in blocks})
         return CorrectedSums(blocks, bases, dtype, device, only)
 
@@ -327,16 +325,11 @@ class ScoreGatherer(Nothing):
         return found
 
 
-def _factors(blocks: Sequence[Block]) -> list[str]:
-    """All factors of some blocks."""
-    return sorted({n for b in blocks for n in (b.input_factor, b.output_factor)})
-
-
 def _read_bases(
     store: Store, blocks: Sequence[Block], device: torch.device
 ) -> dict[str, Eigenbasis]:
     """The eigenbases of some blocks, by factor."""
-    return {n: _on(read_eigen(store, n), device) for n in _factors(blocks)}
+    return {n: _on(read_eigen(store, n), device) for n in factors_of(blocks)}
 
 
 def _on(basis: Eigenbasis, device: torch.device) -> Eigenbasis:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
@@ -10,27 +10,17 @@ from raycurv.driver.timeline_table import write_timeline
 from raycurv.driver.workers import Workers
 from raycurv.files.artifacts import factor_file, read_factor, write_eigen
 from raycurv.files.store import Store
-from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.eigen import decompose
-from raycurv.mathematics.tiles import tile_widths
+from raycurv.mathematics.factors import Factor
 from raycurv.planning.moments import decomposition
 from raycurv.progress.reporter import Reporter
 from raycurv.stages.dealing import eigh_cost, longest_first
 from raycurv.stages.pool import Need
 
 
-def factors_of(blocks: Sequence[Block]) -> dict[str, tuple[Block, str]]:
-    """Factor -> the first block that uses it, and the side."""
-    found: dict[str, tuple[Block, str]] = {}
-    for block in blocks:
-        found.setdefault(block.input_factor, (block, "input"))
-        found[block.output_factor] = (block, "output")
-    return found
-
-
 def decompose_factors(
     store: Store,
-    factors: Mapping[str, tuple[Block, str]],
+    factors: Mapping[str, Factor],
     max_factor_dim: int | None,
     store_dtype: torch.dtype,
     keep_sums: bool,
@@ -42,7 +32,7 @@ def decompose_factors(
 
     Args:
         store: of the run.
-        factors: as :func:`factors_of` gives them.
+        factors: by name.
         max_factor_dim: widest tile.
         store_dtype: of the written bases.
         keep_sums: whether sums stay once they are decomposed.
@@ -50,10 +40,7 @@ def decompose_factors(
         where: which stages the factors are of, for the progress.
         reporter: shows progress, and says which went otherwise than they should.
     """
-    tiles = {
-        name: tile_widths(block.d_in if side == "input" else block.d_out, max_factor_dim)
-        for name, (block, side) in factors.items()
-    }
+    tiles = {name: factor.tiles(max_factor_dim) for name, factor in factors.items()}
     order = longest_first({name: eigh_cost(widths) for name, widths in tiles.items()})
     arguments = [(store, name, store_dtype, workers.device) for name in order]
     needs = [

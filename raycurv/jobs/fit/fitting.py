@@ -38,6 +38,7 @@ from raycurv.jobs.fit.parents import open_parents
 from raycurv.jobs.fit.phases import FitPhases
 from raycurv.mathematics.blocks import choose_blocks
 from raycurv.mathematics.loss.objective import Objective, open_objective
+from raycurv.mathematics.methods import open_method
 from raycurv.mathematics.tiles import check_axes
 from raycurv.models.model import Model, ModelSource, open_model
 from raycurv.progress.reporter import Reporter
@@ -115,7 +116,7 @@ def _fit_held(
     blocks = choose_blocks(
         network.skeleton(), settings.blocks, network.default_scope, network.tied_head
     )
-    if settings.method in ("ekfac", "kfac"):
+    if open_method(settings.method).factors:
         check_axes(blocks, settings.max_factor_dim)
     workers = Workers(
         settings, network, named, blocks, DTYPES[settings.dtype], settings.seed, reporter, store

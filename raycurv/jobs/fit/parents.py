@@ -31,6 +31,8 @@ from raycurv.files.tables import read_directory
 from raycurv.files.tensorfile import whole
 from raycurv.jobs.fitted import check_model, read_fit
 from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.factors import factors_of
+from raycurv.mathematics.methods import Method, methods_with, open_method
 from raycurv.models.model import Model
 
 Array = np.ndarray[Any, Any]
@@ -68,7 +70,7 @@ class Parent:
     @property
     def factors(self) -> list[str]:
         """Names of all its factors."""
-        return sorted({n for b in self.blocks for n in (b.input_factor, b.output_factor)})
+        return sorted(factors_of(self.blocks))
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -205,11 +207,14 @@ def _open(how: str, name: str, out: Store) -> Parent:
             "Give another --out: the runs that it starts from stay as they are.",
         )  # fmt: skip
     fit = read_fit(store, flag)
-    method = fit.settings["method"]
-    wanted = ("ekfac", "diagonal") if how == "extend" else ("ekfac", "kfac")
-    if method not in wanted:
+    method = open_method(fit.settings["method"])
+
+    def fitting(method: Method) -> bool:
+        return method.corrected if how == "extend" else method.factors
+
+    if not fitting(method):
         raise UserError(
-            flag, f"a run of --method {' or '.join(wanted)}", f"one of {method}",
+            flag, f"a run of --method {methods_with(fitting)}", f"one of {method}",
             "It has no corrected eigenvalues to add to: fit all the data together."
             if how == "extend" else "It has no factors to add: fit the data anew, or --extend it.",
         )  # fmt: skip

@@ -41,11 +41,13 @@ from raycurv.jobs.fit.combined import (
 )
 from raycurv.jobs.fit.parents import Parents
 from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.factors import factors_of
 from raycurv.mathematics.loss.differentiation import Target
+from raycurv.mathematics.methods import open_method
 from raycurv.progress.reporter import Reporter
 from raycurv.stages.passes import CorrectedPass, CovariancePass, LossPass, ReplayPass, RowsPass
 from raycurv.stages.stage import Pass
-from raycurv.steps.decompositions import decompose_factors, factors_of
+from raycurv.steps.decompositions import decompose_factors
 from raycurv.steps.shared_inputs import Layout
 from raycurv.steps.statistics import Gradients
 
@@ -493,7 +495,9 @@ class FitPhases:
             for stage in range(len(self.workers.cuts))
             for block in self.workers.blocks_of(range(stage, stage + 1))
         }
-        write_blocks(self.store, self.blocks, stages, self.method, self._examples, self._notes())
+        write_blocks(
+            self.store, self.blocks, stages, open_method(self.method), self._examples, self._notes()
+        )
         if self._has_spectrum:
             write_spectrum(self.store, factors_of(self.blocks), self._notes())
         if self.gradients.wanted:

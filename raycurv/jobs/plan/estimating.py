@@ -19,6 +19,7 @@ from raycurv.driver.settings import (
 )
 from raycurv.jobs.drafts import Drafts, ShapeOf, arrangement_of, of_lengths, recipe_of, with_spool
 from raycurv.mathematics.blocks import choose_blocks
+from raycurv.mathematics.methods import open_method
 from raycurv.mathematics.tiles import check_axes
 from raycurv.models.model import Outline, open_outline
 from raycurv.planning import report
@@ -48,7 +49,7 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
     blocks = choose_blocks(
         outline.skeleton(), settings.blocks, outline.default_scope, outline.tied_head
     )
-    if settings.method in ("ekfac", "kfac"):
+    if open_method(settings.method).factors:
         check_axes(blocks, settings.max_factor_dim)
     directory = Path(settings.out).absolute() if "://" not in settings.out else None
     supply = with_spool(_supply(settings, directory), settings, directory)

@@ -23,7 +23,7 @@ from raycurv.errors import NumericalError, UserError
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Captured, of_fit
 from raycurv.mathematics.curvature import Damping
-from raycurv.mathematics.eigen import Eigenbasis
+from raycurv.mathematics.eigen import own_axes
 from raycurv.mathematics.gradients import Rotations
 from raycurv.mathematics.rank.rank_inverse import RankInverse, rank_damping, rank_inverse
 
@@ -85,7 +85,7 @@ class RowSums:
         self.blocks = tuple(blocks)
         self._dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self._device = device
-        self._bases = {n: Eigenbasis() for b in blocks for n in (b.input_factor, b.output_factor)}
+        self._bases = own_axes(blocks)
         self._sums = {
             b.name: torch.zeros(count, b.d_out, b.d_in, dtype=self._dtype, device=device)
             for b in blocks

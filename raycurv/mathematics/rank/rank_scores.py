@@ -17,7 +17,7 @@ from torch import Tensor
 
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Captured
-from raycurv.mathematics.eigen import Eigenbasis
+from raycurv.mathematics.eigen import own_axes
 from raycurv.mathematics.gradients import Rotations
 from raycurv.mathematics.rank.rank_inverse import RankInverses
 
@@ -45,7 +45,7 @@ class RankSelfScores:
         self._blocks, self._inverses = tuple(blocks), inverses
         self._rows = {name: r.flatten(1).double() for name, r in rows.items()}
         self._dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self._bases = {n: Eigenbasis() for b in blocks for n in (b.input_factor, b.output_factor)}
+        self._bases = own_axes(blocks)
 
     def add(self, draws: Sequence[Captured]) -> dict[str, Tensor]:
         """``self_scores [N]``; of the whole model's inverse ``self_squares [N]`` and
