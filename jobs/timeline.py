@@ -1,12 +1,6 @@
-"""`python jobs/timeline.py --help`: a picture of what the actors of a run did, and how busy they
-were."""
+"""`python jobs/timeline.py --help`; unchanged under `ray job submit --working-dir . -- …`."""
 
-from loading import loading
-
-with loading("timeline.py"):
-    from raycurv.driver.settings import TimelineSettings
-    from raycurv.jobs.command import run_job
-    from raycurv.jobs.timeline.watching import show_timeline
+from raycurv.jobs.registry import start
 
 if __name__ == "__main__":
-    run_job(TimelineSettings, lambda settings, reporter: show_timeline(settings), "timeline.py")
+    start("timeline")

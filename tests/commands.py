@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -24,38 +24,15 @@ from torch import Tensor, nn
 
 from raycurv.data.sources import fingerprint
 from raycurv.driver.corpus import open_corpus
-from raycurv.driver.settings import (
-    EvaluateSettings,
-    FitSettings,
-    InfluenceSettings,
-    PlanSettings,
-    TimelineSettings,
-)
+from raycurv.driver.settings import EvaluateSettings
 from raycurv.driver.workers import Workers
 from raycurv.files.manifest import Manifest
 from raycurv.files.store import Store
-from raycurv.jobs.command import run_job
-from raycurv.jobs.evaluate.evaluating import evaluate
-from raycurv.jobs.fit.fitting import fit
-from raycurv.jobs.influence.scoring import influence
+from raycurv.jobs import registry
 from raycurv.jobs.losses import Losses
-from raycurv.jobs.plan.estimating import plan
-from raycurv.jobs.prune.prune_settings import PruneSettings
-from raycurv.jobs.prune.pruning import prune
-from raycurv.jobs.timeline.watching import show_timeline
 from raycurv.progress.reporter import Reporter
 
 ROOT = Path(__file__).resolve().parent.parent
-JOBS: dict[str, tuple[Any, Callable[..., Any]]] = {
-    "fit.py": (FitSettings, fit),
-    "influence.py": (InfluenceSettings, influence),
-    "evaluate.py": (EvaluateSettings, evaluate),
-    "prune.py": (PruneSettings, prune),
-    "plan.py": (PlanSettings, lambda settings, reporter: plan(settings)),
-    "timeline.py": (TimelineSettings, lambda settings, reporter: show_timeline(settings)),
-}
-
-
 # A fit and scores in this process whose numbers are equal bit for bit from run to run.
 EXACT_FIT: dict[str, Any] = {
     "objective": "classification",
@@ -86,14 +63,13 @@ class Outcome:
 
 def run_here(job: str, flags: Sequence[Any]) -> Outcome:
     """The job's ``main`` in this process, which is quick."""
-    settings, work = JOBS[job]
     out, err = io.StringIO(), io.StringIO()
     code = 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [job, *map(str, flags)])
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                run_job(settings, work, job)
+                registry.start(job.removesuffix(".py"))
             except SystemExit as end:
                 code = end.code if isinstance(end.code, int) else 1
     return Outcome(code, out.getvalue(), err.getvalue())

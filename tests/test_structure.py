@@ -21,6 +21,7 @@ FILES = {
 ORDER = (
     "batch", "errors", "mathematics", "models", "data", "files", "stages", "links", "onray",
     "planning", "progress", "driver", "steps", "jobs", "pruned", "run", "evaluation",
+    "__main__",
 )  # fmt: skip
 # Mathematics and plans: functions of tensors and numbers, without files, clusters or libraries of
 # models.
@@ -89,11 +90,7 @@ def test_jobs_import_raycurv_alone() -> None:
     jobs = sorted((ROOT / "jobs").glob("*.py"))
     assert {"fit.py", "influence.py", "prune.py"} <= {path.name for path in jobs}
     for path in jobs:
-        # What stands in while libraries load cannot be one of them.
-        if path.name == "loading.py":
-            assert packages(path) <= sys.stdlib_module_names
-        else:
-            assert packages(path) == {"loading", "raycurv"}
+        assert packages(path) == {"raycurv"}
 
 
 def cycle(graph: dict[str, set[str]]) -> list[str]:
@@ -128,6 +125,19 @@ def test_imports_point_one_way() -> None:
 def test_no_two_files_share_a_name() -> None:
     names = [name.rpartition(".")[2] for name in FILES]
     assert {name for name in names if names.count(name) > 1} == set()
+
+
+def test_what_answers_a_signal_while_libraries_load_is_none_of_them() -> None:
+    # What a command imports before it listens: the package, the registry, and what they import.
+    seen: set[str] = set()
+    waiting = ["jobs.registry"]
+    while waiting:
+        name = waiting.pop()
+        seen.add(name)
+        waiting += own(FILES[name], everywhere=False) - seen
+        outside = {n.split(".")[0] for n in imported(FILES[name], everywhere=False)} - {"raycurv"}
+        assert outside <= sys.stdlib_module_names, name
+    assert "jobs.loading" in seen
 
 
 def test_a_job_without_ray_or_a_language_model_waits_for_neither() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from raycurv import __version__
 from raycurv.errors import DamagedFile, UserError
 from raycurv.files.store import Store
 from raycurv.files.tables import SCHEMA_VERSION
@@ -114,8 +115,10 @@ class Manifest:
 @cache
 def _versions() -> Mapping[str, str]:
     """What this process runs on; reading the packages' metadata takes longer than a small phase."""
-    names = ("raycurv", "torch", "transformers", "pyarrow")
-    return {name: version(name) for name in names} | {"python": platform.python_version()}
+    # raycurv itself may be a working directory that was sent along, which is not installed.
+    names = ("torch", "transformers", "pyarrow")
+    others = {name: version(name) for name in names} | {"python": platform.python_version()}
+    return {"raycurv": __version__} | others
 
 
 def continue_or_refuse(store: Store, wanted: Manifest) -> Manifest:

@@ -10,9 +10,9 @@ import re
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import pyarrow as pa
 import tyro
@@ -31,7 +31,13 @@ _AGAIN = "What was done is kept: the same command goes on from there."
 _DECORATION = re.compile(r"\x1b\[[0-9;]*m|[\u2500-\u257f]")
 
 
-def run_job(settings: type[Settings], job: Callable[..., Any], name: str) -> None:
+def run_job(
+    settings: type[Settings],
+    job: Callable[..., Any],
+    name: str,
+    arguments: Sequence[str] | None = None,
+    program: str = "",
+) -> None:
     """Read the command line, run the job, and exit.
 
     Exit code 0 when done, 2 for a user's mistake (one message, no traceback), 1 for anything else,
@@ -44,6 +50,8 @@ def run_job(settings: type[Settings], job: Callable[..., Any], name: str) -> Non
         job: takes the settings and ``reporter``; gives the store of its results, what it found, or
             both as a pair.
         name: of the job.
+        arguments: the flags; by default the process' own.
+        program: what the command is called in ``--help``; by default ``name``.
 
     Raises:
         SystemExit: with exit code 1 or 2; a job that stopped ends its process.
@@ -52,7 +60,7 @@ def run_job(settings: type[Settings], job: Callable[..., Any], name: str) -> Non
     pa.set_memory_pool(pa.system_memory_pool())
     ending = _Ending(name)
     with stopping.listening(ending.at_once):
-        code, more = _run(settings, job, ending)
+        code, more = _run(lambda: _read(settings, arguments, program or name), job, ending)
         ending.say(more)
         if more["status"] == "stopped":
             # Nothing is left to do, and who asked may not wait until Python has tidied up.
@@ -102,12 +110,25 @@ class _Ending:
         os._exit(code)
 
 
+def refuse(name: str, error: UserError) -> NoReturn:
+    """End as a job ends that a mistake keeps from beginning: one message, the last line, code 2.
+
+    Args:
+        name: of the job, or of the command that runs none.
+        error: the mistake.
+    """
+    ending = _Ending(name)
+    ending.complain("failed", str(error))
+    ending.say(_parts(error))
+    raise SystemExit(2)
+
+
 def _run(
-    settings: type[Settings], job: Callable[..., Any], ending: _Ending
+    read: Callable[[], Any], job: Callable[..., Any], ending: _Ending
 ) -> tuple[int, dict[str, Any]]:
     """Run the job; gives its exit code, and what the last line says of it."""
     try:
-        chosen = _read(settings, ending.name)
+        chosen = read()
         ending.log = getattr(chosen, "log", "text")
         ending.reporter = Reporter(log=ending.log)
         ending.out = _root(chosen)
@@ -141,13 +162,14 @@ class _Unreadable(UserError):
     """A command line that cannot be read; a person has been told."""
 
 
-def _read(settings: type[Settings], name: str) -> Settings:
+def _read(settings: type[Settings], arguments: Sequence[str] | None, program: str) -> Settings:
     heard = _Heard(sys.stderr)
     with contextlib.redirect_stderr(heard):
         try:
             return tyro.cli(
                 settings,
-                prog=name,
+                prog=program,
+                args=arguments,
                 description=settings.__doc__,
                 config=(tyro.conf.FlagCreatePairsOff,),
             )
@@ -155,7 +177,9 @@ def _read(settings: type[Settings], name: str) -> Settings:
             if not end.code:
                 raise
     text = " ".join(_DECORATION.sub(" ", heard.getvalue()).split())
-    raise _Unreadable("the command line", "flags as --help has them", text, f"See {name} --help.")
+    raise _Unreadable(
+        "the command line", "flags as --help has them", text, f"See {program} --help."
+    )
 
 
 class _Heard(io.StringIO):

@@ -1,0 +1,114 @@
+"""The jobs by name, each declared once: what a command line starts imports nothing else before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+from raycurv.jobs.loading import loading
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of raycurv.
+
+    Attributes:
+        name: as a person calls it: `raycurv fit`, or `python jobs/fit.py`.
+        help: one line that says what it does.
+        settings: the dataclass of its flags, as ``module:name`` below ``raycurv``.
+        function: the function that does the work, likewise.
+        reports: whether the function takes a ``reporter``, which shows progress.
+    """
+
+    name: str
+    help: str
+    settings: str
+    function: str
+    reports: bool = True
+
+    @property
+    def script(self) -> str:
+        """What the job calls itself in its last line and in messages, however it is started."""
+        return f"{self.name}.py"
+
+    def load(self) -> tuple[Any, Callable[..., Any]]:
+        """The settings' class, and a function of settings and ``reporter``; imports libraries."""
+        settings, function = _load(self.settings), _load(self.function)
+        if self.reports:
+            return settings, function
+        return settings, partial(_without_reporter, function)
+
+
+JOBS = {
+    job.name: job
+    for job in (
+        Job(
+            "fit",
+            "the curvature of a model on a data set",
+            "driver.settings:FitSettings",
+            "jobs.fit.fitting:fit",
+        ),
+        Job(
+            "influence",
+            "scores of queries against training examples, and IHVPs",
+            "driver.settings:InfluenceSettings",
+            "jobs.influence.scoring:influence",
+        ),
+        Job(
+            "plan",
+            "what a fit and a scoring would take: memory, disk, time",
+            "driver.settings:PlanSettings",
+            "jobs.plan.estimating:plan",
+            reports=False,
+        ),
+        Job(
+            "prune",
+            "weights removed where the loss needs them least, the others moved",
+            "jobs.prune.prune_settings:PruneSettings",
+            "jobs.prune.pruning:prune",
+        ),
+        Job(
+            "evaluate",
+            "loss, perplexity and accuracy of a model on a data set",
+            "driver.settings:EvaluateSettings",
+            "jobs.evaluate.evaluating:evaluate",
+        ),
+        Job(
+            "timeline",
+            "what the actors of a run did, and how busy they were",
+            "driver.settings:TimelineSettings",
+            "jobs.timeline.watching:show_timeline",
+            reports=False,
+        ),
+    )
+}
+
+
+def start(name: str, arguments: Sequence[str] | None = None, program: str = "") -> None:
+    """Run a job as a command: reads its flags, does the work, and prints its last line.
+
+    Args:
+        name: of the job.
+        arguments: the flags; by default the process' own.
+        program: what the command is called in ``--help``; by default the script.
+
+    Raises:
+        SystemExit: see :func:`raycurv.jobs.command.run_job`.
+    """
+    job = JOBS[name]
+    with loading(job.script):
+        settings, function = job.load()
+        from raycurv.jobs.command import run_job
+    run_job(settings, function, job.script, arguments, program)
+
+
+def _load(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(import_module(f"raycurv.{module}"), name)
+
+
+def _without_reporter(function: Callable[..., Any], settings: Any, reporter: object) -> Any:
+    return function(settings)

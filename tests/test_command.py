@@ -1,0 +1,154 @@
+"""Claims about the one command, and about what importing the package costs."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import ROOT, Outcome, environment, run_here
+
+import raycurv
+from raycurv import __main__ as command
+from raycurv.jobs.registry import JOBS
+
+
+def raycurv_here(*words: str) -> Outcome:
+    """`raycurv WORDS…` in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    code = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["raycurv", *words])
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                command.main()
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def python(code: str) -> str:
+    """What a Python of its own prints."""
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60,
+        env=environment(),
+    ).stdout.strip()  # fmt: skip
+
+
+def test_the_help_lists_every_job_with_a_line_that_says_what_it_does() -> None:
+    for flag in ("--help", "-h"):
+        outcome = raycurv_here(flag)
+        assert outcome.code == 0 and not outcome.err
+        lines = {
+            words[0]: words[1:] for line in outcome.out.splitlines() if (words := line.split())
+        }
+        for name in JOBS:
+            assert len(lines[name]) > 5, name
+
+
+def test_every_job_has_a_script_and_every_script_starts_its_job() -> None:
+    scripts = {path.stem: path.read_text() for path in (ROOT / "jobs").glob("*.py")}
+    assert scripts.keys() == JOBS.keys()
+    for name, text in scripts.items():
+        assert f'start("{name}")' in text
+        assert len(ast.parse(text).body) == 3, "the docstring, an import and the start"
+
+
+def test_the_version_is_said() -> None:
+    assert raycurv_here("--version").out == f"raycurv {raycurv.__version__}\n"
+
+
+def test_a_job_that_there_is_not_is_a_mistake() -> None:
+    for words, got in ((("fitt",), "'fitt'"), ((), "nothing"), (("--layers", "3"), "'--layers'")):
+        outcome = raycurv_here(*words)
+        said = json.loads(outcome.out.splitlines()[-1])
+        assert outcome.code == 2 and said["status"] == "failed"
+        assert said["error"]["got"] == got and all(name in said["message"] for name in JOBS)
+        assert said["message"] in outcome.err and "Traceback" not in outcome.err
+    assert "raycurv fit?" in raycurv_here("fitt").out
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_the_command_and_the_script_are_one_job(name: str) -> None:
+    """Help, exit code and last line, but for what a person typed."""
+    for flags in (["--help"], ["--layers", "3"], []):
+        one, other = raycurv_here(name, *flags), run_here(f"{name}.py", flags)
+        assert one.code == other.code == (0 if flags == ["--help"] else 2)
+        if flags == ["--help"]:
+            # The usage wraps by the length of the program's name; what follows is the same.
+            assert one.out.startswith(f"usage: raycurv {name}")
+            assert other.out.startswith(f"usage: {name}.py")
+            assert one.out.partition("\n\n")[2] == other.out.partition("\n\n")[2] != ""
+        else:
+            first, second = (json.loads(o.out.splitlines()[-1]) for o in (one, other))
+            assert first["job"] == second["job"] == f"{name}.py"
+            assert first["error"]["where"] == second["error"]["where"]
+
+
+def test_python_m_raycurv_is_the_command() -> None:
+    outcome = subprocess.run(
+        [sys.executable, "-m", "raycurv", "timeline", "--run", "/nowhere"],
+        capture_output=True, text=True, timeout=120, env=environment(),
+    )  # fmt: skip
+    assert outcome.returncode == 2
+    said = json.loads(outcome.stdout.splitlines()[-1])
+    assert said["job"] == "timeline.py" and "/nowhere" in said["message"]
+
+
+def test_the_console_script_is_the_command() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    assert 'raycurv = "raycurv.__main__:main"' in text
+
+
+def test_importing_the_package_loads_no_library() -> None:
+    libraries = {"torch", "ray", "pyarrow", "numpy", "transformers", "tyro", "rich"}
+    code = (
+        "import sys, time; begun = time.perf_counter(); import raycurv; "
+        "took = time.perf_counter() - begun; "
+        f"print(sorted({libraries!r} & sys.modules.keys()), took); "
+        "raycurv.UserError; "
+        f"print(sorted({libraries!r} & sys.modules.keys()))"
+    )
+    first, second = python(code).splitlines()
+    found, _, took = first.rpartition(" ")
+    assert found == second == "[]"
+    # 0.01 s where nothing else is at work.
+    assert float(took) < 0.3
+
+
+def test_every_name_of_the_package_is_there_and_known_to_type_checkers() -> None:
+    for name in raycurv._PLACES:
+        assert getattr(raycurv, name) is not None and name in dir(raycurv)
+    tree = ast.parse(Path(raycurv.__file__).read_text())
+    (typed,) = (node for node in tree.body if isinstance(node, ast.If))
+    known = {
+        f"{node.module.removeprefix('raycurv.')}:{alias.name}": alias.asname
+        for node in typed.body
+        if isinstance(node, ast.ImportFrom) and node.module
+        for alias in node.names
+    }
+    assert known.keys() == set(raycurv._PLACES.values())
+    for name, place in raycurv._PLACES.items():
+        assert known[place] == (None if name == "open" else name)
+    with pytest.raises(AttributeError, match="no attribute 'fits'"):
+        _ = raycurv.fits
+
+
+def test_a_star_import_leaves_pythons_own_open_alone() -> None:
+    names: dict[str, object] = {}
+    exec("from raycurv import *", names)
+    assert names["fit"] is raycurv.fit and "open" not in names
+    assert raycurv.open is not open and callable(raycurv.open)
+
+
+def test_the_help_of_the_command_waits_for_no_library() -> None:
+    code = (
+        "import sys; sys.argv = ['raycurv', '--help']; from raycurv.__main__ import main; main(); "
+        "assert not {'torch', 'pyarrow', 'tyro'} & sys.modules.keys()"
+    )
+    assert "usage: raycurv" in python(code)
