@@ -3,8 +3,8 @@ them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,8 +18,10 @@ from raycurv.models.patched import parts
 from raycurv.progress.reporter import Reporter
 from raycurv.stages.dealing import cut_stages, group_stages
 from raycurv.stages.heap import RESIDENT, SWEPT
-from raycurv.stages.pool import InProcess, Pool
+from raycurv.stages.pool import InProcess, Need, Pool
 from raycurv.stages.stage import StageSpec, stage_specs
+
+T = TypeVar("T")
 
 
 def check_address(settings: Execution) -> None:
@@ -131,6 +133,39 @@ class Workers:
             self._pool.spans.watch = self._reporter.watch
         return self._pool
 
+    def run_tasks(
+        self,
+        label: str,
+        function: Callable[..., T],
+        arguments: Sequence[tuple[Any, ...]],
+        needs: Sequence[Need] | None = None,
+        unit: str = "blocks",
+        where: str = "",
+    ) -> Iterator[tuple[int, T]]:
+        """Run a function on each tuple of arguments as a phase of the job, with its progress and
+        its part of the timeline.
+
+        Nothing runs before the first result is asked for.
+
+        Args:
+            label: what a person calls the phase.
+            function: of a module, since another process may run it, or run it again.
+            arguments: in the order in which the tasks are begun.
+            needs: memory and time of each task.
+            unit: what one task is about.
+            where: the part of the model that the phase is about, if only a part.
+
+        Yields:
+            The place of a task in ``arguments`` and what it gave, as tasks end; :func:`in_order`
+            makes a list of them.
+        """
+        pool = self.tasks()
+        with self._reporter.phase(label, len(arguments), unit, where) as phase:
+            for place, value in pool.map(function, arguments, needs):
+                phase.advance(1)
+                yield place, value
+        write_timeline(self._store, pool, label)
+
     def stages(self, group: int) -> Pool:
         """The pool with the stages of a group built, in place of those of another."""
         pool = self.tasks()
@@ -211,3 +246,8 @@ class Workers:
         # All actors together never have more threads than there are cores.
         resident = max(len(group) for group in self.groups) * self._settings.replicas
         return max(1, min(cluster_cores() // resident, smallest_node_cores()))
+
+
+def in_order(ended: Iterable[tuple[int, T]]) -> list[T]:
+    """The results of :meth:`Workers.run_tasks` in the order of its arguments."""
+    return [value for _, value in sorted(ended, key=lambda pair: pair[0])]

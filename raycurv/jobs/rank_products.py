@@ -16,8 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from raycurv.driver.timeline_table import write_timeline
-from raycurv.driver.workers import Workers
+from raycurv.driver.workers import Workers, in_order
 from raycurv.files.artifacts import read_products, write_products
 from raycurv.files.row_files import open_rows
 from raycurv.files.store import Store
@@ -31,7 +30,6 @@ from raycurv.mathematics.rank.rank_inverse import (
     rank_damping,
     rank_inverse,
 )
-from raycurv.progress.reporter import Reporter
 from raycurv.stages.pool import Need
 
 
@@ -85,7 +83,6 @@ def make_rank_products(
     seed: int,
     dtype: torch.dtype,
     workers: Workers,
-    reporter: Reporter,
 ) -> float:
     """Make the products of every block, in ``out``; gives the largest residual ``|F F⁻¹v − v|/|v|``
     along what the gradients span.
@@ -101,31 +98,17 @@ def make_rank_products(
         NumericalError: a residual says that λ is too small for the dtype.
     """
     number = torch.float64 if dtype == torch.float64 else torch.float32
-    pool = workers.tasks()
-    sizes = [b.d_out * b.d_in for b in blocks]
-    projections: dict[str, Tensor] = {}
-    with reporter.phase("IHVPs", (1 + inverses.whole) * len(blocks), "blocks") as phase:
-        needs = [Need(40 * size, 0.0, b.name) for b, size in zip(blocks, sizes, strict=True)]
-        if inverses.whole:
-            arguments = [(gradients, fitted, b, inverses.by_block[b.name]) for b in blocks]
-            shares: list[Tensor | None] = [None] * len(blocks)
-            for place, share in pool.map(project_gradients, arguments, needs):
-                shares[place] = share
-                phase.advance(1)
-            # In the order of the blocks, or the sum would depend on chance.
-            projections = dict.fromkeys((b.name for b in blocks), _sum(shares))
-        made = [
-            (
-                gradients, out, fitted, b, inverses.by_block[b.name], projections.get(b.name), rank,
-                seed, number,
-            )
-            for b in blocks
-        ]  # fmt: skip
-        seen: list[tuple[Tensor, Tensor] | None] = [None] * len(blocks)
-        for place, found in pool.map(apply_inverse, made, needs):
-            seen[place] = found
-            phase.advance(1)
-    write_timeline(out, pool, "IHVPs")
+    needs = [Need(40 * b.d_out * b.d_in, 0.0, b.name) for b in blocks]
+    projection: Tensor | None = None
+    if inverses.whole:
+        arguments = [(gradients, fitted, b, inverses.by_block[b.name]) for b in blocks]
+        # In the order of the blocks, or the sum would depend on chance.
+        projection = _sum(in_order(workers.run_tasks("IHVPs", project_gradients, arguments, needs)))
+    made = [
+        (gradients, out, fitted, b, inverses.by_block[b.name], projection, rank, seed, number)
+        for b in blocks
+    ]
+    seen = in_order(workers.run_tasks("IHVPs", apply_inverse, made, needs))
     return _check(blocks, inverses, seen, number)
 
 

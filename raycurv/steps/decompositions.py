@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import torch
 
-from raycurv.driver.timeline_table import write_timeline
 from raycurv.driver.workers import Workers
 from raycurv.files.artifacts import factor_file, read_factor, write_eigen
 from raycurv.files.store import Store
@@ -36,9 +35,9 @@ def decompose_factors(
         max_factor_dim: widest tile.
         store_dtype: of the written bases.
         keep_sums: whether sums stay once they are decomposed.
-        workers: have the pool.
+        workers: run the tasks.
         where: which stages the factors are of, for the progress.
-        reporter: shows progress, and says which went otherwise than they should.
+        reporter: says which went otherwise than they should.
     """
     tiles = {name: factor.tiles(max_factor_dim) for name, factor in factors.items()}
     order = longest_first({name: eigh_cost(widths) for name, widths in tiles.items()})
@@ -47,16 +46,14 @@ def decompose_factors(
         Need(decomposition(tiles[name], store_dtype), eigh_cost(tiles[name]), name)
         for name in order
     ]
-    pool = workers.tasks()
-    with reporter.phase("eigendecompositions", len(order), "factors", where) as phase:
-        for place, outcome in pool.map(decompose_factor, arguments, needs):
-            phase.advance(1)
-            if not keep_sums:
-                # Not in the task: Ray may run that twice.
-                store.delete(factor_file(order[place]))
-            if outcome != "ok":
-                reporter.say(f"factor {order[place]}: {outcome}")
-    write_timeline(store, pool, "eigendecompositions")
+    for place, outcome in workers.run_tasks(
+        "eigendecompositions", decompose_factor, arguments, needs, "factors", where
+    ):
+        if not keep_sums:
+            # Not in the task: Ray may run that twice.
+            store.delete(factor_file(order[place]))
+        if outcome != "ok":
+            reporter.say(f"factor {order[place]}: {outcome}")
 
 
 def decompose_factor(store: Store, name: str, store_dtype: torch.dtype, device: str) -> str:

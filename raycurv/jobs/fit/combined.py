@@ -28,7 +28,7 @@ from raycurv.driver.corpus import (
     stored_corpus,
 )
 from raycurv.driver.settings import FitSettings
-from raycurv.driver.timeline_table import write_timeline
+from raycurv.driver.workers import Workers
 from raycurv.errors import DamagedFile, UserError
 from raycurv.files.artifacts import eigen_file, read_factor, write_factor
 from raycurv.files.store import Store
@@ -37,7 +37,6 @@ from raycurv.files.tensorfile import open_tensors
 from raycurv.jobs.fit.parents import How, Parent, Parents, check_new, places
 from raycurv.models.model import Model
 from raycurv.progress.reporter import Reporter
-from raycurv.stages.pool import Pool
 
 Array = np.ndarray[Any, Any]
 _DIGEST = 16  # bytes
@@ -116,18 +115,14 @@ def take_over_blocks(store: Store, parents: Parents) -> None:
 
 
 def take_over_factors(
-    store: Store,
-    parents: Parents,
-    factors: Sequence[str],
-    tasks: Callable[[], Pool],
-    reporter: Reporter,
+    store: Store, parents: Parents, factors: Sequence[str], workers: Workers
 ) -> None:
     """Combine the sums of these factors, or copy their bases; a task for each.
 
     Args:
         store: of the new run.
         factors: what is missing.
-        tasks: gives the pool; asked only when something is missing.
+        workers: run the tasks; asked only when something is missing.
     """
     if not factors:
         return
@@ -139,11 +134,8 @@ def take_over_factors(
     else:
         label, function = "A and G of the runs", combine_factor
         arguments = [(store, stores, parents.how, name) for name in factors]
-    with reporter.phase(label, len(factors), "factors") as phase:
-        pool = tasks()
-        for _ in pool.map(function, arguments):
-            phase.advance(1)
-    write_timeline(store, pool, label)
+    for _ in workers.run_tasks(label, function, arguments, unit="factors"):
+        pass
 
 
 def copy_basis(store: Store, run: Store, name: str) -> None:

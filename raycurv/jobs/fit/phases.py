@@ -230,7 +230,7 @@ class FitPhases:
         ]
         if missing:
             self._mending()
-        take_over_factors(self.store, self.parents, missing, self.workers.tasks, self.reporter)
+        take_over_factors(self.store, self.parents, missing, self.workers)
         if not combined:
             self._done("eigen")
             return

@@ -28,7 +28,6 @@ from raycurv.driver.pipeline import NoSink, Sink
 from raycurv.driver.settings import DTYPES, InfluenceSettings, identity, parse_bytes
 from raycurv.driver.sinks import ScoreRows, merge_top
 from raycurv.driver.sweep import Sweep, Task, commit_place, open_spool
-from raycurv.driver.timeline_table import write_timeline
 from raycurv.driver.workers import Workers, check_address
 from raycurv.errors import DamagedFile, UserError
 from raycurv.files.artifacts import ihvp_file, read_blocks, read_products, write_products
@@ -358,7 +357,6 @@ class _Influence:
             self.settings.seed,
             self.dtype,
             self.workers,
-            self.reporter,
         )
         facts = self.manifest.facts
         facts["residual"] = max(residual, facts.get("residual", 0.0))
@@ -534,13 +532,10 @@ class _Influence:
             label = "" if len(groups) == 1 else f", pass {number + 1}"
             self._make_rank_products(group, label)
             self._sweep(group, label, score=False)
-        pool = self.workers.tasks()
         places = [self._place(group) for group in groups]
-        with self.reporter.phase("IHVPs", len(missing), "blocks") as phase:
-            arguments = [(places, self.store, name) for name in missing]
-            for _ in pool.map(join_products, arguments):
-                phase.advance(1)
-        write_timeline(self.store, pool, "IHVPs")
+        arguments = [(places, self.store, name) for name in missing]
+        for _ in self.workers.run_tasks("IHVPs", join_products, arguments):
+            pass
 
     def _notes(self) -> dict[str, str]:
         said = identity(self.settings) | {"fit": self.source.store.root}

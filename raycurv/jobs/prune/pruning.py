@@ -27,8 +27,7 @@ from torch import Tensor
 
 from raycurv.driver.corpus import Corpus, store_corpus, stored_corpus
 from raycurv.driver.settings import DTYPES, Execution, FitSettings, identity
-from raycurv.driver.timeline_table import write_timeline
-from raycurv.driver.workers import Workers, check_address
+from raycurv.driver.workers import Workers, check_address, in_order
 from raycurv.errors import DamagedFile
 from raycurv.files.lock import hold
 from raycurv.files.manifest import Manifest, continue_or_refuse
@@ -393,20 +392,15 @@ class _Prune:
         """Run a task for every block; gives what they found, in the order of the blocks.
 
         Args:
-            total: adds up what they found, which is then kept of no block.
+            total: adds up what they found, of which nothing is then given.
         """
-        pool = self.workers.tasks()
         needs = [self._need(args[0]) for args in arguments]
-        found: list[Any] = [None] * len(arguments)
-        with self.reporter.phase(label, len(arguments), "blocks") as phase:
-            for place, value in pool.map(function, arguments, needs):
-                if total is None:
-                    found[place] = value
-                else:
-                    total.add(place, value)
-                phase.advance(1)
-        write_timeline(self.store, pool, label)
-        return found
+        ended = self.workers.run_tasks(label, function, arguments, needs)
+        if total is None:
+            return in_order(ended)
+        for place, value in ended:
+            total.add(place, value)
+        return []
 
     def _need(self, operation: Operation) -> Need:
         block = operation.block
