@@ -9,6 +9,7 @@ import pytest
 import torch
 from commands import snapshot
 from dense import Truth, worst
+from failures import timeline
 from networks import DEEP, LLAMA, MLP, Case
 from results import changed
 from test_scores import by_id, own_scores
@@ -186,6 +187,9 @@ def test_ihvps_and_scores_are_dense_solves_whatever_the_stages(
         dense = torch.stack([(inverse @ q)[at : at + size] for q in gradients[:3]])
         assert worst(made.block(name)[0].flatten(1), dense) < 1e-9
         at += size
+    # The tasks that made them are in the timeline of the results.
+    tasks = {row["operation"] for row in timeline(out) if row["phase"] == "IHVPs"}
+    assert tasks >= {"apply_inverse", *(["project_gradients"] if scope == "model" else [])}
 
 
 def test_a_truncated_product_is_the_truncation_of_the_whole_one(fits) -> None:
