@@ -33,7 +33,7 @@ import raycurv
 from raycurv.driver.settings import IN_MEMORY
 from raycurv.jobs.fit.fitting import fit
 from raycurv.jobs.influence.scoring import influence
-from raycurv.progress.phase import Phase
+from raycurv.progress.phase import PhaseProgress
 from raycurv.progress.reporter import Reporter
 
 # What the run's own phases begin.
@@ -57,7 +57,7 @@ class Watched(Reporter):
 
     def phase(
         self, name: str, total: int, unit: str, where: str = ""
-    ) -> AbstractContextManager[Phase]:
+    ) -> AbstractContextManager[PhaseProgress]:
         if name in BEGINS:
             self._clock.begin(BEGINS[name])
         return super().phase(name, total, unit, where)

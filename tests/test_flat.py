@@ -29,7 +29,7 @@ from raycurv.files.store import Store
 from raycurv.jobs.fit import fitting
 from raycurv.planning.shapes import DataShape
 from raycurv.stages.seen import Seen
-from raycurv.stages.spans import Record, Span
+from raycurv.stages.spans import Span, SpanLog
 
 MANY = 200_000
 # Of ids 14 characters and an offset of 8, lengths 4, the plan 8 and as much a microbatch.
@@ -284,7 +284,7 @@ def test_a_long_timeline_is_written_before_a_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Some:
-        spans = Record()
+        spans = SpanLog()
 
     monkeypatch.setattr(timeline, "_FULL", 5)
     store, pool = Store(str(tmp_path), lasting=False), Some()

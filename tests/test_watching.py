@@ -34,7 +34,7 @@ from raycurv.jobs.timeline.picture import BACKWARD, BAR, FORWARD, TURN, draw, sa
 from raycurv.onray.metrics import ActorMetrics, DriverMetrics
 from raycurv.progress import displays
 from raycurv.progress.activity import MOST_LINES, Activity
-from raycurv.progress.phase import Phase
+from raycurv.progress.phase import PhaseProgress
 from raycurv.progress.reporter import Reporter
 from raycurv.stages.pool import InProcess
 from raycurv.stages.spans import Span, timed
@@ -586,7 +586,7 @@ def test_busy_is_a_share_of_the_last_seconds() -> None:
 
 
 def test_what_an_earlier_run_did_says_nothing_about_the_rate() -> None:
-    fresh, resumed = (Phase("a phase", 100, "microbatches") for _ in range(2))
+    fresh, resumed = (PhaseProgress("a phase", 100, "microbatches") for _ in range(2))
     for phase in (fresh, resumed):
         phase.started -= 10.0
     resumed.skip(80)

@@ -41,7 +41,7 @@ from raycurv.onray.places import Places, demand_of
 from raycurv.onray.tasks import Tasks
 from raycurv.stages.failures import Failures, Limits
 from raycurv.stages.pool import Need, Say, StageLost
-from raycurv.stages.spans import Record, Span, actor_name
+from raycurv.stages.spans import Span, SpanLog, actor_name
 from raycurv.stages.stage import StageSpec
 from raycurv.stages.transport import pack, unpack
 
@@ -104,7 +104,7 @@ class OnRay:
         self._cpus, self._own, self._say, self._transport = cpus, own, say, transport
         self._limits = limits or Limits()
         self.failures = Failures(self._limits)
-        self.spans = Record()
+        self.spans = SpanLog()
         self._places: Places | None = None
         self._actors: list[list[_Actor]] = []
         self._specs: list[StageSpec] = []

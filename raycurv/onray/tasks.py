@@ -31,7 +31,7 @@ from raycurv.onray.places import Places
 from raycurv.stages.dealing import Slot, next_task
 from raycurv.stages.failures import RUN, Failures, Limits
 from raycurv.stages.pool import Need, Say
-from raycurv.stages.spans import Record, Span
+from raycurv.stages.spans import Span, SpanLog
 
 _LOST = (
     WorkerCrashedError, OutOfMemoryError, NodeDiedError, ObjectLostError, TaskCancelledError,
@@ -69,7 +69,7 @@ class Tasks:
     failures: Failures
     metrics: DriverMetrics
     say: Say
-    spans: Record
+    spans: SpanLog
 
     def run(
         self,

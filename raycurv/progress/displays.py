@@ -23,7 +23,7 @@ from rich.progress import (
 from rich.text import Text
 
 from raycurv.progress.activity import Activity
-from raycurv.progress.phase import Phase, clock
+from raycurv.progress.phase import PhaseProgress, clock
 
 Level = Literal["info", "warning", "error"]
 # Seconds between two lines where there is no terminal to redraw.
@@ -54,15 +54,15 @@ class Display(Protocol):
         """Show an event."""
         ...
 
-    def opened(self, phase: Phase) -> None:
+    def opened(self, phase: PhaseProgress) -> None:
         """A phase begins; others may be under way."""
         ...
 
-    def advanced(self, phase: Phase) -> None:
+    def advanced(self, phase: PhaseProgress) -> None:
         """A phase has gone on."""
         ...
 
-    def closed(self, phase: Phase, whole: bool) -> None:
+    def closed(self, phase: PhaseProgress, whole: bool) -> None:
         """A phase has ended; ``whole`` if it was not broken off."""
         ...
 
@@ -73,13 +73,13 @@ class Silent:
     def tell(self, event: Event) -> None:
         pass
 
-    def opened(self, phase: Phase) -> None:
+    def opened(self, phase: PhaseProgress) -> None:
         pass
 
-    def advanced(self, phase: Phase) -> None:
+    def advanced(self, phase: PhaseProgress) -> None:
         pass
 
-    def closed(self, phase: Phase, whole: bool) -> None:
+    def closed(self, phase: PhaseProgress, whole: bool) -> None:
         pass
 
 
@@ -103,7 +103,7 @@ class Terminal:
             event.text, highlight=False, markup=False, soft_wrap=True, style=style or None
         )
 
-    def opened(self, phase: Phase) -> None:
+    def opened(self, phase: PhaseProgress) -> None:
         if self._live is None:
             self._bars = self._new_bars()
             self._live = Live(
@@ -115,10 +115,10 @@ class Terminal:
         )
         self._open[id(phase)] = task
 
-    def advanced(self, phase: Phase) -> None:
+    def advanced(self, phase: PhaseProgress) -> None:
         self._draw(self._open[id(phase)], phase)
 
-    def closed(self, phase: Phase, whole: bool) -> None:
+    def closed(self, phase: PhaseProgress, whole: bool) -> None:
         task = self._open.pop(id(phase))
         self._draw(task, phase)
         self._bars.stop_task(task)
@@ -127,7 +127,7 @@ class Terminal:
             live, self._live = self._live, None
             live.stop()
 
-    def _draw(self, task: TaskID, phase: Phase) -> None:
+    def _draw(self, task: TaskID, phase: PhaseProgress) -> None:
         left = "" if phase.seconds_left is None else f"{clock(phase.seconds_left)} left"
         self._bars.update(task, completed=phase.done, rate=phase.rate(), left=left)
 
@@ -156,21 +156,21 @@ class _Paced(ABC):
     def __init__(self) -> None:
         self._shown: dict[int, float] = {}
 
-    def opened(self, phase: Phase) -> None:
+    def opened(self, phase: PhaseProgress) -> None:
         self._shown[id(phase)] = time.monotonic()
 
-    def advanced(self, phase: Phase) -> None:
+    def advanced(self, phase: PhaseProgress) -> None:
         now = time.monotonic()
         # The last one's line comes with the end.
         if now - self._shown[id(phase)] >= LINE_EVERY and phase.done < phase.total:
             self._shown[id(phase)] = now
             self._progress(phase)
 
-    def closed(self, phase: Phase, whole: bool) -> None:
+    def closed(self, phase: PhaseProgress, whole: bool) -> None:
         del self._shown[id(phase)]
 
     @abstractmethod
-    def _progress(self, phase: Phase) -> None:
+    def _progress(self, phase: PhaseProgress) -> None:
         """Show how far a phase is."""
 
 
@@ -189,13 +189,13 @@ class Lines(_Paced):
     def tell(self, event: Event) -> None:
         self._console.print(event.text, highlight=False, markup=False, soft_wrap=True)
 
-    def closed(self, phase: Phase, whole: bool) -> None:
+    def closed(self, phase: PhaseProgress, whole: bool) -> None:
         super().closed(phase, whole)
         if whole:
             line = phase.line(self._activity.busy())
             self.tell(Event(f"{line}, {clock(phase.seconds)}"))
 
-    def _progress(self, phase: Phase) -> None:
+    def _progress(self, phase: PhaseProgress) -> None:
         self.tell(Event(phase.line(self._activity.busy())))
 
 
@@ -214,21 +214,21 @@ class JsonLines(_Paced):
     def tell(self, event: Event) -> None:
         print(json_line(event), file=sys.stderr, flush=True)
 
-    def opened(self, phase: Phase) -> None:
+    def opened(self, phase: PhaseProgress) -> None:
         super().opened(phase)
         self._say(phase, "begin")
 
-    def closed(self, phase: Phase, whole: bool) -> None:
+    def closed(self, phase: PhaseProgress, whole: bool) -> None:
         super().closed(phase, whole)
         if whole:
             self._say(phase, "end", seconds=phase.seconds)
         else:
             self._say(phase, "broken off", "warning", seconds=phase.seconds)
 
-    def _progress(self, phase: Phase) -> None:
+    def _progress(self, phase: PhaseProgress) -> None:
         self._say(phase, "progress")
 
-    def _say(self, phase: Phase, name: str, level: Level = "info", **more: float) -> None:
+    def _say(self, phase: PhaseProgress, name: str, level: Level = "info", **more: float) -> None:
         facts = {
             "phase": phase.name,
             "where": phase.where or None,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(eq=False)
-class Phase:
+class PhaseProgress:
     """One phase under way.
 
     Attributes:
@@ -29,7 +29,7 @@ class Phase:
     done: int = 0
     before: int = 0
     tokens: int = 0
-    changed: Callable[[Phase], None] | None = None
+    changed: Callable[[PhaseProgress], None] | None = None
     started: float = field(default_factory=time.monotonic)
 
     def skip(self, count: int) -> None:

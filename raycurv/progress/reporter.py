@@ -12,7 +12,7 @@ from rich.console import Console
 from raycurv.progress import stopping
 from raycurv.progress.activity import Activity
 from raycurv.progress.displays import Display, Event, JsonLines, Lines, Silent, Terminal
-from raycurv.progress.phase import Phase
+from raycurv.progress.phase import PhaseProgress
 from raycurv.stages.spans import Span
 
 Log = Literal["text", "json"]
@@ -32,7 +32,7 @@ class Reporter:
     ) -> None:
         self.seconds: dict[str, float] = {}
         self.activity = Activity()
-        self._open: list[Phase] = []
+        self._open: list[PhaseProgress] = []
         self._display = self._chosen(quiet, log, console or Console(stderr=True))
 
     def _chosen(self, quiet: bool, log: Log, console: Console) -> Display:
@@ -55,7 +55,7 @@ class Reporter:
             self._display.tell(_event(span, self._open[-1].name if self._open else ""))
 
     @contextmanager
-    def phase(self, name: str, total: int, unit: str, where: str = "") -> Iterator[Phase]:
+    def phase(self, name: str, total: int, unit: str, where: str = "") -> Iterator[PhaseProgress]:
         """A phase; its seconds are kept even when it fails, those of all parts of a model in one.
 
         Args:
@@ -64,7 +64,7 @@ class Reporter:
         stopping.look()
         if not self._open:
             self.activity.begin()
-        phase = Phase(name, total, unit, where, changed=self._display.advanced)
+        phase = PhaseProgress(name, total, unit, where, changed=self._display.advanced)
         self._open.append(phase)
         self._display.opened(phase)
         whole = False

@@ -14,7 +14,7 @@ from threadpoolctl import threadpool_limits
 from raycurv.mathematics.blocks import Block
 from raycurv.models.model import Model
 from raycurv.stages.heap import give_back
-from raycurv.stages.spans import Record, actor_name, timed
+from raycurv.stages.spans import SpanLog, actor_name, timed
 from raycurv.stages.stage import Stage, StageSpec
 
 # Bytes up to which tasks in one process run beside each other.
@@ -54,7 +54,7 @@ class Pool(Protocol):
         spans: what was done, until somebody takes it.
     """
 
-    spans: Record
+    spans: SpanLog
 
     @property
     def stages(self) -> int:
@@ -157,7 +157,7 @@ class InProcess:
 
     def __init__(self) -> None:
         self._replicas: list[list[Stage]] = []
-        self.spans = Record()
+        self.spans = SpanLog()
 
     @property
     def stages(self) -> int:

@@ -43,7 +43,7 @@ class Span:
     memory: int = 0
 
 
-class Record:
+class SpanLog:
     """Spans in the order in which they became known, until somebody takes them.
 
     Attributes:
