@@ -16,6 +16,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import bench
 from bench import Part, Settings
 from growth import Curve
+from reference import differences
 from targets import SHAPES, judge
 
 PHASES = ("covariance", "eigendecomposition", "lambda", "pairwise", "self")
@@ -149,3 +150,16 @@ def test_parts_of_other_sizes_are_refused(settings: Settings) -> None:
     bench.main(settings)
     with pytest.raises(SystemExit, match="other modules"):
         bench.main(replace(settings, small=True))
+
+
+def test_each_tensor_and_column_that_is_not_the_references_is_named() -> None:
+    want = {"run": {"a": {"x": "float64 [2] 01", "y": "float64 [2] 02"}, "b": {}}}
+    assert list(differences(want, want)) == []
+    found = {"run": {"a": {"x": "float64 [2] 03", "z": "int32 4 05"}, "c": {}}}
+    assert list(differences(want, found)) == [
+        "run/a x: expected float64 [2] 01, got float64 [2] 03",
+        "run/a y: expected float64 [2] 02, got nothing",
+        "run/a z: expected nothing, got int32 4 05",
+        "run/b: is missing",
+        "run/c: is new",
+    ]
