@@ -34,7 +34,7 @@ from raycurv.files.weights import write_checkpoint
 from raycurv.jobs import check
 from raycurv.jobs.evaluate.evaluating import evaluate
 from raycurv.mathematics.blocks import choose_blocks
-from raycurv.models.model import open_model
+from raycurv.models.opening import open_model
 from raycurv.models.patched import Patched
 from raycurv.models.stored import Patch
 from raycurv.progress.reporter import Reporter

@@ -28,7 +28,8 @@ from raycurv.batch import Batch
 from raycurv.errors import UserError
 from raycurv.models.factory import FactoryModel
 from raycurv.models.hf import HFModel
-from raycurv.models.model import Model, Segment, open_model
+from raycurv.models.model import Model, Segment
+from raycurv.models.opening import open_model
 
 torch.set_num_threads(1)
 

@@ -41,7 +41,7 @@ from raycurv.files.store import Store, open_store
 from raycurv.files.tables import read_table
 from raycurv.files.tensorfile import open_tensors
 from raycurv.files.weights import write_checkpoint
-from raycurv.models.model import open_model
+from raycurv.models.opening import open_model
 
 torch.set_num_threads(1)
 

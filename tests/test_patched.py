@@ -25,7 +25,8 @@ from raycurv.files.weights import stored_patch, write_checkpoint, write_weight
 from raycurv.mathematics.blocks import Block, choose_blocks
 from raycurv.models import checkpoint
 from raycurv.models.checkpoint import Checkpoint, Weights
-from raycurv.models.model import Model, open_model
+from raycurv.models.model import Model
+from raycurv.models.opening import open_model
 from raycurv.models.patched import Patched, repatch
 from raycurv.models.stored import Patch
 

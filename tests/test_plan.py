@@ -18,7 +18,8 @@ from raycurv.errors import UserError
 from raycurv.jobs import check
 from raycurv.mathematics.blocks import Block, choose_blocks
 from raycurv.mathematics.capture import Capture, Record
-from raycurv.models.model import Outline, open_model, open_outline
+from raycurv.models.model import Outline
+from raycurv.models.opening import open_model, open_outline
 from raycurv.planning.advice import Bounds, advise, as_sentence
 from raycurv.planning.arrangement import Arrangement, Peak
 from raycurv.planning.fit_plan import plan_fit

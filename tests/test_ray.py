@@ -38,7 +38,7 @@ from raycurv import NumericalError, UserError, errors
 from raycurv.batch import Batch
 from raycurv.driver.settings import EvaluateSettings
 from raycurv.mathematics.blocks import choose_blocks
-from raycurv.models.model import open_model
+from raycurv.models.opening import open_model
 from raycurv.models.patched import Patched
 from raycurv.models.stored import Patch
 from raycurv.onray.ray_pool import OnRay

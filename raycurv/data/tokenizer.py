@@ -8,19 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from raycurv.errors import UserError
-
-# Any of these makes a directory one with a tokenizer. Asked before transformers is, which would
-# build an empty tokenizer from a config.json alone.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tekken.json",
-)
+from raycurv.models.checkpoint_files import TOKENIZER_FILES
 
 
 class Tokenizer(Protocol):

@@ -26,6 +26,18 @@ _ALONG = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
 _PLAIN = ("LICENSE", "NOTICE")
 _TEMPLATES = "additional_chat_templates"
 _COPIED = 1 << 20
+# Any of these makes a directory one with a tokenizer. Asked before transformers is, which would
+# build an empty tokenizer from a config.json alone.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+)
 
 
 @dataclass(frozen=True)

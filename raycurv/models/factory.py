@@ -7,7 +7,7 @@ import importlib
 import inspect
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,10 +19,11 @@ from raycurv.errors import UserError
 from raycurv.mathematics.blocks import Block
 from raycurv.models.checkpoint import check_finite, describe_tensor
 from raycurv.models.checkpoint_files import CheckpointFile, state_file
+from raycurv.models.model import Model, Segment
 from raycurv.models.stored import Patch, StoredWeight, no_tensor_of_its_own, replacements
 
 
-class FactoryModel:
+class FactoryModel(Model):
     """A model that its factory builds whole, wherever a part of it is needed.
 
     The weights seen first are the model: a later build (in another process, say) that has others
@@ -38,13 +39,6 @@ class FactoryModel:
             than an ``nn.Module``, or weights that are not finite.
     """
 
-    width: int | None = None
-    default_scope: tuple[str, ...] = ()
-    tied_head: str | None = None
-    max_positions: int | None = None
-    vocab_size: int | None = None
-    tokenizer_dir: str | None = None
-
     def __init__(
         self, name: str, make: Callable[[], nn.Module] | None, base: Path | None = None
     ) -> None:
@@ -53,64 +47,37 @@ class FactoryModel:
         whole = self._new()
         self._whole: nn.Module | None = whole
         self._fingerprint = _fingerprint(whole)
-        self._children, self._unit_children = _cut(whole)
-        self._costs = tuple(
-            float(max(1, _numel(_children_of(whole, names)))) if names else float(_numel(whole))
-            for names in self._unit_children
-        )
-        self._bytes = [
-            _float_and_other_bytes(_children_of(whole, names) if names else whole)
-            for names in self._unit_children
-        ]
+        # Runs of children of an nn.Sequential that share no weight with others; else all as one.
+        self._unit_children = _cut(whole)
+        self._unit_of = {c: unit for unit, names in enumerate(self._unit_children) for c in names}
+        parts = [_children_of(whole, names) if names else whole for names in self._unit_children]
+        self.units = len(parts)
+        numels = [sum(p.numel() for p in part.parameters()) for part in parts]
+        self.unit_costs = tuple(float(max(1, numel)) for numel in numels)
+        self._bytes = [_float_and_other_bytes(part) for part in parts]
         self.token_inputs = _takes_tokens(whole)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_whole": None}
 
-    @property
-    def units(self) -> int:
-        """Runs of children of an ``nn.Sequential`` that share no weight with others; else 1."""
-        return len(self._unit_children)
-
-    @property
-    def unit_costs(self) -> tuple[float, ...]:
-        """Weights of each unit."""
-        return self._costs
-
     def skeleton(self) -> nn.Module:
-        """The whole model as the factory made it: frozen, in eval mode. Not to be changed."""
+        """The whole model as the factory made it: frozen, in eval mode."""
         if self._whole is None:
             self._whole = self._same()
         return self._whole
 
     def unit_of(self, module_name: str) -> int:
-        """The unit that holds a module."""
-        child = module_name.split(".")[0]
-        for unit, names in enumerate(self._unit_children):
-            if child in names:
-                return unit
-        return 0
+        return self._unit_of.get(module_name.split(".")[0], 0)
 
     def fingerprint(self) -> dict[str, dict[str, Any]]:
-        """Per entry of the state dict its dtype, shape and a hash of sampled bytes."""
         return self._fingerprint
 
     def weight_bytes(self, units: range, dtype: torch.dtype) -> int:
-        """Bytes of the tensors of ``units``, floating-point ones cast to ``dtype``."""
         return sum(self._bytes[unit][0] * dtype.itemsize + self._bytes[unit][1] for unit in units)
 
-    def rehearse(self, skeleton: nn.Module, examples: int, tokens: int) -> bool:
-        """No: what such a network takes is known from the data alone."""
-        return False
-
-    def build(
-        self, units: range, dtype: torch.dtype, device: torch.device
-    ) -> ChildrenSegment | WholeSegment:
-        """The children of ``units`` (or the whole module), cast, frozen, in eval mode.
-
-        Raises:
-            UserError: the factory's weights differ from those seen first, or overflow ``dtype``.
-        """
+    def build(self, units: range, dtype: torch.dtype, device: torch.device) -> Segment:
+        """As every model's; also refuses weights that differ from those that the factory made at
+        first, or that overflow ``dtype``."""
         assert 0 <= units.start < units.stop <= self.units and units.step == 1, units
         # A model that is kept to be looked at must not change under a cast: copy what is taken.
         whole, kept = (self._same(), False) if self._whole is None else (self._whole, True)
@@ -122,10 +89,9 @@ class FactoryModel:
         for name, tensor in part.state_dict().items():
             check_finite(tensor, f"model {self.name}, tensor {name}")
         part.eval().requires_grad_(False)
-        if not names:
-            return WholeSegment(part, self.name, dtype)
+        children = part._modules if names else None
         first, last = units.start == 0, units.stop == self.units
-        return ChildrenSegment(cast(nn.Sequential, part), first, last, self.name, dtype)
+        return FactorySegment(part, children, first, last, self.name, dtype)
 
     def stored(self, block: Block) -> StoredWeight:
         """Where a block's weight stands in the state dict.
@@ -149,19 +115,9 @@ class FactoryModel:
         return StoredWeight.among(_State(whole), block, weight, bias)
 
     def block_weight(self, block: Block) -> Tensor:
-        """A block's weight as the factory made it, as the matrix ``[O, I]``, in its own memory.
-
-        Raises:
-            UserError: see :meth:`stored`.
-        """
         return self.stored(block).matrix(_State(self.skeleton()).read)
 
     def files(self, patches: Sequence[Patch] = ()) -> tuple[CheckpointFile, ...]:
-        """``model.safetensors``: the state dict under its own names, with the patches in it.
-
-        Raises:
-            UserError: an entry that such a file cannot hold; see :meth:`stored`.
-        """
         replaced = replacements(self.stored, patches)
         return (state_file(self.name, self.skeleton().state_dict(), replaced),)
 
@@ -218,87 +174,71 @@ class _State:
         return cast(Tensor, self._state[key].detach().clone())
 
 
-class ChildrenSegment:
-    """Consecutive children of an ``nn.Sequential``, under their names in the whole."""
+class FactorySegment(Segment):
+    """A module that is not cut, or consecutive children of an ``nn.Sequential``.
+
+    Args:
+        module: the whole network, or an ``nn.Sequential`` of the children under their own names.
+        children: the children in the order of their calls; ``None`` for a whole network.
+        first: holds the first unit.
+        last: holds the last unit.
+        name: of the model, for errors.
+        dtype: that floating-point inputs are cast to.
+    """
 
     def __init__(
-        self, module: nn.Sequential, first: bool, last: bool, name: str, dtype: torch.dtype
+        self,
+        module: nn.Module,
+        children: Mapping[str, nn.Module | None] | None,
+        first: bool,
+        last: bool,
+        name: str,
+        dtype: torch.dtype,
     ) -> None:
-        self.module: nn.Module = module
-        self.first, self.last = first, last
-        self._name, self._dtype = name, dtype
+        self.module, self.first, self.last = module, first, last
+        self._children, self._name, self._dtype = children, name, dtype
+        self._parameters = inspect.signature(module.forward).parameters
 
     def forward(self, batch: Batch, hidden: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
-        """Output of the last child ``[N, ...]``, alone in a tuple.
-
-        Args:
-            batch: the microbatch.
-            hidden: ``[N, ...]`` from the segment before, alone in a tuple; ``None`` for the first
-                segment, which takes ``batch.inputs``, cast to the model's dtype when they are
-                floating point.
+        """The output ``[N, ...]`` of the last child or of the whole network (its ``logits`` where
+        it has them), alone in a tuple as it comes.
 
         Raises:
-            UserError: a child that returns something else than a tensor.
+            UserError: an output that is no tensor.
         """
         assert (hidden is None) == self.first, "the first segment, and only that, takes no hidden"
-        (value,) = (_cast(batch.inputs, self._dtype),) if hidden is None else hidden
-        for name, child in self.module._modules.items():
+        (value,) = (batch.inputs,) if hidden is None else hidden
+        if hidden is None and value.is_floating_point():
+            value = value.to(self._dtype)
+        if self._children is None:
+            output = self.module(value, **self._options(batch))
+            output = getattr(output, "logits", output)
+            self._check(
+                output, "", "a tensor, or an output with logits, from the module's forward",
+                "Wrap the module so that its forward returns the tensor that the objective takes.",
+            )  # fmt: skip
+            return (output,)
+        for name, child in self._children.items():
             assert child is not None
             value = child(value)
-            if not isinstance(value, Tensor):
-                raise UserError(
-                    f"model {self._name}, child {name}",
-                    "a tensor from each child of an nn.Sequential",
-                    f"a {type(value).__name__}",
-                    "Wrap the Sequential in a module of your own: it then runs as one stage.",
-                )
+            self._check(
+                value, f", child {name}", "a tensor from each child of an nn.Sequential",
+                "Wrap the Sequential in a module of your own: it then runs as one stage.",
+            )  # fmt: skip
         return (value,)
 
-    def head(self, part: Tensor) -> Tensor:
-        """The outputs are those of the last child: ``part`` itself."""
-        assert self.last, "only the last segment holds the head"
-        return part
-
-
-class WholeSegment:
-    """A module that is not cut."""
-
-    first = True
-    last = True
-
-    def __init__(self, module: nn.Module, name: str, dtype: torch.dtype) -> None:
-        self.module = module
-        self._name, self._dtype = name, dtype
-        parameters = inspect.signature(module.forward).parameters
-        self._masked = "attention_mask" in parameters
-        self._cached = "use_cache" in parameters
-
-    def forward(self, batch: Batch, hidden: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
-        """The module's output ``[N, ...]``, or its ``logits`` where it has them; in a tuple.
-
-        Raises:
-            UserError: the output is not a tensor.
-        """
-        assert hidden is None, "a whole module takes no hidden states"
+    def _options(self, batch: Batch) -> dict[str, Any]:
         options: dict[str, Any] = {}
-        if self._masked:
+        if "attention_mask" in self._parameters:
             options["attention_mask"] = None if batch.mask is None else batch.mask.to(torch.int64)
-        if self._cached:
+        if "use_cache" in self._parameters:
             options["use_cache"] = False
-        output = self.module(_cast(batch.inputs, self._dtype), **options)
-        output = getattr(output, "logits", output)
-        if not isinstance(output, Tensor):
-            raise UserError(
-                f"model {self._name}",
-                "a tensor, or an output with logits, from the module's forward",
-                f"a {type(output).__name__}",
-                "Wrap the module so that its forward returns the tensor that the objective takes.",
-            )
-        return (output,)
+        return options
 
-    def head(self, part: Tensor) -> Tensor:
-        """The outputs are those of the module: ``part`` itself."""
-        return part
+    def _check(self, output: object, part: str, expected: str, remedy: str) -> None:
+        if not isinstance(output, Tensor):
+            where, got = f"model {self._name}{part}", f"a {type(output).__name__}"
+            raise UserError(where, expected, got, remedy)
 
 
 def _import(name: str, base: Path | None) -> Callable[[], nn.Module]:
@@ -329,8 +269,8 @@ def _import(name: str, base: Path | None) -> Callable[[], nn.Module]:
     return cast("Callable[[], nn.Module]", found)
 
 
-def _cut(whole: nn.Module) -> tuple[list[str], list[list[str]]]:
-    """Names of the children, and those of each unit; one unit without names for other modules."""
+def _cut(whole: nn.Module) -> list[list[str]]:
+    """Names of the children of each unit; one unit without names when the module is not cut."""
     plain = (
         isinstance(whole, nn.Sequential)
         and type(whole).forward is nn.Sequential.forward
@@ -339,7 +279,7 @@ def _cut(whole: nn.Module) -> tuple[list[str], list[list[str]]]:
         and len(whole) > 0
     )
     if not plain:
-        return [], [[]]
+        return [[]]
     children = list(whole._modules.items())
     reach: dict[int, tuple[int, int]] = {}
     for index, (_, child) in enumerate(children):
@@ -355,7 +295,7 @@ def _cut(whole: nn.Module) -> tuple[list[str], list[list[str]]]:
             units[-1].append(name)
         else:
             units.append([name])
-    return [name for name, _ in children], units
+    return units
 
 
 def _children_of(whole: nn.Module, names: list[str]) -> nn.Sequential:
@@ -363,10 +303,6 @@ def _children_of(whole: nn.Module, names: list[str]) -> nn.Sequential:
     return nn.Sequential(
         OrderedDict((name, cast(nn.Module, whole._modules[name])) for name in names)
     )
-
-
-def _numel(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
 
 
 def _float_and_other_bytes(module: nn.Module) -> tuple[int, int]:
@@ -394,7 +330,3 @@ def _takes_tokens(whole: nn.Module) -> bool:
         return True
     leaves = [module for module in whole.modules() if not list(module.children())]
     return bool(leaves) and isinstance(leaves[0], nn.Embedding | nn.EmbeddingBag)
-
-
-def _cast(inputs: Tensor, dtype: torch.dtype) -> Tensor:
-    return inputs.to(dtype) if inputs.is_floating_point() else inputs

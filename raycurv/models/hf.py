@@ -23,20 +23,12 @@ from raycurv.errors import UserError
 from raycurv.mathematics.blocks import Block
 from raycurv.models.anatomy import AS_FACTORY, META, Anatomy, find_anatomy, hidden_of, run_on_meta
 from raycurv.models.checkpoint import Checkpoint, Weights
-from raycurv.models.checkpoint_files import CheckpointFile, hf_files
+from raycurv.models.checkpoint_files import TOKENIZER_FILES, CheckpointFile, hf_files
+from raycurv.models.model import Model, Outline, Segment
 from raycurv.models.stored import Patch, StoredWeight, no_tensor_of_its_own, replacements
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-)
 
-
-class HFOutline:
+class HFOutline(Outline):
     """What the ``config.json`` in a directory says of a causal language model, without weights.
 
     Opening it runs the architecture once on the meta device.
@@ -47,14 +39,28 @@ class HFOutline:
     """
 
     token_inputs = True
+    anatomy: Anatomy
+    _skeleton: nn.Module | None
 
     def __init__(self, name: str, directory: Path) -> None:
         self.name = name
         self.directory = directory
         self.config = _read_config(directory)
         whole = self._on_meta()
-        self.anatomy = find_anatomy(whole, self.config, self._stored_twice, directory)
-        self._skeleton: nn.Module | None = whole
+        anatomy = find_anatomy(whole, self.config, self._stored_twice, directory)
+        self.anatomy, self._skeleton = anatomy, whole
+        self.units, self.width = anatomy.count, anatomy.width
+        # Weights that multiply at each token: those of each layer, and the head's in the last.
+        costs = [float(anatomy.numel[anatomy.layer(i)]) for i in range(self.units)]
+        costs[-1] += anatomy.numel[anatomy.head]
+        self.unit_costs = tuple(costs)
+        self.default_scope = (f"{anatomy.layers}.",)
+        self.tied_head = anatomy.head if anatomy.tied else None
+        text = self.config.get_text_config()
+        self.max_positions = getattr(text, "max_position_embeddings", None)
+        self.vocab_size = getattr(text, "vocab_size", None)
+        if any((directory / file).is_file() for file in TOKENIZER_FILES):
+            self.tokenizer_dir = str(directory)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_skeleton": None}
@@ -65,50 +71,6 @@ class HFOutline:
     def _stored_twice(self, shape: torch.Size) -> bool:
         return False
 
-    @property
-    def units(self) -> int:
-        """Decoder layers."""
-        return self.anatomy.count
-
-    @property
-    def unit_costs(self) -> tuple[float, ...]:
-        """Weights that multiply at each token: those of each layer, and the head's in the last."""
-        numel = self.anatomy.numel
-        costs = [float(numel[self.anatomy.layer(i)]) for i in range(self.units)]
-        costs[-1] += numel[self.anatomy.head]
-        return tuple(costs)
-
-    @property
-    def width(self) -> int:
-        """Columns of the hidden states."""
-        return self.anatomy.width
-
-    @property
-    def default_scope(self) -> tuple[str, ...]:
-        """The layer list's prefix."""
-        return (f"{self.anatomy.layers}.",)
-
-    @property
-    def tied_head(self) -> str | None:
-        """Name of the output embedding if it shares the input embedding's weight."""
-        return self.anatomy.head if self.anatomy.tied else None
-
-    @property
-    def max_positions(self) -> int | None:
-        """Longest sequence that the configuration speaks of, in tokens."""
-        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
-
-    @property
-    def vocab_size(self) -> int | None:
-        """Number of logits."""
-        return getattr(self.config.get_text_config(), "vocab_size", None)
-
-    @property
-    def tokenizer_dir(self) -> str | None:
-        """The directory, if there is a tokenizer in it."""
-        there = any((self.directory / file).is_file() for file in TOKENIZER_FILES)
-        return str(self.directory) if there else None
-
     def skeleton(self) -> nn.Module:
         """The whole model on the meta device."""
         if self._skeleton is None:
@@ -116,7 +78,6 @@ class HFOutline:
         return self._skeleton
 
     def rehearse(self, skeleton: nn.Module, examples: int, tokens: int) -> bool:
-        """Run the skeleton, or a copy of it in another dtype, for those who watch its modules."""
         run_on_meta(skeleton, examples, tokens, self.anatomy.masked)
         return True
 
@@ -128,7 +89,6 @@ class HFOutline:
         return 0 if module_name in self.anatomy.early else self.units - 1
 
     def weight_bytes(self, units: range, dtype: torch.dtype) -> int:
-        """Bytes of the weights that the segment of ``units`` holds, cast to ``dtype``."""
         anatomy = self.anatomy
         names = {anatomy.layer(i) for i in units} | anatomy.outside(units)
         if anatomy.tied and {anatomy.embedding, anatomy.head} <= names:
@@ -136,7 +96,7 @@ class HFOutline:
         return dtype.itemsize * sum(anatomy.numel[name] for name in names)
 
 
-class HFModel(HFOutline):
+class HFModel(HFOutline, Model):
     """A causal language model in a directory with ``config.json`` and safetensors.
 
     Opening it resolves every weight against the checkpoint and runs the architecture once on the
@@ -150,7 +110,8 @@ class HFModel(HFOutline):
         self.checkpoint = Checkpoint(self.directory)
         self._class = type(super()._on_meta())
         weights = Weights(self.checkpoint, META)
-        whole, self._used = self._load(weights, torch.float32, None, None)
+        whole = self._load(weights, torch.float32, None)
+        self._used = weights.used
         self._keys = weights.keys_of(whole)
         return whole.to(META)
 
@@ -160,18 +121,12 @@ class HFModel(HFOutline):
         return len(alike) > len({prints[key]["hash"] for key in alike})
 
     def fingerprint(self) -> dict[str, dict[str, Any]]:
-        """Per tensor of the checkpoint its dtype, shape and a hash of sampled bytes."""
         return self.checkpoint.fingerprint()
 
     def build(self, units: range, dtype: torch.dtype, device: torch.device) -> HFSegment:
-        """The layers ``units`` with weights, frozen, in eval mode, and what runs beside them.
-
-        Raises:
-            UserError: a weight missing, misshapen, not finite, or in a damaged file.
-        """
         assert 0 <= units.start < units.stop <= self.units and units.step == 1, units
         weights = Weights(self.checkpoint, device)
-        module, _ = self._load(weights, dtype, units, self.anatomy)
+        module = self._load(weights, dtype, units)
         # Weights are on the device already; this moves HF's own tables, without a cast.
         module.to(device)
         module.eval().requires_grad_(False)
@@ -201,32 +156,20 @@ class HFModel(HFOutline):
         return StoredWeight.among(self.checkpoint, block, weight, bias)
 
     def block_weight(self, block: Block) -> Tensor:
-        """A block's weight as the matrix ``[O, I]``, read from its file alone.
-
-        Raises:
-            UserError: see :meth:`stored`; or a damaged file.
-        """
         return self.stored(block).matrix(self.checkpoint.read)
 
     def files(self, patches: Sequence[Patch] = ()) -> tuple[CheckpointFile, ...]:
-        """The checkpoint's files with the patches in them; ``config.json`` is the last.
-
-        Raises:
-            UserError: see :meth:`stored`.
-        """
         return hf_files(self.checkpoint, replacements(self.stored, patches))
 
-    def _load(
-        self, weights: Weights, dtype: torch.dtype, units: range | None, anatomy: Anatomy | None
-    ) -> tuple[nn.Module, list[str]]:
-        """HF's own loading of the class pruned to ``units``; also the checkpoint's keys it used."""
+    def _load(self, weights: Weights, dtype: torch.dtype, units: range | None) -> nn.Module:
+        """HF's own loading of the class, pruned to ``units`` if these are given."""
         base = self._class
         buffers_may_miss: set[str] = set()
 
         def init(module: Any, config: Any) -> None:
             base.__init__(module, config)
-            if units is not None and anatomy is not None:
-                _prune(module, units, anatomy)
+            if units is not None:
+                _prune(module, units, self.anatomy)
             # The weights of other segments are foreign here, as are ignorable extras.
             module._keys_to_ignore_on_load_unexpected = {".*"}
             buffers_may_miss.update(module._keys_to_ignore_on_load_missing)
@@ -256,12 +199,12 @@ class HFModel(HFOutline):
                 AS_FACTORY,
             ) from error
         self._check_loaded(module, info, buffers_may_miss)
-        if units is not None and anatomy is not None and anatomy.tied:
+        if units is not None and self.anatomy.tied:
             # Either was there for HF to resolve the tie from both names.
-            for name in {anatomy.embedding, anatomy.head} - anatomy.outside(units):
+            for name in {self.anatomy.embedding, self.anatomy.head} - self.anatomy.outside(units):
                 if next(module.get_submodule(name).parameters(), None) is not None:
                     _replace(module, name, _Absent(module.get_submodule(name)))
-        return module, weights.used
+        return cast(nn.Module, module)
 
     def _check_loaded(
         self, module: nn.Module, info: dict[str, Any], buffers_may_miss: set[str]
@@ -299,7 +242,7 @@ class HFModel(HFOutline):
         return files.pop() if len(files) == 1 else self.directory
 
 
-class HFSegment:
+class HFSegment(Segment):
     """The part of an HF model that one stage holds.
 
     ``module`` is the whole HF class, pruned, so that names are the whole model's.
@@ -325,13 +268,8 @@ class HFSegment:
         layers[units.stop - 1].register_forward_hook(_stop)
 
     def forward(self, batch: Batch, hidden: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
-        """Hidden states ``[N, T, d]`` behind the segment's last layer, alone in a tuple.
-
-        Args:
-            batch: the microbatch.
-            hidden: ``[N, T, d]`` from the segment before, alone in a tuple; ``None`` for the first
-                segment, which embeds ``batch.inputs``.
-        """
+        """Hidden states ``[N, T, d]`` behind the segment's last layer, alone in a tuple as they
+        come; the first segment embeds ``batch.inputs``."""
         assert (hidden is None) == self.first, "the first segment, and only that, takes no hidden"
         if hidden is None:
             return (self._run({"input_ids": batch.inputs}, batch.mask, None),)

@@ -1,26 +1,21 @@
-"""A model as a chain of segments: what every kind of model can say of itself and build."""
+"""A model as a chain of units, which segments hold: what every kind of model tells and builds."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from raycurv.batch import Batch
-from raycurv.errors import UserError
 from raycurv.mathematics.blocks import Block
 from raycurv.models.checkpoint_files import CheckpointFile
-from raycurv.models.factory import FactoryModel
 from raycurv.models.stored import Patch, StoredWeight
 
-ModelSource = str | Callable[[], nn.Module]
 
-
-class Segment(Protocol):
+class Segment(ABC):
     """The part of a model that one stage holds: consecutive units, frozen, in eval mode.
 
     Attributes:
@@ -30,15 +25,11 @@ class Segment(Protocol):
         last: holds the last unit.
     """
 
-    @property
-    def module(self) -> nn.Module: ...
+    module: nn.Module
+    first: bool
+    last: bool
 
-    @property
-    def first(self) -> bool: ...
-
-    @property
-    def last(self) -> bool: ...
-
+    @abstractmethod
     def forward(self, batch: Batch, hidden: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
         """What travels to the next segment: the output of the last unit held.
 
@@ -51,7 +42,6 @@ class Segment(Protocol):
             else the next unit takes. Differentiable in each of ``hidden``, and connected to
             whatever hooks on modules of the segment put in place of an output.
         """
-        ...
 
     def head(self, part: Tensor) -> Tensor:
         """What the objective takes, from a slice of the last segment's hidden states.
@@ -62,16 +52,17 @@ class Segment(Protocol):
         Returns:
             logits ``[N, t, V]`` of an HF model; ``part`` itself for other models.
         """
-        ...
+        assert self.last, "only the last segment holds the head"
+        return part
 
 
-class Outline(Protocol):
+class Outline(ABC):
     """What is known of a model without its weights.
 
     Attributes:
         name: what the user gave.
         units: number of consecutive pieces that can be separated.
-        unit_costs: relative cost of each.
+        unit_costs: relative cost of each unit.
         width: columns of the hidden states between units, if the model says so.
         default_scope: prefixes of the module names in which blocks are chosen by default;
             ``()`` for everywhere.
@@ -83,87 +74,70 @@ class Outline(Protocol):
     """
 
     name: str
+    units: int
+    unit_costs: tuple[float, ...]
+    width: int | None = None
+    default_scope: tuple[str, ...] = ()
+    tied_head: str | None = None
+    max_positions: int | None = None
+    vocab_size: int | None = None
+    tokenizer_dir: str | None = None
+    token_inputs: bool
 
-    @property
-    def units(self) -> int: ...
-
-    @property
-    def unit_costs(self) -> tuple[float, ...]: ...
-
-    @property
-    def width(self) -> int | None: ...
-
-    @property
-    def default_scope(self) -> tuple[str, ...]: ...
-
-    @property
-    def tied_head(self) -> str | None: ...
-
-    @property
-    def max_positions(self) -> int | None: ...
-
-    @property
-    def vocab_size(self) -> int | None: ...
-
-    @property
-    def tokenizer_dir(self) -> str | None: ...
-
-    @property
-    def token_inputs(self) -> bool: ...
-
+    @abstractmethod
     def skeleton(self) -> nn.Module:
-        """The whole model's module tree, to look at names, kinds and shapes."""
-        ...
+        """The whole model's module tree, to look at names, kinds and shapes. Not to be changed."""
 
+    @abstractmethod
     def unit_of(self, module_name: str) -> int:
         """The unit that a module of the skeleton belongs to."""
-        ...
 
+    @abstractmethod
     def weight_bytes(self, units: range, dtype: torch.dtype) -> int:
-        """Bytes of the tensors of a segment."""
-        ...
+        """Bytes of the tensors of the segment of ``units``, floating-point ones in ``dtype``."""
 
     def rehearse(self, skeleton: nn.Module, examples: int, tokens: int) -> bool:
         """Run the skeleton (or a copy in another dtype) forward, for those who watch its modules.
 
         Returns:
-            Whether it could run: a model of unknown inputs cannot.
+            whether it could run: a model whose inputs are known from the data alone cannot.
         """
-        ...
+        return False
 
 
-class Model(Outline, Protocol):
+class Model(Outline):
     """A description of a model: picklable, without weights of its own when it is pickled."""
 
+    @abstractmethod
     def fingerprint(self) -> dict[str, dict[str, Any]]:
         """Per tensor ``{"dtype": str, "shape": list, "hash": hex of sampled bytes}``."""
-        ...
 
+    @abstractmethod
     def build(self, units: range, dtype: torch.dtype, device: torch.device) -> Segment:
         """The segment of ``units`` (ascending, not empty), with its own tensors only.
 
         Raises:
             UserError: a tensor that is missing, misshapen, not finite, or in a damaged file.
         """
-        ...
 
+    @abstractmethod
     def stored(self, block: Block) -> StoredWeight:
         """Where the weight of a block is kept, by key.
 
         Raises:
             UserError: it is not one tensor, or not of this block alone.
         """
-        ...
 
+    @abstractmethod
     def block_weight(self, block: Block) -> Tensor:
         """The weight of a block as its matrix ``[O, I]``, the bias its last column, read by itself;
-        in the dtype that it is stored in.
+        in the dtype that it is stored in and in memory of its own.
 
         Raises:
             UserError: see :meth:`stored`; or a damaged file.
         """
-        ...
 
+    @abstractmethod
     def files(self, patches: Sequence[Patch] = ()) -> tuple[CheckpointFile, ...]:
         """The files that the model is saved as, with other weights in some blocks.
 
@@ -172,65 +146,6 @@ class Model(Outline, Protocol):
         dict. The last file is the one without which nobody takes the others for a model.
 
         Raises:
-            UserError: see :meth:`stored`; when bytes are asked for, a patch of another shape or
-                dtype, or that is not finite.
+            UserError: see :meth:`stored`; an entry that such a file cannot hold; when bytes are
+                asked for, a patch of another shape or dtype, or that is not finite.
         """
-        ...
-
-
-def open_model(source: ModelSource, base: str | Path | None = None) -> Model:
-    """Describe a model.
-
-    Args:
-        source: a directory with an HF ``config.json`` and safetensors; the name
-            ``package.module:factory`` of a callable that returns an ``nn.Module``; or the callable.
-        base: directory that relative names start from; the working directory when ``None``.
-
-    Raises:
-        UserError: what the source names is not there, or is not such a model.
-    """
-    factory, directory = _look(source, base)
-    if factory is not None:
-        return factory
-    # Importing transformers takes seconds and memory that other models need not pay for.
-    from raycurv.models.hf import HFModel
-
-    return HFModel(str(source), directory)
-
-
-def open_outline(source: ModelSource, base: str | Path | None = None) -> Outline:
-    """As :func:`open_model`, but of an HF directory ``config.json`` alone is read.
-
-    Raises:
-        UserError: what the source names is not there, or is not such a model.
-    """
-    factory, directory = _look(source, base)
-    if factory is not None:
-        return factory
-    from raycurv.models.hf import HFOutline
-
-    return HFOutline(str(source), directory)
-
-
-def _look(source: ModelSource, base: str | Path | None) -> tuple[FactoryModel | None, Path]:
-    """The model of a factory, or ``None`` and the directory that the source names."""
-    folder = Path.cwd() if base is None else Path(base).absolute()
-    if not isinstance(source, str):
-        # A module is callable, too, but calling it is a forward.
-        if not callable(source) or isinstance(source, nn.Module):
-            raise UserError(
-                "model",
-                "a directory, package.module:factory, or a callable",
-                f"a {type(source).__name__}",
-                "Pass a function that builds the network, not the network.",
-            )
-        return FactoryModel(_name_of(source), source, folder), folder
-    directory = folder / Path(source).expanduser()
-    if not directory.exists() and re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", source):
-        return FactoryModel(source, None, folder), folder
-    return None, directory
-
-
-def _name_of(source: Callable[[], nn.Module]) -> str:
-    module = getattr(source, "__module__", None) or "?"
-    return f"{module}:{getattr(source, '__qualname__', type(source).__qualname__)}"

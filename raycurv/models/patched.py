@@ -14,7 +14,7 @@ from raycurv.models.model import Model, Segment
 from raycurv.models.stored import Patch, StoredWeight
 
 
-class Patched:
+class Patched(Model):
     """A model whose blocks have the weights of patches where there are any.
 
     Args:
@@ -32,52 +32,13 @@ class Patched:
             inner.stored(patch.block)
         self.base = inner
         self.patches = {**before, **{patch.block.name: patch for patch in patches}}
+        # Whatever does not depend on the weights of blocks is the base's.
         self.name = inner.name
-
-    @property
-    def units(self) -> int:
-        """Of the base."""
-        return self.base.units
-
-    @property
-    def unit_costs(self) -> tuple[float, ...]:
-        """Of the base."""
-        return self.base.unit_costs
-
-    @property
-    def width(self) -> int | None:
-        """Of the base."""
-        return self.base.width
-
-    @property
-    def default_scope(self) -> tuple[str, ...]:
-        """Of the base."""
-        return self.base.default_scope
-
-    @property
-    def tied_head(self) -> str | None:
-        """Of the base."""
-        return self.base.tied_head
-
-    @property
-    def max_positions(self) -> int | None:
-        """Of the base."""
-        return self.base.max_positions
-
-    @property
-    def vocab_size(self) -> int | None:
-        """Of the base."""
-        return self.base.vocab_size
-
-    @property
-    def tokenizer_dir(self) -> str | None:
-        """Of the base."""
-        return self.base.tokenizer_dir
-
-    @property
-    def token_inputs(self) -> bool:
-        """Of the base."""
-        return self.base.token_inputs
+        self.units, self.unit_costs = inner.units, inner.unit_costs
+        self.width, self.vocab_size = inner.width, inner.vocab_size
+        self.default_scope, self.tied_head = inner.default_scope, inner.tied_head
+        self.max_positions, self.token_inputs = inner.max_positions, inner.token_inputs
+        self.tokenizer_dir = inner.tokenizer_dir
 
     def skeleton(self) -> nn.Module:
         """The base's: names, kinds and shapes are the same, weights are the base's."""

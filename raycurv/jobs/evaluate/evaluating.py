@@ -29,7 +29,8 @@ from raycurv.files.tables import evaluation_schema, footer, read_rows, write_tab
 from raycurv.jobs.check import check_evaluate
 from raycurv.jobs.losses import Losses
 from raycurv.mathematics.loss.objective import Objective, open_objective
-from raycurv.models.model import Model, ModelSource, open_model
+from raycurv.models.model import Model
+from raycurv.models.opening import ModelSource, open_model
 from raycurv.progress.reporter import Reporter
 
 # What the last line of the job says of the model.

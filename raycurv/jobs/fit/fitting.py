@@ -40,7 +40,8 @@ from raycurv.mathematics.blocks import choose_blocks
 from raycurv.mathematics.loss.objective import Objective, open_objective
 from raycurv.mathematics.methods import open_method
 from raycurv.mathematics.tiles import check_axes
-from raycurv.models.model import Model, ModelSource, open_model
+from raycurv.models.model import Model
+from raycurv.models.opening import ModelSource, open_model
 from raycurv.progress.reporter import Reporter
 from raycurv.steps.statistics import Gradients
 

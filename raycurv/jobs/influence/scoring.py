@@ -44,7 +44,8 @@ from raycurv.mathematics.curvature import Damping
 from raycurv.mathematics.influence.ihvp import BlockProducts, product_elements
 from raycurv.mathematics.loss.objective import Objective, open_objective
 from raycurv.mathematics.rank.rank_inverse import RankInverses
-from raycurv.models.model import Model, ModelSource, open_model
+from raycurv.models.model import Model
+from raycurv.models.opening import ModelSource, open_model
 from raycurv.progress.reporter import Reporter
 from raycurv.stages.passes import CurvatureSource, QueryPass, ReplayPass, ScorePass
 

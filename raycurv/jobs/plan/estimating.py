@@ -21,7 +21,8 @@ from raycurv.jobs.drafts import Drafts, ShapeOf, arrangement_of, of_lengths, rec
 from raycurv.mathematics.blocks import choose_blocks
 from raycurv.mathematics.methods import open_method
 from raycurv.mathematics.tiles import check_axes
-from raycurv.models.model import Outline, open_outline
+from raycurv.models.model import Outline
+from raycurv.models.opening import open_outline
 from raycurv.planning import report
 from raycurv.planning.advice import (
     Shortfall,

@@ -65,7 +65,8 @@ from raycurv.mathematics.pruning.masks import count_gone, sets_kept
 from raycurv.mathematics.pruning.rank_update import rank_increase, solve_kept
 from raycurv.mathematics.pruning.selection import find_prefix, find_threshold, share_ties
 from raycurv.mathematics.pruning.structures import inputs_of
-from raycurv.models.model import Model, ModelSource, open_model
+from raycurv.models.model import Model
+from raycurv.models.opening import ModelSource, open_model
 from raycurv.models.patched import Patched, parts
 from raycurv.progress.reporter import Reporter
 from raycurv.stages.pool import Need

@@ -1,0 +1,69 @@
+"""Opening a model by what a person names: an HF directory, or a function that makes a network."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+from raycurv.errors import UserError
+from raycurv.models.factory import FactoryModel
+from raycurv.models.model import Model, Outline
+
+ModelSource = str | Callable[[], nn.Module]
+
+
+def open_model(source: ModelSource, base: str | Path | None = None) -> Model:
+    """Describe a model.
+
+    Args:
+        source: a directory with an HF ``config.json`` and safetensors; the name
+            ``package.module:factory`` of a callable that returns an ``nn.Module``; or the callable.
+        base: directory that relative names start from; the working directory when ``None``.
+
+    Raises:
+        UserError: what the source names is not there, or is not such a model.
+    """
+    found = _factory_or_directory(source, base)
+    if isinstance(found, FactoryModel):
+        return found
+    # Importing transformers takes seconds and memory that other models need not pay for.
+    from raycurv.models.hf import HFModel
+
+    return HFModel(str(source), found)
+
+
+def open_outline(source: ModelSource, base: str | Path | None = None) -> Outline:
+    """As :func:`open_model`, but of an HF directory ``config.json`` alone is read.
+
+    Raises:
+        UserError: what the source names is not there, or is not such a model.
+    """
+    found = _factory_or_directory(source, base)
+    if isinstance(found, FactoryModel):
+        return found
+    from raycurv.models.hf import HFOutline
+
+    return HFOutline(str(source), found)
+
+
+def _factory_or_directory(source: ModelSource, base: str | Path | None) -> FactoryModel | Path:
+    folder = Path.cwd() if base is None else Path(base).absolute()
+    if isinstance(source, str):
+        directory = folder / Path(source).expanduser()
+        if not directory.exists() and re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", source):
+            return FactoryModel(source, None, folder)
+        return directory
+    # A module is callable, too, but calling it is a forward.
+    if not callable(source) or isinstance(source, nn.Module):
+        raise UserError(
+            "model",
+            "a directory, package.module:factory, or a callable",
+            f"a {type(source).__name__}",
+            "Pass a function that builds the network, not the network.",
+        )
+    module = getattr(source, "__module__", None) or "?"
+    name = getattr(source, "__qualname__", type(source).__qualname__)
+    return FactoryModel(f"{module}:{name}", source, folder)
