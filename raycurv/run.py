@@ -18,10 +18,10 @@ from raycurv.files.artifacts import (
     gradient_file,
     ihvp_file,
     read_blocks,
-    read_curvature,
     read_gradient,
     read_products,
 )
+from raycurv.files.curvature_files import CurvatureFiles
 from raycurv.files.manifest import Manifest
 from raycurv.files.row_files import open_rows
 from raycurv.files.store import Store, open_store
@@ -33,10 +33,10 @@ from raycurv.jobs.influence.scoring import influence as run_influence
 from raycurv.jobs.prune.prune_settings import PruneSettings
 from raycurv.jobs.prune.pruning import prune as run_prune
 from raycurv.mathematics.blocks import Block
-from raycurv.mathematics.curvature import BlockCurvature
+from raycurv.mathematics.curvature import Curvature
 from raycurv.mathematics.gradient_statistics import GradientStatistics
 from raycurv.mathematics.loss.objective import Objective
-from raycurv.mathematics.rank.rank_curvature import RankCurvature
+from raycurv.mathematics.methods import open_method
 from raycurv.mathematics.rank.rank_fisher import RankFisher
 from raycurv.progress.reporter import Reporter
 from raycurv.pruned import Pruned
@@ -197,7 +197,7 @@ class Run:
         """Names of the blocks, in the model's order."""
         return [block.name for block in read_blocks(self._store)]
 
-    def curvature(self, block: str) -> BlockCurvature | RankCurvature:
+    def curvature(self, block: str) -> Curvature:
         """The curvature of one block: ``apply``, ``diagonal``, ``eigenvalues``, ``dense``.
 
         With the method ``mfac`` it is of rank m, and the block's own (see :meth:`rank_fisher`).
@@ -205,11 +205,7 @@ class Run:
         Raises:
             UserError: no block of that name.
         """
-        method, examples = self.manifest.settings["method"], self.manifest.facts["examples"]
-        if method == "mfac":
-            found = self._block(block)
-            return RankCurvature(found, open_rows(self._store, found).whole())
-        return read_curvature(self._store, self._block(block), method, int(examples))
+        return CurvatureFiles.of(self._store, self.manifest).open(self._block(block))
 
     def _block(self, name: str) -> Block:
         for found in read_blocks(self._store):
@@ -247,8 +243,8 @@ class Run:
         Raises:
             UserError: another method was fitted.
         """
-        method = self.manifest.settings["method"]
-        if method != "mfac":
+        method = open_method(self.manifest.settings["method"])
+        if not method.ranked:
             raise UserError(
                 self.path, "a fit with --method mfac", f"one with {method}", "Fit with mfac."
             )

@@ -14,7 +14,7 @@ from dense import ekfac_matrix
 from torch import Tensor
 
 from raycurv.mathematics.blocks import Block
-from raycurv.mathematics.curvature import BlockCurvature, Damping
+from raycurv.mathematics.curvature import BlockCurvature, Damping, IdentityCurvature
 from raycurv.mathematics.eigen import Eigenbasis
 
 # Four outputs, eight inputs and the bias.
@@ -37,7 +37,7 @@ def curvature(method: str, block: Block = BLOCK) -> BlockCurvature:
     """A block's curvature of this method; ``tiles`` cuts the bases of EK-FAC across runs of 4."""
     lam = numbers(block.d_out, block.d_in, seed=1).square()
     if method == "identity":
-        return BlockCurvature(block, Eigenbasis(), Eigenbasis(), None)
+        return IdentityCurvature(block)
     if method == "diagonal":
         return BlockCurvature(block, Eigenbasis(), Eigenbasis(), lam)
     if method == "kfac":
@@ -92,7 +92,7 @@ def quadratic(method: str, gradient: Tensor | None, damping: Damping = DAMPING) 
     block = curvature(method)
     size = D_OUT * D_IN
     g = torch.zeros(size, dtype=torch.float64) if gradient is None else gradient.flatten()
-    if block.lam_OI is None:
+    if method == "identity":
         return Quadratic(torch.eye(size, dtype=torch.float64), 0.0, g)
     lam, bases = block.lam_OI, (block.input_basis.vectors, block.output_basis.vectors)
     q_a, q_g = (

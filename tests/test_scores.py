@@ -193,7 +193,7 @@ def test_scores_do_not_depend_on_how_much_is_formed_at_once(
 ) -> None:
     # Whole blocks of a small network fit into a piece: here it takes a few outputs.
     pairs, own = dense_scores(fits.truth(case), fits.run(case), case)
-    for module in ("scores", "gradients"):
+    for module in ("influence.scores", "gradients"):
         monkeypatch.setattr(f"raycurv.mathematics.{module}.PIECE", 50)
     monkeypatch.setattr("raycurv.mathematics.gradients.CHUNK", 50)
     made = fits.run(case).influence(

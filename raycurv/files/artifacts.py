@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
 import torch
@@ -22,9 +22,8 @@ from raycurv.files.store import Store
 from raycurv.files.tensorfile import TensorFile, open_tensors, write_tensors
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.corrected import CorrectedSum
-from raycurv.mathematics.curvature import BlockCurvature
 from raycurv.mathematics.eigen import Eigenbasis
-from raycurv.mathematics.factors import FactorSum
+from raycurv.mathematics.factors import FactorSum, factors_of
 from raycurv.mathematics.gradient_statistics import (
     SAMPLED,
     GradientNumbers,
@@ -132,6 +131,13 @@ def read_eigen(store: Store, name: str) -> Eigenbasis:
         file.metadata["outcome"],
         float(file.metadata["seconds"]),
     )
+
+
+def read_bases(
+    store: Store, blocks: Iterable[Block], device: torch.device
+) -> dict[str, Eigenbasis]:
+    """The eigenbases of some blocks' factors, their eigenvectors on a device."""
+    return {name: read_eigen(store, name).to(device) for name in factors_of(blocks)}
 
 
 def read_spectrum(store: Store, name: str) -> tuple[tuple[Tensor, ...], dict[str, str]]:
@@ -246,58 +252,6 @@ def gradient_notes(store: Store, block: str) -> tuple[GradientNumbers, int]:
     said = json.loads(open_tensors(store, gradient_file(block)).metadata["numbers"])
     batches = int(said.pop("batches"))
     return GradientNumbers(**said), batches
-
-
-def read_curvature(store: Store, block: Block, method: str, examples: int) -> BlockCurvature:
-    """A block's curvature as a run left it.
-
-    Args:
-        store: of the run.
-        method: ``ekfac``, ``kfac``, ``diagonal`` or ``identity``.
-        examples: of the run, for K-FAC's rows an example.
-
-    Raises:
-        DamagedFile: a file is gone or truncated, or Λ was fitted in other bases than those that are
-            there.
-    """
-    try:
-        return _curvature(store, block, method, examples)
-    except FileNotFoundError as error:
-        raise DamagedFile(
-            f"{store.root}, block {block.name}", "eigenbases and eigenvalues", str(error),
-            "Run the fit again: it makes what is missing.",
-        ) from error  # fmt: skip
-
-
-def _curvature(store: Store, block: Block, method: str, examples: int) -> BlockCurvature:
-    if method == "identity":
-        return BlockCurvature(block, Eigenbasis(), Eigenbasis(), None)
-    if method == "diagonal":
-        lam = open_tensors(store, corrected_file(block.name)).read("lam")
-        return BlockCurvature(block, Eigenbasis(), Eigenbasis(), lam)
-    right, left = read_eigen(store, block.input_factor), read_eigen(store, block.output_factor)
-    if method == "kfac":
-        rows = int(read_spectrum(store, block.output_factor)[1]["rows"])
-        lam = kfac_eigenvalues(left, right, rows / max(examples, 1))
-        return BlockCurvature(block, right, left, lam)
-    file = open_tensors(store, corrected_file(block.name))
-    if file.metadata["bases"] != basis_mark(store, block):
-        raise DamagedFile(
-            store.path(corrected_file(block.name)),
-            "corrected eigenvalues fitted in the run's bases",
-            "ones of other bases",
-            "Run the fit again: it refits what does not belong together.",
-        )
-    return BlockCurvature(block, right, left, file.read("lam"))
-
-
-def kfac_eigenvalues(left: Eigenbasis, right: Eigenbasis, rows_per_example: float) -> Tensor:
-    """K-FAC's Λ on EK-FAC's scale: ``rows · D_G ⊗ D_A``, a mean over examples, float64 ``[O, I]``.
-
-    A and G are means over rows; an example's gradient is a sum over its rows, whose second moment
-    under K-FAC's independence is rows times the product of theirs.
-    """
-    return rows_per_example * torch.outer(left.eigenvalues(), right.eigenvalues())
 
 
 def write_products(

@@ -1,10 +1,16 @@
 """What a fitted block can do: three primitives that serve every use of its curvature.
 
+    apply(x, f)  = f(F) x          f of the eigenvalues; f = 1 / (Λ + λ) gives the IHVP of x
+    diagonal(f)  = diag f(F)
+    eigenvalues  = Λ               λ = c · mean(Λ)
+
+:class:`BlockCurvature` has them for EK-FAC, K-FAC and the diagonal,
+
     apply(x, f)  = Q_G (f(Λ) * (Q_Gᵀ x Q_A)) Q_Aᵀ
     diagonal(f)  = (Q_G * Q_G) f(Λ) (Q_A * Q_A)ᵀ
-    eigenvalues  = Λ
 
-    IHVP = apply(V, Λ -> 1 / (Λ + λ)),   λ = c · mean(Λ)
+:class:`IdentityCurvature` for no curvature, and for the rows of a rank-m Fisher
+:class:`~raycurv.mathematics.rank.rank_curvature.RankCurvature`.
 
 Grosse et al. 2023 (arXiv:2308.03296), section 3.2, equation 20.
 """
@@ -12,6 +18,7 @@ Grosse et al. 2023 (arXiv:2308.03296), section 3.2, equation 20.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -66,28 +73,130 @@ class Damping:
         return self.value if self.absolute else self.value * mean_eigenvalue
 
 
+class Curvature(ABC):
+    """The curvature F of one block: a symmetric matrix over its ``O·I`` weights, never formed.
+
+    F is a mean over examples of the curvature of an example's loss.
+
+    Attributes:
+        block: whose it is.
+    """
+
+    block: Block
+
+    @property
+    @abstractmethod
+    def eigenvalues(self) -> Tensor:
+        """Λ; those that are not listed are zero."""
+
+    @property
+    @abstractmethod
+    def trace(self) -> float:
+        """The sum of all eigenvalues."""
+
+    @abstractmethod
+    def apply(self, x: Tensor, f: SpectralFunction) -> Tensor:
+        """``f(F) x`` for matrices ``x [..., O, I]``; ``f`` maps eigenvalues to numbers.
+
+        ``apply(v, curvature.inverse(damping))`` is the IHVP of ``v``.
+
+        Raises:
+            UserError: x is of another shape.
+        """
+
+    @abstractmethod
+    def diagonal(self, f: SpectralFunction) -> Tensor:
+        """The diagonal of ``f(F)``, ``[O, I]``, in the weight's own coordinates."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """F as a matrix ``[O·I, O·I]`` in float64, for small blocks and for tests."""
+
+    def damping(self, setting: Damping) -> float:
+        """λ of this block; a factor is one of the mean over all ``O·I`` eigenvalues."""
+        return setting.of(self.trace / (self.block.d_out * self.block.d_in))
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether no example has a gradient here, so that F is zero."""
+        return self.trace == 0.0
+
+    def inverse(self, setting: Damping) -> SpectralFunction:
+        """``Λ -> 1 / (Λ + λ)``, or ``Λ -> 0`` for a block whose F is zero.
+
+        Raises:
+            UserError: λ is zero and so is an eigenvalue.
+        """
+        if self.is_zero:
+            return torch.zeros_like
+        lam = self._solvable(setting)
+        # In place: of a wide block these are large.
+        return lambda eigenvalues: (eigenvalues + lam).reciprocal_()
+
+    def damped(self, setting: Damping) -> SpectralFunction:
+        """``Λ -> Λ + λ``.
+
+        Raises:
+            UserError: λ is zero and so is an eigenvalue.
+        """
+        lam = self._solvable(setting)
+        return lambda eigenvalues: eigenvalues + lam
+
+    def _solvable(self, setting: Damping) -> float:
+        """λ, once it is known that ``Λ + λ`` has no zero."""
+        lam = self.damping(setting)
+        if lam == 0.0:
+            zeros = self.block.d_out * self.block.d_in - int((self.eigenvalues > 0).sum())
+            if zeros:
+                raise UserError(
+                    f"block {self.block.name}",
+                    "a positive damping, or corrected eigenvalues above 0",
+                    f"damping {setting} and {zeros} zeros in Λ",
+                    "Give --damping a positive value.",
+                )
+        return lam
+
+    def check(self, x: Tensor) -> None:
+        """Refuse what is not a matrix (or several) of the block's shape.
+
+        Raises:
+            UserError: it is of another shape.
+        """
+        wanted = (self.block.d_out, self.block.d_in)
+        if x.ndim < 2 or tuple(x.shape[-2:]) != wanted:
+            bias = " (the last column is the bias)" if self.block.bias else ""
+            raise UserError(
+                f"block {self.block.name}",
+                f"a tensor of shape [..., {wanted[0]}, {wanted[1]}]{bias}",
+                f"{tuple(x.shape)}",
+                "Give the block's weight or gradient as one matrix.",
+            )
+
+
 @dataclass(frozen=True)
-class BlockCurvature:
-    """The curvature of one block.
+class BlockCurvature(Curvature):
+    """Eigenvalues in a Kronecker product of two bases: EK-FAC, K-FAC, and the diagonal.
 
     Attributes:
         block: its shape and name.
-        input_basis: ``Q_A``; the identity for the methods ``diagonal`` and ``identity``.
-        output_basis: ``Q_G``.
-        lam_OI: Λ (for K-FAC: rows an example · D_G ⊗ D_A), or ``None`` for the identity.
+        input_basis: ``Q_A``; an empty one, the weights' own axes, for the diagonal.
+        output_basis: ``Q_G``, likewise.
+        lam_OI: Λ, a mean over examples (for K-FAC: rows an example · D_G ⊗ D_A).
     """
 
     block: Block
     input_basis: Eigenbasis
     output_basis: Eigenbasis
-    lam_OI: Tensor | None
+    lam_OI: Tensor
 
     @property
     def eigenvalues(self) -> Tensor:
-        """Λ ``[O, I]``, a mean over examples; ones for the identity."""
-        if self.lam_OI is None:
-            return torch.ones(self.block.d_out, self.block.d_in, dtype=torch.float64)
+        """Λ ``[O, I]``, a mean over examples."""
         return self.lam_OI
+
+    @property
+    def trace(self) -> float:
+        return float(self.lam_OI.sum(dtype=torch.float64))
 
     @property
     def input_tiles(self) -> tuple[range, ...]:
@@ -99,11 +208,12 @@ class BlockCurvature:
         """The runs of output rows that ``Q_G`` does not mix with others; one when it is whole."""
         return self.output_basis.ranges or (range(self.block.d_out),)
 
-    def apply(self, x: Tensor, f: SpectralFunction) -> Tensor:
-        """``Q_G (f(Λ) * (Q_Gᵀ x Q_A)) Q_Aᵀ`` for ``x [..., O, I]``.
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether F is diagonal in the weights' own axes."""
+        return not (self.input_basis.vectors or self.output_basis.vectors)
 
-        ``apply(v, lambda lam: 1 / (lam + damping))`` is the IHVP of ``v``.
-        """
+    def apply(self, x: Tensor, f: SpectralFunction) -> Tensor:
         self.check(x)
         rotated = self.input_basis.rotate(x)
         rotated = self.output_basis.rotate(rotated.transpose(-1, -2)).transpose(-1, -2)
@@ -112,7 +222,6 @@ class BlockCurvature:
         return self.output_basis.unrotate(back.transpose(-1, -2)).transpose(-1, -2)
 
     def diagonal(self, f: SpectralFunction) -> Tensor:
-        """The diagonal of ``f`` of the curvature, ``[O, I]``, in the weight's own coordinates."""
         values = self.row_spectra(f)
         if self.input_basis.vectors:
             values = values @ self.input_basis.squared(values.dtype).T
@@ -130,81 +239,43 @@ class BlockCurvature:
         return values
 
     def dense(self) -> Tensor:
-        """The whole curvature ``[O*I, O*I]`` in float64, for small blocks and for tests."""
-        size = self.block.d_out * self.block.d_in
-        if self.lam_OI is None:
-            return torch.eye(size, dtype=torch.float64)
-        if not self.input_basis.vectors:
-            return torch.diag(self.lam_OI.double().flatten())
+        lam = self.lam_OI.double().flatten()
+        if self.is_diagonal:
+            return torch.diag(lam)
         q = torch.kron(self.output_basis.dense(), self.input_basis.dense())
-        return (q * self.lam_OI.double().flatten()) @ q.T
+        return (q * lam) @ q.T
+
+    def inverted(self, setting: Damping, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """``1 / (Λ + λ)`` ``[O, I]``, zero where F is: what a turned gradient is multiplied by.
+
+        Raises:
+            UserError: λ is zero and so is an entry of Λ.
+        """
+        return self.inverse(setting)(self.lam_OI.to(device).double()).to(dtype)
+
+
+class IdentityCurvature(BlockCurvature):
+    """No curvature: F is the identity, which is never damped and so is its own inverse."""
+
+    def __init__(self, block: Block) -> None:
+        # One number, however large the block.
+        ones_OI = torch.ones((), dtype=torch.float64).expand(block.d_out, block.d_in)
+        super().__init__(block, Eigenbasis(), Eigenbasis(), ones_OI)
 
     def damping(self, setting: Damping) -> float:
-        """λ of this block."""
-        return setting.of(float(self.eigenvalues.mean(dtype=torch.float64)))
+        return 0.0
 
-    @property
-    def is_zero(self) -> bool:
-        """Whether no example has a gradient here, so that Λ is zero."""
-        return self.lam_OI is not None and float(self.lam_OI.mean(dtype=torch.float64)) == 0.0
-
-    def inverse(self, setting: Damping) -> SpectralFunction:
-        """``Λ -> 1 / (Λ + λ)``, or ``Λ -> 0`` for a block whose Λ is zero.
-
-        The identity has no damping: its inverse is the identity.
-
-        Raises:
-            UserError: λ is zero and so is an entry of Λ.
-        """
-        if self.lam_OI is None:
-            return torch.ones_like
-        if self.is_zero:
-            return torch.zeros_like
-        lam = self._solvable(setting)
-        # In place: of a wide block these are large.
-        return lambda eigenvalues: (eigenvalues + lam).reciprocal_()
-
-    def damped(self, setting: Damping) -> SpectralFunction:
-        """``Λ -> Λ + λ``; the identity has no damping.
-
-        Raises:
-            UserError: λ is zero and so is an entry of Λ.
-        """
-        lam = 0.0 if self.lam_OI is None else self._solvable(setting)
-        return lambda eigenvalues: eigenvalues + lam
-
-    def _solvable(self, setting: Damping) -> float:
-        """λ, once it is known that ``Λ + λ`` has no zero."""
-        lam = self.damping(setting)
-        if lam == 0.0 and (zeros := int((self.eigenvalues <= 0).sum())):
-            raise UserError(
-                f"block {self.block.name}",
-                "a positive damping, or corrected eigenvalues above 0",
-                f"damping {setting} and {zeros} zeros in Λ",
-                "Give --damping a positive value.",
-            )
-        return lam
-
-    def check(self, x: Tensor) -> None:
-        """:func:`check_matrix` of this block."""
-        check_matrix(self.block, x)
+    def inverted(self, setting: Damping, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.ones((), dtype=dtype, device=device).expand(self.lam_OI.shape)
 
 
-def check_matrix(block: Block, x: Tensor) -> None:
-    """Refuse what is not a matrix (or several) of a block's shape.
+def kfac_eigenvalues(left: Eigenbasis, right: Eigenbasis, rows_per_example: float) -> Tensor:
+    """K-FAC's Λ on EK-FAC's scale: ``rows · D_G ⊗ D_A``, a mean over examples, float64 ``[O, I]``.
 
-    Raises:
-        UserError: it is of another shape.
+    A and G are means over rows; an example's gradient is a sum over its rows, whose second moment
+    under K-FAC's independence is rows times the product of theirs.
     """
-    wanted = (block.d_out, block.d_in)
-    if x.ndim < 2 or tuple(x.shape[-2:]) != wanted:
-        bias = " (the last column is the bias)" if block.bias else ""
-        raise UserError(
-            f"block {block.name}",
-            f"a tensor of shape [..., {wanted[0]}, {wanted[1]}]{bias}",
-            f"{tuple(x.shape)}",
-            "Give the block's weight or gradient as one matrix.",
-        )
+    return rows_per_example * torch.outer(left.eigenvalues(), right.eigenvalues())
 
 
 @dataclass(frozen=True)
@@ -214,12 +285,12 @@ class Preconditioner:
     Attributes:
         blocks: in their order.
         bases: factor -> eigenbasis.
-        inverse: block name -> ``1 / (Λ + λ)`` ``[O, I]``, or ``None`` for the identity.
+        inverse: block name -> ``1 / (Λ + λ)`` ``[O, I]``.
     """
 
     blocks: tuple[Block, ...]
     bases: dict[str, Eigenbasis]
-    inverse: dict[str, Tensor | None]
+    inverse: dict[str, Tensor]
 
     @classmethod
     def of(
@@ -235,14 +306,8 @@ class Preconditioner:
             UserError: a block has no damping and a zero in Λ.
         """
         bases: dict[str, Eigenbasis] = {}
-        inverse: dict[str, Tensor | None] = {}
-        for name, curvature in curvatures.items():
+        for curvature in curvatures.values():
             bases[curvature.block.input_factor] = curvature.input_basis
             bases[curvature.block.output_factor] = curvature.output_basis
-            f = curvature.inverse(damping)
-            inverse[name] = (
-                None
-                if curvature.lam_OI is None
-                else f(curvature.lam_OI.to(device).double()).to(dtype)
-            )
+        inverse = {n: c.inverted(damping, dtype, device) for n, c in curvatures.items()}
         return cls(tuple(c.block for c in curvatures.values()), bases, inverse)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -52,6 +52,10 @@ class Eigenbasis:
     def ranges(self) -> tuple[range, ...]:
         """Which indices of the axis each tile holds: the basis is zero outside these squares."""
         return tile_ranges(self.tiles)
+
+    def to(self, device: torch.device) -> Eigenbasis:
+        """The same with its eigenvectors on ``device``; eigenvalues stay where they are."""
+        return replace(self, vectors=tuple(q.to(device) for q in self.vectors))
 
     def rotate(self, x: Tensor) -> Tensor:
         """``x Q`` along the last axis."""

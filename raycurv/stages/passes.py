@@ -15,24 +15,28 @@ from torch import Tensor
 
 from raycurv.files.artifacts import (
     basis_mark,
+    read_bases,
     read_corrected,
-    read_curvature,
-    read_eigen,
     read_products,
     write_corrected,
     write_factor,
     write_products,
 )
+from raycurv.files.curvature_files import CurvatureFiles
 from raycurv.files.row_files import open_rows, write_rows
 from raycurv.files.store import Store
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Captured
 from raycurv.mathematics.corrected import CorrectedSum, CorrectedSums
-from raycurv.mathematics.curvature import BlockCurvature, Damping
-from raycurv.mathematics.eigen import Eigenbasis, own_axes
-from raycurv.mathematics.factors import FactorSum, FactorSums, factors_of
-from raycurv.mathematics.influence.ihvp import BlockProducts, Products
-from raycurv.mathematics.influence.scores import PairwiseScores, SelfScores
+from raycurv.mathematics.curvature import Damping
+from raycurv.mathematics.eigen import own_axes
+from raycurv.mathematics.factors import FactorSum, FactorSums
+from raycurv.mathematics.influence.ihvp import BlockProducts, QueryGradients, QueryProducts
+from raycurv.mathematics.influence.scores import (
+    PairwiseScores,
+    SelfScores,
+    SpectralSelfScores,
+)
 from raycurv.mathematics.loss.differentiation import Target
 from raycurv.mathematics.rank.rank_fisher import RowSum, RowSums
 from raycurv.mathematics.rank.rank_inverse import RankInverses
@@ -144,7 +148,7 @@ class CorrectedPass:
     def open(
         self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device
     ) -> CorrectedSums:
-        bases = own_axes(blocks) if self.diagonal else _read_bases(self.store, blocks, device)
+        bases = own_axes(blocks) if self.diagonal else read_bases(self.store, blocks, device)
         only = frozenset(self.only & {b.name for b in blocks})
         return CorrectedSums(blocks, bases, dtype, device, only)
 
@@ -183,31 +187,28 @@ class RowsPass:
 
 
 @dataclass(frozen=True)
-class CurvatureSource:
-    """Where a stage reads its blocks' curvature.
+class QueryGradientsPass:
+    """Plain gradients of queries into ``ihvp/`` of a store of their own, for IHVPs that no stage
+    can make alone.
 
     Attributes:
-        store: of the fit.
-        method: of the fit.
-        examples: of the fit.
-        damping: to precondition with.
+        queries: ids, in order.
+        out: where the gradients go.
     """
 
-    store: Store
-    method: str
-    examples: int
-    damping: Damping
+    queries: tuple[str, ...]
+    out: Store
+    name: str = "gradients"
+    target: Target = "measurement"
+    draws: int = 1
 
-    def read(self, blocks: Sequence[Block], device: torch.device) -> dict[str, BlockCurvature]:
-        """The curvature of every block, bases on the device; shared input bases are read once."""
-        found: dict[str, BlockCurvature] = {}
-        shared: dict[str, Eigenbasis] = {}
-        for block in blocks:
-            curvature = read_curvature(self.store, block, self.method, self.examples)
-            right = shared.setdefault(block.input_factor, _on(curvature.input_basis, device))
-            left = _on(curvature.output_basis, device)
-            found[block.name] = BlockCurvature(block, right, left, curvature.lam_OI)
-        return found
+    def open(
+        self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device
+    ) -> QueryGradients:
+        return QueryGradients(blocks, self.queries, dtype, device)
+
+    def write(self, name: str, result: BlockProducts, blocks: Mapping[str, Block]) -> None:
+        write_products(self.out, name, result, self.queries)
 
 
 @dataclass(frozen=True)
@@ -215,38 +216,37 @@ class QueryPass:
     """IHVPs of queries into ``ihvp/`` of a store of their own.
 
     Attributes:
-        source: the curvature.
         queries: ids, in order.
+        out: where the products go.
+        curvature: of the fit.
+        damping: of every block.
         rank: to truncate to; ``None`` for whole.
         seed: of the test matrices.
-        out: where the products go.
         scored: rows of the examples that alone the products are for; ``None`` when they are
             results themselves.
         held: where the products go instead, in one process; by block.
     """
 
-    source: CurvatureSource
     queries: tuple[str, ...]
+    out: Store
+    curvature: CurvatureFiles
+    damping: Damping
     rank: int | None
     seed: int
-    out: Store
     name: str = "queries"
     target: Target = "measurement"
     draws: int = 1
     scored: int | None = None
     held: dict[str, BlockProducts] | None = None
 
-    def open(self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device) -> Products:
-        return Products(
-            self.source.read(blocks, device),
-            self.queries,
-            self.source.damping,
-            self.rank,
-            self.seed,
-            dtype,
-            device,
+    def open(
+        self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device
+    ) -> QueryProducts:
+        curvatures = self.curvature.open_stage(blocks, device)
+        return QueryProducts(
+            curvatures, self.queries, self.damping, self.rank, self.seed, dtype, device,
             self.scored,
-        )
+        )  # fmt: skip
 
     def write(self, name: str, result: BlockProducts, blocks: Mapping[str, Block]) -> None:
         if self.held is None:
@@ -260,16 +260,18 @@ class ScorePass:
     """Scores of training examples on the queries of one pass, and on themselves.
 
     Attributes:
-        source: the curvature, needed for self-influence only.
+        curvature: of the fit, needed for self-influence, and where products stayed in its bases.
+        damping: of every block.
         products: where the query pass left its IHVPs.
         queries: how many.
         per_block, per_token: what else to give.
         self_influence: whether to score examples on themselves, too.
-        inverses: of M-FAC, for self-influence.
+        inverses: of a ranked method, for self-influence.
         held: products that the query pass left in this process instead, by block.
     """
 
-    source: CurvatureSource
+    curvature: CurvatureFiles
+    damping: Damping
     products: Store
     queries: int
     per_block: bool
@@ -285,22 +287,24 @@ class ScorePass:
         self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device
     ) -> ScoreGatherer:
         products = {b.name: self._products(b.name).to(device) for b in blocks}
-        own: SelfScores | None = None
-        ranked: RankSelfScores | None = None
-        bases: Mapping[str, Eigenbasis] = {}
-        if self.self_influence and self.inverses is not None:
-            rows = {block.name: open_rows(self.source.store, block).whole() for block in blocks}
-            ranked = RankSelfScores(blocks, rows, self.inverses, dtype, device)
-        elif self.self_influence:
-            own = SelfScores(self.source.read(blocks, device), self.source.damping, dtype, device)
-        if own is None:
-            turned = [b for b in blocks if products[b.name].turned is not None]
-            bases = _read_bases(self.source.store, turned, device)
-        pairwise = PairwiseScores(
-            blocks, products, self.queries, self.per_block, self.per_token, dtype, device,
-            bases, own,
+        own = self._own(blocks, dtype, device) if self.self_influence else None
+        turned = [b for b in blocks if products[b.name].turned is not None]
+        bases = read_bases(self.curvature.store, turned, device) if own is None else None
+        return ScoreGatherer(
+            PairwiseScores(
+                blocks, products, self.queries, self.per_block, self.per_token, dtype, device,
+                bases, own,
+            )
         )  # fmt: skip
-        return ScoreGatherer(pairwise, ranked)
+
+    def _own(
+        self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device
+    ) -> SelfScores:
+        if self.inverses is None:
+            curvatures = self.curvature.open_stage(blocks, device)
+            return SpectralSelfScores(curvatures, self.damping, dtype, device)
+        rows = {b.name: open_rows(self.curvature.store, b).whole() for b in blocks}
+        return RankSelfScores(blocks, rows, self.inverses)
 
     def _products(self, block: str) -> BlockProducts:
         held = self.held.get(block)
@@ -313,25 +317,8 @@ class ScorePass:
 class ScoreGatherer(Nothing):
     """Scores of a microbatch, which leave at once."""
 
-    def __init__(self, pairwise: PairwiseScores, ranked: RankSelfScores | None) -> None:
-        self._parts: list[PairwiseScores | RankSelfScores] = [pairwise]
-        if ranked is not None:
-            self._parts.append(ranked)
+    def __init__(self, scores: PairwiseScores) -> None:
+        self._scores = scores
 
     def add(self, draws: Sequence[Captured], counts: bool = True) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        for part in self._parts:
-            found |= part.add(draws)
-        return found
-
-
-def _read_bases(
-    store: Store, blocks: Sequence[Block], device: torch.device
-) -> dict[str, Eigenbasis]:
-    """The eigenbases of some blocks, by factor."""
-    return {n: _on(read_eigen(store, n), device) for n in factors_of(blocks)}
-
-
-def _on(basis: Eigenbasis, device: torch.device) -> Eigenbasis:
-    vectors = tuple(q.to(device) for q in basis.vectors)
-    return Eigenbasis(vectors, basis.values, basis.outcome, basis.seconds)
+        return self._scores.add(draws)

@@ -31,6 +31,7 @@ from raycurv.driver.sweep import Sweep, Task, commit_place, open_spool
 from raycurv.driver.workers import Workers, check_address
 from raycurv.errors import DamagedFile, UserError
 from raycurv.files.artifacts import ihvp_file, read_blocks, read_products, write_products
+from raycurv.files.curvature_files import CurvatureFiles
 from raycurv.files.lock import hold
 from raycurv.files.manifest import Manifest, continue_or_refuse
 from raycurv.files.store import Store, open_store
@@ -47,7 +48,7 @@ from raycurv.mathematics.rank.rank_inverse import RankInverses
 from raycurv.models.model import Model
 from raycurv.models.opening import ModelSource, open_model
 from raycurv.progress.reporter import Reporter
-from raycurv.stages.passes import CurvatureSource, QueryPass, ReplayPass, ScorePass
+from raycurv.stages.passes import QueryGradientsPass, QueryPass, ReplayPass, ScorePass
 
 
 def influence(
@@ -146,24 +147,20 @@ def _influence_held(
     )
     lengths = None if training is None else training.lengths
     check_influence(settings, fit.settings, network, blocks, asked.lengths, lengths, store)
-    if settings.inverse is not None and fit.settings["method"] != "mfac":
+    curvature = CurvatureFiles.of(fitted, fit)
+    if settings.inverse is not None and not curvature.method.ranked:
         raise UserError(
-            "--inverse", "a fit with --method mfac", f"one with {fit.settings['method']}",
+            "--inverse", "a fit with --method mfac", f"one with {curvature.method}",
             "Leave --inverse out: the other methods have each block's own inverse.",
         )  # fmt: skip
-    source = CurvatureSource(
-        fitted,
-        fit.settings["method"],
-        int(fit.facts["examples"]),
-        Damping.parse(settings.damping),
-    )
     job = _Influence(
         settings,
         store,
         blocks,
         asked,
         training,
-        source,
+        curvature,
+        Damping.parse(settings.damping),
         DTYPES[dtype],
         manifest,
         workers,
@@ -245,7 +242,8 @@ class _Influence:
     blocks: tuple[Block, ...]
     queries: Corpus
     train: Corpus | None
-    source: CurvatureSource
+    curvature: CurvatureFiles
+    damping: Damping
     dtype: torch.dtype
     manifest: Manifest
     workers: Workers
@@ -271,7 +269,7 @@ class _Influence:
             f"{len(self.queries):,} queries in {len(groups)} "
             f"pass{'es' if len(groups) > 1 else ''} over "
             f"{0 if self.train is None else len(self.train):,} training examples, "
-            f"rank {rank}, damping {self.source.damping}"
+            f"rank {rank}, damping {self.damping}"
         )
         self._sweep_leftovers(groups)
         for number, group in enumerate(groups):
@@ -279,7 +277,8 @@ class _Influence:
                 continue
             label = "" if len(groups) == 1 else f", pass {number + 1} of {len(groups)}"
             self._make_rank_products(group, label)
-            files = self._sweep(group, label, score=self.train is not None)
+            work = self._products_pass(group)
+            files = self._sweep(group, work, label, score=self.train is not None)
             self._finished[_span(group)] = self._sizes(files)
             self.manifest.write(self.store)
             if not self.settings.ihvp:
@@ -308,7 +307,7 @@ class _Influence:
     def _groups(self) -> list[range]:
         """Queries by pass: as many as keep every stage's products within ``--query-memory``."""
         # Products of M-FAC start as whole gradients.
-        rank = None if self._mfac else self.settings.rank_number()
+        rank = None if self._ranked else self.settings.rank_number()
         item = 8 if self.dtype == torch.float64 else 4
         largest = 0
         for stage in range(len(self.workers.cuts)):
@@ -326,32 +325,29 @@ class _Influence:
         return groups
 
     @property
-    def _mfac(self) -> bool:
-        return self.source.method == "mfac"
-
-    @property
-    def _holds(self) -> bool:
-        """Whether products stay in memory until the examples have been scored on them."""
-        return self.workers.in_process and self.settings.rank_number() is None and not self._mfac
+    def _ranked(self) -> bool:
+        """Whether IHVPs take all blocks together, so that stages make the gradients alone."""
+        return self.curvature.method.ranked
 
     @cached_property
     def _rank_inverses(self) -> RankInverses:
         """The inverses of M-FAC."""
         whole = self.settings.inverse != "block"
-        return rank_inverses(self.source.store, self.blocks, self.source.damping, whole)
+        return rank_inverses(self.curvature.store, self.blocks, self.damping, whole)
 
     def _make_rank_products(self, group: range, label: str) -> None:
         """With M-FAC, the IHVPs of a group of queries, which no stage can make alone."""
         place = self._place(group)
         missing = [b for b in self.blocks if self._without_products(place, [b])]
-        if not (self._mfac and missing):
+        if not (self._ranked and missing):
             return
         inverses, gradients = self._rank_inverses, place.inside("gradients")
-        self._sweep(group, f"{label}, gradients", score=False, plain=True)
+        work = QueryGradientsPass(self._named(group), gradients, f"gradients-{_span(group)}")
+        self._sweep(group, work, f"{label}, gradients", score=False)
         residual = make_rank_products(
             gradients,
             place,
-            self.source.store,
+            self.curvature.store,
             self.blocks,
             inverses,
             self.settings.rank_number(),
@@ -363,19 +359,37 @@ class _Influence:
         facts["residual"] = max(residual, facts.get("residual", 0.0))
         place.delete_directory("gradients")
 
-    def _place(self, group: range, plain: bool = False) -> Store:
-        """Where the products of a group of queries lie, or their plain gradients."""
-        place = self.store.inside(f"work/pass-{_span(group)}")
-        return place.inside("gradients") if plain else place
+    def _place(self, group: range) -> Store:
+        """Where the products of a group of queries lie."""
+        return self.store.inside(f"work/pass-{_span(group)}")
 
-    def _sweep(self, group: range, label: str, score: bool, plain: bool = False) -> list[str]:
-        """IHVPs of a group of queries, and with ``score`` the training examples' scores on them;
-        gives the files of these.
+    def _named(self, group: range) -> tuple[str, ...]:
+        """The ids of a group of queries."""
+        return tuple(self.queries.named(group).to_pylist())
 
-        Args:
-            plain: the queries' gradients, whole, instead of their IHVPs.
-        """
-        place = self._place(group, plain)
+    def _products_pass(self, group: range) -> QueryPass:
+        """The pass that makes the IHVPs of a group of queries."""
+        train = None if self.settings.ihvp else self.train
+        rank = self.settings.rank_number()
+        holds = train is not None and self.workers.in_process and rank is None
+        return QueryPass(
+            self._named(group),
+            self._place(group),
+            self.curvature,
+            self.damping,
+            rank,
+            self.settings.seed,
+            f"queries-{_span(group)}",
+            scored=None if train is None else train.tokens,
+            held=self.held if holds and not self._ranked else None,
+        )
+
+    def _sweep(
+        self, group: range, work: QueryPass | QueryGradientsPass, label: str, score: bool
+    ) -> list[str]:
+        """A pass over a group of queries, and with ``score`` the training examples' scores on their
+        IHVPs; gives the files of these."""
+        place = work.out
         feeds = {"queries": self._query_feed(group)}
         if score:
             assert self.train is not None
@@ -405,7 +419,7 @@ class _Influence:
         files: list[str] = []
         for stages in range(sweep.level, lowest - 1, -1):
             if "queries" in feeds:
-                self._query(sweep, stages, group, feeds["queries"], label, plain)
+                self._query(sweep, stages, work, feeds["queries"], label)
             if score:
                 files = self._score(sweep, stages, group, feeds["train"], label)
             self.held.clear()
@@ -432,23 +446,16 @@ class _Influence:
         )
 
     def _query(
-        self, sweep: Sweep, stages: int, group: range, feed: Feed, label: str, plain: bool
+        self,
+        sweep: Sweep,
+        stages: int,
+        work: QueryPass | QueryGradientsPass,
+        feed: Feed,
+        label: str,
     ) -> None:
-        """The IHVPs of a group of stages, and the gradients for those before that lack theirs."""
-        place, train = self._place(group, plain), self.train
-        kept = plain or self.settings.ihvp or train is None
-        unasked = self._unasked(sweep, place)
+        """The pass over a group of stages, and the gradients for those before that lack theirs."""
+        unasked = self._unasked(sweep, work.out)
         lowest = min(unasked, default=stages)
-        work = QueryPass(
-            replace(self.source, method="identity") if plain else self.source,
-            tuple(self.queries.named(group).to_pylist()),
-            None if plain else self.settings.rank_number(),
-            self.settings.seed,
-            place,
-            f"{'gradients' if plain else 'queries'}-{_span(group)}",
-            scored=None if train is None or kept else train.tokens,
-            held=self.held if self._holds and not kept else None,
-        )
         replay = ReplayPass(work.target, work.draws)
         task = Task("queries", feed, work, replay, carries=False)
         if stages in unasked:
@@ -465,15 +472,16 @@ class _Influence:
         """Partial scores of a group of stages, added to what those behind it found."""
         assert self.train is not None
         settings = self.settings
-        ids = self.queries.named(group).to_pylist()
+        ids = self._named(group)
         work = ScorePass(
-            self.source,
+            self.curvature,
+            self.damping,
             self._place(group),
             len(group),
             settings.per_block,
             settings.per_token,
             settings.self_influence and group.start == 0,
-            self._rank_inverses if self._mfac and settings.self_influence else None,
+            self._rank_inverses if self._ranked and settings.self_influence else None,
             self._work(group),
             held=self.held,
         )
@@ -489,7 +497,7 @@ class _Influence:
                 settings.per_token,
                 settings.top_k,
                 self._notes(),
-                self._rank_inverses if self._mfac and settings.self_influence else None,
+                self._rank_inverses if self._ranked and settings.self_influence else None,
             )
         task = Task("train", feed, work, work, carries=True, sink=sink)
         names = sweep.run(stages, task, f"scores{label}", 0)
@@ -532,14 +540,14 @@ class _Influence:
         for number, group in enumerate(groups):
             label = "" if len(groups) == 1 else f", pass {number + 1}"
             self._make_rank_products(group, label)
-            self._sweep(group, label, score=False)
+            self._sweep(group, self._products_pass(group), label, score=False)
         places = [self._place(group) for group in groups]
         arguments = [(places, self.store, name) for name in missing]
         for _ in self.workers.run_tasks("IHVPs", join_products, arguments):
             pass
 
     def _notes(self) -> dict[str, str]:
-        said = identity(self.settings) | {"fit": self.source.store.root}
+        said = identity(self.settings) | {"fit": self.curvature.store.root}
         return footer(said, blocks=self._block_order())
 
     def _block_order(self) -> list[str]:

@@ -13,6 +13,7 @@ from raycurv.files.tensorfile import whole
 from raycurv.jobs.fitted import fit_command
 from raycurv.jobs.prune.prune_settings import PruneSettings
 from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.methods import open_method
 from raycurv.mathematics.pruning.structures import column_runs
 from raycurv.models.heads import head_widths
 from raycurv.models.model import Model
@@ -84,13 +85,13 @@ def check_statistics(
         UserError: the message has the command that makes them.
     """
     said = fit.settings
-    method = said["method"]
-    if method == "identity" and settings.saliency != "magnitude":
+    method = open_method(said["method"])
+    if not method.curved and settings.saliency != "magnitude":
         raise UserError(
             f"--saliency {settings.saliency}", "a fit with curvature", f"{method} in {fitted.root}",
             f"{fit_command(fit, 'RUN', method='ekfac')}, or --saliency magnitude.",
         )  # fmt: skip
-    if settings.inverse is not None and method != "mfac":
+    if settings.inverse is not None and not method.ranked:
         raise UserError(
             "--inverse", "a fit with --method mfac", f"one with {method}", "Leave --inverse out."
         )

@@ -29,6 +29,7 @@ from raycurv.driver.corpus import Corpus, store_corpus, stored_corpus
 from raycurv.driver.settings import DTYPES, Execution, FitSettings, identity
 from raycurv.driver.workers import Workers, check_address, in_order
 from raycurv.errors import DamagedFile
+from raycurv.files.curvature_files import CurvatureFiles
 from raycurv.files.lock import hold
 from raycurv.files.manifest import Manifest, continue_or_refuse
 from raycurv.files.row_files import open_rows
@@ -191,6 +192,11 @@ class _Prune:
     workers: Workers
     reporter: Reporter
 
+    @property
+    def curvature(self) -> CurvatureFiles:
+        """Of the fit that all starts from."""
+        return CurvatureFiles.of(self.fitted, self.fit)
+
     def said(self) -> str:
         """What was done, in one line."""
         facts = self.manifest.facts
@@ -253,7 +259,7 @@ class _Prune:
 
     def _curvature(self, step: int) -> Store:
         """The fit of the model before a step."""
-        if step == 1 or self.fit.settings["method"] == "identity":
+        if step == 1 or not self.curvature.method.curved:
             return self.fitted
         place = self.store.inside(f"{step_place(step)}/run")
         # Its stages take the place of these.
@@ -309,8 +315,7 @@ class _Prune:
                 block,
                 self.settings,
                 self.settings.share(step),
-                said["method"],
-                int(self.fit.facts["examples"]),
+                replace(self.curvature, store=fitted),
                 said["dtype"] == "float64",
                 self.heads.get(block.name, 0),
             )
@@ -338,7 +343,7 @@ class _Prune:
     @property
     def _joint(self) -> bool:
         """Whether the curvature is one for all blocks together."""
-        return self.fit.settings["method"] == "mfac" and self.settings.inverse != "block"
+        return self.curvature.method.ranked and self.settings.inverse != "block"
 
     def _cuts(self, operations: list[Operation], label: str) -> list[Cut]:
         """Make the saliencies; gives what goes of every block."""

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from raycurv.errors import DamagedFile, NumericalError
-from raycurv.files.artifacts import read_curvature, read_gradient
+from raycurv.files.artifacts import read_gradient
+from raycurv.files.curvature_files import CurvatureFiles
 from raycurv.files.row_files import open_rows
 from raycurv.files.store import Store
 from raycurv.files.tables import SALIENCY, read_rows, write_table
@@ -88,8 +89,7 @@ class Operation:
         block: which.
         settings: of the job.
         share: what is gone after the step.
-        method: of the fit.
-        examples: of the fit.
+        curvature: of the fit.
         double: whether the fit is of float64.
         head: columns of a head, where heads go.
         rank: of M-FAC, where the inverse is that of all blocks together.
@@ -102,8 +102,7 @@ class Operation:
     block: Block
     settings: PruneSettings
     share: float
-    method: str
-    examples: int
+    curvature: CurvatureFiles
     double: bool
     head: int
     rank: Rank | None = None
@@ -148,15 +147,15 @@ class Operation:
 
     def surgeon(self, w_OI: Tensor) -> BlockSurgeon | RankSurgeon | None:
         """What the fit's curvature says of the block; nothing without one."""
-        if self.method == "identity":
+        if not self.curvature.method.curved:
             return None
-        if self.method == "mfac":
+        if self.curvature.method.ranked:
             rows, rank = open_rows(self.fitted, self.block), self.rank or self._own_rank()
             return RankSurgeon(
                 self.block, w_OI, rows.runs, rank.inverse, rank.gram, self.gradient(),
                 rank.gradient,
             )  # fmt: skip
-        curvature = read_curvature(self.fitted, self.block, self.method, self.examples)
+        curvature = self.curvature.open_spectral(self.block, {})
         return BlockSurgeon(curvature, w_OI, self.damping, self.gradient())
 
     @property

@@ -23,7 +23,7 @@ from torch import Tensor
 from raycurv.mathematics.blocks import CONV2D, Block
 from raycurv.mathematics.capture import Captured
 from raycurv.mathematics.curvature import BlockCurvature, Damping, Preconditioner
-from raycurv.mathematics.eigen import Eigenbasis
+from raycurv.mathematics.eigen import Eigenbasis, own_axes
 from raycurv.mathematics.gradients import Rotations
 
 _OVERSAMPLING = 8
@@ -142,7 +142,83 @@ def truncated(
     return truncated_svd(m_NOI, rank, tests.to(m_NOI))
 
 
-class Products:
+class QueryGradients:
+    """Gathers the gradients of queries, whole and in the weights' own axes.
+
+    Args:
+        blocks: with their input factors known.
+        queries: all queries of this pass, in their order.
+        dtype: of the model's computation.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        queries: Sequence[str],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.blocks, self.bases = tuple(blocks), own_axes(blocks)
+        self._place = {query: i for i, query in enumerate(queries)}
+        self._dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self._device = device
+        self.products = {block.name: self._empty(block) for block in blocks}
+
+    def _empty(self, block: Block) -> BlockProducts:
+        """The places of a block's results, all zero."""
+        return BlockProducts(full=self._zeros(block.d_out, block.d_in))
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros((len(self._place), *shape), dtype=self._dtype, device=self._device)
+
+    def add(self, draws: Sequence[Captured], counts: bool = True) -> dict[str, Tensor]:
+        """Put what a microbatch of queries gives in its places, unless it is there."""
+        if not counts:
+            return {}
+        (captured,) = draws
+        rotations = Rotations(captured, self.bases, self.blocks, self._dtype)
+        ids = captured.batch.ids
+        for block in self.blocks:
+            for part, m_NOI in rotations.gradients(block):
+                where = [self._place[query] for query in ids[part]]
+                self._put(block, m_NOI, where, ids[part])
+        return {}
+
+    def _put(self, block: Block, m_NOI: Tensor, where: list[int], ids: Sequence[str]) -> None:
+        """Make the results of some queries from their gradients, which may be changed."""
+        full = self.products[block.name].full
+        assert full is not None
+        full[where] = m_NOI
+
+    def state(self) -> dict[str, Tensor]:
+        """The results so far."""
+        return {
+            f"{name}/{key}": tensor
+            for name, products in self.products.items()
+            for key, tensor in products.tensors().items()
+        }
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from :meth:`state`."""
+        for key, tensor in self.state().items():
+            tensor.copy_(state[key])
+
+    def join(self, state: Mapping[str, Tensor]) -> None:
+        """Add the results of other queries, given as their :meth:`state`."""
+        for key, tensor in self.state().items():
+            tensor.add_(state[key].to(tensor.device))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The blocks."""
+        return tuple(self.products)
+
+    def result(self, name: str) -> BlockProducts:
+        """The results of a block: zeros for queries that did not come by."""
+        return self.products[name]
+
+
+class QueryProducts(QueryGradients):
     """Gathers the IHVPs of queries.
 
     Args:
@@ -166,83 +242,33 @@ class Products:
         device: torch.device,
         scored: int | None = None,
     ) -> None:
-        self._place = {query: i for i, query in enumerate(queries)}
-        self._rank, self._seed = rank, seed
-        self._dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self._preconditioner = Preconditioner.of(curvatures, damping, self._dtype, device)
-        self.products: dict[str, BlockProducts] = {}
-        count = len(queries)
-        for block in self._preconditioner.blocks:
-            kept = kept_rank(rank, block.d_out, block.d_in)
+        computed = torch.float64 if dtype == torch.float64 else torch.float32
+        self._preconditioner = Preconditioner.of(curvatures, damping, computed, device)
+        self._rank, self._seed, self._scored = rank, seed, scored
+        super().__init__(self._preconditioner.blocks, queries, dtype, device)
+        self.bases = self._preconditioner.bases
 
-            def zeros(*shape: int) -> Tensor:
-                return torch.zeros((count, *shape), dtype=self._dtype, device=device)
+    def _empty(self, block: Block) -> BlockProducts:
+        kept = kept_rank(self._rank, block.d_out, block.d_in)
+        if kept is not None:
+            left, right = self._zeros(kept, block.d_out), self._zeros(kept, block.d_in)
+            return BlockProducts(left=left, right=right)
+        bases, queries = self._preconditioner.bases, len(self._place)
+        if self._scored is not None and stays_turned(block, bases, queries, self._scored):
+            return BlockProducts(turned=self._zeros(block.d_out, block.d_in))
+        return super()._empty(block)
 
-            if kept is not None:
-                left, right = zeros(kept, block.d_out), zeros(kept, block.d_in)
-                made = BlockProducts(left=left, right=right)
-            elif scored is not None and stays_turned(
-                block, self._preconditioner.bases, count, scored
-            ):
-                made = BlockProducts(turned=zeros(block.d_out, block.d_in))
-            else:
-                made = BlockProducts(full=zeros(block.d_out, block.d_in))
-            self.products[block.name] = made
-
-    def add(self, draws: Sequence[Captured], counts: bool = True) -> dict[str, Tensor]:
-        """Put the IHVPs of a microbatch of queries in their places, unless they are there."""
-        if not counts:
-            return {}
-        (captured,) = draws
-        blocks, bases = self._preconditioner.blocks, self._preconditioner.bases
-        rotations = Rotations(captured, bases, blocks, self._dtype)
-        ids = captured.batch.ids
-        for block in blocks:
-            products, inverse = self.products[block.name], self._preconditioner.inverse[block.name]
-            left, right = bases[block.output_factor], bases[block.input_factor]
-            for part, m_NOI in rotations.gradients(block):
-                if inverse is not None:
-                    m_NOI = m_NOI.mul_(inverse)
-                where = [self._place[query] for query in ids[part]]
-                if products.turned is not None:
-                    products.turned[where] = m_NOI
-                    continue
-                if products.full is not None:
-                    whole = right.unrotate(m_NOI)
-                    products.full[where] = left.unrotate(whole.transpose(1, 2)).transpose(1, 2)
-                    continue
-                assert products.left is not None and products.right is not None
-                kept = products.left.shape[1]
-                u, w = truncated(m_NOI, kept, self._seed, ids[part], block.name)
-                products.left[where] = left.unrotate(u.transpose(1, 2))
-                products.right[where] = right.unrotate(w)
-        return {}
-
-    def state(self) -> dict[str, Tensor]:
-        """The products so far."""
-        return {
-            f"{name}/{key}": tensor
-            for name, products in self.products.items()
-            for key, tensor in products.tensors().items()
-        }
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from :meth:`state`."""
-        for name, products in self.products.items():
-            for key, tensor in products.tensors().items():
-                tensor.copy_(state[f"{name}/{key}"])
-
-    def join(self, state: Mapping[str, Tensor]) -> None:
-        """Add the products of other queries, given as their :meth:`state`."""
-        for name, products in self.products.items():
-            for key, tensor in products.tensors().items():
-                tensor.add_(state[f"{name}/{key}"].to(tensor.device))
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The blocks."""
-        return tuple(self.products)
-
-    def result(self, name: str) -> BlockProducts:
-        """The products of a block: zeros for queries that did not come by."""
-        return self.products[name]
+    def _put(self, block: Block, m_NOI: Tensor, where: list[int], ids: Sequence[str]) -> None:
+        m_NOI = m_NOI.mul_(self._preconditioner.inverse[block.name])
+        products = self.products[block.name]
+        left, right = self.bases[block.output_factor], self.bases[block.input_factor]
+        if products.turned is not None:
+            products.turned[where] = m_NOI
+        elif products.full is not None:
+            whole = right.unrotate(m_NOI)
+            products.full[where] = left.unrotate(whole.transpose(1, 2)).transpose(1, 2)
+        else:
+            assert products.left is not None and products.right is not None
+            u, w = truncated(m_NOI, products.left.shape[1], self._seed, ids, block.name)
+            products.left[where] = left.unrotate(u.transpose(1, 2))
+            products.right[where] = right.unrotate(w)

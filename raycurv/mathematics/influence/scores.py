@@ -12,6 +12,7 @@ Axis letters: B blocks, N training examples, Q queries, R rank, T rows, O and I 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ from raycurv.mathematics.gradients import PIECE, Rotations, example_gradients
 from raycurv.mathematics.influence.ihvp import BlockProducts
 from raycurv.mathematics.products import rows_times
 
+# What a microbatch gives, by name.
+SCORES, BLOCK_SCORES, TOKEN_SCORES = "scores", "block_scores", "token_scores"
+SELF_SCORES = "self_scores"
 # Elements of an intermediate that are formed at once (float32: 32 MiB), where products of a rank
 # are projected, or made whole for so many examples.
 TOGETHER = 2**23
@@ -40,6 +44,23 @@ def score_through_gradients(
     projected = tokens * queries * rank * (d_out + d_in)
     formed = d_out * d_in * (tokens + queries + queries * rank / examples)
     return formed < projected
+
+
+class SelfScores(Protocol):
+    """Scores the examples of a microbatch against themselves, block by block."""
+
+    @property
+    def bases(self) -> dict[str, Eigenbasis]:
+        """Factor -> the basis that it wants the rows of all blocks in."""
+        ...
+
+    def start(self, examples: int, device: torch.device) -> dict[str, Tensor]:
+        """What a microbatch of so many examples gives before any block has been added."""
+        ...
+
+    def add(self, block: Block, rotations: Rotations, results: dict[str, Tensor]) -> None:
+        """Add what one block contributes."""
+        ...
 
 
 class PairwiseScores:
@@ -65,32 +86,27 @@ class PairwiseScores:
         per_token: bool,
         dtype: torch.dtype,
         device: torch.device,
-        bases: Mapping[str, Eigenbasis] | None = None,
+        bases: dict[str, Eigenbasis] | None = None,
         own: SelfScores | None = None,
     ) -> None:
         self._blocks, self._products, self._queries = tuple(blocks), products, queries
-        self._own = own
-        self._per_block, self._per_token = per_block, per_token
+        self._per_block, self._per_token, self._own = per_block, per_token, own
         self._dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self._device = device
-        self._bases = dict(bases or {})
+        self._bases = (bases or {}) if own is None else own.bases
 
     def add(self, draws: Sequence[Captured]) -> dict[str, Tensor]:
-        """``scores [N, Q]``, ``block_scores [N, Q, B]``, ``token_scores [N, Q, T]``, float64; with
-        ``own`` also ``self_scores [N]``."""
+        """``scores [N, Q]``, ``block_scores [N, Q, B]``, ``token_scores [N, Q, T]``, float64, and
+        what ``own`` gives."""
         (captured,) = draws
         n = captured.batch.size
         scores = torch.zeros(n, self._queries, dtype=torch.float64, device=self._device)
-        own = torch.zeros(n, dtype=torch.float64, device=self._device)
+        own = {} if self._own is None else self._own.start(n, self._device)
         by_block, by_token = [], None
         if self._per_token:
             assert captured.batch.mask is not None
-            tokens = captured.batch.mask.shape[1]
-            by_token = torch.zeros(
-                n, self._queries, tokens, dtype=torch.float64, device=self._device
-            )
-        bases = self._bases if self._own is None else self._own.bases
-        rotations = Rotations(captured, bases, self._blocks, self._dtype)
+            by_token = scores.new_zeros(*scores.shape, captured.batch.mask.shape[1])
+        rotations = Rotations(captured, self._bases, self._blocks, self._dtype)
         for block in self._blocks:
             products = self._products[block.name]
             rows = rotations.rows(block) if products.turned is None else rotations.rotated(block)
@@ -106,16 +122,14 @@ class PairwiseScores:
             if self._per_block:
                 by_block.append(part)
             if self._own is not None:
-                own += self._own.of_block(block, rotations)
-        results = {"scores": scores}
-        if self._own is not None:
-            results["self_scores"] = own
+                self._own.add(block, rotations, own)
+        results = {SCORES: scores} | own
         if self._per_block:
-            results["block_scores"] = (
+            results[BLOCK_SCORES] = (
                 torch.stack(by_block, dim=2) if by_block else scores.new_zeros(*scores.shape, 0)
             )
         if by_token is not None:
-            results["token_scores"] = by_token
+            results[TOKEN_SCORES] = by_token
         return results
 
 
@@ -186,8 +200,8 @@ def _token_scores(
     return by_call.sum(dim=1).transpose(1, 2)
 
 
-class SelfScores:
-    """Scores examples against themselves, at full rank, in the eigenbasis, a block at a time.
+class SpectralSelfScores:
+    """Scores examples against themselves, at full rank, in the eigenbasis.
 
     Args:
         curvatures: block name -> its curvature.
@@ -203,21 +217,19 @@ class SelfScores:
         device: torch.device,
     ) -> None:
         computed = torch.float64 if dtype == torch.float64 else torch.float32
-        self._device = device
         self._preconditioner = Preconditioner.of(curvatures, damping, computed, device)
 
     @property
     def bases(self) -> dict[str, Eigenbasis]:
-        """Factor -> eigenbasis, of all blocks."""
         return self._preconditioner.bases
 
-    def of_block(self, block: Block, rotations: Rotations) -> Tensor:
-        """``[N]`` of one block, float64."""
+    def start(self, examples: int, device: torch.device) -> dict[str, Tensor]:
+        return {SELF_SCORES: torch.zeros(examples, dtype=torch.float64, device=device)}
+
+    def add(self, block: Block, rotations: Rotations, results: dict[str, Tensor]) -> None:
         inverse = self._preconditioner.inverse[block.name]
-        scores = torch.zeros(rotations.examples, dtype=torch.float64, device=self._device)
+        scores = torch.zeros_like(results[SELF_SCORES])
         for part, outputs, m_NOI in rotations.pieces(block):
-            squares = m_NOI.square_()
-            if inverse is not None:
-                squares = squares.mul_(inverse[outputs])
+            squares = m_NOI.square_().mul_(inverse[outputs])
             scores[part] += squares.sum(dim=2).sum(dim=1, dtype=torch.float64)
-        return scores
+        results[SELF_SCORES] += scores

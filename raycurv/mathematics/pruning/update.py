@@ -100,7 +100,7 @@ def joint_update(
     if gradient_OI is not None:
         right -= torch.where(keep_OI, gradient_OI.to(dtype), 0)
     iterations, exact = 0, True
-    if not (curvature.input_basis.vectors or curvature.output_basis.vectors):
+    if curvature.is_diagonal:
         step = right / damped(curvature.eigenvalues.to(right))
     elif dense:
         step = _by_cholesky(curvature, keep_OI, damping, right)
@@ -155,8 +155,7 @@ def _by_cholesky(
 ) -> Tensor:
     kept = keep_OI.flatten().nonzero()[:, 0]
     matrix = curvature.dense()[kept[:, None], kept]
-    if curvature.lam_OI is not None:
-        matrix.diagonal().add_(curvature.damping(damping))
+    matrix.diagonal().add_(curvature.damping(damping))
     root = cholesky(matrix, f"block {curvature.block.name}, the curvature of the weights that stay")
     found = torch.cholesky_solve(right.flatten()[kept][:, None], root)[:, 0]
     step = torch.zeros_like(right)

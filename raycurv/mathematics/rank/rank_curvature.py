@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from raycurv.mathematics.blocks import Block
-from raycurv.mathematics.curvature import Damping, SpectralFunction, check_matrix
+from raycurv.mathematics.curvature import Curvature, SpectralFunction
 
 
 @dataclass(frozen=True)
-class RankCurvature:
-    """The curvature of one block, of rank m.
+class RankCurvature(Curvature):
+    """The rank-m Fisher of one block alone.
 
     Attributes:
         block: its shape and name.
@@ -60,8 +60,7 @@ class RankCurvature:
         return float(self.rows_MOI.double().square().sum()) / len(self.rows_MOI)
 
     def apply(self, x: Tensor, f: SpectralFunction) -> Tensor:
-        """``f(F) x`` for ``x [..., O, I]``."""
-        check_matrix(self.block, x)
+        self.check(x)
         values, vectors = self._spectrum
         flat = x.double().flatten(-2)
         base = self._base(f)
@@ -69,27 +68,14 @@ class RankCurvature:
         return (base * flat + inner @ vectors.T).view(x.shape).to(x.dtype)
 
     def diagonal(self, f: SpectralFunction) -> Tensor:
-        """The diagonal of ``f(F)``, ``[O, I]``, in the weight's own coordinates."""
         values, vectors = self._spectrum
         base = self._base(f)
         found = base + vectors.square() @ (f(values.clone()) - base)
         return found.view(self.block.d_out, self.block.d_in)
 
     def dense(self) -> Tensor:
-        """F itself, ``[O·I, O·I]`` in float64, for small blocks and for tests."""
         rows = self.rows_MOI.flatten(1).double()
         return rows.T @ rows / len(rows)
-
-    def damping(self, setting: Damping) -> float:
-        """λ of this block: of the mean over all O·I eigenvalues."""
-        return setting.of(self.trace / (self.block.d_out * self.block.d_in))
-
-    def inverse(self, setting: Damping) -> SpectralFunction:
-        """``s -> 1 / (s + λ)``, or ``s -> 0`` for a block whose rows are all zero."""
-        lam = self.damping(setting)
-        if self.trace == 0.0:
-            return torch.zeros_like
-        return lambda values: (values + lam).reciprocal_()
 
     def _base(self, f: SpectralFunction) -> float:
         return float(f(torch.zeros(1, dtype=torch.float64)))

@@ -16,66 +16,56 @@ import torch
 from torch import Tensor
 
 from raycurv.mathematics.blocks import Block
-from raycurv.mathematics.capture import Captured
 from raycurv.mathematics.eigen import own_axes
 from raycurv.mathematics.gradients import Rotations
+from raycurv.mathematics.influence.scores import SELF_SCORES
 from raycurv.mathematics.rank.rank_inverse import RankInverses
 
 SQUARES, PROJECTION = "self_squares", "self_projection"
 
 
 class RankSelfScores:
-    """Scores every example against itself.
+    """Scores examples against themselves with a rank-m Fisher.
+
+    With each block's own inverse they are ``self_scores [N]``; with the whole model's a stage gives
+    ``self_squares [N]`` and ``self_projection [N, width]`` instead, for :func:`whole_self_scores`.
+    All are float64.
 
     Args:
         blocks: of the stage.
         rows: block name -> ``G`` ``[M, O, I]``.
         inverses: of the model.
-        dtype: of the model's computation.
     """
 
     def __init__(
-        self,
-        blocks: Sequence[Block],
-        rows: Mapping[str, Tensor],
-        inverses: RankInverses,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, blocks: Sequence[Block], rows: Mapping[str, Tensor], inverses: RankInverses
     ) -> None:
-        self._blocks, self._inverses = tuple(blocks), inverses
+        self._inverses = inverses
         self._rows = {name: r.flatten(1).double() for name, r in rows.items()}
-        self._dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self._bases = own_axes(blocks)
+        self.bases = own_axes(blocks)
 
-    def add(self, draws: Sequence[Captured]) -> dict[str, Tensor]:
-        """``self_scores [N]``; of the whole model's inverse ``self_squares [N]`` and
-        ``self_projection [N, width]`` instead, float64."""
-        (captured,) = draws
-        rotations = Rotations(captured, self._bases, self._blocks, self._dtype)
-        count = captured.batch.size
-        squares, scores = (torch.zeros(count, dtype=torch.float64) for _ in range(2))
-        projection: Tensor | None = None
-        for block in self._blocks:
-            inverse = self._inverses.by_block[block.name]
-            if inverse is None:
-                continue
-            for part, m_NOI in rotations.gradients(block):
-                flat = m_NOI.flatten(1).double().cpu()
-                here = inverse.project(self._rows[block.name], flat)
-                lengths = flat.square().sum(dim=1)
-                if not self._inverses.whole:
-                    scores[part] += inverse.quadratic(here, lengths)
-                    continue
-                if projection is None:
-                    projection = torch.zeros(count, inverse.width, dtype=torch.float64)
-                projection[part] += here
-                squares[part] += lengths
+    def start(self, examples: int, device: torch.device) -> dict[str, Tensor]:
+        # The inverses are on the CPU.
+        zeros = torch.zeros(examples, dtype=torch.float64)
         if not self._inverses.whole:
-            return {"self_scores": scores}
-        if projection is None:
-            known = (i.width for i in self._inverses.by_block.values() if i is not None)
-            projection = torch.zeros(count, next(known, 0), dtype=torch.float64)
-        return {SQUARES: squares, PROJECTION: projection}
+            return {SELF_SCORES: zeros}
+        known = (i.width for i in self._inverses.by_block.values() if i is not None)
+        projection = torch.zeros(examples, next(known, 0), dtype=torch.float64)
+        return {SQUARES: zeros, PROJECTION: projection}
+
+    def add(self, block: Block, rotations: Rotations, results: dict[str, Tensor]) -> None:
+        inverse = self._inverses.by_block[block.name]
+        if inverse is None:
+            return
+        for part, m_NOI in rotations.gradients(block):
+            flat = m_NOI.flatten(1).double().cpu()
+            here = inverse.project(self._rows[block.name], flat)
+            lengths = flat.square().sum(dim=1)
+            if self._inverses.whole:
+                results[PROJECTION][part] += here
+                results[SQUARES][part] += lengths
+            else:
+                results[SELF_SCORES][part] += inverse.quadratic(here, lengths)
 
 
 def whole_self_scores(inverses: RankInverses, results: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -90,4 +80,4 @@ def whole_self_scores(inverses: RankInverses, results: dict[str, Tensor]) -> dic
         if inverse is None
         else inverse.quadratic(results[PROJECTION], squares)
     )
-    return found | {"self_scores": scores}
+    return found | {SELF_SCORES: scores}
