@@ -153,7 +153,7 @@ class Mixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.q(x), self.k(x), self.v(x)
-        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
         weights = (q @ k.transpose(1, 2)).masked_fill(later, -torch.inf).softmax(dim=2)
         return x + self.o(weights @ v)
 

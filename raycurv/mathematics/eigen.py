@@ -9,6 +9,7 @@ result.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,9 @@ from raycurv.mathematics.tiles import tile_ranges
 
 # Relative to the mean eigenvalue; a few times float64's rounding at d = 10,000.
 _JITTER = 1e-10
+# A GPU decomposes one matrix at a time; and torch loads its solvers in the first call, which fails
+# where several threads make it (pytorch issue 90613).
+_ON_DEVICE = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,8 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
         RuntimeError, numpy.linalg.LinAlgError: it does not converge.
     """
     if matrix.device.type != "cpu":
-        w, q = torch.linalg.eigh(matrix)
+        with _ON_DEVICE:
+            w, q = torch.linalg.eigh(matrix)
         return w, q
     values, vectors = np.linalg.eigh(matrix.numpy())
     return torch.from_numpy(values), torch.from_numpy(vectors)

@@ -71,7 +71,7 @@ class RunningSum:
     def join(self, state: Mapping[str, Tensor]) -> None:
         """Add another sum, given as its :meth:`state`."""
         if self.part.dtype == torch.float64:
-            self.part.add_(state["part"])
+            self.part.add_(state["part"].to(self.part.device))
             return
         self._fold()
         assert self.master is not None
