@@ -9,14 +9,14 @@ import signal
 import threading
 import time
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from raycurv.errors import LostPeer
-from raycurv.links.links import Links, Ticket
-from raycurv.links.pair import Pair
+from raycurv.links.links import Links, TcpCarrier, Ticket
 from raycurv.stages.schedule import pipelined
 
 MIB = 2**20
@@ -127,8 +127,8 @@ class Process:
 
             return transfer
 
-        Pair.send = dying(Pair.send)  # type: ignore[method-assign]
-        Pair.receive = dying(Pair.receive)  # type: ignore[method-assign]
+        TcpCarrier.send = dying(TcpCarrier.send)  # type: ignore[method-assign]
+        TcpCarrier.receive = dying(TcpCarrier.receive)  # type: ignore[method-assign]
 
     def send_until_lost(self, target: int) -> tuple[Exception, float]:
         """Send tensors that nobody receives; what that raises, and after how many seconds."""
@@ -248,6 +248,13 @@ class Handle:
 
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)
+        while number == signal.SIGSTOP and not self._stopped():
+            time.sleep(1e-3)
+
+    def _stopped(self) -> bool:
+        """Whether all threads are: one that runs may go on for a moment after the signal."""
+        stats = [path.read_text() for path in Path(f"/proc/{self.pid}/task").glob("*/stat")]
+        return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
 
     def kill(self) -> None:
         self._process.kill()

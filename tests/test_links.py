@@ -14,9 +14,8 @@ import torch
 from link_process import MIB, Chain, Handle, bits_of, tensors
 
 from raycurv.errors import LostPeer, OutOfOrder
-from raycurv.links import pair as pair_module
+from raycurv.links import nccl
 from raycurv.links.links import Links, Ticket
-from raycurv.links.pair import Pair, backend_between
 
 # Long enough for a machine under load, short enough to wait for.
 SILENT_SECONDS = 2.0
@@ -237,16 +236,16 @@ def test_errors_survive_pickling() -> None:
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "backend"),
+    ("one", "other", "by_nccl"),
     [
-        ("gpu 0", "gpu 1", "nccl"),
-        ("gpu 0", "gpu 0", "gloo"),  # shared: NCCL would refuse
-        ("gpu 0", "", "gloo"),
-        ("", "", "gloo"),
+        ("gpu 0", "gpu 1", True),
+        ("gpu 0", "gpu 0", False),  # shared: NCCL would refuse
+        ("gpu 0", "", False),
+        ("", "", False),
     ],
 )
-def test_two_gpus_use_nccl_and_everybody_else_gloo(one: str, other: str, backend: str) -> None:
-    assert backend_between(one, other) == backend
+def test_two_gpus_use_nccl_and_everybody_else_does_not(one: str, other: str, by_nccl: bool) -> None:
+    assert nccl.nccl_between(one, other) == by_nccl
 
 
 class Group:
@@ -282,14 +281,15 @@ def test_whoever_waits_for_nccl_looks_for_the_peer_meanwhile(
         (10**9, lambda: None, TimeoutError),
     ):
         group = Group(asked)
-        monkeypatch.setattr(pair_module, "_nccl", lambda *_, group=group: group)
-        pair = Pair("nccl", None, 1, "", torch.device("cpu"), 0.2)
+        monkeypatch.setattr(nccl, "_CHECK_SECONDS", 10.0 if outcome is None else 0.05)
+        monkeypatch.setattr(nccl, "_make_group", lambda *_, group=group: group)
+        carrier = nccl.NcclCarrier(None, 1, torch.device("cpu"), check, 0.2)
         if outcome is None:
-            pair.receive(pair.room(8), check)
+            assert len(carrier.receive(8)) == 8
             assert group.waited == 1
         else:
             with pytest.raises(outcome):
-                pair.receive(pair.room(8), check)
-        pair.abandon()
-        pair.abandon()
+                carrier.receive(8)
+        carrier.abandon()
+        carrier.abandon()
         assert group.aborted == 1

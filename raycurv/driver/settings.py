@@ -62,8 +62,7 @@ class Execution:
     the job's own that has fewer cores than actors."""
     transport: Literal["auto", "object-store", "distributed"] = "auto"
     """How hidden states and gradients go from stage to stage: through Ray's object store, or from
-    process to process by torch.distributed (NCCL between GPUs, else Gloo); `auto` takes the latter
-    on GPUs."""
+    process to process (NCCL between GPUs, else TCP); `auto` takes the latter on GPUs."""
     place_seconds: float = 300.0
     """Seconds to wait for room in the cluster, for an autoscaler say, before that is an error."""
     hang_seconds: float = 1800.0

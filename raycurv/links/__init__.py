@@ -1,1 +1,1 @@
-"""Tensors from process to process by torch.distributed, beside the calls of Ray."""
+"""Tensors from process to process beside the calls of Ray."""

@@ -1,16 +1,17 @@
 """Links: tensors between the neighbouring stages of one replica, from process to process.
 
 What is sent stays with the sender until the receiver asks for it: the ticket goes ahead (through
-whatever carries calls), the receiver names the ticket's number over a control connection, the
-sender answers, and both put the same transfer into the group of that direction at once. So no
-transfer waits on a device for the other end to come, memory is bounded by what the schedule leaves
-unasked for, and a death is seen as a connection that closes, whatever the backend.
+whatever carries calls), the receiver names the ticket's number over the connection of that
+direction, the sender answers, and the bytes follow: over the connection itself through the memory
+of the CPUs, or by NCCL from GPU to GPU. So no transfer waits on a device for the other end to come,
+memory is bounded by what the schedule leaves unasked for, and a death is seen as a connection that
+closes, whatever carries the bytes.
 
     send ──► ticket ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─► receive
       kept                                     │
        │  ◄──────── number ────────────────────┤
        ├──────────── number ──────────────────►│
-       └──────────── bytes (gloo or nccl) ────►└──► tensor
+       └──────────── bytes (TCP or NCCL) ─────►└──► tensor
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import contextlib
 import functools
 import json
 import math
+import socket
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -28,11 +30,12 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed
 from torch import Tensor
 
 from raycurv.errors import LostPeer, OutOfOrder
-from raycurv.links.control import Control, Listener, address_towards, connect
-from raycurv.links.pair import Pair, Parcel, backend_between, gpu_name
+from raycurv.links.connection import Connection, accept, connect, serve_towards
+from raycurv.links.nccl import NcclCarrier, gpu_name, nccl_between
 
 _c10d: Any = torch.distributed
 
@@ -95,7 +98,7 @@ class Links:
     ) -> None:
         assert 0 <= rank < size, f"rank {rank} of {size}"
         self.rank, self.size, self.epoch = rank, size, epoch
-        self._device, self._timeout = device, timeout_seconds
+        self.device, self.timeout_seconds = device, timeout_seconds
         self._outgoing: dict[int, _Outgoing] = {}
         self._incoming: dict[int, _Incoming] = {}
         try:
@@ -156,83 +159,111 @@ class Links:
             end.free(max(0.0, until - time.monotonic()))
 
     def _connect(self, address: str) -> None:
-        host, _, port = address.rpartition(":")
-        with _losing(0, f"store at {address}", self._timeout):
-            store = _join_store(host, int(port), self._timeout)
-            own = address_towards(host, int(port))
-            listener = Listener(own)
-        with contextlib.closing(listener):
-            self._meet(_prefixed(self.epoch, store), own, listener)
+        host, port = address.rpartition(":")[0], int(address.rpartition(":")[2])
+        seconds = timedelta(seconds=math.ceil(self.timeout_seconds))  # in torch 2.4 whole ones only
+        with _losing(0, f"store at {address}", self.timeout_seconds):
+            store = _c10d.TCPStore(host, port, None, False, seconds, wait_for_workers=False)
+            server = serve_towards(host, port)
+        with server:
+            self._meet(_c10d.PrefixStore(self.epoch, store), server)
 
-    def _meet(self, store: Any, own: str, listener: Listener) -> None:
-        """Find the neighbours, open a control connection and a pair for each direction."""
+    def _meet(self, store: Any, server: socket.socket) -> None:
+        """Find the neighbours; open a connection, and what carries bytes, for each direction."""
         neighbours = [r for r in (self.rank - 1, self.rank + 1) if 0 <= r < self.size]
-        gpu = gpu_name(self._device)
-        card = json.dumps({"host": own, "port": listener.port, "gpu": gpu})
-        with _losing(0, "store", self._timeout):
+        gpu = gpu_name(self.device)
+        with _losing(0, "store", self.timeout_seconds):
             claims = store.add(f"claims/{self.rank}", 1)
             assert claims == 1, f"epoch {self.epoch} was used before"
-            store.set(f"card/{self.rank}", card)
-        cards: dict[int, Any] = {}
-        asking: dict[int, Control] = {}
-        answering: dict[str, Control] = {}
+            store.set(f"card/{self.rank}", json.dumps([*server.getsockname()[:2], gpu]))
+        gpus: dict[int, str] = {}
+        # By direction. What is left here when something fails is closed; the rest belongs to ends.
+        opened: dict[str, Connection] = {}
         try:
             for peer in neighbours:
-                with _losing(peer, "connect", self._timeout):
-                    cards[peer] = json.loads(store.get(f"card/{peer}"))
-                    asking[peer] = connect(
-                        cards[peer]["host"],
-                        cards[peer]["port"],
-                        self._direction(peer, self.rank),
-                        self._timeout,
-                    )
-            names = {self._direction(self.rank, peer): peer for peer in neighbours}
-            answering = listener.accept(names, self._timeout)
-            for name, peer in names.items():
-                if name not in answering:
-                    raise LostPeer(peer, "connect", _silence(self._timeout))
+                with _losing(peer, "connect", self.timeout_seconds):
+                    host, port, gpus[peer] = json.loads(store.get(f"card/{peer}"))
+                    name = self._direction(peer, self.rank)
+                    opened[name] = connect(host, port, name, self.timeout_seconds)
+            names = [self._direction(self.rank, peer) for peer in neighbours]
+            opened |= accept(server, names, self.timeout_seconds)
+            for name, peer in zip(names, neighbours, strict=True):
+                if name not in opened:
+                    raise LostPeer(peer, "connect", _silence(self.timeout_seconds))
             # Everybody from the lower neighbour to the upper one, and up before down, so that the
-            # two who are to make a pair come to it.
+            # two who are to make a group of NCCL's come to it.
             for peer in neighbours:
-                backend = backend_between(gpu, cards[peer]["gpu"])
                 up = (min(self.rank, peer), max(self.rank, peer))
                 for source, target in (up, up[::-1]):
                     name = self._direction(source, target)
-                    with _losing(peer, f"connect by {backend}", self._timeout):
-                        pair = Pair(
-                            backend,
-                            _prefixed(name, store),
-                            0 if source == self.rank else 1,
-                            own,
-                            self._device,
-                            self._timeout,
-                        )
+                    carrier: Carrier = TcpCarrier(opened[name], self.device)
+                    if nccl_between(gpu, gpus[peer]):
+                        with _losing(peer, "connect by NCCL", self.timeout_seconds):
+                            carrier = NcclCarrier(
+                                _c10d.PrefixStore(name, store),
+                                int(source != self.rank),
+                                self.device,
+                                opened[name].check,
+                                self.timeout_seconds,
+                            )
                     if source == self.rank:
-                        outgoing = _Outgoing(self, peer, answering.pop(name), pair)
-                        self._outgoing[peer] = outgoing
+                        self._outgoing[peer] = _Outgoing(self, peer, opened.pop(name), carrier)
                     else:
-                        self._incoming[peer] = _Incoming(self, peer, asking.pop(peer), pair)
+                        self._incoming[peer] = _Incoming(self, peer, opened.pop(name), carrier)
         finally:
-            for control in (*asking.values(), *answering.values()):
-                control.close()
+            for connection in opened.values():
+                connection.close()
 
     def _direction(self, source: int, target: int) -> str:
         return f"{self.epoch}/{source}-{target}"
 
 
+class TcpCarrier:
+    """Bytes through the memory of the CPUs, over the connection on which they were asked for.
+
+    For stages without a GPU, and for those that share one, which NCCL refuses.
+    """
+
+    def __init__(self, connection: Connection, device: torch.device) -> None:
+        self._connection, self._device = connection, device
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        """A tensor's bytes; the tensor's own memory where it can be."""
+        return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+    def send(self, packed: Tensor) -> None:
+        """Send what :meth:`pack` gave, and return when the bytes have left.
+
+        Raises:
+            OSError: the other end is gone, or silent (``TimeoutError``).
+        """
+        self._connection.send(packed.numpy().data)
+
+    def receive(self, count: int) -> Tensor:
+        """The ``count`` bytes that were sent next, on the device; see :meth:`send`."""
+        flat = torch.empty(count, dtype=torch.uint8)
+        self._connection.receive_into(flat.numpy().data)
+        return flat.to(self._device)
+
+    def abandon(self) -> None:
+        """Nothing is to be done: whoever waits ends with the connection."""
+
+
+Carrier = TcpCarrier | NcclCarrier
+
+
 class _End(ABC):
     """What both ends of one direction have."""
 
-    def __init__(self, links: Links, peer: int, control: Control, pair: Pair) -> None:
-        self._rank, self._epoch, self._timeout = links.rank, links.epoch, links._timeout
-        self._peer, self._control, self._pair = peer, control, pair
+    def __init__(self, links: Links, peer: int, connection: Connection, carrier: Carrier) -> None:
+        self._links, self._peer = links, peer
+        self._connection, self._carrier = connection, carrier
         self._number = 0  # of the next tensor
         self._lost: str | None = None  # how the peer was lost
 
     def shut(self) -> None:
-        """Make whatever waits in the control connection end."""
+        """Make whatever waits in the connection end."""
         self._lost = self._lost or "none: these links were closed"
-        self._control.shut()
+        self._connection.shut()
 
     @abstractmethod
     def free(self, patience: float) -> None:
@@ -242,13 +273,16 @@ class _End(ABC):
         if self._lost is not None:
             raise LostPeer(self._peer, operation, self._lost)
 
+    def _losing(self, operation: str) -> contextlib.AbstractContextManager[None]:
+        return _losing(self._peer, operation, self._links.timeout_seconds)
+
 
 class _Outgoing(_End):
     """The sender's end: keeps tensors until they are asked for, and answers in a thread."""
 
-    def __init__(self, links: Links, peer: int, control: Control, pair: Pair) -> None:
-        super().__init__(links, peer, control, pair)
-        self._kept: dict[int, Parcel] = {}
+    def __init__(self, links: Links, peer: int, connection: Connection, carrier: Carrier) -> None:
+        super().__init__(links, peer, connection, carrier)
+        self._kept: dict[int, Any] = {}
         self._thread = threading.Thread(
             target=self._serve, name=f"links-{links.rank}-{peer}", daemon=True
         )
@@ -258,25 +292,24 @@ class _Outgoing(_End):
         number = self._number
         self._raise_if_lost(f"send of tensor {number}")
         if tensor.numel():  # of nothing, the ticket says all
-            self._kept[number] = self._pair.pack(tensor)
+            self._kept[number] = self._carrier.pack(tensor)
             if self._lost is not None:  # since just now: nobody will ask for it
                 self._kept.clear()
         self._number += 1
-        return Ticket(
-            self._epoch, self._rank, self._peer, number, tensor.dtype, tuple(tensor.shape)
-        )
+        links, shape = self._links, tuple(tensor.shape)
+        return Ticket(links.epoch, links.rank, self._peer, number, tensor.dtype, shape)
 
     def free(self, patience: float) -> None:
         self._thread.join(patience)
         self._kept.clear()
-        self._pair.abandon()
+        self._carrier.abandon()
 
     def _serve(self) -> None:
         number = 0
         try:
             while True:
-                number = self._control.hear(None)
-                with _losing(self._peer, "send", self._timeout):
+                number = self._connection.receive_number(however_long=True)
+                with self._losing("send"):
                     self._deliver(number)
         except Exception as error:
             # Whatever it was, the other end learns of it by the connection's end, and this one at
@@ -284,50 +317,50 @@ class _Outgoing(_End):
             how = error.got if isinstance(error, LostPeer) else _how(error)
             self._lost = self._lost or f"{how}, after it had asked for tensor {number}"
         finally:
-            self._control.close()
+            self._connection.close()
             self._kept.clear()
 
     def _deliver(self, number: int) -> None:
-        parcel = self._kept.pop(number)
-        self._control.say(number)
-        self._pair.send(parcel, self._control.check)
+        packed = self._kept.pop(number)
+        self._connection.send_number(number)
+        self._carrier.send(packed)
 
 
 class _Incoming(_End):
     """The receiver's end: asks for one tensor at a time."""
 
-    def __init__(self, links: Links, peer: int, control: Control, pair: Pair) -> None:
-        super().__init__(links, peer, control, pair)
+    def __init__(self, links: Links, peer: int, connection: Connection, carrier: Carrier) -> None:
+        super().__init__(links, peer, connection, carrier)
         self._busy = threading.Lock()
 
     def receive(self, ticket: Ticket) -> Tensor:
-        operation = f"receive of tensor {ticket.number}"
+        operation, links = f"receive of tensor {ticket.number}", self._links
         self._raise_if_lost(operation)
-        if (ticket.epoch, ticket.number) != (self._epoch, self._number):
+        if (ticket.epoch, ticket.number) != (links.epoch, self._number):
             raise OutOfOrder(
-                f"receive from rank {self._peer}, rank {self._rank}",
-                f"tensor {self._number} of epoch {self._epoch}",
+                f"receive from rank {self._peer}, rank {links.rank}",
+                f"tensor {self._number} of epoch {links.epoch}",
                 f"the ticket of tensor {ticket.number} of epoch {ticket.epoch}",
             )
-        room = self._pair.room(ticket.nbytes)
+        flat = torch.empty(0, dtype=torch.uint8, device=links.device)
         if ticket.nbytes:
             with self._busy:
                 try:
-                    with _losing(self._peer, operation, self._timeout):
-                        self._control.say(ticket.number)
-                        self._control.hear(self._timeout)
-                        self._pair.receive(room, self._control.check)
+                    with self._losing(operation):
+                        self._connection.send_number(ticket.number)
+                        self._connection.receive_number()
+                        flat = self._carrier.receive(ticket.nbytes)
                 except LostPeer as error:
                     self._lost = self._lost or error.got
                     raise LostPeer(self._peer, operation, self._lost) from error.__cause__
         self._number += 1
-        return self._pair.unpack(room).view(ticket.dtype).reshape(ticket.shape)
+        return flat.view(ticket.dtype).reshape(ticket.shape)
 
     def free(self, patience: float) -> None:
         if self._busy.acquire(timeout=patience):
-            self._control.close()
+            self._connection.close()
             self._busy.release()
-        self._pair.abandon()
+        self._carrier.abandon()
 
 
 @contextlib.contextmanager
@@ -351,15 +384,6 @@ def _silence(timeout_seconds: float) -> str:
 def _how(error: Exception) -> str:
     lines = str(error).splitlines() or [type(error).__name__]
     return f"none ({lines[0]})"
-
-
-def _prefixed(prefix: str, store: Any) -> Any:
-    return _c10d.PrefixStore(prefix, store)
-
-
-def _join_store(host: str, port: int, timeout_seconds: float) -> Any:
-    timeout = timedelta(seconds=math.ceil(timeout_seconds))  # in torch 2.4 whole ones only
-    return _c10d.TCPStore(host, port, None, False, timeout, wait_for_workers=False)
 
 
 @functools.cache

@@ -88,7 +88,7 @@ class OnRay:
         limits: what is borne.
         say: is told of what is no span: that there is no room, that an actor hangs.
         transport: how hidden states and gradients go from stage to stage: through Ray's object
-            store, by torch.distributed, or ``auto``, which is the latter on GPUs.
+            store, from process to process, or ``auto``, which is the latter on GPUs.
     """
 
     def __init__(
