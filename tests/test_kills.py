@@ -260,7 +260,7 @@ def test_replicas_of_actors_give_the_numbers_of_one_process(
     assert_same(tmp_path / "run", tmp_path / "alone")
 
 
-def test_tensors_by_torch_distributed_are_the_same_and_so_is_recovery(
+def test_tensors_beside_the_calls_are_the_same_and_so_is_recovery(
     cluster: Cluster, undisturbed: tuple[Path, Path], tmp_path: Path
 ) -> None:
     with striking(Strike("turn", 5, replica=1, stage=1)):
