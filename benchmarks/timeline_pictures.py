@@ -5,8 +5,10 @@
 Two to three minutes on 2 cores that had much else to do (2026-11-25). The runs stay in DIR; the
 pictures are made from them by
 
-    python jobs/timeline.py --run DIR/stages --picture docs/timeline.png
-    python jobs/timeline.py --run DIR/lost --picture docs/timeline-lost.png
+    raycurv timeline --run DIR/stages --picture docs/timeline.png --trace DIR/stages.json.gz
+    raycurv timeline --run DIR/lost --picture docs/timeline-lost.png --trace DIR/lost.json.gz
+
+and the traces, which ui.perfetto.dev opens, beside them.
 """
 
 from __future__ import annotations
@@ -91,6 +93,7 @@ def main(settings: Settings) -> None:
     for name, picture in (("stages", "timeline.png"), ("lost", "timeline-lost.png")):
         command = [sys.executable, str(ROOT / "jobs" / "timeline.py"), "--run"]
         command += [str(settings.work / name), "--picture", str(settings.docs / picture)]
+        command += ["--trace", str(settings.work / f"{name}.json.gz")]
         subprocess.run(command, check=True)
 
 

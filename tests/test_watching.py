@@ -1,7 +1,9 @@
-"""Claims about watching a job: its timeline and the picture of it, its progress, its metrics."""
+"""Claims about watching a job: its timeline, the trace and the picture of it, its progress, its
+metrics."""
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import statistics
@@ -16,12 +18,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 import torch
 from commands import classified, classifier, run_here
 from endpoint import scraped, settled
 from failures import Strike, lost, striking, timeline
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
 
 from raycurv.batch import Batch
@@ -30,7 +34,8 @@ from raycurv.driver.timeline_table import write_timeline
 from raycurv.files.store import Store
 from raycurv.jobs.fit.fitting import fit
 from raycurv.jobs.timeline.lanes import Lanes, read_lanes
-from raycurv.jobs.timeline.picture import BACKWARD, BAR, FORWARD, TURN, draw, save
+from raycurv.jobs.timeline.picture import BACKWARD, FORWARD, TURN, draw, save_picture
+from raycurv.jobs.timeline.trace_events import trace_events
 from raycurv.onray.metrics import ActorMetrics, DriverMetrics
 from raycurv.progress import displays
 from raycurv.progress.activity import MOST_LINES, Activity
@@ -232,17 +237,17 @@ def test_every_microbatch_comes_by_every_actor_once(undisturbed: Watched, broken
 def test_an_actor_does_one_thing_at_a_time(undisturbed: Watched, broken: Watched) -> None:
     for one in (undisturbed, broken):
         for lane in one.lanes().lanes:
-            for bar, following in pairwise(lane.bars):
+            for bar, following in pairwise(lane.work):
                 # Two readings of a clock, in whole microseconds.
                 assert following.start >= bar.end - 2e-6
     tasks = [lane for lane in undisturbed.lanes().lanes if lane.task]
-    assert sum(len(lane.bars) for lane in tasks) == 6
+    assert sum(len(lane.work) for lane in tasks) == 6
 
 
 def test_phases_of_the_timeline_are_those_of_the_job(undisturbed: Watched) -> None:
-    stretches = undisturbed.lanes().stretches
-    assert [one.phase for one in stretches] == PHASES
-    assert all(a.end <= b.start for a, b in pairwise(stretches))
+    phases = undisturbed.lanes().phases
+    assert list(phases) == PHASES
+    assert all(a[-1][1] <= b[0][0] for a, b in pairwise(phases.values()))
 
 
 # Made-up timelines
@@ -261,6 +266,7 @@ def span(actor: str, operation: str, start: float, end: float, m: int = -1, **mo
     return Span(actor, operation, m, 1e9 + start, 1e9 + end, **more)
 
 
+MICROSECOND = timedelta(microseconds=1)
 MADE_UP: list[tuple[str, list[Span]]] = [
     ("one", [
         span("replica 0, stage 10", "forward", 0, 4, 0, transport=1.0),
@@ -286,7 +292,7 @@ def test_seconds_of_an_actor_add_up_to_those_of_the_window(tmp_path: Path) -> No
     assert (tenth.compute, tenth.transport, tenth.waiting) == pytest.approx((3, 1, 8))
     assert (second.busy, tenth.busy) == pytest.approx((4 / 12, 4 / 12))
     assert (second.lost, tenth.lost) == (1, 0)
-    assert (tasks.lanes, tasks.compute, tasks.waiting) == pytest.approx((2, 5, 19))
+    assert (tasks.at_a_time, tasks.compute, tasks.waiting) == pytest.approx((2, 5, 19))
 
 
 def test_a_phase_or_a_time_is_shown_alone(tmp_path: Path) -> None:
@@ -297,6 +303,103 @@ def test_a_phase_or_a_time_is_shown_alone(tmp_path: Path) -> None:
     some = read_lanes(store, start=5, end=8)
     (second,) = (share for share in some.shares() if share.actor == "replica 0, stage 2")
     assert (second.compute, second.rebuilding, second.waiting) == pytest.approx((2, 1, 0))
+
+
+# The trace
+
+
+def named(events: Sequence[dict[str, Any]], kind: str) -> dict[int, str]:
+    """Number of a process or thread -> its name."""
+    field = {"process_name": "pid", "thread_name": "tid"}[kind]
+    return {e[field]: e["args"]["name"] for e in events if e["ph"] == "M" and e["name"] == kind}
+
+
+def test_the_trace_has_the_operations_of_the_table(broken: Watched, tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("plain.json", "packed.json.gz")]
+    for path in paths:
+        done = run_here("timeline.py", ["--run", broken.folder, "--trace", path])
+        assert done.code == 0, done.err
+        assert json.loads(done.out.splitlines()[-1])["trace"] == str(path)
+    assert gzip.decompress(paths[1].read_bytes()) == paths[0].read_bytes()
+    events = json.loads(paths[0].read_text())["traceEvents"]
+    processes, threads = named(events, "process_name"), named(events, "thread_name")
+    assert not processes.keys() & threads.keys()
+    expected: Counter[tuple[str, str, str]] = Counter()
+    for row in broken.rows:
+        if row["operation"] not in ("lost", "rebuild"):
+            actor = row["actor"]
+            expected[row["node"], actor, "us"] += (row["end"] - row["start"]) // MICROSECOND
+            expected[row["node"], actor, row["operation"]] += 1
+    found: Counter[tuple[str, str, str]] = Counter()
+    for event in events:
+        if event["ph"] == "X" and event["cat"] != "phase":
+            actor = "task" if event["cat"] == "task" else threads[event["tid"]]
+            node = processes[event["pid"]]
+            found[node, actor, "us"] += event["dur"]
+            found[node, actor, event["name"]] += 1
+    assert found == expected
+    phases = [e["name"] for e in events if e.get("cat") == "phase"]
+    assert phases == PHASES
+
+
+def test_the_trace_marks_what_was_lost_and_built_again(broken: Watched) -> None:
+    events = trace_events(broken.lanes())
+    processes, threads = named(events, "process_name"), named(events, "thread_name")
+    marks = [event for event in events if event["ph"] == "i"]
+    assert [event["name"] for event in marks] == ["lost", "rebuild"]
+    (died, again), (row,) = marks, lost(broken.rows)
+    assert {threads[event["tid"]] for event in marks} == {ACTORS[1]}
+    assert {processes[event["pid"]] for event in marks} == {row["node"]}
+    assert died["args"]["note"] == row["note"] and died["args"]["microbatch"] == row["microbatch"]
+    assert again["args"]["seconds"] > 0
+
+
+def test_a_loss_is_where_the_actor_was_and_not_where_the_driver_is(tmp_path: Path) -> None:
+    actor = ACTORS[0]
+    spans = [
+        span(actor, "turn", 0, 1, 0, node="far"),
+        span(actor, "lost", 1, 1, 1, note="turn: killed", node="driver"),
+        span(actor, "load", 2, 3, node="near"),
+    ]
+    events = trace_events(read_lanes(write(tmp_path, ("a phase", spans))))
+    processes = named(events, "process_name")
+    at = [(e["name"], processes[e["pid"]]) for e in events if e["ph"] in "Xi" and e["pid"] > 2]
+    assert sorted(at) == [("load", "near"), ("lost", "far"), ("turn", "far")]
+
+
+def test_viewers_find_what_they_need_in_every_event(tmp_path: Path) -> None:
+    lanes = read_lanes(write(tmp_path, *MADE_UP))
+    needed = {
+        "X": {"name", "cat", "ts", "dur", "pid", "tid"},
+        "i": {"name", "cat", "ts", "pid", "tid", "s"},
+        "C": {"name", "ts", "pid", "args"},
+        "M": {"name", "pid", "args"},
+    }
+    last: dict[tuple[int, int], int] = {}
+    named = set()
+    for event in trace_events(lanes):
+        assert needed[event["ph"]] <= event.keys()
+        assert all(isinstance(event[name], int) for name in ("pid", "tid"))
+        if event["ph"] == "M":
+            named.add(event["tid"])
+        elif event["ph"] == "X":
+            # Nothing before it has a name, and nothing on a thread lies across something else.
+            assert {event["pid"], event["tid"]} <= named
+            assert event["ts"] >= last.get((event["pid"], event["tid"]), 0) and event["dur"] > 0
+            last[event["pid"], event["tid"]] = event["ts"] + event["dur"]
+    assert max(last.values()) == 12_000_000
+    notes = [e["args"]["note"] for e in trace_events(lanes) if e.get("cat") == "task"]
+    assert sorted(notes) == ["a", "b", "c"]
+
+
+def test_a_trace_of_a_phase_or_a_time_has_nothing_else(tmp_path: Path) -> None:
+    store = write(tmp_path, *MADE_UP)
+    for lanes, operations in (
+        (read_lanes(store, ["two"]), {"decompose_factor"}),
+        (read_lanes(store, start=6.5, end=8), {"load"}),
+    ):
+        kinds = {e["name"] for e in trace_events(lanes) if e.get("cat") in ("stage", "task")}
+        assert kinds == operations
 
 
 # The picture
@@ -323,7 +426,7 @@ def test_the_picture_has_every_operation_where_it_was(undisturbed: Watched) -> N
             if row["operation"] == operation:
                 seconds = (row["start"] - start).total_seconds()
                 expected.setdefault(row["actor"], []).append(seconds)
-        found = drawn(figure, kind.label)
+        found = drawn(figure, kind)
         assert found.keys() == expected.keys()
         for lane, times in found.items():
             assert times == pytest.approx(sorted(expected[lane]), abs=1e-5)
@@ -348,11 +451,11 @@ def test_the_picture_marks_what_was_lost_and_built_again(
 def test_the_picture_names_phases_lanes_and_shares(undisturbed: Watched) -> None:
     lanes = undisturbed.lanes()
     figure = draw(lanes, "a run")
-    axes, strip = figure.axes
+    (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_yticklabels()] == [x.name for x in lanes.lanes]
-    phases = {text.get_text().strip() for text in strip.texts}
-    assert phases and phases <= set(PHASES)
-    shares = [t.get_text() for t in axes.texts if t.get_gid() == "share"]
+    phases = [text.get_text().strip() for text in axes.texts if text.get_gid() == "phase"]
+    assert phases == PHASES
+    shares = [t.get_text().strip() for t in axes.texts if t.get_gid() == "share"]
     assert shares == [f"{100 * share.busy:.0f} %" for share in lanes.shares()[:2]]
 
 
@@ -363,7 +466,7 @@ def test_thin_bars_and_many_lanes_stay_visible(tmp_path: Path) -> None:
     ]  # fmt: skip
     figure = draw(read_lanes(write(tmp_path, ("a phase", spans))), "32 lanes")
     axes = figure.axes[0]
-    bars = [c for c in axes.collections if (c.get_gid() or "").endswith(FORWARD.label)]
+    bars = [c for c in axes.collections if (c.get_gid() or "").endswith(FORWARD)]
     assert len(bars) == 32 and all(len(c.get_paths()) == 20 for c in bars)
     for collection in bars:
         # A millisecond of 13 minutes has no width to speak of: what shows is its edge.
@@ -375,28 +478,32 @@ def test_thin_bars_and_many_lanes_stay_visible(tmp_path: Path) -> None:
     assert all(a.y0 >= b.y1 for a, b in pairwise(boxes))
 
 
-def test_what_is_too_dense_for_bars_is_shown_by_height(tmp_path: Path) -> None:
+def test_what_is_too_dense_for_hairlines_has_none(tmp_path: Path) -> None:
+    """Or a lane that is mostly empty would look full."""
     spans = [
         span(ACTORS[s], "forward", m, m + 0.2 + 0.5 * s, m) for m in range(3000) for s in (0, 1)
     ]
-    lanes = read_lanes(write(tmp_path, ("a phase", spans)))
-    figure = draw(lanes, "a run")
-    heights = {}
-    for artist in figure.axes[0].patches:
-        lane, _, kind = (artist.get_gid() or "").partition("/")
-        if kind == FORWARD.label:
-            high, _, low = artist.get_data()
-            heights[lane] = float((low - high).mean()) / BAR
-    # A fifth, and seven tenths, of the time.
-    assert list(heights.values()) == pytest.approx([0.2, 0.7], abs=0.01)
-    # A burst in a long time is no reason.
-    few = [span(ACTORS[0], "forward", m / 100, m / 100 + 0.001, m) for m in range(100)]
+    store = write(tmp_path / "run", ("a phase", spans))
+    figure = draw(read_lanes(store), "a run")
+    for collection in figure.axes[0].collections:
+        if (collection.get_gid() or "").endswith(FORWARD):
+            assert max(collection.get_linewidths()) == 0
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels, shades = np.asarray(canvas.buffer_rgba()), []
+    for y in range(2):
+        column, row = figure.axes[0].transData.transform((1500, y))
+        shades.append(255 - pixels[len(pixels) - int(row), int(column), 0])
+    # A fifth, and seven tenths, of the time: not white, and not the same.
+    assert 0 < shades[0] < shades[1] < 255
+    # A burst in a long time is no reason, nor is a part that has room for bars.
+    few = [span(ACTORS[0], "forward", m / 100, m / 100 + 0.001, m) for m in range(20)]
     few.append(span(ACTORS[0], "forward", 500, 1000, 100))
-    burst = draw(read_lanes(write(tmp_path / "burst", ("a phase", few))), "a burst")
-    assert len(drawn(burst, FORWARD.label)[ACTORS[0]]) == 101
-    # A part of it has room for bars.
-    part = draw(read_lanes(Store(str(tmp_path)), start=100, end=150), "a part")
-    assert len(drawn(part, FORWARD.label)) == 2 and not drawn(figure, FORWARD.label)
+    burst = read_lanes(write(tmp_path / "burst", ("a phase", few)))
+    for lanes in (burst, read_lanes(store, start=100, end=150)):
+        for collection in draw(lanes, "a run").axes[0].collections:
+            if (collection.get_gid() or "").endswith(FORWARD):
+                assert min(collection.get_linewidths()) > 0
 
 
 def test_the_same_timeline_gives_the_same_picture(tmp_path: Path) -> None:
@@ -404,7 +511,7 @@ def test_the_same_timeline_gives_the_same_picture(tmp_path: Path) -> None:
     for ending in ("svg", "png"):
         one, other = (tmp_path / f"{n}.{ending}" for n in range(2))
         for path in (one, other):
-            save(draw(lanes, "a run"), str(path))
+            save_picture(lanes, "a run", str(path))
         assert one.read_bytes() == other.read_bytes() != b""
 
 
@@ -438,6 +545,8 @@ def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (["--run", run, "--from", 5, "--to", 4], "--from"),
         (["--run", run, "--picture", "a.pdf"], ".png or .svg"),
         (["--run", run, "--picture", tmp_path / "no" / "a.png"], "a directory that exists"),
+        (["--run", run, "--trace", "a.txt"], ".json or .json.gz"),
+        (["--run", run, "--trace", tmp_path / "no" / "a.json"], "a directory that exists"),
     ):  # fmt: skip
         done = run_here("timeline.py", flags)
         assert done.code == 2 and text in done.err, done.err

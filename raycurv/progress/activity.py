@@ -17,8 +17,6 @@ WINDOW = 30.0
 MOST_LINES = 12
 # After so many seconds it is worth saying when an actor was last heard of.
 _LONG_AGO = 5.0
-# What an actor does not do itself.
-_BEFALLS = ("lost", "rebuild")
 
 
 @dataclass
@@ -59,7 +57,7 @@ class Doing:
 
 def said(span: Span) -> str:
     """What a span is about: ``turn of microbatch 12``, or an operation and its factor."""
-    if span.operation in _BEFALLS:
+    if span.failure:
         return span.operation
     if span.microbatch >= 0:
         return f"{span.operation} of microbatch {span.microbatch}"
@@ -92,7 +90,7 @@ class Activity:
         with self._lock:
             seen = self._seen.setdefault(span.actor, _Seen(span))
             seen.last = span
-            if span.operation in _BEFALLS:
+            if span.failure:
                 return
             seen.memory = span.memory
             seen.recent.append((span.start, span.end))

@@ -51,7 +51,7 @@ class Reporter:
     def watch(self, span: Span) -> None:
         """An actor or a task has done something, or was lost."""
         self.activity.add(span)
-        if span.operation in ("lost", "rebuild"):
+        if span.failure:
             self._display.tell(_event(span, self._open[-1].name if self._open else ""))
 
     @contextmanager

@@ -42,6 +42,11 @@ class Span:
     pid: int = field(default_factory=os.getpid)
     memory: int = 0
 
+    @property
+    def failure(self) -> bool:
+        """Whether it is a loss or a rebuilding, which befalls an actor."""
+        return self.operation in ("lost", "rebuild")
+
 
 class SpanLog:
     """Spans in the order in which they became known, until somebody takes them.
