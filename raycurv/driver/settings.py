@@ -470,13 +470,16 @@ class EvaluateSettings(Execution, Reading):
 
 @dataclass(frozen=True)
 class TimelineSettings:
-    """What the actors of a run did, and when: how busy each was, and a picture of it."""
+    """What the actors of a run did, and when: how busy each was, with each operation as a trace."""
 
     run: str = ""
     """Directory of a fit or a scoring, finished or under way."""
+    trace: str | None = None
+    """Where every operation goes, a .json or .json.gz that ui.perfetto.dev and chrome://tracing
+    open."""
     picture: str | None = None
-    """Where the picture goes, a .png or .svg: an actor a lane, an operation a bar, waiting empty.
-    Takes matplotlib (`pip install -e '.[plots]'`)."""
+    """Where a small picture goes, a .png or .svg: an actor a lane, an operation a bar, waiting
+    empty. Takes matplotlib (`pip install -e '.[plots]'`)."""
     phase: Blocks = ()
     """Only this phase, repeatable; by default all."""
     start: Annotated[float | None, tyro.conf.arg(name="from")] = None
