@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from raycurv.errors import LostPeer
-from raycurv.links.links import Links, TcpCarrier, Ticket
+from raycurv.links.links import Links, Ticket
+from raycurv.links.tcp import TcpCarrier
 from raycurv.stages.schedule import pipelined
 
 MIB = 2**20

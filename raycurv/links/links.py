@@ -34,8 +34,8 @@ import torch.distributed
 from torch import Tensor
 
 from raycurv.errors import LostPeer, OutOfOrder
-from raycurv.links.connection import Connection, accept, connect, serve_towards
 from raycurv.links.nccl import NcclCarrier, gpu_name, nccl_between
+from raycurv.links.tcp import Connection, TcpCarrier, accept, connect, serve_towards
 
 _c10d: Any = torch.distributed
 
@@ -215,37 +215,6 @@ class Links:
 
     def _direction(self, source: int, target: int) -> str:
         return f"{self.epoch}/{source}-{target}"
-
-
-class TcpCarrier:
-    """Bytes through the memory of the CPUs, over the connection on which they were asked for.
-
-    For stages without a GPU, and for those that share one, which NCCL refuses.
-    """
-
-    def __init__(self, connection: Connection, device: torch.device) -> None:
-        self._connection, self._device = connection, device
-
-    def pack(self, tensor: Tensor) -> Tensor:
-        """A tensor's bytes; the tensor's own memory where it can be."""
-        return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-
-    def send(self, packed: Tensor) -> None:
-        """Send what :meth:`pack` gave, and return when the bytes have left.
-
-        Raises:
-            OSError: the other end is gone, or silent (``TimeoutError``).
-        """
-        self._connection.send(packed.numpy().data)
-
-    def receive(self, count: int) -> Tensor:
-        """The ``count`` bytes that were sent next, on the device; see :meth:`send`."""
-        flat = torch.empty(count, dtype=torch.uint8)
-        self._connection.receive_into(flat.numpy().data)
-        return flat.to(self._device)
-
-    def abandon(self) -> None:
-        """Nothing is to be done: whoever waits ends with the connection."""
 
 
 Carrier = TcpCarrier | NcclCarrier

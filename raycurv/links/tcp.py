@@ -1,4 +1,4 @@
-"""A connection between two processes: numbers and bytes, and at once the news that one has died."""
+"""TCP between two processes: numbers and bytes, and at once the news that one has died."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import socket
 import struct
 import time
 from collections.abc import Iterable
+
+import torch
+from torch import Tensor
 
 _NUMBER = struct.Struct("!q")
 _HELLO_BYTES = 16
@@ -83,6 +86,37 @@ class Connection:
         """Shut it and free it, once no thread waits in it."""
         self.shut()
         self._socket.close()
+
+
+class TcpCarrier:
+    """Bytes through the memory of the CPUs, over the connection on which they were asked for.
+
+    For stages without a GPU, and for those that share one, which NCCL refuses.
+    """
+
+    def __init__(self, connection: Connection, device: torch.device) -> None:
+        self._connection, self._device = connection, device
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        """A tensor's bytes; the tensor's own memory where it can be."""
+        return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+    def send(self, packed: Tensor) -> None:
+        """Send what :meth:`pack` gave, and return when the bytes have left.
+
+        Raises:
+            OSError: the other end is gone, or silent (``TimeoutError``).
+        """
+        self._connection.send(packed.numpy().data)
+
+    def receive(self, count: int) -> Tensor:
+        """The ``count`` bytes that were sent next, on the device; see :meth:`send`."""
+        flat = torch.empty(count, dtype=torch.uint8)
+        self._connection.receive_into(flat.numpy().data)
+        return flat.to(self._device)
+
+    def abandon(self) -> None:
+        """Nothing is to be done: whoever waits ends with the connection."""
 
 
 def accept(
