@@ -8,14 +8,15 @@ from collections.abc import Callable
 import pytest
 import torch
 from dense import worst
-from networks import MIXER, Mixer
+from networks import Mixer
 from torch import Tensor, nn
 
 import raycurv
 from raycurv.batch import Batch
 from raycurv.errors import NumericalError, RaycurvError, UserError
-from raycurv.mathematics.blocks import Block, choose_blocks, describe_block
+from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Capture, Captured, Record, check_finite
+from raycurv.mathematics.choice import choose_blocks
 from raycurv.mathematics.factors import FactorSums
 
 DOUBLE = torch.float64
@@ -242,19 +243,6 @@ def test_factor_sums_go_on_from_a_commit_bitwise() -> None:
         assert torch.equal(got.tiles[0], want.tiles[0])
 
 
-def test_a_block_is_described_by_its_weights_shape() -> None:
-    conv = nn.Conv2d(4, 6, (3, 2), groups=2)
-    assert describe_block("c", conv) == Block("c", "conv2d", 2 * 3 * 2 + 1, 6, True, 2)
-    assert describe_block("l", nn.Linear(5, 4, bias=False)) == Block("l", "linear", 5, 4, False)
-
-
-def test_an_embedding_must_be_left_out_by_name() -> None:
-    network = MIXER.network()
-    with pytest.raises(UserError, match=r"0\.weight.*Embedding.*!0"):
-        choose_blocks(network, ())
-    assert {b.name for b in choose_blocks(network, ("!0",))} == {"1.q", "1.k", "1.v", "1.o", "2"}
-
-
 def test_unit_rows_make_unit_factors() -> None:
     # The scale once, by hand: two examples of one row each.
     block = Block("layer", "linear", 2, 1, False, input_factor="layer.input")
@@ -265,17 +253,3 @@ def test_unit_rows_make_unit_factors() -> None:
     found = {name: sums.result(name).mean()[0] for name in sums.names}
     assert worst(found["layer.input"], torch.tensor([[0.5, 0], [0, 2.0]], dtype=DOUBLE)) == 0
     assert worst(found["layer.output"], torch.tensor([[5.0]], dtype=DOUBLE)) == 0
-
-
-def test_frozen_weights_of_another_kind_are_refused_all_the_same() -> None:
-    attention = torch.nn.MultiheadAttention(4, 2).requires_grad_(False)
-    with pytest.raises(UserError, match=r"in_proj_weight.*!0"):
-        choose_blocks(torch.nn.Sequential(attention), ())
-
-
-def test_a_block_whose_weight_another_module_holds_is_refused() -> None:
-    network = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3), torch.nn.Tanh())
-    assert len(choose_blocks(network, ())) == 2
-    network[1].weight = network[0].weight
-    with pytest.raises(UserError, match=r"shares with 1.*!0"):
-        choose_blocks(network, ())

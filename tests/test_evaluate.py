@@ -33,7 +33,7 @@ from raycurv.files.store import Store
 from raycurv.files.weights import write_checkpoint
 from raycurv.jobs import check
 from raycurv.jobs.evaluate.evaluating import evaluate
-from raycurv.mathematics.blocks import choose_blocks
+from raycurv.mathematics.choice import choose_blocks
 from raycurv.models.opening import open_model
 from raycurv.models.patched import Patched
 from raycurv.models.stored import Patch

@@ -22,7 +22,8 @@ from raycurv.batch import Batch
 from raycurv.errors import UserError
 from raycurv.files.store import Store
 from raycurv.files.weights import stored_patch, write_checkpoint, write_weight
-from raycurv.mathematics.blocks import Block, choose_blocks
+from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.choice import choose_blocks
 from raycurv.models import checkpoint
 from raycurv.models.checkpoint import Checkpoint, Weights
 from raycurv.models.model import Model

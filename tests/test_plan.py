@@ -16,8 +16,9 @@ from commands import Outcome, run_here, save_llama, texts, write_rows
 from raycurv.batch import Batch
 from raycurv.errors import UserError
 from raycurv.jobs import check
-from raycurv.mathematics.blocks import Block, choose_blocks
+from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Capture, Record
+from raycurv.mathematics.choice import choose_blocks
 from raycurv.models.model import Outline
 from raycurv.models.opening import open_model, open_outline
 from raycurv.planning.advice import Bounds, advise, as_sentence

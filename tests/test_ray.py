@@ -37,7 +37,7 @@ import raycurv
 from raycurv import NumericalError, UserError, errors
 from raycurv.batch import Batch
 from raycurv.driver.settings import EvaluateSettings
-from raycurv.mathematics.blocks import choose_blocks
+from raycurv.mathematics.choice import choose_blocks
 from raycurv.models.opening import open_model
 from raycurv.models.patched import Patched
 from raycurv.models.stored import Patch

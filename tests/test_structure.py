@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,14 @@ def test_only_what_starts_ray_imports_what_does() -> None:
 def test_nothing_imports_the_jobs_or_the_tests() -> None:
     for path in FILES.values():
         assert not packages(path) & {"jobs", "tests", "commands", "pytest"}
+
+
+def test_kinds_of_weights_are_told_apart_in_their_own_files_alone() -> None:
+    told = re.compile(r"conv[12]d|block\.kind\b|isinstance\([^)]*nn\.Linear", re.IGNORECASE)
+    found = {name for name, path in FILES.items() if told.search(path.read_text())}
+    kinds = {name for name in FILES if name.startswith("mathematics.kinds.")}
+    assert found <= kinds
+    assert {"mathematics.kinds.linear", "mathematics.kinds.convolution"} <= found
 
 
 def test_jobs_import_raycurv_alone() -> None:

@@ -215,7 +215,7 @@ class Workers:
     def blocks_of(self, stages: range) -> tuple[Block, ...]:
         """The blocks of consecutive stages."""
         units = range(self.cuts[stages.start].start, self.cuts[stages.stop - 1].stop)
-        return tuple(b for b in self._blocks if self._model.unit_of(b.name) in units)
+        return tuple(b for b in self._blocks if self._model.unit_of(b.module) in units)
 
     def named(self, group: int) -> str:
         """A group as a person reads it; empty when there is no other."""

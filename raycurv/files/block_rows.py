@@ -44,7 +44,7 @@ def write_blocks(
 def _row(store: Store, block: Block, stage: int, method: Method, examples: int) -> dict[str, Any]:
     row: dict[str, Any] = {
         "block": block.name,
-        "module": block.name,
+        "module": block.module,
         "stage": stage,
         "input_factor": block.input_factor,
         "input_tiles": [block.d_in],

@@ -1,7 +1,8 @@
-"""Hooks that capture every block's inputs and output gradients.
+"""What a microbatch leaves for curvature: every block's inputs and output gradients, as rows.
 
 Weights are frozen, so no weight gradient is ever computed; the exact per-example gradient of a
-block is the sum of ``g aᵀ`` over its captured rows.
+block is the sum of ``g aᵀ`` over its captured rows. How its kind of weight is caught and laid out
+as rows is the kind's own business (:mod:`raycurv.mathematics.kinds.kind`).
 
 Axis letters: N examples, T rows of an example (tokens x calls of the module, or output positions),
 S groups of a convolution, I inputs (with the bias column), O outputs.
@@ -17,11 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from raycurv.batch import Batch
 from raycurv.errors import NumericalError, RaycurvError, UserError
-from raycurv.mathematics.blocks import Block, input_rows, output_rows, rows_are_positions
+from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.kinds.catalogue import kind_of_block
+from raycurv.mathematics.kinds.kind import Kind, ModuleCall, Note
 
 
 @dataclass(frozen=True)
@@ -51,22 +53,11 @@ def of_fit(draws: Sequence[Captured]) -> Sequence[Captured]:
 
 
 @dataclass
-class _Call:
-    """One call of a block's module in one forward."""
-
-    x: Tensor
-    version: int
-    start: int | None  # first position of a slice; None when the whole microbatch went through
-    positions: int | None  # how many went through; None without a token axis
-    g: dict[int, Tensor] = field(default_factory=dict)  # by draw
-
-
-@dataclass
 class Record:
     """The open graph of one microbatch: what the hooks saw in its forward."""
 
     batch: Batch
-    calls: dict[str, list[_Call]] = field(default_factory=dict)
+    calls: dict[str, list[ModuleCall]] = field(default_factory=dict)
     leaves: list[Tensor] = field(default_factory=list)
     span: tuple[int, int] | None = None
     draw: int = 0
@@ -89,19 +80,26 @@ class Capture:
 
     def __init__(self, module: nn.Module, blocks: Sequence[Block]) -> None:
         self.blocks = {block.name: block for block in blocks}
-        self._modules = {name: module.get_submodule(name) for name in self.blocks}
         self._record: Record | None = None
-        self._handles: list[RemovableHandle] = []
-        for name, owner in self._modules.items():
+        self._kinds: dict[str, Kind] = {block.name: kind_of_block(block) for block in blocks}
+        self._modules = {block.name: module.get_submodule(block.module) for block in blocks}
+        self._layouts = {
+            block.name: self._kinds[block.name].layout(block, self._modules[block.name])
+            for block in blocks
+        }
+        by_module: dict[str, list[Block]] = {}
+        for block in blocks:
+            by_module.setdefault(block.module, []).append(block)
+        note, self._ends = _noting(weakref.ref(self)), []
+        for first, *others in by_module.values():
+            owner = self._modules[first.name]
             owner.requires_grad_(False)
-            self._handles.append(
-                owner.register_forward_hook(_hook(weakref.ref(self), name), with_kwargs=True)
-            )
+            self._ends.append(self._kinds[first.name].catch(owner, (first, *others), note))
 
     def close(self) -> None:
-        """Take the hooks off again."""
-        for handle in self._handles:
-            handle.remove()
+        """Stop watching the modules."""
+        for end in self._ends:
+            end()
 
     @contextmanager
     def recording(self, record: Record) -> Iterator[Record]:
@@ -122,24 +120,12 @@ class Capture:
             found.append(replace(block, input_factor=first.setdefault(key, f"{name}.input")))
         return tuple(found)
 
-    def _key(self, block: Block, calls: Sequence[_Call]) -> object:
+    def _key(self, block: Block, calls: Sequence[ModuleCall]) -> object:
         """Equal for blocks whose input factor is the same: the same tensors, the same columns."""
-        module = self._modules[block.name]
-        geometry: object = None
-        if isinstance(module, nn.Conv2d):
-            geometry = (
-                module.kernel_size,
-                module.stride,
-                module.padding,
-                module.dilation,
-                module.groups,
-                module.padding_mode,
-            )
-        linear = block.kind != "conv2d"
         tensors = tuple(
             (*_place(c.x), c.x.shape, c.x.stride(), c.version, c.x.dtype, c.start) for c in calls
         )
-        return tensors, block.bias, linear, geometry
+        return tensors, block.bias, self._layouts[block.name]
 
     def captured(self, record: Record, draw: int = 0, own: bool = False) -> Captured:
         """Rows of inputs and gradients of a microbatch whose backward has run for a draw.
@@ -191,10 +177,10 @@ class Capture:
                     "Make that operation out of place, or leave the block out: "
                     f"--blocks '!{block.name}'.",
                 )
-            a = input_rows(block, self._modules[block.name], call.x, batch.size, call.positions)
+            a = self._kinds[block.name].input_rows(block, self._modules[block.name], call)
             if block.bias:
                 a = torch.cat([a, a.new_ones((*a.shape[:-1], 1))], dim=-1)
-            mask = _row_mask(block, batch, call, a.shape[1])
+            mask = self._live(batch, block, call, a.shape[1])
             if mask is None:
                 live += a.shape[0] * a.shape[1]
             else:
@@ -215,12 +201,20 @@ class Capture:
             if draw not in call.g:
                 parts.append(call.x.new_zeros((batch.size, rows, block.d_out)))
                 continue
-            g = output_rows(block, call.g[draw], call.x, batch.size, call.positions)
-            mask = _row_mask(block, batch, call, rows)
+            module = self._modules[block.name]
+            g = self._kinds[block.name].output_rows(block, module, call, call.g[draw])
+            mask = self._live(batch, block, call, rows)
             if mask is not None and not mask.all():
                 g = g * mask[..., None].to(g.dtype)
             parts.append(g)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _live(self, batch: Batch, block: Block, call: ModuleCall, rows: int) -> Tensor | None:
+        mask = batch.mask
+        if mask is not None:
+            start = call.start or 0
+            mask = None if call.positions is None else mask[:, start : start + call.positions]
+        return self._kinds[block.name].live_rows(call, mask, rows)
 
 
 def _place(x: Tensor) -> tuple[int, int]:
@@ -252,51 +246,39 @@ def check_finite(captured: Captured) -> None:
             )
 
 
-def _row_mask(block: Block, batch: Batch, call: _Call, rows: int) -> Tensor | None:
-    """Which rows of a call are tokens: ``[N, rows]``, or ``None`` when rows are not positions."""
-    if batch.mask is None or call.positions is None:
-        return None
-    if not rows_are_positions(block, call.x, batch.size, call.positions, rows):
-        return None
-    start = call.start or 0
-    mask = batch.mask[:, start : start + call.positions]
-    return mask.repeat(1, rows // call.positions)
-
-
-def _hook(capture: weakref.ref[Capture], name: str) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def _noting(capture: weakref.ref[Capture]) -> Note:
+    def note(block: str, x: Any, y: Any, detail: Any = None) -> Any:
         owner = capture()
         record = None if owner is None else owner._record
         if record is None:
-            return output
-        x = args[0] if args else next(iter(kwargs.values()))
-        if not isinstance(x, Tensor) or not isinstance(output, Tensor):
+            return y
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
             raise UserError(
-                f"block {name}",
+                f"block {block}",
                 "a module that maps one tensor to one tensor",
-                f"{type(x).__name__} to {type(output).__name__}",
-                f"Leave it out: --blocks '!{name}'.",
+                f"{type(x).__name__} to {type(y).__name__}",
+                f"Leave it out: --blocks '!{block}'.",
             )
         start, positions = record.span or (None, None)
         if record.span is None and record.batch.mask is not None:
             positions = record.batch.mask.shape[1]
-        call = _Call(x.detach(), x._version, start, positions)
-        record.calls.setdefault(name, []).append(call)
+        call = ModuleCall(x.detach(), x._version, record.batch.size, start, positions, detail)
+        record.calls.setdefault(block, []).append(call)
         if not torch.is_grad_enabled():
-            return output
-        if not output.requires_grad:
+            return y
+        if not y.requires_grad:
             # Everything before is frozen: the graph starts here. The leaf is cloned so that the
             # model may go on to change its output in place.
-            leaf = output.detach().requires_grad_()
+            leaf = y.detach().requires_grad_()
             record.leaves.append(leaf)
-            output = leaf.clone()
-        output.register_hook(_keep_gradient(record, call))
-        return output
+            y = leaf.clone()
+        y.register_hook(_keep_gradient(record, call))
+        return y
 
-    return hook
+    return note
 
 
-def _keep_gradient(record: Record, call: _Call) -> Any:
+def _keep_gradient(record: Record, call: ModuleCall) -> Any:
     def keep(g: Tensor) -> None:
         call.g[record.draw] = g.detach()
 

@@ -20,7 +20,13 @@ from raycurv.mathematics.blocks import Block
 from raycurv.models.checkpoint import check_finite, describe_tensor
 from raycurv.models.checkpoint_files import CheckpointFile, state_file
 from raycurv.models.model import Model, Segment
-from raycurv.models.stored import Patch, StoredWeight, no_tensor_of_its_own, replacements
+from raycurv.models.stored import (
+    Patch,
+    StoredWeight,
+    no_tensor_of_its_own,
+    parameter_names,
+    replacements,
+)
 
 
 class FactoryModel(Model):
@@ -104,22 +110,22 @@ class FactoryModel(Model):
         for name, parameter in whole.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(name)
         alone = {group[0] for group in names.values() if len(group) == 1}
-        weight = f"{block.name}.weight"
-        bias = f"{block.name}.bias" if block.bias else None
-        for key in (weight, bias):
-            if key is not None and key not in alone:
+        keys = parameter_names(block)
+        for key in keys:
+            if key not in alone:
                 shared = any(key in group for group in names.values())
                 raise no_tensor_of_its_own(
                     block, "one that several modules share" if shared else "one made of others"
                 )
-        return StoredWeight.among(_State(whole), block, weight, bias)
+        return StoredWeight.among(_State(whole), block, *keys)
 
     def block_weight(self, block: Block) -> Tensor:
         return self.stored(block).matrix(_State(self.skeleton()).read)
 
     def files(self, patches: Sequence[Patch] = ()) -> tuple[CheckpointFile, ...]:
-        replaced = replacements(self.stored, patches)
-        return (state_file(self.name, self.skeleton().state_dict(), replaced),)
+        whole = self.skeleton()
+        replaced = replacements(self.stored, patches, _State(whole).read)
+        return (state_file(self.name, whole.state_dict(), replaced),)
 
     def _same(self) -> nn.Module:
         whole = self._new()

@@ -25,7 +25,13 @@ from raycurv.models.anatomy import AS_FACTORY, META, Anatomy, find_anatomy, hidd
 from raycurv.models.checkpoint import Checkpoint, Weights
 from raycurv.models.checkpoint_files import TOKENIZER_FILES, CheckpointFile, hf_files
 from raycurv.models.model import Model, Outline, Segment
-from raycurv.models.stored import Patch, StoredWeight, no_tensor_of_its_own, replacements
+from raycurv.models.stored import (
+    Patch,
+    StoredWeight,
+    no_tensor_of_its_own,
+    parameter_names,
+    replacements,
+)
 
 
 class HFOutline(Outline):
@@ -151,15 +157,14 @@ class HFModel(HFOutline, Model):
                 raise no_tensor_of_its_own(block, f"{key}, which {others[0]} is, too")
             return key
 
-        bias = key_of(f"{block.name}.bias") if block.bias else None
-        weight = key_of(f"{block.name}.weight")
-        return StoredWeight.among(self.checkpoint, block, weight, bias)
+        keys = [key_of(name) for name in parameter_names(block)]
+        return StoredWeight.among(self.checkpoint, block, *keys)
 
     def block_weight(self, block: Block) -> Tensor:
         return self.stored(block).matrix(self.checkpoint.read)
 
     def files(self, patches: Sequence[Patch] = ()) -> tuple[CheckpointFile, ...]:
-        return hf_files(self.checkpoint, replacements(self.stored, patches))
+        return hf_files(self.checkpoint, replacements(self.stored, patches, self.checkpoint.read))
 
     def _load(self, weights: Weights, dtype: torch.dtype, units: range | None) -> nn.Module:
         """HF's own loading of the class, pruned to ``units`` if these are given."""

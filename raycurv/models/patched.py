@@ -1,4 +1,4 @@
-"""A model with other weights in some blocks: of another model everything else."""
+"""A model with other weights in some blocks; all else is another model's."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ class Patched(Model):
     """A model whose blocks have the weights of patches where there are any.
 
     Args:
-        base: everything else; of a patched one, patches of the same blocks give way.
-        patches: one a block.
+        base: the model that everything else is taken from; where it is patched itself, its patches
+            of the same blocks give way.
+        patches: at most one a block.
 
     Raises:
         UserError: a block whose weight is not one tensor of its own.
@@ -41,19 +42,15 @@ class Patched(Model):
         self.tokenizer_dir = inner.tokenizer_dir
 
     def skeleton(self) -> nn.Module:
-        """The base's: names, kinds and shapes are the same, weights are the base's."""
         return self.base.skeleton()
 
     def unit_of(self, module_name: str) -> int:
-        """As in the base."""
         return self.base.unit_of(module_name)
 
     def weight_bytes(self, units: range, dtype: torch.dtype) -> int:
-        """As in the base."""
         return self.base.weight_bytes(units, dtype)
 
     def rehearse(self, skeleton: nn.Module, examples: int, tokens: int) -> bool:
-        """As the base does."""
         return self.base.rehearse(skeleton, examples, tokens)
 
     def fingerprint(self) -> dict[str, dict[str, Any]]:
@@ -79,16 +76,13 @@ class Patched(Model):
         return segment
 
     def stored(self, block: Block) -> StoredWeight:
-        """Where the base keeps a block's weight."""
         return self.base.stored(block)
 
     def block_weight(self, block: Block) -> Tensor:
-        """The patch of a block, if there is one, else its weight in the base."""
         patch = self.patches.get(block.name)
         return self.base.block_weight(block) if patch is None else patch.read()
 
     def files(self, patches: Sequence[Patch] = ()) -> tuple[CheckpointFile, ...]:
-        """The base's files with the patches in them."""
         named = {patch.block.name: patch for patch in patches}
         return self.base.files(tuple({**self.patches, **named}.values()))
 
@@ -113,10 +107,10 @@ def repatch(module: nn.Module, units: range, before: Model, after: Model) -> Non
     new, _ = parts(after)
     for name in sorted({**old, **new}):
         patch, gone = new.get(name), old.get(name)
-        if base.unit_of(name) not in units:
+        block = (patch or old[name]).block
+        if base.unit_of(block.module) not in units:
             continue
         if patch is not None and gone is not None and patch.mark == gone.mark:
             continue
-        block = (patch or old[name]).block
         matrix = base.block_weight(block) if patch is None else patch.read()
-        base.stored(block).put(module.get_submodule(name), matrix)
+        base.stored(block).put(module.get_submodule(block.module), matrix)

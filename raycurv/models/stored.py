@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Protocol
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from raycurv.errors import UserError
 from raycurv.mathematics.blocks import Block
-from raycurv.mathematics.matrices import from_matrix, to_matrix
+from raycurv.mathematics.kinds.catalogue import kind_of_block
 from raycurv.models.checkpoint import check_finite, tensor_bytes
 
 # Gives a tensor by its key.
@@ -33,7 +33,7 @@ class Patch:
     """Another weight of one block. Picklable.
 
     Attributes:
-        block: whose.
+        block: the block that it is for.
         read: gives the matrix ``[O, I]`` (the bias its last column), in the dtype in which the
             model stores the block; picklable.
         mark: tells this weight from every other one, such as a checksum of all its bytes.
@@ -47,8 +47,8 @@ class Patch:
     def of(cls, block: Block, matrix_OI: Tensor) -> Patch:
         """A weight in memory."""
         kept = matrix_OI.detach().cpu().clone()
-        said = repr((kept.dtype, tuple(kept.shape))).encode()
-        digest = hashlib.blake2b(said, digest_size=16)
+        header = repr((kept.dtype, tuple(kept.shape))).encode()
+        digest = hashlib.blake2b(header, digest_size=16)
         digest.update(tensor_bytes(kept))
         return cls(block, partial(_given, kept), digest.hexdigest())
 
@@ -62,11 +62,11 @@ class StoredWeight:
     """Where a model keeps the weight of a block.
 
     Attributes:
-        block: whose.
-        weight: key of the weight among the model's tensors.
-        bias: key of the bias, if there is one.
-        shape: of the weight.
-        dtypes: of the weight, and of the bias.
+        block: the block.
+        weight: key of the tensor that holds the weight among the model's tensors.
+        bias: key of the tensor that holds the bias, if there is one.
+        shape: of the block's part of the first.
+        dtypes: of the two tensors.
     """
 
     block: Block
@@ -76,27 +76,37 @@ class StoredWeight:
     dtypes: tuple[torch.dtype, ...]
 
     @classmethod
-    def among(cls, headers: Headers, block: Block, weight: str, bias: str | None) -> StoredWeight:
-        """A weight whose keys are known."""
+    def among(
+        cls, headers: Headers, block: Block, weight: str, bias: str | None = None
+    ) -> StoredWeight:
+        """The place of a weight whose keys are known."""
         keys = [weight] if bias is None else [weight, bias]
         dtypes = tuple(headers.dtype(key) for key in keys)
-        return cls(block, weight, bias, headers.shape(weight), dtypes)
+        shape = headers.shape(weight)
+        return cls(block, weight, bias, shape if block.index is None else shape[1:], dtypes)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Of all tensors that hold the block."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the block's matrix: the wider one of weight and bias."""
-        found = self.dtypes[0]
-        for dtype in self.dtypes[1:]:
-            found = torch.promote_types(found, dtype)
-        return found
+        return reduce(torch.promote_types, self.dtypes)
 
     def matrix(self, read: Read) -> Tensor:
         """The matrix ``[O, I]``, contiguous, in the stored dtype."""
-        bias = None if self.bias is None else read(self.bias)
-        return to_matrix(self.block, read(self.weight), bias).contiguous()
+        # A part of a tensor is cloned, or the whole one would stay in memory.
+        weight, *bias = (
+            part if self.block.index is None else part.clone()
+            for part in (self.block.part(read(key)) for key in self.keys)
+        )
+        matrix = kind_of_block(self.block).to_matrix(weight, bias[0] if bias else None)
+        return matrix.contiguous()
 
-    def tensors(self, matrix: Tensor) -> dict[str, Tensor]:
-        """A matrix ``[O, I]`` as what stands, by key, in place of the stored tensors.
+    def parts(self, matrix: Tensor) -> dict[str, Tensor]:
+        """A matrix ``[O, I]`` as the block's parts of the stored tensors, by key.
 
         Raises:
             UserError: a matrix of another shape or dtype, or that is not finite.
@@ -111,43 +121,59 @@ class StoredWeight:
                 "Make it from Model.block_weight, and cast it back.",
             )
         check_finite(matrix, where)
-        weight, bias = from_matrix(self.block, matrix, self.shape)
-        found = {self.weight: weight.to(self.dtypes[0])}
-        if self.bias is not None:
-            assert bias is not None
-            found[self.bias] = bias.to(self.dtypes[1])
-        return found
+        parts = kind_of_block(self.block).from_matrix(self.block, matrix, self.shape)
+        return {
+            key: part.to(dtype)
+            for key, part, dtype in zip(self.keys, parts, self.dtypes, strict=False)
+            if part is not None
+        }
 
     def put(self, module: nn.Module, matrix: Tensor) -> None:
         """Copy a matrix ``[O, I]`` into the module that holds the block, cast as a loaded one is.
 
         Raises:
-            UserError: see :meth:`tensors`; or what overflows the module's dtype.
+            UserError: see :meth:`parts`; or what overflows the module's dtype.
         """
-        tensors = self.tensors(matrix)
+        parts = self.parts(matrix)
         with torch.no_grad():
-            for key, name in ((self.weight, "weight"), (self.bias, "bias")):
-                if key is not None:
-                    held = module.get_parameter(name)
-                    held.copy_(tensors[key])
-                    check_finite(held, f"the new weight of block {self.block.name}")
+            names = kind_of_block(self.block).parameters(self.block)
+            for key, name in zip(self.keys, names, strict=True):
+                held = self.block.part(module.get_parameter(name))
+                held.copy_(parts[key])
+                check_finite(held, f"the new weight of block {self.block.name}")
+
+
+def parameter_names(block: Block) -> tuple[str, ...]:
+    """Dotted names of the parameters that hold a block: of its weight, then of its bias, if any."""
+    return tuple(f"{block.module}.{name}" for name in kind_of_block(block).parameters(block))
 
 
 def replacements(
-    stored: Callable[[Block], StoredWeight], patches: Iterable[Patch]
+    stored: Callable[[Block], StoredWeight], patches: Iterable[Patch], read: Read
 ) -> dict[str, Callable[[], Tensor]]:
-    """By key what reads the tensor that patches put there; one patch is in memory at a time."""
+    """By key what makes the tensor with patches in it; one patch is in memory at a time.
 
-    def read(patch: Patch, key: str) -> Tensor:
-        return stored(patch.block).tensors(patch.read())[key]
+    Args:
+        stored: gives where the model keeps a block.
+        read: gives a tensor as it is stored, in memory of its own.
+    """
 
-    found: dict[str, Callable[[], Tensor]] = {}
+    def patched(key: str, patches: Sequence[Patch]) -> Tensor:
+        whole: Tensor | None = None
+        for patch in patches:
+            part = stored(patch.block).parts(patch.read())[key]
+            if patch.block.index is None:
+                return part
+            whole = read(key) if whole is None else whole
+            patch.block.part(whole).copy_(part)
+        assert whole is not None
+        return whole
+
+    by_key: dict[str, list[Patch]] = {}
     for patch in patches:
-        at = stored(patch.block)
-        for key in (at.weight, at.bias):
-            if key is not None:
-                found[key] = partial(read, patch, key)
-    return found
+        for key in stored(patch.block).keys:
+            by_key.setdefault(key, []).append(patch)
+    return {key: partial(patched, key, mine) for key, mine in by_key.items()}
 
 
 def no_tensor_of_its_own(block: Block, got: str) -> UserError:

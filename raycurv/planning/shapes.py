@@ -188,7 +188,7 @@ def stage_shapes(
     shapes = []
     for index, units in enumerate(cuts):
         last = units.stop == outline.units
-        blocks = tuple(b for b in traced.blocks if outline.unit_of(b.name) in units)
+        blocks = tuple(b for b in traced.blocks if outline.unit_of(b.module) in units)
         flops = sum(traced.flops[u] for u in units) + (traced.head_flops if last else 0)
         shapes.append(
             StageShape(

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from raycurv.batch import Batch
-from raycurv.mathematics.blocks import Block, kind_of
+from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Capture, Record
+from raycurv.mathematics.kinds.catalogue import kind_of
 from raycurv.models.model import Outline
 
 META = torch.device("meta")
@@ -66,7 +67,7 @@ def trace(
         capture.close()
     for name, calls in record.calls.items():
         for call in calls:
-            watcher.keep(outline.unit_of(name), call.x)
+            watcher.keep(outline.unit_of(capture.blocks[name].module), call.x)
     return Trace(
         capture.discover(record),
         True,
@@ -80,7 +81,7 @@ def _unseen(outline: Outline, blocks: Sequence[Block], rows: int, dtype: torch.d
     kept, flops = [0] * outline.units, [0] * outline.units
     named = tuple(replace(b, input_factor=b.input_factor or f"{b.name}.input") for b in blocks)
     for block in named:
-        unit = outline.unit_of(block.name)
+        unit = outline.unit_of(block.module)
         kept[unit] += rows * (block.d_in + block.d_out) * dtype.itemsize
         flops[unit] += 2 * rows * block.d_in * block.d_out
     return Trace(named, False, tuple(kept), tuple(flops), 0)
@@ -143,9 +144,9 @@ class _Watcher:
 
         def enter(module: nn.Module, args: Any) -> None:
             self.unit = unit
-            if kind_of(module) is not None and args and isinstance(args[0], Tensor):
-                rows = args[0].numel() // args[0].shape[-1]
-                self.multiply(2 * rows * math.prod(module.weight.shape))  # type: ignore[arg-type]
+            kind = kind_of(module)
+            if kind is not None and args and isinstance(args[0], Tensor):
+                self.multiply(kind.flops(module, args[0]))
 
         return enter
 

@@ -406,7 +406,7 @@ def stage_specs(
     """One spec a run of layers, each with the blocks that lie in it."""
     by_unit: dict[int, list[Block]] = {}
     for block in blocks:
-        by_unit.setdefault(base.model.unit_of(block.name), []).append(block)
+        by_unit.setdefault(base.model.unit_of(block.module), []).append(block)
     return tuple(
         replace(
             base,

@@ -36,7 +36,7 @@ from raycurv.jobs.fit.combined import (
 )
 from raycurv.jobs.fit.parents import open_parents
 from raycurv.jobs.fit.phases import FitPhases
-from raycurv.mathematics.blocks import choose_blocks
+from raycurv.mathematics.choice import choose_blocks
 from raycurv.mathematics.loss.objective import Objective, open_objective
 from raycurv.mathematics.methods import open_method
 from raycurv.mathematics.tiles import check_axes

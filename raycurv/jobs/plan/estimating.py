@@ -18,7 +18,7 @@ from raycurv.driver.settings import (
     parse_bytes,
 )
 from raycurv.jobs.drafts import Drafts, ShapeOf, arrangement_of, of_lengths, recipe_of, with_spool
-from raycurv.mathematics.blocks import choose_blocks
+from raycurv.mathematics.choice import choose_blocks
 from raycurv.mathematics.methods import open_method
 from raycurv.mathematics.tiles import check_axes
 from raycurv.models.model import Outline

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Mapping, Sequence
 
 from raycurv.errors import UserError
@@ -13,6 +12,7 @@ from raycurv.files.tensorfile import whole
 from raycurv.jobs.fitted import fit_command
 from raycurv.jobs.prune.prune_settings import PruneSettings
 from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.choice import Globs
 from raycurv.mathematics.methods import open_method
 from raycurv.mathematics.pruning.structures import column_runs
 from raycurv.models.heads import head_widths
@@ -43,21 +43,10 @@ def blocks_to_prune(
 
 def _chosen(blocks: Sequence[Block], patterns: Sequence[str]) -> tuple[Block, ...]:
     """The fit's blocks that ``--blocks`` names."""
-    include = [p for p in patterns if not p.startswith("!")] or ["*"]
-    exclude = [p[1:] for p in patterns if p.startswith("!")]
-    names = [b.name for b in blocks]
-    for pattern in (*include, *exclude):
-        if not fnmatch.filter(names, pattern):
-            raise UserError(
-                f"--blocks {pattern!r}", "a glob that matches a block of the fit", "no match",
-                f"There are {', '.join(names[:5])}, …",
-            )  # fmt: skip
-    chosen = tuple(
-        b
-        for b in blocks
-        if any(fnmatch.fnmatchcase(b.name, p) for p in include)
-        and not any(fnmatch.fnmatchcase(b.name, p) for p in exclude)
-    )
+    globs, names = Globs.of(patterns), [b.name for b in blocks]
+    known = f"There are {', '.join(names[:5])}, …"
+    globs.refuse_strangers(names, "a glob that matches a block of the fit", known)
+    chosen = tuple(b for b in blocks if globs.take(b.name))
     if not chosen:
         raise UserError("--blocks", "at least one block of the fit", "none", "Widen the globs.")
     return chosen

@@ -20,11 +20,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raycurv.mathematics.blocks import CONV2D, Block
+from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Captured
 from raycurv.mathematics.curvature import BlockCurvature, Damping, Preconditioner
 from raycurv.mathematics.eigen import Eigenbasis, own_axes
 from raycurv.mathematics.gradients import Rotations
+from raycurv.mathematics.kinds.catalogue import kind_of_block
 
 _OVERSAMPLING = 8
 _POWER_STEPS = 2
@@ -97,13 +98,13 @@ def product_elements(rank: int | None, d_out: int, d_in: int) -> int:
 def stays_turned(block: Block, bases: Mapping[str, Eigenbasis], queries: int, rows: int) -> bool:
     """Whether turning so many rows of examples takes fewer FLOPs than turning whole IHVPs back.
 
-    Rows of a convolution are not counted in tokens: its IHVPs are turned back.
+    The IHVPs of kinds whose rows are not counted in tokens are turned back.
     """
     tile_in = max(bases[block.input_factor].tiles, default=0)
     tile_out = max(bases[block.output_factor].tiles, default=0)
     back = queries * block.d_out * block.d_in * (tile_in + tile_out)
     turned = rows * (block.d_in * tile_in + block.d_out * tile_out)
-    return block.kind != CONV2D and turned < back
+    return kind_of_block(block).rows_are_tokens and turned < back
 
 
 def truncated_svd(m_NOI: Tensor, rank: int, test_NIK: Tensor) -> tuple[Tensor, Tensor]:

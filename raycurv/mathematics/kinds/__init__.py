@@ -1,0 +1,1 @@
+"""How each kind of weight meets the network: one file a kind."""

@@ -1,0 +1,189 @@
+"""What is asked of a kind of weight.
+
+    y_t = W a_t + b        t over the rows of an example: its tokens, calls, output positions
+    ∇[W b] = Σ_t g_t [a_t 1]ᵀ        g_t = ∂f/∂y_t
+
+A kind says which blocks a module holds, catches what enters and leaves them, lays both out as rows,
+and turns the stored weight into the matrix ``[O, I]`` and back. Nothing outside this package tells
+kinds apart.
+
+Axis letters: N examples, T rows of an example, P positions of a call, S groups, I inputs, O
+outputs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from raycurv.errors import UserError
+from raycurv.mathematics.blocks import Block
+
+
+@dataclass
+class ModuleCall:
+    """One use of a block's weight in the forward of one microbatch.
+
+    Attributes:
+        x: what entered, detached.
+        version: of ``x`` when it entered: another one later means that it was changed in place.
+        examples: N.
+        start: first position of a slice; ``None`` when the whole microbatch went through.
+        positions: how many positions went through (P); ``None`` without a token axis.
+        detail: what else the kind has to know of the call.
+        g: gradient of what left, by draw.
+    """
+
+    x: Tensor
+    version: int
+    examples: int
+    start: int | None
+    positions: int | None
+    detail: Any = None
+    g: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Note(Protocol):
+    """Tells that a block has made ``y`` of ``x``; gives what the forward shall go on with."""
+
+    def __call__(self, block: str, x: Any, y: Any, detail: Any = None) -> Any: ...
+
+
+class Kind(ABC):
+    """A kind of weight.
+
+    What stands here holds for a module with one block, ``weight``, whose first axis is the outputs.
+
+    Attributes:
+        name: as blocks state it, in ``blocks.json``, too.
+        label: a module of this kind, as messages name it.
+        rows_are_tokens: whether an example has about as many rows as tokens.
+    """
+
+    name: str
+    label: str
+    rows_are_tokens = True
+
+    @abstractmethod
+    def holds(self, module: nn.Module) -> bool:
+        """Whether a module is of this kind."""
+
+    def describe(self, name: str, module: nn.Module) -> tuple[Block, ...]:
+        """The blocks of a module of this kind, whose weights may be on the meta device."""
+        weight, bias = _weight_of(module), getattr(module, "bias", None) is not None
+        d_out, d_in = self.to_rows(weight).shape
+        return (Block(name, self.name, d_in + bias, d_out, bias),)
+
+    def catch(self, module: nn.Module, blocks: Sequence[Block], note: Note) -> Callable[[], None]:
+        """Watch a module from now on: each use of a block goes through ``note``.
+
+        Args:
+            blocks: those of the module that have curvature; not always all that it holds.
+
+        Returns:
+            what ends it.
+        """
+        (block,) = blocks
+
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> Any:
+            return note(block.name, args[0] if args else next(iter(kwargs.values())), output)
+
+        return module.register_forward_hook(hook, with_kwargs=True).remove
+
+    def layout(self, block: Block, module: nn.Module) -> object:
+        """Equal for blocks to which the same tensor gives the same input rows."""
+        return self.name
+
+    @abstractmethod
+    def input_rows(self, block: Block, module: nn.Module, call: ModuleCall) -> Tensor:
+        """What entered as rows ``[N, T, I]``, or ``[N, T, S, I]`` with ``S > 1`` groups; no bias.
+
+        Raises:
+            UserError: rows cannot be told apart by example.
+        """
+
+    @abstractmethod
+    def output_rows(self, block: Block, module: nn.Module, call: ModuleCall, g: Tensor) -> Tensor:
+        """A gradient of what left as rows ``[N, T, O]``, aligned with those of the input."""
+
+    @abstractmethod
+    def live_rows(self, call: ModuleCall, mask: Tensor | None, rows: int) -> Tensor | None:
+        """Which of a call's ``rows`` an example has count: ``[N, rows]``; ``None`` for all.
+
+        Args:
+            mask: which positions of the call are tokens, ``[N, P]``; ``None`` where all are, or
+                where there is no token axis.
+        """
+
+    def parameters(self, block: Block) -> tuple[str, ...]:
+        """Names in the module of the parameters that hold the block: weight, then bias, if any."""
+        return (block.parameter, "bias") if block.bias else (block.parameter,)
+
+    def to_rows(self, weight: Tensor) -> Tensor:
+        """A block's part of its parameter as the matrix ``[O, I]`` without the bias; a view."""
+        return weight.flatten(1)
+
+    def from_rows(self, rows_OI: Tensor, shape: Sequence[int]) -> Tensor:
+        """The reverse of :meth:`to_rows`: the part of the parameter, of this shape."""
+        return rows_OI.reshape(*shape)
+
+    def to_matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """A block's weight and bias as its matrix ``[O, I]``.
+
+        Args:
+            weight: the block's part of its parameter.
+            bias: ``[O]``, if the block has one.
+
+        Returns:
+            The matrix, of the wider of both dtypes; a view of the weight where there is no bias.
+        """
+        rows = self.to_rows(weight)
+        if bias is None:
+            return rows
+        wider = torch.promote_types(weight.dtype, bias.dtype)
+        return torch.cat([rows.to(wider), bias[:, None].to(wider)], dim=1)
+
+    def from_matrix(
+        self, block: Block, matrix_OI: Tensor, shape: Sequence[int]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The reverse of :meth:`to_matrix`: the weight in the parameter's shape, the bias ``[O]``.
+
+        Args:
+            shape: of the block's part of its parameter.
+        """
+        weight = self.from_rows(matrix_OI[:, : block.d_in - block.bias], shape)
+        return weight.contiguous(), matrix_OI[:, -1].contiguous() if block.bias else None
+
+    def flops(self, module: nn.Module, x: Tensor) -> int:
+        """Of a forward of the module (a multiplication and an addition are two)."""
+        return 2 * (x.numel() // x.shape[-1]) * _weight_of(module).numel()
+
+
+def check_examples(block: Block, x: Tensor, examples: int, axes: int) -> None:
+    """Refuse an input whose first axis is not the examples.
+
+    Raises:
+        UserError: names the block.
+    """
+    if x.ndim < axes or x.shape[0] != examples:
+        raise UserError(
+            f"block {block.name}",
+            f"an input whose first of {axes} or more axes is the {examples} examples",
+            f"shape {tuple(x.shape)}",
+            "Rows that mix examples have no per-example gradient: leave it out with "
+            f"--blocks '!{block.name}'.",
+        )
+
+
+def _weight_of(module: nn.Module) -> Tensor:
+    # Not always a parameter: a parametrized module computes it.
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight

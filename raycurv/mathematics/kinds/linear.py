@@ -1,0 +1,84 @@
+"""Linear layers, and HF's ``Conv1D``, which holds the same weight transposed.
+
+y_t = W a_t + b        a row a token, wherever its axis is: [N, T, I], [N, H, T, I], [N·T, I]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.kinds.kind import Kind, ModuleCall, check_examples
+
+
+class Linear(Kind):
+    """``torch.nn.Linear``."""
+
+    name = "linear"
+    label = "linear layer"
+
+    def holds(self, module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear)
+
+    def layout(self, block: Block, module: nn.Module) -> object:
+        return "rows as they come"
+
+    def input_rows(self, block: Block, module: nn.Module, call: ModuleCall) -> Tensor:
+        """See the base. The first axis is the examples, or examples x positions flattened.
+
+        Where there are further axes (heads, say), the rows of all positions stand together for each
+        place on those: row ``e * P + p``.
+        """
+        check_examples(block, _split(call.x, call), call.examples, 2)
+        return _rows(call.x, call)
+
+    def output_rows(self, block: Block, module: nn.Module, call: ModuleCall, g: Tensor) -> Tensor:
+        return _rows(g, call)
+
+    def live_rows(self, call: ModuleCall, mask: Tensor | None, rows: int) -> Tensor | None:
+        if mask is None or _position_axis(_split(call.x, call), call.positions) is None:
+            return None
+        return mask.repeat(1, rows // mask.shape[1])
+
+
+class TransposedLinear(Linear):
+    """HF's ``Conv1D``: its weight is ``[I, O]``."""
+
+    name = "conv1d"
+    label = "HF Conv1D"
+
+    def holds(self, module: nn.Module) -> bool:
+        return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+    def to_rows(self, weight: Tensor) -> Tensor:
+        return weight.T
+
+    def from_rows(self, rows_OI: Tensor, shape: Sequence[int]) -> Tensor:
+        return rows_OI.T.reshape(*shape)
+
+
+def _split(values: Tensor, call: ModuleCall) -> Tensor:
+    """Examples and positions as two axes, where they were flattened into one."""
+    if call.positions is not None and values.shape[0] == call.examples * call.positions:
+        return values.reshape(call.examples, call.positions, *values.shape[1:])
+    return values
+
+
+def _rows(values: Tensor, call: ModuleCall) -> Tensor:
+    values, axis = _split(values, call), _position_axis(_split(call.x, call), call.positions)
+    if axis is not None:
+        values = values.movedim(axis, -2)
+    return values.reshape(call.examples, -1, values.shape[-1])
+
+
+def _position_axis(x: Tensor, positions: int | None) -> int | None:
+    """The axis of the positions; of several so long the one with the widest stride.
+
+    Hidden states are [N, T, d]: cut into heads, they keep that order in memory when transposed.
+    """
+    if positions is None:
+        return None
+    fitting = [axis for axis in range(1, x.ndim - 1) if x.shape[axis] == positions]
+    return max(fitting, key=x.stride, default=None)

@@ -1,0 +1,410 @@
+"""Kinds of weights: each by itself against autograd, and a new one by one object of one's own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dense import Truth, solve, worst
+from networks import CONVOLUTIONS, LENGTHS, MIXER, TOKENS, VOCAB, Case, sentences
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from raycurv.batch import Batch
+from raycurv.errors import UserError
+from raycurv.files.artifacts import read_blocks
+from raycurv.files.store import Store
+from raycurv.files.weights import write_checkpoint
+from raycurv.mathematics.blocks import Block, block_name
+from raycurv.mathematics.capture import Capture, Record
+from raycurv.mathematics.choice import choose_blocks
+from raycurv.mathematics.gradients import example_gradients
+from raycurv.mathematics.kinds import catalogue
+from raycurv.mathematics.kinds.catalogue import kind_of, kind_of_block
+from raycurv.mathematics.kinds.kind import Kind, ModuleCall, Note
+from raycurv.models.opening import open_model
+from raycurv.models.patched import Patched, repatch
+from raycurv.models.stored import Patch
+
+DOUBLE = torch.float64
+# Sums of some dozen float64 products of numbers near 1.
+EXACT = 1e-10
+
+
+# The kinds that there are
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module, what it takes, and the weights that its blocks have."""
+
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+
+
+LAYERS = {
+    "linear": Layer(lambda: nn.Linear(5, 4), (3, 6, 5)),
+    "linear, no bias, no positions": Layer(lambda: nn.Linear(5, 4, bias=False), (3, 5)),
+    "conv1d": Layer(lambda: Conv1D(4, 5), (3, 6, 5)),
+    **{
+        f"conv2d, {name}": Layer(lambda options=options: nn.Conv2d(4, 8, **options), (3, 4, 5, 6))
+        for name, options in CONVOLUTIONS.items()
+    },
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+def test_rows_give_the_gradient_of_the_matrix_and_the_matrix_gives_the_weight_back(
+    layer: Layer,
+) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(layer.make()).double()
+    x = torch.randn(layer.shape, dtype=DOUBLE)
+    (block,) = choose_blocks(module, ())
+    kind, owner = kind_of_block(block), module[0]
+    assert kind is kind_of(owner) and block.module == block.name == "0"
+    names = kind.parameters(block)
+    weights = [owner.get_parameter(name) for name in names]
+    matrix = kind.to_matrix(weights[0], weights[1] if block.bias else None)
+    assert matrix.shape == (block.d_out, block.d_in)
+    for got, want in zip(kind.from_matrix(block, matrix, weights[0].shape), weights, strict=False):
+        assert torch.equal(got, want)
+    want = []
+    for example in x:
+        gradients = torch.autograd.grad(module(example[None]).tanh().sum(), weights)
+        want.append(kind.to_matrix(gradients[0], gradients[1] if block.bias else None))
+    capture = Capture(module, [block])
+    record = Record(Batch(0, ("a", "b", "c"), x))
+    with capture.recording(record):
+        out = module(x)
+    capture.blocks = {b.name: b for b in capture.discover(record)}
+    torch.autograd.grad(out.tanh().sum(), record.leaves)
+    found = capture.captured(record)
+    g = found.gradients["0"]
+    assert g is not None
+    assert worst(example_gradients(found.inputs["0.input"], g), torch.stack(want)) < EXACT
+
+
+def test_a_block_is_described_by_its_weights_shape() -> None:
+    for name, layer, want in (
+        ("c", nn.Conv2d(4, 6, (3, 2), groups=2), Block("c", "conv2d", 2 * 3 * 2 + 1, 6, True, 2)),
+        ("l", nn.Linear(5, 4, bias=False), Block("l", "linear", 5, 4, False)),
+        ("t", Conv1D(4, 5), Block("t", "conv1d", 6, 4, True)),
+    ):
+        for device in ("cpu", "meta"):
+            kind = kind_of(layer.to(device))
+            assert kind is not None and kind.describe(name, layer) == (want,)
+
+
+def test_blocks_that_an_earlier_version_wrote_have_a_module_and_a_parameter(tmp_path: Path) -> None:
+    old = {
+        "name": "1.q", "kind": "linear", "d_in": 4, "d_out": 3, "bias": True, "groups": 1,
+        "input_factor": "1.q.input",
+    }  # fmt: skip
+    (tmp_path / "blocks.json").write_text(json.dumps([old]))
+    (block,) = read_blocks(Store(str(tmp_path)))
+    assert (block.name, block.module, block.parameter, block.index) == (
+        "1.q",
+        "1.q",
+        "weight",
+        None,
+    )
+
+
+def test_a_block_of_an_unknown_kind_is_named() -> None:
+    with pytest.raises(UserError, match=r"block a[\s\S]*linear, conv1d, conv2d[\s\S]*fourier"):
+        kind_of_block(Block("a", "fourier", 1, 1, False))
+
+
+# Which weights are chosen
+
+
+def test_an_embedding_must_be_left_out_by_name() -> None:
+    network = MIXER.network()
+    with pytest.raises(UserError, match=r"0\.weight.*Embedding.*!0"):
+        choose_blocks(network, ())
+    assert {b.name for b in choose_blocks(network, ("!0",))} == {"1.q", "1.k", "1.v", "1.o", "2"}
+
+
+def test_frozen_weights_of_another_kind_are_refused_all_the_same() -> None:
+    attention = nn.MultiheadAttention(4, 2).requires_grad_(False)
+    with pytest.raises(UserError, match=r"in_proj_weight.*!0"):
+        choose_blocks(nn.Sequential(attention), ())
+
+
+def test_a_block_whose_weight_another_module_holds_is_refused() -> None:
+    network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Tanh())
+    assert len(choose_blocks(network, ())) == 2
+    network[1].weight = network[0].weight
+    with pytest.raises(UserError, match=r"shares with 1.*!0"):
+        choose_blocks(network, ())
+
+
+# Kinds of one's own: a vector, and matrices of one parameter that are caught inside their module
+
+
+class Scaled(nn.Module):
+    """A number for each column."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(1 + torch.randn(width) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+class Experts(nn.Module):
+    """Each token goes through one of two matrices."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(2, width, width) / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        second = x[..., 0] > 0
+        out = torch.zeros_like(x)
+        for index, chosen in enumerate((~second, second)):
+            out = out.masked_scatter(chosen[..., None], self.apply_expert(index, x[chosen], chosen))
+        return x + torch.tanh(out)
+
+    def apply_expert(self, index: int, rows: Tensor, chosen: Tensor) -> Tensor:
+        """``[R, d]`` of the rows of those tokens, ``[N, T]``, that were chosen."""
+        return rows @ self.experts[index].T
+
+
+class ScaleKind(Kind):
+    name, label = "scale", "scale"
+
+    def holds(self, module: nn.Module) -> bool:
+        return isinstance(module, Scaled)
+
+    def describe(self, name: str, module: Any) -> tuple[Block, ...]:
+        own = {"module": name, "parameter": "scale"}
+        width = len(module.scale)
+        return (Block(block_name(name, "scale"), self.name, 1, width, False, **own),)
+
+    def input_rows(self, block: Block, module: nn.Module, call: ModuleCall) -> Tensor:
+        return call.x.new_ones((*call.x.shape[:2], 1))
+
+    def output_rows(self, block: Block, module: nn.Module, call: ModuleCall, g: Tensor) -> Tensor:
+        return g * call.x
+
+    def live_rows(self, call: ModuleCall, mask: Tensor | None, rows: int) -> Tensor | None:
+        return mask
+
+    def to_rows(self, weight: Tensor) -> Tensor:
+        return weight[:, None]
+
+
+class ExpertsKind(Kind):
+    name, label = "experts", "experts"
+
+    def holds(self, module: nn.Module) -> bool:
+        return isinstance(module, Experts)
+
+    def describe(self, name: str, module: Any) -> tuple[Block, ...]:
+        count, d_out, d_in = module.experts.shape
+        return tuple(
+            Block(
+                block_name(name, "experts", e), self.name, d_in, d_out, False,
+                module=name, parameter="experts", index=e,
+            )
+            for e in range(count)
+        )  # fmt: skip
+
+    def catch(self, module: Any, blocks: Sequence[Block], note: Note) -> Callable[[], None]:
+        names, own = {block.index: block.name for block in blocks}, module.apply_expert
+
+        def watched(index: int, rows: Tensor, chosen: Tensor) -> Tensor:
+            made = own(index, rows, chosen)
+            return note(names[index], rows, made, chosen) if index in names else made
+
+        module.apply_expert = watched
+        return lambda: delattr(module, "apply_expert")
+
+    def input_rows(self, block: Block, module: nn.Module, call: ModuleCall) -> Tensor:
+        return self._spread(call, call.x)
+
+    def output_rows(self, block: Block, module: nn.Module, call: ModuleCall, g: Tensor) -> Tensor:
+        return self._spread(call, g)
+
+    def live_rows(self, call: ModuleCall, mask: Tensor | None, rows: int) -> Tensor | None:
+        return call.detail if mask is None else call.detail & mask
+
+    def _spread(self, call: ModuleCall, rows: Tensor) -> Tensor:
+        spread = rows.new_zeros((*call.detail.shape, rows.shape[1]))
+        spread[call.detail] = rows
+        return spread
+
+
+@pytest.fixture
+def own_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalogue, "KINDS", [*catalogue.KINDS, ScaleKind(), ExpertsKind()])
+
+
+def _network() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return nn.Sequential(
+            nn.Embedding(VOCAB, 6), Scaled(6), Experts(6), nn.Linear(6, VOCAB)
+        ).eval()
+
+
+EXPERTS = Case(
+    "kinds of one's own",
+    _network,
+    sentences(LENGTHS, False),
+    "causal-lm",
+    {"blocks": ("!0",), "fisher": "empirical"},
+    **TOKENS,
+)
+NAMES = ["1.scale", "2.experts.0", "2.experts.1", "3"]
+
+
+@dataclass
+class Dense:
+    """By block the gradients of all examples ``[N, O, I]``, and the rows ``[R, I]``, ``[R, O]``."""
+
+    gradients: dict[str, Tensor]
+    a: dict[str, Tensor]
+    g: dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def dense() -> Iterator[Dense]:
+    """One unpadded example at a time, with autograd on the parameters themselves."""
+    truth = Truth(EXPERTS)
+    network, seen = truth.network, []
+    own = network[2].apply_expert
+
+    def watched(index: int, rows: Tensor, chosen: Tensor) -> Tensor:
+        out = own(index, rows, chosen)
+        seen.append((f"2.experts.{index}", rows.detach(), out))
+        return out
+
+    network[2].apply_expert = watched
+    gradients: dict[str, list[Tensor]] = {name: [] for name in NAMES}
+    a: dict[str, list[Tensor]] = {name: [] for name in NAMES}
+    g: dict[str, list[Tensor]] = {name: [] for name in NAMES}
+    for row in EXPERTS.data:
+        seen.clear()
+        loss = truth.loss(row, truth.outputs(row), truth.own(row))
+        last = network[3]
+        scale, experts, weight, bias, *outs = torch.autograd.grad(
+            loss,
+            [network[1].scale, network[2].experts, last.weight, last.bias, *(s[2] for s in seen)],
+            materialize_grads=True,
+        )
+        gradients["1.scale"].append(scale[:, None])
+        for e, name in enumerate(NAMES[1:3]):
+            gradients[name].append(experts[e])
+        gradients["3"].append(torch.cat([weight, bias[:, None]], dim=1))
+        for (name, rows, _), out in zip(seen, outs, strict=True):
+            a[name].append(rows)
+            g[name].append(out)
+    yield Dense(
+        {name: torch.stack(found) for name, found in gradients.items()},
+        {name: torch.cat(found) for name, found in a.items() if found},
+        {name: torch.cat(found) for name, found in g.items() if found},
+    )
+
+
+def test_a_new_kind_is_one_object(own_kinds: None, fits: Any, dense: Dense) -> None:
+    run = fits.run(EXPERTS)
+    table = {row["block"]: row for row in run.blocks().to_pylist()}
+    assert list(table) == NAMES
+    assert [row["module"] for row in table.values()] == ["1", "2", "2", "3"]
+    for name in NAMES:
+        curvature, gradients = run.curvature(name), dense.gradients[name]
+        q_a, q_g = curvature.input_basis.dense(), curvature.output_basis.dense()
+        want = ((q_g.T @ gradients @ q_a) ** 2).mean(dim=0)
+        assert worst(curvature.eigenvalues, want) < EXACT, name
+    # Each token is one expert's: its factors are means over its own tokens, padding left out.
+    for name in NAMES[1:3]:
+        assert 0 < table[name]["tokens"] == len(dense.a[name]) < sum(LENGTHS)
+        for factor, rows in ((f"{name}.input", dense.a[name]), (f"{name}.output", dense.g[name])):
+            file = load_file(f"{run.path}/factors/{factor}.safetensors")
+            assert worst(file["sum"] / file["count"], rows.T @ rows / len(rows)) < EXACT, factor
+
+
+def test_scores_of_a_new_kind_are_those_of_dense_matrices(
+    own_kinds: None, fits: Any, dense: Dense
+) -> None:
+    run, scores = fits.run(EXPERTS), fits.scores(EXPERTS).matrix()[0]
+    want = torch.zeros(len(EXPERTS.queries), len(EXPERTS.data), dtype=DOUBLE)
+    for name in NAMES:
+        curvature, gradients = run.curvature(name), dense.gradients[name]
+        damping = 0.1 * float(curvature.eigenvalues.mean())
+        products = torch.stack(
+            [solve(curvature.dense(), damping, v) for v in gradients[: len(want)]]
+        )
+        want += products.flatten(1) @ gradients.flatten(1).T
+    assert worst(torch.as_tensor(scores), want) < EXACT
+
+
+def test_one_matrix_of_a_parameter_is_read_replaced_and_saved(
+    own_kinds: None, tmp_path: Path
+) -> None:
+    model = open_model(_network)
+    _, first, second, _ = choose_blocks(model.skeleton(), ("!0",))
+    own = _network()[2].experts
+    assert torch.equal(model.block_weight(second), own[1])
+    one = Patched(model, [Patch.of(second, 2 * own[1])])
+    both = Patched(one, [Patch.of(first, -own[0])])
+    module = model.build(range(model.units), torch.float32, torch.device("cpu")).module
+    before: Any = model
+    for after, want in ((one, [own[0], 2 * own[1]]), (both, [-own[0], 2 * own[1]])):
+        repatch(module, range(model.units), before, after)
+        assert torch.equal(module.get_parameter("2.experts"), torch.stack(want))
+        folder = tmp_path / str(len(after.patches))
+        write_checkpoint(Store(str(folder)), after)
+        assert torch.equal(load_file(folder / "model.safetensors")["2.experts"], torch.stack(want))
+        before = after
+    # Control: what was read of the model and written is no memory of its own.
+    assert torch.equal(model.skeleton().get_parameter("2.experts"), own)
+
+
+@pytest.mark.parametrize(
+    "globs, want",
+    [
+        (("!0",), NAMES),
+        (("2",), NAMES[1:3]),
+        (("2.experts",), NAMES[1:3]),
+        (("*.experts.1",), NAMES[2:3]),
+        (("!0", "!2.experts.0"), [NAMES[0], *NAMES[2:]]),
+    ],
+)
+def test_globs_choose_a_module_or_one_of_its_blocks(
+    own_kinds: None, globs: tuple[str, ...], want: list[str]
+) -> None:
+    assert [block.name for block in choose_blocks(_network(), globs)] == want
+
+
+def test_a_weight_of_no_kind_is_refused_until_it_has_one() -> None:
+    # Control of all above: what the kinds themselves bring.
+    with pytest.raises(UserError, match=r"2\.experts.*Experts.*!2"):
+        choose_blocks(_network(), ("!0",))
+
+
+def test_watching_inside_a_module_ends() -> None:
+    module = _network()[2]
+    block = ExpertsKind().describe("2", module)[1]
+    seen: list[str] = []
+
+    def note(name: str, x: Any, y: Any, detail: Any = None) -> Any:
+        seen.append(name)
+        return y
+
+    end = ExpertsKind().catch(module, [block], note)
+    x = torch.randn(2, 3, 6)
+    module(x)
+    end()
+    module(x)
+    assert seen == [block.name]
