@@ -6,14 +6,17 @@ rows, about ``CHUNK_BYTES`` bytes), always in data order.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from numbers import Integral
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,17 +24,26 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from raycurv.errors import UserError
+from raycurv.models.checkpoint import sampled_hash
 
 CHUNK_ROWS = 1024
 CHUNK_BYTES = 16 << 20
 READ_BYTES = 4 << 20  # read of a column of a Parquet file at once
+# What a fingerprint looks at of each file: so many bytes, in so many windows.
+SAMPLE_BYTES, SAMPLES = 256 << 10, 16
 
 # Values from JSON and from Python have no type of their own: text is given its, the rest is what
 # pyarrow infers. (Given a type of whole numbers it would cut 1.5 down to 1 without a word.)
-ROW_TYPES: dict[str, Any] = {
-    "text": pa.large_string(),
-    "prompt": pa.large_string(),
-    "completion": pa.large_string(),
+ROW_TYPES = {name: pa.large_string() for name in ("text", "prompt", "completion")}
+TYPES_WANTED = {
+    "text": "text",
+    "prompt": "text",
+    "completion": "text",
+    "id": "strings or whole numbers",
+    "input_ids": "lists of whole numbers",
+    "inputs": "lists of numbers",
+    "labels": "numbers or lists of numbers",
+    "loss_mask": "lists of booleans",
 }
 CONVERSION_ERRORS = (pa.ArrowException, TypeError, ValueError, OverflowError)
 READ_ERRORS = (pa.ArrowException, OSError)
@@ -62,7 +74,7 @@ class Rows:
         return Rows(self.location, self.numbers[keep], taken)
 
 
-class Part(Protocol):
+class Part(ABC):
     """One file, or one table in memory.
 
     Attributes:
@@ -70,76 +82,36 @@ class Part(Protocol):
         location: what to call it in messages.
     """
 
-    @property
-    def name(self) -> str: ...
+    name: str
+    location: str
 
-    @property
-    def location(self) -> str: ...
-
+    @abstractmethod
     def columns(self) -> tuple[str, ...] | None:
         """Names of the columns; ``None`` when the part has no rows."""
-        ...
 
+    @abstractmethod
     def read(self, required: Sequence[str], optional: Sequence[str]) -> Iterator[Rows]:
         """All rows with these columns; an optional one may be missing.
 
         Raises:
             UserError: the part is not what its name says, or a value is missing or null.
         """
-        ...
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this part from other ones, JSON-serialisable.
+
+        Raises:
+            UserError: a file that cannot be read.
+        """
 
 
-# Files --------------------------------------------------------------------------------------
+class _Batches(Part):
+    """A part of Arrow record batches of any size."""
 
+    @abstractmethod
+    def _batches(self) -> Iterator[Any]: ...
 
-@dataclass(frozen=True)
-class FilePart:
-    name: str
-    location: str
-    path: str
-    filesystem: Any
-
-
-@dataclass(frozen=True)
-class _ParquetPart(FilePart):
-    def columns(self) -> tuple[str, ...] | None:
-        with self._open() as file:
-            return tuple(file.schema_arrow.names) if file.metadata.num_rows else None
-
-    def read(self, required: Sequence[str], optional: Sequence[str]) -> Iterator[Rows]:
-        with self._open() as file:
-            names = _present(file.schema_arrow.names, required, optional)
-            count = file.metadata.num_rows
-            if not names:
-                yield from _bare_rows(self.location, count)
-                return
-            groups = range(file.metadata.num_row_groups)
-            size = sum(file.metadata.row_group(group).total_byte_size for group in groups)
-            first = 0
-            try:
-                for batch in file.iter_batches(_chunk_rows(size, count), columns=names):
-                    yield _arrow_rows(self.location, first, batch)
-                    first += batch.num_rows
-            except READ_ERRORS as error:
-                raise _not_what_it_says(self.location, "a Parquet file", error) from error
-
-    @contextmanager
-    def _open(self) -> Iterator[Any]:
-        try:
-            file = self.filesystem.open_input_file(self.path)
-        except READ_ERRORS as error:
-            raise unreadable(self.location, error) from error
-        with file:
-            try:
-                # Neither the whole file ahead nor a whole row group, which may be all of it.
-                parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=READ_BYTES)
-            except READ_ERRORS as error:
-                raise _not_what_it_says(self.location, "a Parquet file", error) from error
-            yield parquet
-
-
-@dataclass(frozen=True)
-class _ArrowPart(FilePart):
     def columns(self) -> tuple[str, ...] | None:
         for batch in self._batches():
             if batch.num_rows:
@@ -149,41 +121,31 @@ class _ArrowPart(FilePart):
     def read(self, required: Sequence[str], optional: Sequence[str]) -> Iterator[Rows]:
         first = 0
         for batch in self._batches():
-            yield from _sliced(self.location, first, batch, required, optional)
+            names = _present(batch.schema.names, required, optional)
+            if names:
+                chosen = batch.select(names)
+                step = _chunk_rows(chosen.nbytes, chosen.num_rows)
+                for start in range(0, chosen.num_rows, step):
+                    yield _arrow_rows(self.location, first + start, chosen.slice(start, step))
+            else:
+                yield from _bare_rows(self.location, first, batch.num_rows)
             first += batch.num_rows
 
-    def _batches(self) -> Iterator[Any]:
-        what = "an Arrow IPC file or stream"
-        try:
-            # A map lets a large record batch be read in slices without holding it.
-            local = isinstance(self.filesystem, pyarrow.fs.LocalFileSystem)
-            file = pa.memory_map(self.path) if local else self.filesystem.open_input_file(self.path)
-        except READ_ERRORS as error:
-            raise unreadable(self.location, error) from error
-        with file:
-            try:
-                if file.size() == 0:
-                    raise pa.ArrowInvalid("the file is empty")
-                random_access = file.read(6) == b"ARROW1"
-                file.seek(0)
-                if random_access:
-                    reader = pa.ipc.open_file(file)
-                    yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
-                else:
-                    yield from pa.ipc.open_stream(file)
-            except READ_ERRORS as error:
-                raise _not_what_it_says(self.location, what, error) from error
 
+class _Records(Part):
+    """A part of mappings from column to value."""
 
-@dataclass(frozen=True)
-class _JsonlPart(FilePart):
+    @abstractmethod
+    def _records(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """Each record with the bytes that it was read from."""
+
     def columns(self) -> tuple[str, ...] | None:
         for _, record in self._records():
             return tuple(record)
         return None
 
     def read(self, required: Sequence[str], optional: Sequence[str]) -> Iterator[Rows]:
-        records: list[dict[str, Any]] = []
+        records: list[Mapping[str, Any]] = []
         first = pending = 0
         for size, record in self._records():
             records.append(record)
@@ -195,26 +157,109 @@ class _JsonlPart(FilePart):
         if records:
             yield _record_rows(self.location, first, records, required, optional)
 
-    def _records(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Each record with the bytes of its line."""
-        try:
+
+# Files --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FilePart(Part):
+    """A file.
+
+    Attributes:
+        path: what its file system calls it.
+        filesystem: of ``pyarrow.fs``.
+    """
+
+    name: str
+    location: str
+    path: str
+    filesystem: Any
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Its path below the data's root, its size in bytes and the hash of sampled ones."""
+        with _unreadable(self.location), self.filesystem.open_input_file(self.path) as file:
+
+            def sample(start: int, length: int) -> bytes:
+                file.seek(start)
+                return bytes(file.read(length))
+
+            size = int(file.size())
+            digest = sampled_hash(size, sample, SAMPLES, SAMPLE_BYTES // SAMPLES)
+        return {"path": self.name, "size": size, "hash": digest}
+
+
+@dataclass(frozen=True)
+class ParquetPart(FilePart):
+    """A Parquet file."""
+
+    def columns(self) -> tuple[str, ...] | None:
+        with self._open() as file:
+            return tuple(file.schema_arrow.names) if file.metadata.num_rows else None
+
+    def read(self, required: Sequence[str], optional: Sequence[str]) -> Iterator[Rows]:
+        with self._open() as file:
+            names = _present(file.schema_arrow.names, required, optional)
+            rows = file.metadata.num_rows
+            if not names:
+                yield from _bare_rows(self.location, 0, rows)
+                return
+            groups = range(file.metadata.num_row_groups)
+            size = sum(file.metadata.row_group(group).total_byte_size for group in groups)
+            first = 0
+            with _not_what_it_says(self.location, "a Parquet file"):
+                for batch in file.iter_batches(_chunk_rows(size, rows), columns=names):
+                    yield _arrow_rows(self.location, first, batch)
+                    first += batch.num_rows
+
+    @contextmanager
+    def _open(self) -> Iterator[Any]:
+        with _unreadable(self.location):
+            file = self.filesystem.open_input_file(self.path)
+        with file:
+            with _not_what_it_says(self.location, "a Parquet file"):
+                # Neither the whole file ahead nor a whole row group, which may be all of it.
+                parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=READ_BYTES)
+            yield parquet
+
+
+@dataclass(frozen=True)
+class ArrowPart(FilePart, _Batches):
+    """An Arrow IPC file or stream."""
+
+    def _batches(self) -> Iterator[Any]:
+        with _unreadable(self.location):
+            # A map lets a large record batch be read in slices without holding it.
+            local = isinstance(self.filesystem, pyarrow.fs.LocalFileSystem)
+            file = pa.memory_map(self.path) if local else self.filesystem.open_input_file(self.path)
+        with file, _not_what_it_says(self.location, "an Arrow IPC file or stream"):
+            if file.size() == 0:
+                raise pa.ArrowInvalid("the file is empty")
+            random_access = file.read(6) == b"ARROW1"
+            file.seek(0)
+            if random_access:
+                reader = pa.ipc.open_file(file)
+                yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
+            else:
+                yield from pa.ipc.open_stream(file)
+
+
+@dataclass(frozen=True)
+class JsonlPart(FilePart, _Records):
+    """A file with a JSON object a line."""
+
+    def _records(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        with _unreadable(self.location):
             stream = self.filesystem.open_input_stream(self.path, compression=None)
-        except READ_ERRORS as error:
-            raise unreadable(self.location, error) from error
         with io.BufferedReader(stream, 1 << 20) as file:
-            lines = enumerate(file, start=1)
-            while True:
-                try:
-                    number, line = next(lines)
-                except StopIteration:
+            for number in count(1):
+                with _unreadable(self.location):
+                    line = file.readline()
+                if not line:
                     return
-                except READ_ERRORS as error:
-                    raise unreadable(self.location, error) from error
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
-                if not line.strip():
-                    continue
-                yield len(line), self._record(number, line)
+                if line.strip():
+                    yield len(line), self._record(number, line)
 
     def _record(self, number: int, line: bytes) -> dict[str, Any]:
         try:
@@ -234,10 +279,13 @@ class _JsonlPart(FilePart):
         )
 
 
-PART_KINDS: dict[str, type[_ParquetPart | _ArrowPart | _JsonlPart]] = {
-    "parquet": _ParquetPart,
-    "jsonl": _JsonlPart,
-    "arrow": _ArrowPart,
+FORMATS: dict[str, type[FilePart]] = {
+    ".parquet": ParquetPart,
+    ".jsonl": JsonlPart,
+    ".ndjson": JsonlPart,
+    ".json": JsonlPart,
+    ".arrow": ArrowPart,
+    ".feather": ArrowPart,
 }
 
 
@@ -245,52 +293,70 @@ PART_KINDS: dict[str, type[_ParquetPart | _ArrowPart | _JsonlPart]] = {
 
 
 @dataclass(frozen=True)
-class TablePart:
+class TablePart(_Batches):
+    """A ``pyarrow.Table``."""
+
     table: Any
     name: str = ""
     location: str = "the table"
 
-    def columns(self) -> tuple[str, ...] | None:
-        return tuple(self.table.column_names) if self.table.num_rows else None
+    def _batches(self) -> Iterator[Any]:
+        yield from self.table.to_batches()
 
-    def read(self, required: Sequence[str], optional: Sequence[str]) -> Iterator[Rows]:
-        first = 0
-        names = _present(self.table.column_names, required, optional)
-        if not names:
-            yield from _bare_rows(self.location, self.table.num_rows)
-            return
-        for batch in self.table.select(names).to_batches():
-            yield from _sliced(self.location, first, batch, required, optional)
-            first += batch.num_rows
+    def fingerprint(self) -> dict[str, Any]:
+        """The number of its rows, and the hash of all of its content."""
+        table, digest = self.table.replace_schema_metadata(None), hashlib.blake2b(digest_size=16)
+        with pa.ipc.new_stream(pa.PythonFile(_HashSink(digest), "w"), table.schema) as writer:
+            for first in range(0, table.num_rows, CHUNK_ROWS):
+                rows = table.slice(first, CHUNK_ROWS)
+                # Taken, not sliced: chunks and what lies beside a slice are no part of the content.
+                writer.write_table(rows.take(pa.array(range(rows.num_rows))).combine_chunks())
+        return {"rows": table.num_rows, "hash": digest.hexdigest()}
+
+
+class _HashSink(io.RawIOBase):
+    """A file that keeps only the hash of what was written to it."""
+
+    def __init__(self, digest: Any) -> None:
+        self._digest = digest
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._digest.update(data)
+        return len(data)
 
 
 @dataclass(frozen=True)
-class RowsPart:
+class RowsPart(_Records):
+    """A list of mappings."""
+
     rows: Sequence[Mapping[str, Any]]
     name: str = ""
     location: str = "the list"
 
-    def columns(self) -> tuple[str, ...] | None:
-        if not self.rows:
-            return None
-        self._check(0, self.rows[:1])
-        return tuple(self.rows[0])
-
-    def read(self, required: Sequence[str], optional: Sequence[str]) -> Iterator[Rows]:
-        for first in range(0, len(self.rows), CHUNK_ROWS):
-            rows = self.rows[first : first + CHUNK_ROWS]
-            self._check(first, rows)
-            yield _record_rows(self.location, first, rows, required, optional)
-
-    def _check(self, first: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        for i, row in enumerate(rows):
+    def _records(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        for number, row in enumerate(self.rows):
             if not isinstance(row, Mapping):
                 raise UserError(
-                    f"{self.location}, row {first + i}",
+                    f"{self.location}, row {number}",
                     "a dict of columns",
                     f"a {type(row).__name__}",
                     "Give each example as a dict, for instance {'text': ...}.",
                 )
+            yield 0, row
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The number of its rows, and the hash of all of its content."""
+
+        def listed(value: Any) -> Any:
+            return value.tolist() if hasattr(value, "tolist") else str(value)
+
+        digest = hashlib.blake2b(digest_size=16)
+        for row in self.rows:
+            digest.update(json.dumps(row, sort_keys=True, default=listed).encode() + b"\n")
+        return {"rows": len(self.rows), "hash": digest.hexdigest()}
 
 
 # Rows ---------------------------------------------------------------------------------------
@@ -304,24 +370,10 @@ def _chunk_rows(size: int, count: int) -> int:
     return max(1, min(CHUNK_ROWS, CHUNK_BYTES * count // max(size, 1)))
 
 
-def _bare_rows(location: str, count: int) -> Iterator[Rows]:
-    for first in range(0, count, CHUNK_ROWS):
-        yield Rows(location, np.arange(first, min(first + CHUNK_ROWS, count)), {})
-
-
-def _sliced(
-    location: str, first: int, batch: Any, required: Sequence[str], optional: Sequence[str]
-) -> Iterator[Rows]:
-    """A record batch of any size as chunks."""
-    names = _present(batch.schema.names, required, optional)
-    if not names:
-        for rows in _bare_rows(location, batch.num_rows):
-            yield Rows(location, rows.numbers + first, {})
-        return
-    batch = batch.select(names)
-    step = _chunk_rows(batch.nbytes, batch.num_rows)
-    for start in range(0, batch.num_rows, step):
-        yield _arrow_rows(location, first + start, batch.slice(start, step))
+def _bare_rows(location: str, first: int, count: int) -> Iterator[Rows]:
+    """Rows of no column, numbered from ``first``."""
+    for start in range(first, first + count, CHUNK_ROWS):
+        yield Rows(location, np.arange(start, min(start + CHUNK_ROWS, first + count)), {})
 
 
 def _arrow_rows(location: str, first: int, batch: Any) -> Rows:
@@ -390,23 +442,10 @@ def _column(location: str, first: int, name: str, values: list[Any]) -> Any:
         row = bisect_left(range(len(values)), True, key=lambda i: fails(i + 1))
         raise UserError(
             f"{location}, row {first + row}",
-            f"`{name}` of one type in all rows ({_type_wanted(name)})",
+            f"`{name}` of one type in all rows ({TYPES_WANTED[name]})",
             f"{_shown(values[row])} ({error})",
             f"Correct or leave out this value of `{name}`.",
         ) from error
-
-
-def _type_wanted(name: str) -> str:
-    if name in ("text", "prompt", "completion"):
-        return "text"
-    wanted = {
-        "id": "strings or whole numbers",
-        "input_ids": "lists of whole numbers",
-        "inputs": "lists of numbers",
-        "labels": "numbers or lists of numbers",
-        "loss_mask": "lists of booleans",
-    }
-    return wanted[name]
 
 
 # Messages -----------------------------------------------------------------------------------
@@ -417,17 +456,27 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def unreadable(location: str, error: Exception) -> UserError:
-    return UserError(location, "a file that can be read", str(error), "Check its permissions.")
+@contextmanager
+def _unreadable(location: str) -> Iterator[None]:
+    try:
+        yield
+    except READ_ERRORS as error:
+        raise UserError(
+            location, "a file that can be read", str(error), "Check its permissions."
+        ) from error
 
 
-def _not_what_it_says(location: str, what: str, error: Exception) -> UserError:
-    return UserError(
-        location,
-        f"{what}, as its name says",
-        f"something that pyarrow cannot read ({error})",
-        "Write the file again, or move it out of the data.",
-    )
+@contextmanager
+def _not_what_it_says(location: str, what: str) -> Iterator[None]:
+    try:
+        yield
+    except READ_ERRORS as error:
+        raise UserError(
+            location,
+            f"{what}, as its name says",
+            f"something that pyarrow cannot read ({error})",
+            "Write the file again, or move it out of the data.",
+        ) from error
 
 
 def _null(place: str, name: str) -> UserError:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
-import io
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,32 +12,12 @@ from typing import Any, TypeAlias
 import pyarrow as pa
 import pyarrow.fs
 
-from raycurv.data.parts import (
-    CHUNK_ROWS,
-    PART_KINDS,
-    READ_ERRORS,
-    FilePart,
-    Part,
-    RowsPart,
-    TablePart,
-    unreadable,
-)
+from raycurv.data.parts import FORMATS, READ_ERRORS, Part, RowsPart, TablePart
 from raycurv.data.uri import check_answers, is_uri, redacted, shown
 from raycurv.errors import UserError
 
 Source: TypeAlias = "str | Path | pa.Table | Sequence[Mapping[str, Any]]"
 
-SAMPLE_BYTES = 256 << 10
-SAMPLES = 16
-
-FORMATS = {
-    ".parquet": "parquet",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "jsonl",
-    ".arrow": "arrow",
-    ".feather": "arrow",
-}
 READABLE = "Parquet (.parquet), JSONL (.jsonl, .ndjson, .json) or Arrow (.arrow, .feather)"
 
 # What Hugging Face datasets puts beside the data of a saved data set. The caches of its `map` are
@@ -87,19 +64,8 @@ def fingerprint(source: Source) -> dict[str, Any]:
     Raises:
         UserError: there is no such data, or nothing readable in it.
     """
-    files = []
-    for part in open_parts(source):
-        if isinstance(part, TablePart):
-            return {"rows": part.table.num_rows, "hash": _table_hash(part.table)}
-        if isinstance(part, RowsPart):
-            return {"rows": len(part.rows), "hash": _rows_hash(part.rows)}
-        assert isinstance(part, FilePart)
-        try:
-            size, digest = _sampled_hash(part)
-        except READ_ERRORS as error:
-            raise unreadable(part.location, error) from error
-        files.append({"path": part.name, "size": size, "hash": digest})
-    return {"files": files}
+    found = [part.fingerprint() for part in open_parts(source)]
+    return {"files": found} if isinstance(source, (str, Path)) else found[0]
 
 
 # Files ---------------------------------------------------------------------------------------
@@ -121,11 +87,11 @@ def _files(source: str) -> Iterator[Part]:
             "Check the path; a glob needs quotes on the command line, and ** for subdirectories.",
         )
     for name in sorted(set(readable)):
-        kind = PART_KINDS[FORMATS[os.path.splitext(name)[1].lower()]]
+        part = FORMATS[os.path.splitext(name)[1].lower()]
         path = f"{root.rstrip('/')}/{name}" if root else name
         # Of a URI pyarrow gives back a bare path; the message shows what the user typed.
         location = f"{name} in {shown(source)}" if remote else path
-        yield kind(name=name, location=location, path=path, filesystem=filesystem)
+        yield part(name, location, path, filesystem)
 
 
 def _find_local(source: str) -> tuple[Any, str, list[str]]:
@@ -209,58 +175,6 @@ def _glob_pattern(pattern: str) -> re.Pattern[str]:
         else:
             out += steps.get(token, re.escape(token))
     return re.compile(out)
-
-
-# Hashes -------------------------------------------------------------------------------------
-
-
-def _sampled_hash(part: FilePart) -> tuple[int, str]:
-    digest = hashlib.blake2b(digest_size=16)
-    with part.filesystem.open_input_file(part.path) as file:
-        size = int(file.size())
-        if size <= SAMPLE_BYTES:
-            digest.update(file.read())
-        else:
-            each = SAMPLE_BYTES // SAMPLES
-            for sample in range(SAMPLES):
-                file.seek((size - each) * sample // (SAMPLES - 1))
-                digest.update(file.read(each))
-    return size, digest.hexdigest()
-
-
-class _HashSink(io.RawIOBase):
-    """A file that keeps only the hash of what was written to it."""
-
-    def __init__(self) -> None:
-        self.digest = hashlib.blake2b(digest_size=16)
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self.digest.update(data)
-        return len(data)
-
-
-def _table_hash(table: Any) -> str:
-    table = table.replace_schema_metadata(None)
-    sink = _HashSink()
-    with pa.ipc.new_stream(pa.PythonFile(sink, mode="w"), table.schema) as writer:
-        for first in range(0, table.num_rows, CHUNK_ROWS):
-            rows = table.slice(first, CHUNK_ROWS)
-            # Taken, not sliced: chunks and what lies beside a slice are no part of the content.
-            writer.write_table(rows.take(pa.array(range(rows.num_rows))).combine_chunks())
-    return sink.digest.hexdigest()
-
-
-def _rows_hash(rows: Sequence[Mapping[str, Any]]) -> str:
-    def listed(value: Any) -> Any:
-        return value.tolist() if hasattr(value, "tolist") else str(value)
-
-    digest = hashlib.blake2b(digest_size=16)
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, default=listed).encode() + b"\n")
-    return digest.hexdigest()
 
 
 def _no_such_data(source: str) -> UserError:

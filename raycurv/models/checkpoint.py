@@ -189,18 +189,30 @@ def describe(
     Args:
         sample: gives the bytes ``[start, start + length)`` of the tensor, row-major.
     """
-    digest = hashlib.blake2b(digest_size=16)
-    if nbytes <= WINDOWS * WINDOW_BYTES:
-        digest.update(sample(0, nbytes) if nbytes else b"")
-    else:
-        for window in range(WINDOWS):
-            start = window * (nbytes - WINDOW_BYTES) // (WINDOWS - 1)
-            digest.update(sample(start, WINDOW_BYTES))
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "shape": list(shape),
-        "hash": digest.hexdigest(),
+        "hash": sampled_hash(nbytes, sample, WINDOWS, WINDOW_BYTES),
     }
+
+
+def sampled_hash(
+    nbytes: int, sample: Callable[[int, int], bytes], windows: int, window_bytes: int
+) -> str:
+    """The blake2b-128, in hex, of the windows that are spread evenly over bytes, or of all bytes
+    that fit into the windows.
+
+    Args:
+        sample: gives the bytes ``[start, start + length)``.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    if nbytes <= windows * window_bytes:
+        digest.update(sample(0, nbytes) if nbytes else b"")
+    else:
+        for window in range(windows):
+            start = window * (nbytes - window_bytes) // (windows - 1)
+            digest.update(sample(start, window_bytes))
+    return digest.hexdigest()
 
 
 def describe_tensor(tensor: Tensor) -> dict[str, Any]:
