@@ -28,170 +28,107 @@ _ZEROS = b"0" * 32
 # As Thrift writes a string of 32 bytes behind its name.
 _MARK = _CHECKSUM.encode() + bytes([0x18, 32])
 
-BLOCKS = pa.schema(
-    [
-        ("block", pa.string()),
-        ("module", pa.string()),
-        ("stage", pa.int32()),
-        ("input_factor", pa.string()),
-        ("input_tiles", pa.list_(pa.int32())),
-        ("output_tiles", pa.list_(pa.int32())),
-        ("d_in", pa.int32()),
-        ("d_out", pa.int32()),
-        ("bias", pa.bool_()),
-        ("tokens", pa.int64()),
-        ("examples", pa.int64()),
-        ("trace", pa.float64()),
-        ("mean_eigenvalue", pa.float64()),
-        ("input_effective_rank", pa.float64()),
-        ("output_effective_rank", pa.float64()),
-        ("eigh_outcome", pa.string()),
-        ("eigh_seconds", pa.float64()),
-    ]
-)
+_TYPES = {
+    "string": pa.string(),
+    "bool": pa.bool_(),
+    "int32": pa.int32(),
+    "int64": pa.int64(),
+    "float32": pa.float32(),
+    "float64": pa.float64(),
+    "time": pa.timestamp("us", "UTC"),
+}
 
-SPECTRUM = pa.schema(
-    [
-        ("factor", pa.string()),
-        ("block", pa.string()),
-        ("tile", pa.int32()),
-        ("side", pa.string()),
-        ("index", pa.int32()),
-        ("eigenvalue", pa.float64()),
-        ("tile_start", pa.int32()),
-        ("tile_stop", pa.int32()),
-    ]
-)
 
-GRADIENTS = pa.schema(
-    [
-        ("block", pa.string()),
-        ("examples", pa.int64()),
-        ("mean_sq_norm", pa.float64()),
-        ("sq_norm", pa.float64()),
-        ("noise", pa.float64()),
-        ("signal", pa.float64()),
-        ("noise_scale", pa.float64()),
-        ("fisher_trace_empirical", pa.float64()),
-        ("fisher_trace_sampled", pa.float64()),
-        ("gauss_newton_bartlett_trace", pa.float64()),
-        ("batches", pa.int64()),
-    ]
-)
+def _schema(columns: str) -> pa.Schema:
+    """The schema of ``name type`` a column, separated by commas; ``[type]`` is a list of these."""
+    fields = []
+    for column in columns.split(","):
+        name, kind = column.split()
+        item = _TYPES[kind.strip("[]")]
+        fields.append((name, pa.list_(item) if kind.startswith("[") else item))
+    return pa.schema(fields)
 
-TIMELINE = pa.schema(
-    [
-        ("phase", pa.string()),
-        ("actor", pa.string()),
-        ("operation", pa.string()),
-        ("microbatch", pa.int32()),
-        ("start", pa.timestamp("us", "UTC")),
-        ("end", pa.timestamp("us", "UTC")),
-        ("transport", pa.float64()),
-        ("note", pa.string()),
-        ("node", pa.string()),
-        ("pid", pa.int32()),
-        ("memory", pa.int64()),
-    ]
+
+BLOCKS = _schema(
+    """
+    block string, module string, stage int32, input_factor string,
+    input_tiles [int32], output_tiles [int32], d_in int32, d_out int32, bias bool,
+    tokens int64, examples int64, trace float64, mean_eigenvalue float64,
+    input_effective_rank float64, output_effective_rank float64,
+    eigh_outcome string, eigh_seconds float64
+    """
 )
+SPECTRUM = _schema(
+    """
+    factor string, block string, tile int32, side string, index int32, eigenvalue float64,
+    tile_start int32, tile_stop int32
+    """
+)
+GRADIENTS = _schema(
+    """
+    block string, examples int64, mean_sq_norm float64, sq_norm float64,
+    noise float64, signal float64, noise_scale float64,
+    fisher_trace_empirical float64, fisher_trace_sampled float64,
+    gauss_newton_bartlett_trace float64, batches int64
+    """
+)
+TIMELINE = _schema(
+    """
+    phase string, actor string, operation string, microbatch int32, start time, end time,
+    transport float64, note string, node string, pid int32, memory int64
+    """
+)
+SALIENCY = _schema(
+    "block string, row int32, saliency [float32], keep [bool], unit_saliency [float32]"
+)
+PRUNED = _schema(
+    """
+    block string, weights int64, removed int64, sparsity float64, saliency float64,
+    predicted float64, measured float64, update string, iterations int32, residual float64,
+    seconds float64
+    """
+)
+HEADS = _schema("block string, head int32, start int32, stop int32, saliency float32, keep bool")
 
 
 def examples_schema(double: bool) -> pa.Schema:
     """``tables/examples``: one row a training example."""
     number = _number(double)
-    return pa.schema(
-        [
-            ("id", pa.string()),
-            ("tokens", pa.int32()),
-            ("loss", number),
-            ("gradient_sq_norm", number),
-        ]
-    )
+    return _schema(f"id string, tokens int32, loss {number}, gradient_sq_norm {number}")
 
 
 def evaluation_schema(double: bool) -> pa.Schema:
     """``tables/examples`` of an evaluation: one row an example, ``correct`` of its targets."""
-    return pa.schema(
-        [
-            ("id", pa.string()),
-            ("tokens", pa.int32()),
-            ("targets", pa.int32()),
-            ("loss", _number(double)),
-            ("correct", pa.int32()),
-        ]
-    )
+    return _schema(f"id string, tokens int32, targets int32, loss {_number(double)}, correct int32")
 
 
 def gradient_norms_schema(double: bool) -> pa.Schema:
     """``tables/gradient_norms``: one row a training example."""
     number = _number(double)
-    return pa.schema(
-        [("id", pa.string()), ("sq_norm", number), ("block_sq_norms", pa.list_(number))]
-    )
+    return _schema(f"id string, sq_norm {number}, block_sq_norms [{number}]")
 
 
 def scores_schema(double: bool, per_block: bool, per_token: bool) -> pa.Schema:
     """``scores``: one row a query and training example."""
     number = _number(double)
-    fields = [("query_id", pa.string()), ("train_id", pa.string()), ("score", number)]
-    if per_block:
-        fields.append(("block_scores", pa.list_(number)))
-    if per_token:
-        fields.append(("token_scores", pa.list_(number)))
-    return pa.schema(fields)
+    columns = f"query_id string, train_id string, score {number}"
+    columns += f", block_scores [{number}]" if per_block else ""
+    return _schema(columns + (f", token_scores [{number}]" if per_token else ""))
 
 
 def self_schema(double: bool) -> pa.Schema:
     """``self``: one row a training example."""
-    return pa.schema([("id", pa.string()), ("score", _number(double))])
+    return _schema(f"id string, score {_number(double)}")
 
 
-SALIENCY = pa.schema(
-    [
-        ("block", pa.string()),
-        ("row", pa.int32()),
-        ("saliency", pa.list_(pa.float32())),
-        ("keep", pa.list_(pa.bool_())),
-        ("unit_saliency", pa.list_(pa.float32())),
-    ]
-)
-
-PRUNED = pa.schema(
-    [
-        ("block", pa.string()),
-        ("weights", pa.int64()),
-        ("removed", pa.int64()),
-        ("sparsity", pa.float64()),
-        ("saliency", pa.float64()),
-        ("predicted", pa.float64()),
-        ("measured", pa.float64()),
-        ("update", pa.string()),
-        ("iterations", pa.int32()),
-        ("residual", pa.float64()),
-        ("seconds", pa.float64()),
-    ]
-)
-
-HEADS = pa.schema(
-    [
-        ("block", pa.string()),
-        ("head", pa.int32()),
-        ("start", pa.int32()),
-        ("stop", pa.int32()),
-        ("saliency", pa.float32()),
-        ("keep", pa.bool_()),
-    ]
-)
-
-
-def _number(double: bool) -> pa.DataType:
-    return pa.float64() if double else pa.float32()
+def _number(double: bool) -> str:
+    return "float64" if double else "float32"
 
 
 def footer(settings: Mapping[str, Any], **more: Any) -> dict[str, str]:
     """What a table's footer says of the run; ``more`` becomes ``raycurv.NAME`` as JSON."""
-    said = {"raycurv.schema": SCHEMA_VERSION, "raycurv.run": json.dumps(settings, sort_keys=True)}
-    return said | {f"raycurv.{key}": json.dumps(value) for key, value in more.items()}
+    run = {"raycurv.schema": SCHEMA_VERSION, "raycurv.run": json.dumps(settings, sort_keys=True)}
+    return run | {f"raycurv.{key}": json.dumps(value) for key, value in more.items()}
 
 
 def write_table(
