@@ -1,7 +1,6 @@
-"""``tables/timeline``: what every actor and task did, when; one row an operation.
+"""``tables/timeline``: what every actor and task did, and when; one row an operation.
 
-Rows of an actor that is lost end with what it had answered; that it was lost, and built again, are
-rows as well.
+Of an actor that is lost there is what it had answered; its loss and its rebuilding are rows too.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import pyarrow as pa
 from raycurv.files.store import Store
 from raycurv.files.tables import TIMELINE, footer, write_table
 from raycurv.stages.pool import Pool
+from raycurv.stages.spans import Span
 
 DIRECTORY = "tables/timeline"
 # Spans that may wait in memory for the next commit.
@@ -20,31 +20,29 @@ _FULL = 4096
 
 
 def write_long_timeline(store: Store, pool: Pool, phase: str) -> None:
-    """Write down what was done since the last time if it has become much."""
+    """As :func:`write_timeline`, if so much was done that it must not wait for a commit."""
     if len(pool.spans) > _FULL:
         write_timeline(store, pool, phase)
 
 
 def write_timeline(store: Store, pool: Pool, phase: str) -> None:
-    """Write down what was done since the last time.
+    """Write down what a pool has done since the last time.
 
     Args:
         store: of the run.
-        pool: that did it.
-        phase: in which.
+        pool: who has the spans.
+        phase: what the phase is called in which it was done.
     """
     spans = pool.spans.take()
     if not spans:
         return
     number = len(store.names(DIRECTORY, ".parquet"))
-    columns = {"phase": [phase] * len(spans)} | {
-        name: [getattr(span, name) for span in spans] for name in TIMELINE.names[1:]
-    }
-    for name in ("start", "end"):
-        columns[name] = [_when(seconds) for seconds in columns[name]]
-    table = pa.table(columns, schema=TIMELINE)
+    rows = [{"phase": phase} | vars(span) | _times(span) for span in spans]
+    table = pa.Table.from_pylist(rows, schema=TIMELINE)
     write_table(store, f"{DIRECTORY}/part-{number:05d}.parquet", table, footer({}))
 
 
-def _when(seconds: float) -> datetime:
-    return datetime.fromtimestamp(seconds, timezone.utc)
+def _times(span: Span) -> dict[str, datetime]:
+    return {
+        name: datetime.fromtimestamp(getattr(span, name), timezone.utc) for name in ("start", "end")
+    }

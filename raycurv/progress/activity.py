@@ -30,12 +30,12 @@ class _Seen:
 
 @dataclass(frozen=True)
 class Doing:
-    """What an actor is at.
+    """What an actor does, and how busy it is.
 
     Attributes:
         actor: its name; ``task`` for all tasks together.
         busy: share of the last seconds, compute and transport; of tasks, how many ran at a time.
-        memory: bytes.
+        memory: bytes of its process at the end of that span.
         last: its last span.
     """
 
@@ -56,7 +56,7 @@ class Doing:
 
 
 def said(span: Span) -> str:
-    """What a span is about: ``turn of microbatch 12``, or an operation and its factor."""
+    """A span in words: ``turn of microbatch 12``, or an operation and its factor."""
     if span.failure:
         return span.operation
     if span.microbatch >= 0:
@@ -67,7 +67,7 @@ def said(span: Span) -> str:
 
 
 class Activity:
-    """Takes spans as they become known, in any thread.
+    """How busy the actors were in the last seconds; takes spans in any thread.
 
     Args:
         clock: gives the time, in seconds since the epoch.
@@ -80,13 +80,13 @@ class Activity:
         self.begin()
 
     def begin(self) -> None:
-        """A phase begins: only who does something in it is shown."""
+        """Forget what was done: a phase begins, and only who does something in it is shown."""
         with self._lock:
             self._began = self._now = self._clock()
             self._seen = {}
 
     def add(self, span: Span) -> None:
-        """Something was done."""
+        """Take note of a span."""
         with self._lock:
             seen = self._seen.setdefault(span.actor, _Seen(span))
             seen.last = span

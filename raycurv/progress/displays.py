@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import time
-from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -35,10 +34,10 @@ class Event:
     """Something that a person is told once.
 
     Attributes:
-        text: in words.
-        name: what kind of event.
-        level: how bad.
-        facts: more, for machines.
+        text: what happened, in words.
+        name: what kind of event, for machines.
+        level: how bad it is.
+        facts: the same as values by name, for machines.
     """
 
     text: str
@@ -47,43 +46,23 @@ class Event:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-class Display(Protocol):
-    """Shows events, and phases as they go on."""
+class Display:
+    """Shows events, and phases as they go on; this one shows nothing."""
 
     def tell(self, event: Event) -> None:
         """Show an event."""
-        ...
 
     def opened(self, phase: PhaseProgress) -> None:
         """A phase begins; others may be under way."""
-        ...
 
     def advanced(self, phase: PhaseProgress) -> None:
         """A phase has gone on."""
-        ...
 
     def closed(self, phase: PhaseProgress, whole: bool) -> None:
         """A phase has ended; ``whole`` if it was not broken off."""
-        ...
 
 
-class Silent:
-    """Shows nothing."""
-
-    def tell(self, event: Event) -> None:
-        pass
-
-    def opened(self, phase: PhaseProgress) -> None:
-        pass
-
-    def advanced(self, phase: PhaseProgress) -> None:
-        pass
-
-    def closed(self, phase: PhaseProgress, whole: bool) -> None:
-        pass
-
-
-class Terminal:
+class Terminal(Display):
     """One live display: a bar a phase, beneath them a line an actor; events scroll by above.
 
     Args:
@@ -150,10 +129,15 @@ class Terminal:
         )
 
 
-class _Paced(ABC):
-    """Shows a phase every ten seconds."""
+class Paced(Display):
+    """Shows how far a phase is every ten seconds, where there is nothing to redraw.
 
-    def __init__(self) -> None:
+    Args:
+        activity: of the actors.
+    """
+
+    def __init__(self, activity: Activity) -> None:
+        self._activity = activity
         self._shown: dict[int, float] = {}
 
     def opened(self, phase: PhaseProgress) -> None:
@@ -161,20 +145,20 @@ class _Paced(ABC):
 
     def advanced(self, phase: PhaseProgress) -> None:
         now = time.monotonic()
-        # The last one's line comes with the end.
+        # Of the last step, what is shown at the end tells.
         if now - self._shown[id(phase)] >= LINE_EVERY and phase.done < phase.total:
             self._shown[id(phase)] = now
-            self._progress(phase)
+            self.tell(self._event(phase))
 
     def closed(self, phase: PhaseProgress, whole: bool) -> None:
         del self._shown[id(phase)]
 
-    @abstractmethod
-    def _progress(self, phase: PhaseProgress) -> None:
-        """Show how far a phase is."""
+    def _event(self, phase: PhaseProgress) -> Event:
+        """How far a phase is, in words."""
+        return Event(phase.line(self._activity.busy()))
 
 
-class Lines(_Paced):
+class Lines(Paced):
     """Lines of text.
 
     Args:
@@ -183,8 +167,8 @@ class Lines(_Paced):
     """
 
     def __init__(self, console: Console, activity: Activity) -> None:
-        super().__init__()
-        self._console, self._activity = console, activity
+        super().__init__(activity)
+        self._console = console
 
     def tell(self, event: Event) -> None:
         self._console.print(event.text, highlight=False, markup=False, soft_wrap=True)
@@ -192,43 +176,28 @@ class Lines(_Paced):
     def closed(self, phase: PhaseProgress, whole: bool) -> None:
         super().closed(phase, whole)
         if whole:
-            line = phase.line(self._activity.busy())
-            self.tell(Event(f"{line}, {clock(phase.seconds)}"))
-
-    def _progress(self, phase: PhaseProgress) -> None:
-        self.tell(Event(phase.line(self._activity.busy())))
+            self.tell(Event(f"{self._event(phase).text}, {clock(phase.seconds)}"))
 
 
-class JsonLines(_Paced):
+class JsonLines(Paced):
     """One JSON object a line, on stderr: ``time`` (ISO 8601, UTC), ``level``, ``event``,
-    ``message``, and what there is to say more exactly.
-
-    Args:
-        activity: of the actors.
-    """
-
-    def __init__(self, activity: Activity) -> None:
-        super().__init__()
-        self._activity = activity
+    ``message``, and the facts of the event."""
 
     def tell(self, event: Event) -> None:
         print(json_line(event), file=sys.stderr, flush=True)
 
     def opened(self, phase: PhaseProgress) -> None:
         super().opened(phase)
-        self._say(phase, "begin")
+        self.tell(self._event(phase, "begin"))
 
     def closed(self, phase: PhaseProgress, whole: bool) -> None:
         super().closed(phase, whole)
-        if whole:
-            self._say(phase, "end", seconds=phase.seconds)
-        else:
-            self._say(phase, "broken off", "warning", seconds=phase.seconds)
+        event = self._event(phase, "end", seconds=phase.seconds)
+        self.tell(event if whole else replace(event, name="broken off", level="warning"))
 
-    def _progress(self, phase: PhaseProgress) -> None:
-        self._say(phase, "progress")
-
-    def _say(self, phase: PhaseProgress, name: str, level: Level = "info", **more: float) -> None:
+    def _event(
+        self, phase: PhaseProgress, name: str = "progress", seconds: float | None = None
+    ) -> Event:
         facts = {
             "phase": phase.name,
             "where": phase.where or None,
@@ -238,11 +207,11 @@ class JsonLines(_Paced):
             "tokens_per_second": phase.tokens_per_second,
             "seconds_left": phase.seconds_left,
             "busy": self._activity.share(),
-            **more,
+            "seconds": seconds,
         }
         rounded = {k: round(v, 3) if isinstance(v, float) else v for k, v in facts.items()}
         known = {key: value for key, value in rounded.items() if value is not None}
-        self.tell(Event(phase.line(self._activity.busy()), name, level, known))
+        return Event(phase.line(self._activity.busy()), name, facts=known)
 
 
 def json_line(event: Event) -> str:

@@ -9,17 +9,17 @@ from dataclasses import dataclass, field
 
 @dataclass(eq=False)
 class PhaseProgress:
-    """One phase under way.
+    """How far one phase under way is.
 
     Attributes:
         name: what a person calls it.
-        total: of ``unit``.
+        total: how many ``unit`` there are to do.
         unit: what is counted.
-        where: which part of the model, if only a part.
-        done: so far.
-        before: of those, how many an earlier run has done.
-        tokens: so far, for the rate; 0 where there are none.
-        changed: is told when there is more.
+        where: the part of the model that it is about, if only a part.
+        done: how many are done so far.
+        before: how many of those an earlier run has done.
+        tokens: how many tokens they had, for the rate; 0 where there are none.
+        changed: is called with this when more are done.
     """
 
     name: str
@@ -46,22 +46,22 @@ class PhaseProgress:
 
     @property
     def title(self) -> str:
-        """Its name, and where."""
+        """Its name, and which part of the model it is about."""
         return f"{self.name}, {self.where}" if self.where else self.name
 
     @property
     def seconds(self) -> float:
-        """Since it began."""
+        """How long it has taken so far."""
         return time.monotonic() - self.started
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Since it began; ``None`` where there are no tokens."""
+        """Its mean rate so far; ``None`` where there are no tokens."""
         return self.tokens / max(self.seconds, 1e-9) if self.tokens else None
 
     @property
     def seconds_left(self) -> float | None:
-        """As the rest would take at this rate; ``None`` where nothing is done yet, or all."""
+        """How long the rest would take at this rate; ``None`` where nothing is done yet, or all."""
         mine = self.done - self.before
         if mine <= 0 or self.done >= self.total:
             return None

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from raycurv.progress import stopping
 from raycurv.progress.activity import Activity
-from raycurv.progress.displays import Display, Event, JsonLines, Lines, Silent, Terminal
+from raycurv.progress.displays import Display, Event, JsonLines, Lines, Terminal
 from raycurv.progress.phase import PhaseProgress
 from raycurv.stages.spans import Span
 
@@ -25,6 +25,10 @@ class Reporter:
         quiet: show nothing.
         log: for a person, or one JSON object a line.
         console: the terminal or what there is in its place; by default stderr.
+
+    Attributes:
+        seconds: phase -> how long it took, all its parts together.
+        activity: how busy the actors are.
     """
 
     def __init__(
@@ -37,7 +41,7 @@ class Reporter:
 
     def _chosen(self, quiet: bool, log: Log, console: Console) -> Display:
         if quiet:
-            return Silent()
+            return Display()
         if log == "json":
             return JsonLines(self.activity)
         if console.is_terminal:
@@ -56,12 +60,18 @@ class Reporter:
 
     @contextmanager
     def phase(self, name: str, total: int, unit: str, where: str = "") -> Iterator[PhaseProgress]:
-        """A phase; its seconds are kept even when it fails, those of all parts of a model in one.
+        """Show a phase as long as this lasts; its seconds are kept even when it fails.
 
         Args:
-            where: the part of the model that it is about, if not the whole.
+            name: what a person calls it.
+            total: how many ``unit`` there are to do.
+            unit: what is counted.
+            where: the part of the model that it is about, if only a part.
+
+        Raises:
+            Stopped: the job was asked to stop.
         """
-        stopping.look()
+        stopping.stop_unless_deferred()
         if not self._open:
             self.activity.begin()
         phase = PhaseProgress(name, total, unit, where, changed=self._display.advanced)
@@ -77,7 +87,12 @@ class Reporter:
             self.seconds[name] = self.seconds.get(name, 0.0) + phase.seconds
 
     def summary(self, title: str, places: dict[str, str]) -> None:
-        """Phases with their seconds, and where the results lie."""
+        """Show what the job has done, phases with their seconds, and where the results lie.
+
+        Args:
+            title: what was done, in one line.
+            places: result -> where it lies.
+        """
         lines = [title]
         lines += [f"  {name:<28}{seconds:>9.1f} s" for name, seconds in self.seconds.items()]
         lines += [f"  {what:<28}{where}" for what, where in places.items()]
@@ -88,7 +103,7 @@ class Reporter:
 
 
 def _event(span: Span, phase: str) -> Event:
-    """What a person is told of a failure and its mending."""
+    """What a person is told of a loss or a rebuilding."""
     facts: dict[str, Any] = {"phase": phase, "actor": span.actor}
     if span.operation == "rebuild":
         took = span.end - span.start

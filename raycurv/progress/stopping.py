@@ -63,24 +63,24 @@ def listening(at_once: Callable[[int], None] | None = None) -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Only note a request: whoever runs this looks at :func:`asked`, and stops at the end of this
-    at the latest."""
+    """Only note a request as long as this lasts: who runs it looks at :func:`asked` at moments that
+    suit it, and is stopped at the end of this at the latest."""
     global _deferred
     _deferred += 1
     try:
         yield
     finally:
         _deferred -= 1
-    look()
+    stop_unless_deferred()
 
 
 def asked() -> bool:
-    """Whether the job was asked to stop."""
+    """Whether the job was asked to stop, deferred or not."""
     return bool(_asked)
 
 
 def exit_code() -> int:
-    """Of a job that stopped: 128 and the signal's number, as shells have it."""
+    """The exit code of a job that was stopped: 128 and the signal's number, as shells have it."""
     return 128 + (_asked or signal.SIGINT)
 
 
@@ -94,9 +94,13 @@ def stop_if_asked() -> None:
         raise Stopped
 
 
-def look() -> None:
-    """As :func:`stop_if_asked`, where nothing is deferred: for a request whose exception was lost,
-    raised where Python ignores it."""
+def stop_unless_deferred() -> None:
+    """Stop here if that was asked for and is not deferred: Python may have ignored the exception of
+    the signal, if it came in a destructor, say.
+
+    Raises:
+        Stopped: it was.
+    """
     if not _deferred:
         stop_if_asked()
 
