@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from raycurv.planning.report import size
 from raycurv.stages.spans import Span, actor_order
@@ -20,39 +20,31 @@ _LONG_AGO = 5.0
 
 
 @dataclass
-class _Seen:
-    """What was seen of an actor: its last span, its memory, and when it was busy."""
-
-    last: Span
-    memory: int = 0
-    recent: deque[tuple[float, float]] = field(default_factory=deque)
-
-
-@dataclass(frozen=True)
 class Doing:
     """What an actor does, and how busy it is.
 
     Attributes:
         actor: its name; ``task`` for all tasks together.
-        busy: share of the last seconds, compute and transport; of tasks, how many ran at a time.
-        memory: bytes of its process at the end of that span.
         last: its last span.
+        memory: bytes of its process at the end of that span.
+        busy: share of the last seconds, compute and transport; of tasks, how many ran at a time.
+        recent: when it was busy in these seconds.
     """
 
     actor: str
-    busy: float
-    memory: int
     last: Span
+    memory: int = 0
+    busy: float = 0.0
+    recent: deque[tuple[float, float]] = field(default_factory=deque)
 
     def line(self, now: float) -> str:
         """``replica 0, stage 1       busy  83 %   1.20 GB  turn of microbatch 12``."""
         name, busy = self.actor, f"busy {100 * self.busy:3.0f} %"
         if self.actor == "task":
             name, busy = "tasks", f"{self.busy:.1f} at a time"
-        memory = size(self.memory) if self.memory else ""
         ago = now - self.last.end
         since = f", {ago:.0f} s ago" if ago > _LONG_AGO else ""
-        return f"  {name:<24}{busy:<14}{memory:>9}  {said(self.last)}{since}"
+        return _line(name, busy, self.memory, said(self.last) + since)
 
 
 def said(span: Span) -> str:
@@ -76,7 +68,7 @@ class Activity:
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._seen: dict[str, _Seen] = {}
+        self._seen: dict[str, Doing] = {}
         self.begin()
 
     def begin(self) -> None:
@@ -88,7 +80,7 @@ class Activity:
     def add(self, span: Span) -> None:
         """Take note of a span."""
         with self._lock:
-            seen = self._seen.setdefault(span.actor, _Seen(span))
+            seen = self._seen.setdefault(span.actor, Doing(span.actor, span))
             seen.last = span
             if span.failure:
                 return
@@ -111,7 +103,7 @@ class Activity:
                 share = busy / length
                 # Clocks of other nodes may be ahead.
                 share = share if actor == "task" else min(share, 1.0)
-                found.append(Doing(actor, share, seen.memory, seen.last))
+                found.append(replace(seen, busy=share))
             return found
 
     def lines(self) -> list[str]:
@@ -121,9 +113,10 @@ class Activity:
         rest = actors[MOST_LINES:]
         if rest:
             busy = sum(doing.busy for doing in rest) / len(rest)
-            most = size(max(doing.memory for doing in rest))
-            name = f"and {len(rest)} more"
-            lines.append(f"  {name:<24}busy {100 * busy:3.0f} %    {most:>9}  at most")
+            most = max(doing.memory for doing in rest)
+            lines.append(
+                _line(f"and {len(rest)} more", f"busy {100 * busy:3.0f} %", most, "at most")
+            )
         return lines
 
     def share(self) -> float | None:
@@ -137,3 +130,7 @@ class Activity:
         if share is not None:
             return f"busy {100 * share:.0f} %"
         return "".join(f"{doing.busy:.1f} tasks at a time" for doing in self.actors())
+
+
+def _line(name: str, busy: str, memory: int, text: str) -> str:
+    return f"  {name:<24}{busy:<14}{size(memory) if memory else '':>9}  {text}"
