@@ -390,6 +390,9 @@ def test_viewers_find_what_they_need_in_every_event(tmp_path: Path) -> None:
     assert max(last.values()) == 12_000_000
     notes = [e["args"]["note"] for e in trace_events(lanes) if e.get("cat") == "task"]
     assert sorted(notes) == ["a", "b", "c"]
+    (forward,) = (e["args"] for e in trace_events(lanes) if e["name"] == "forward")
+    assert (forward["microbatch"], forward["transport_seconds"]) == (0, 1.0)
+    assert "note" not in forward
 
 
 def test_a_trace_of_a_phase_or_a_time_has_nothing_else(tmp_path: Path) -> None:

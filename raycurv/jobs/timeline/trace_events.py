@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from raycurv.jobs.timeline.lanes import Lanes
+from raycurv.stages.spans import Span
 
 
 def write_trace(lanes: Lanes, path: str) -> None:
@@ -46,40 +47,38 @@ def trace_events(lanes: Lanes) -> list[dict[str, Any]]:
 def _phases(lanes: Lanes) -> Iterator[tuple[str, str, dict[str, Any]]]:
     for phase, times in lanes.phases.items():
         for start, end in times:
-            yield "phases", phase, _complete(phase, "phase", start, end)
+            yield "phases", phase, _event("X", phase, start, end=end, cat="phase")
 
 
 def _operations(lanes: Lanes) -> Iterator[tuple[str, str, dict[str, Any]]]:
     for lane in lanes.lanes:
         for span in lane.work:
-            said: dict[str, Any] = {
-                "transport_seconds": span.transport,
-                "memory_bytes": span.memory,
-            }
-            said |= {"process": span.pid, "note": span.note, "microbatch": span.microbatch}
-            kind = "task" if lane.task else "stage"
-            event = _complete(span.operation, kind, span.start, span.end)
-            yield span.node, lane.name, event | {"args": said}
-            counter: dict[str, Any] = {
-                "ph": "C",
-                "name": f"memory of {lane.name}",
-                "ts": _micro(span.end),
-            }
-            yield span.node, lane.name, counter | {"args": {"bytes": span.memory}}
+            said = {"transport_seconds": span.transport, "memory_bytes": span.memory}
+            said |= {"process": span.pid} | _about(span)
+            cat = "task" if lane.task else "stage"
+            event = _event("X", span.operation, span.start, end=span.end, cat=cat, args=said)
+            yield span.node, lane.name, event
+            memory = {"bytes": span.memory}
+            event = _event("C", f"memory of {lane.name}", span.end, args=memory)
+            yield span.node, lane.name, event
         for span in lane.failures:
             # The driver tells of failures: they belong where the actor was.
             before = [work.node for work in lane.work if work.start <= span.start]
             node = (before or [span.node])[-1]
-            said = {"note": span.note, "microbatch": span.microbatch}
-            said |= {"seconds": span.end - span.start}
-            event = {"ph": "i", "s": "t", "cat": "failure", "name": span.operation, "args": said}
-            yield node, lane.name, event | {"ts": _micro(span.start)}
+            said = {"seconds": span.end - span.start} | _about(span)
+            event = _event("i", span.operation, span.start, s="t", cat="failure", args=said)
+            yield node, lane.name, event
 
 
-def _complete(name: str, kind: str, start: float, end: float) -> dict[str, Any]:
-    at = _micro(start)
-    return {"ph": "X", "cat": kind, "name": name, "ts": at, "dur": _micro(end) - at}
+def _about(span: Span) -> dict[str, Any]:
+    about = {"microbatch": span.microbatch} if span.microbatch >= 0 else {}
+    return about | ({"note": span.note} if span.note else {})
 
 
-def _micro(seconds: float) -> int:
-    return round(1e6 * seconds)
+def _event(
+    kind: str, name: str, at: float, end: float | None = None, **more: Any
+) -> dict[str, Any]:
+    """An event of the format's ``ph``: at a second, and of some length if it has an end."""
+    start = round(1e6 * at)
+    length = {} if end is None else {"dur": round(1e6 * end) - start}
+    return {"ph": kind, "name": name, "ts": start} | length | more
