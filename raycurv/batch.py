@@ -10,6 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+# What travels between stages: hidden states ``[N, T, d]``, and what goes with them.
+Hidden = tuple[Tensor, ...]
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -16,6 +16,9 @@ from dataclasses import asdict, dataclass, field
 
 from raycurv.files.store import Store
 
+# Of the sums in a commit. Version 1 had no such entry, and other names of the same sums.
+FORMAT = 2
+
 
 @dataclass(frozen=True)
 class Committed:
@@ -27,6 +30,7 @@ class Committed:
         rows: files of the sink.
         sums: files of the stages, for each replica that there was.
         finished: whether the pass has come to its end.
+        format: of the stages' files; sums of another format begin anew.
     """
 
     done: int
@@ -34,6 +38,7 @@ class Committed:
     rows: list[str] = field(default_factory=list)
     sums: list[list[str]] = field(default_factory=list)
     finished: bool = False
+    format: int = FORMAT
 
     @property
     def files(self) -> list[str]:
@@ -46,7 +51,9 @@ def last_commit(store: Store, place: str, mark: str) -> Committed | None:
     said = store.read_json(f"{place}/commit.json")
     if said is None or said["plan"] != mark:
         return None
-    found = Committed(**said)
+    found = Committed(**{"format": 1} | said)
+    if found.format != FORMAT and not found.finished:
+        return None
     if not all(store.exists(name) for name in (*found.rows, *found.files)):
         return None
     return found

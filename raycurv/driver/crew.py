@@ -12,17 +12,20 @@ import contextlib
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TypeVar
 
 from raycurv.driver.commits import Committed, sums_name
 from raycurv.driver.feed import Ends, Feed, Given
 from raycurv.driver.line import Arrived, Line
 from raycurv.files.store import Store
 from raycurv.stages.dealing import tree
-from raycurv.stages.pool import Pool, StageLost
-from raycurv.stages.stage import Commit, Pass
+from raycurv.stages.passes import Pass
+from raycurv.stages.pool import Handle, Pool, StageCalls, StageLost
+from raycurv.stages.stage import Commit
 
+# A replica and a stage.
 Place = tuple[int, int]
+T = TypeVar("T")
 
 
 class Crew:
@@ -47,7 +50,7 @@ class Crew:
         """Start the pass in all stages, from a commit if there is one."""
         if committed is not None:
             self._sums, self._collected = committed.sums, committed.done - 1
-        self._everywhere("begin", self._beginning)
+        self._everywhere(lambda calls, r, s: calls.begin(self._work, self._commit_of(r)))
 
     def through(self, source: Iterator[tuple[int, Given]]) -> Iterator[Arrived]:
         """Take microbatches through the stages; yields each when its results are there, in order.
@@ -94,7 +97,7 @@ class Crew:
             [sums_name(place, done, r, s) for s in range(self._pool.stages)]
             for r in range(self._pool.replicas)
         ]
-        self._everywhere("commit", lambda r, s: (self._store, names[r][s]))
+        self._everywhere(lambda calls, r, s: calls.commit(self._store, names[r][s]))
         return names
 
     def committed(self, sums: list[list[str]]) -> None:
@@ -105,7 +108,7 @@ class Crew:
 
     def finish(self) -> None:
         """Add up what was gathered over replicas, write it, and end the pass."""
-        names = self._everywhere("names", lambda r, s: ())
+        names = self._everywhere(lambda calls, r, s: calls.names())
         # Stages side by side; a name at a time of each.
         left = [
             (stage, name)
@@ -117,14 +120,14 @@ class Crew:
         for r, s in itertools.product(range(self._pool.replicas), range(self._pool.stages)):
             # Who is lost has nothing to lose any more: the next pass finds out.
             with contextlib.suppress(StageLost):
-                self._pool.get(self._pool.call(s, "finish", replica=r))
+                self._pool.get(self._pool.at(s, r).finish())
 
     # Parts
 
     def _write(self, left: list[tuple[int, str]]) -> None:
         """Write results, each once: after a failure only those that were not written."""
         while left:
-            under: deque[tuple[tuple[int, str], Any]] = deque()
+            under: deque[tuple[tuple[int, str], Handle[None]]] = deque()
             ahead = iter(list(left))
             try:
                 while True:
@@ -143,25 +146,26 @@ class Crew:
                 for line in self._lines:
                     self._drain(line)
 
-    def _added_up(self, stage: int, name: str) -> Any:
+    def _added_up(self, stage: int, name: str) -> Handle[None]:
         """A handle of one result's writing: between actors, along a tree over replicas."""
-        if self._pool.replicas == 1:
-            return self._pool.call(stage, "write", name)
-        parts = [
-            self._pool.call(stage, "result", name, replica=r) for r in range(self._pool.replicas)
-        ]
-        for left, right, by in tree(self._pool.replicas):
-            parts[left] = self._pool.call(stage, "joined", parts[left], parts[right], replica=by)
-        return self._pool.call(stage, "write", name, parts[0])
+        calls = [self._pool.at(stage, replica) for replica in range(self._pool.replicas)]
+        if len(calls) == 1:
+            return calls[0].write(name)
+        parts = [call.result(name) for call in calls]
+        for left, right, by in tree(len(calls)):
+            parts[left] = calls[by].joined(parts[left], parts[right])
+        return calls[0].write(name, parts[0])
 
-    def _everywhere(
-        self, method: str, args: Callable[[int, int], tuple[Any, ...]]
-    ) -> dict[Place, Any]:
-        """Call a method of every stage of every replica, again where one was lost."""
+    def _everywhere(self, call: Callable[[StageCalls, int, int], Handle[T]]) -> dict[Place, T]:
+        """Call every stage of every replica, again where one was lost.
+
+        Args:
+            call: takes the calls of a stage, the replica and the stage.
+        """
         left = [(r, s) for r in range(self._pool.replicas) for s in range(self._pool.stages)]
-        found: dict[Place, Any] = {}
+        found: dict[Place, T] = {}
         while left:
-            handles = {(r, s): self._pool.call(s, method, *args(r, s), replica=r) for r, s in left}
+            handles = {(r, s): call(self._pool.at(s, r), r, s) for r, s in left}
             lost: dict[int, StageLost] = {}
             for place, handle in handles.items():
                 try:
@@ -171,15 +175,14 @@ class Crew:
             left = [place for place in left if place not in found]
             for replica, error in lost.items():
                 self._recover(self._lines[replica], error)
-                # The method speaks of everything that went through; so let it go through.
+                # The call speaks of everything that went through; so let it go through.
                 self._drain(self._lines[replica])
         return found
 
-    def _beginning(self, replica: int, stage: int) -> tuple[Any, ...]:
+    def _commit_of(self, replica: int) -> Commit | None:
+        """The last commit of a replica; of several that it stands for now, all of theirs."""
         mine = self._sums[replica :: self._pool.replicas]
-        if not mine:
-            return (self._work, None)
-        return (self._work, Commit(self._store, tuple(tuple(names) for names in mine)))
+        return Commit(self._store, tuple(map(tuple, mine))) if mine else None
 
     def _open(self, line: Line, again: Sequence[tuple[int, Given]] = ()) -> None:
         line.open(lambda: self._next(line.replica), again)
@@ -214,18 +217,15 @@ class Crew:
             try:
                 rebuilt = pool.repair(replica, lost)
                 some = some or bool(rebuilt)
-                for handle in [
-                    pool.call(stage, "begin", *self._beginning(replica, stage), replica=replica)
-                    for stage in rebuilt
-                ]:
-                    pool.get(handle)
-                answers = [
-                    pool.call(stage, "abort", replica=replica) for stage in range(pool.stages)
-                ]
-                seen = [set(pool.get(handle)) for handle in answers]
+                commit = self._commit_of(replica)
+                for begun in [pool.at(s, replica).begin(self._work, commit) for s in rebuilt]:
+                    pool.get(begun)
+                answers = [pool.at(stage, replica).abort() for stage in range(pool.stages)]
+                answered = [pool.get(handle) for handle in answers]
                 break
             except StageLost as again:
                 lost = again
+        seen = [set(microbatches) for microbatches in answered]
         lacking = [
             m for m in line.since if m > self._collected or not all(m in each for each in seen)
         ]

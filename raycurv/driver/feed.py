@@ -9,10 +9,9 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from raycurv.batch import Batch
+from raycurv.batch import Batch, Hidden
 from raycurv.data.microbatch import Microbatches
-
-Results = dict[str, Tensor]
+from raycurv.mathematics.sums import Results
 
 
 @dataclass(frozen=True)
@@ -40,12 +39,12 @@ class Given:
 
     Attributes:
         hidden: for the first of them; ``None`` if it embeds the inputs.
-        gradient: for the last of them, ``[draws, ...]``; ``None`` if it starts from the loss.
+        gradients: for the last of them, ``[draws, ...]`` each; ``None`` if it starts from the loss.
         carried: what the stages behind them found.
     """
 
-    hidden: Tensor | None = None
-    gradient: Tensor | None = None
+    hidden: Hidden | None = None
+    gradients: Hidden | None = None
     carried: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -54,7 +53,7 @@ class Ends(Protocol):
 
     @property
     def keeps(self) -> bool:
-        """Whether the tensor that leaves is wanted."""
+        """Whether the tensors that leave are wanted."""
         ...
 
     def load(self, microbatch: int) -> Given:
@@ -65,7 +64,7 @@ class Ends(Protocol):
         """
         ...
 
-    def leave(self, microbatch: int, tensor: Tensor | None, results: Results) -> None:
+    def leave(self, microbatch: int, leaving: Hidden | None, results: Results) -> None:
         """Take what leaves: hidden states, or gradients; and all that was found so far."""
         ...
 
@@ -78,5 +77,5 @@ class ModelEnds:
     def load(self, microbatch: int) -> Given:
         return Given()
 
-    def leave(self, microbatch: int, tensor: Tensor | None, results: Results) -> None:
+    def leave(self, microbatch: int, leaving: Hidden | None, results: Results) -> None:
         pass

@@ -6,14 +6,13 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
-from torch import Tensor
-
-from raycurv.driver.feed import Feed, Given, Results
-from raycurv.stages.pool import Pool
+from raycurv.batch import Batch, Hidden
+from raycurv.driver.feed import Feed, Given
+from raycurv.mathematics.sums import Results
+from raycurv.stages.passes import Pass
+from raycurv.stages.pool import Handle, Pool
 from raycurv.stages.schedule import Operation, pipelined
-from raycurv.stages.stage import Pass
 
 # Gives the next microbatch of a replica, and what enters with it; None when there is none for now.
 Next = Callable[[], tuple[int, Given] | None]
@@ -24,10 +23,10 @@ class _Under:
     """A microbatch on its way: what was given with it, and handles of what it leaves."""
 
     given: Given
-    batch: Any
-    hidden: Any
-    gradient: Any = None
-    results: list[Any] = field(default_factory=list)
+    batch: Handle[Batch] | None
+    hidden: Handle[Hidden] | None
+    leaving: Handle[Hidden | None] | None = None
+    results: list[Handle[Results]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -37,13 +36,13 @@ class Arrived:
     Attributes:
         microbatch: which.
         given: what entered with it.
-        leaving: hidden states or gradients, where they are wanted.
+        leaving: hidden states, or gradients ``[draws, ...]``, where they are wanted.
         results: what every stage found, in their order.
     """
 
     microbatch: int
     given: Given
-    leaving: Tensor | None
+    leaving: Hidden | None
     results: list[Results]
 
 
@@ -119,7 +118,9 @@ class Line:
         get = self._pool.get
         # Stages answered from the last to the first.
         results = [get(handle) for handle in reversed(found.results)]
-        leaving = get(found.gradient) if self._keeps else None
+        leaving = None
+        if self._keeps and found.leaving is not None:
+            leaving = get(found.leaving)
         self._ended.popleft()
         del self._under[m]
         return Arrived(m, found.given, leaving, results)
@@ -131,32 +132,24 @@ class Line:
 
     def _submit(self, operation: Operation) -> None:
         m, stage = operation.microbatch, operation.stage
-        here = self._under[m]
+        calls, here = self._pool.at(stage, self.replica), self._under[m]
+        goes_back = self._work.differentiates
+        # Who takes the gradients, if anybody does.
+        before = stage - 1 if stage > 0 and goes_back else None
         if operation.kind == "forward":
-            here.hidden = self._call(operation, here.batch, here.hidden, to=stage + 1)
+            assert here.batch is not None
+            here.hidden = calls.forward(m, here.batch, here.hidden, to=stage + 1)
             return
-        before = stage - 1 if stage > 0 else None
         if operation.kind == "turn":
-            if self._work.target == "nothing":
-                before = None  # nobody goes back
-            back = None if here.given.gradient is None else self._pool.put(here.given.gradient)
-            here.gradient, found = self._call(
-                operation, here.batch, here.hidden, back, to=before, returns=2
-            )
+            assert here.batch is not None
+            given = here.given.gradients
+            back = None if given is None else self._pool.put(given)
+            here.leaving, found = calls.turn(m, here.batch, here.hidden, back, to=before)
             here.results.append(found)
             here.batch = here.hidden = None
-        elif self._work.target != "nothing":
-            here.gradient, found = self._call(operation, m, here.gradient, to=before, returns=2)
+        elif goes_back:
+            assert here.leaving is not None
+            here.leaving, found = calls.backward(m, here.leaving, to=before)
             here.results.append(found)
         if stage == 0:
             self._ended.append(m)
-
-    def _call(self, operation: Operation, *args: Any, **how: Any) -> Any:
-        return self._pool.call(
-            operation.stage,
-            operation.kind,
-            *args,
-            replica=self.replica,
-            microbatch=operation.microbatch,
-            **how,
-        )

@@ -7,22 +7,24 @@ the sink its rows, and then one small JSON file says so (:mod:`raycurv.driver.co
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from raycurv.driver.commits import Committed, last_commit, plan_mark, write_commit
 from raycurv.driver.crew import Crew
-from raycurv.driver.feed import Ends, Feed, Given, Results
+from raycurv.driver.feed import Ends, Feed, Given
 from raycurv.driver.timeline_table import write_long_timeline, write_timeline
 from raycurv.files.spool import LostSpool
 from raycurv.files.store import Store
-from raycurv.mathematics.gradient_statistics import BLOCK_NORMS
+from raycurv.mathematics.sums import Combine, Results
 from raycurv.progress import stopping
+from raycurv.progress.phase import PhaseProgress
 from raycurv.progress.reporter import Reporter
+from raycurv.stages.passes import Pass
 from raycurv.stages.pool import Pool
-from raycurv.stages.stage import Pass
 
 # Between two commits, unless the settings say otherwise: seconds, and times what one takes.
 COMMIT_SECONDS, _COMMIT_TIMES = 60.0, 10.0
@@ -64,167 +66,165 @@ class NoSink:
         pass
 
 
-def run_pass(
-    pool: Pool,
-    work: Pass,
-    feed: Feed,
-    ends: Ends,
-    sink: Sink,
-    store: Store,
-    place: str,
-    reporter: Reporter,
-    label: str,
-    commit_seconds: float | None,
-) -> list[str]:
-    """Run a pass to its end, from its last commit if there is one.
+@dataclass
+class Passage:
+    """A pass on its way through the resident stages.
 
-    Args:
+    Attributes:
         pool: with its stages started.
         work: the pass.
         feed: its microbatches.
         ends: of the stages.
-        sink: takes what stages give back.
-        store: where commits go, below ``place``.
+        store: of the run.
+        reporter: shows progress.
         label: what the progress calls the pass.
-        commit_seconds: time between commits; ``None`` for a minute, or ten times what one takes.
-
-    Returns:
-        The names of all files that the sink wrote, in order.
-
-    Raises:
-        LostSpool: of a microbatch; what was committed before is kept.
-        Stopped: the job was asked to stop; what was done is committed.
+        where: which stages, for the progress, if only some.
+        lost: what of the spool is gone, so that no further microbatch could enter.
     """
-    mark = plan_mark(feed.plan)
-    before = last_commit(store, place, mark)
-    if before is not None and before.finished:
-        return before.rows
-    at = before or Committed(0, mark)
-    crew = Crew(pool, work, feed, ends, store)
-    crew.begin(before)
+
+    pool: Pool
+    work: Pass
+    feed: Feed
+    ends: Ends
+    store: Store
+    reporter: Reporter
+    label: str
+    where: str = ""
     lost: LostSpool | None = None
-    writing = 0.0
-    with reporter.phase(label, len(feed.plan), "microbatches") as phase, stopping.deferred():
-        phase.skip(at.done)
-        done = at.done
-        while done < len(feed.plan):
-            wait = commit_seconds or max(COMMIT_SECONDS, _COMMIT_TIMES * writing)
-            until = time.monotonic() + wait
 
-            def span(start: int = done, until: float = until) -> Iterator[tuple[int, Given]]:
-                nonlocal lost
-                for index in range(start, len(feed.plan)):
-                    # Always one, or a commit that takes long would never let the pass go on.
-                    if index > start and (sink.full or time.monotonic() > until):
-                        return
-                    if stopping.asked():
-                        return
-                    try:
-                        given = ends.load(index)
-                    except LostSpool as found:
-                        # What is under way comes to its end before it is made again.
-                        lost = found
-                        return
-                    yield index, given
+    def __post_init__(self) -> None:
+        self._crew = Crew(self.pool, self.work, self.feed, self.ends, self.store)
 
-            try:
-                for arrived in crew.through(span()):
-                    results = combine([*arrived.results, dict(arrived.given.carried)])
-                    ends.leave(arrived.microbatch, arrived.leaving, results)
-                    sink.take(feed.plan[arrived.microbatch], results)
-                    phase.advance(1, feed.tokens(arrived.microbatch))
-                    write_long_timeline(store, pool, label)
-                    done = arrived.microbatch + 1
-            except LostSpool:
-                # Of one that had to go again: all stages go back to the last commit.
-                sink.forget()
-                raise
-            started = time.monotonic()
-            rows = at.rows + sink.commit(f"{place}/{done:07d}")
-            if at.done < done < len(feed.plan):
-                sums = crew.commit(place, done)
-                stale, at = at, Committed(done, mark, rows, sums)
-                write_commit(store, place, at)
-                crew.committed(sums)
-                write_timeline(store, pool, label)
-                for name in set(stale.files) - set(at.files):
-                    store.delete(name)
-            writing = time.monotonic() - started
-            if lost is not None:
-                raise lost
-            if done < len(feed.plan):
+    def run(self, sink: Sink, place: str, commit_seconds: float | None) -> list[str]:
+        """Run the pass to its end, from its last commit if there is one.
+
+        Args:
+            sink: takes what stages give back.
+            place: below the store, where commits go.
+            commit_seconds: time between commits; ``None`` for a minute, or ten times what one
+                takes.
+
+        Returns:
+            The names of all files that the sink wrote, in order.
+
+        Raises:
+            LostSpool: of a microbatch; what was committed before is kept.
+            Stopped: the job was asked to stop; what was done is committed.
+        """
+        plan, store, crew = self.feed.plan, self.store, self._crew
+        mark = plan_mark(plan)
+        before = last_commit(store, place, mark)
+        if before is not None and before.finished:
+            return before.rows
+        at = before or Committed(0, mark)
+        crew.begin(before)
+        writing = 0.0
+        with (
+            self.reporter.phase(self.label, len(plan), "microbatches") as phase,
+            stopping.deferred(),
+        ):
+            phase.skip(at.done)
+            done = at.done
+            while done < len(plan):
+                wait = commit_seconds or max(COMMIT_SECONDS, _COMMIT_TIMES * writing)
+                until = time.monotonic() + wait
+
+                def enough(until: float = until) -> bool:
+                    return sink.full or time.monotonic() > until
+
+                try:
+                    for m, results in self._through(range(done, len(plan)), phase, enough):
+                        sink.take(plan[m], results)
+                        done = m + 1
+                except LostSpool:
+                    # Of one that had to go again: all stages go back to the last commit.
+                    sink.forget()
+                    raise
+                started = time.monotonic()
+                rows = at.rows + sink.commit(f"{place}/{done:07d}")
+                if at.done < done < len(plan):
+                    sums = crew.commit(place, done)
+                    stale, at = at, Committed(done, mark, rows, sums)
+                    write_commit(store, place, at)
+                    crew.committed(sums)
+                    write_timeline(store, self.pool, self.label)
+                    for name in set(stale.files) - set(at.files):
+                        store.delete(name)
+                writing = time.monotonic() - started
+                if self.lost is not None:
+                    raise self.lost
+                if done < len(plan):
+                    stopping.stop_if_asked()
+            # Results first, then the word that they are there.
+            crew.finish()
+            write_commit(store, place, Committed(done, mark, rows, finished=True))
+            write_timeline(store, self.pool, self.label)
+            for name in at.files:
+                store.delete(name)
+        return rows
+
+    def take(self, microbatches: Sequence[int]) -> None:
+        """Take some microbatches through, gathering nothing.
+
+        Raises:
+            LostSpool: of one of them; those before it have been through.
+            Stopped: the job was asked to stop.
+        """
+        self._crew.begin()
+        with self.reporter.phase(
+            self.label, len(microbatches), "microbatches", self.where
+        ) as phase:
+            with stopping.deferred():
+                for _ in self._through(microbatches, phase, lambda: False):
+                    pass
                 stopping.stop_if_asked()
-        # Results first, then the word that they are there.
-        crew.finish()
-        write_commit(store, place, Committed(done, mark, rows, finished=True))
-        write_timeline(store, pool, label)
-        for name in at.files:
-            store.delete(name)
-    return rows
+            self._crew.finish()
+            write_timeline(self.store, self.pool, self.label)
+        if self.lost is not None:
+            raise self.lost
+
+    def _through(
+        self, microbatches: Iterable[int], phase: PhaseProgress, enough: Callable[[], bool]
+    ) -> Iterator[tuple[int, Results]]:
+        """Take microbatches through until there are enough, the job is to stop, or one is lost."""
+
+        def entering() -> Iterator[tuple[int, Given]]:
+            for number, m in enumerate(microbatches):
+                # Always one, or a commit that takes long would never let the pass go on.
+                if stopping.asked() or (number > 0 and enough()):
+                    return
+                try:
+                    given = self.ends.load(m)
+                except LostSpool as found:
+                    # What is under way comes to its end before it is made again.
+                    self.lost = found
+                    return
+                yield m, given
+
+        combines = self.work.results
+        for arrived in self._crew.through(entering()):
+            m = arrived.microbatch
+            results = combine(combines, [*arrived.results, dict(arrived.given.carried)])
+            self.ends.leave(m, arrived.leaving, results)
+            phase.advance(1, self.feed.tokens(m))
+            write_long_timeline(self.store, self.pool, self.label)
+            yield m, results
 
 
-def take_through(
-    pool: Pool,
-    work: Pass,
-    feed: Feed,
-    ends: Ends,
-    store: Store,
-    microbatches: Sequence[int],
-    reporter: Reporter,
-    label: str,
-    where: str,
-) -> None:
-    """Take some microbatches through the resident stages, gathering nothing.
+def combine(combines: Mapping[str, Combine], results: Sequence[Results]) -> Results:
+    """What consecutive stages found as one.
 
     Args:
-        where: which stages, for the progress.
-
-    Raises:
-        LostSpool: of one of them; those before it have been through.
-        Stopped: the job was asked to stop.
-    """
-    crew = Crew(pool, work, feed, ends, store)
-    crew.begin()
-    lost: list[LostSpool] = []
-
-    def span() -> Iterator[tuple[int, Given]]:
-        for m in microbatches:
-            if stopping.asked():
-                return
-            try:
-                given = ends.load(m)
-            except LostSpool as found:
-                lost.append(found)
-                return
-            yield m, given
-
-    with reporter.phase(label, len(microbatches), "microbatches", where) as phase:
-        with stopping.deferred():
-            for arrived in crew.through(span()):
-                results = combine([*arrived.results, dict(arrived.given.carried)])
-                ends.leave(arrived.microbatch, arrived.leaving, results)
-                phase.advance(1, feed.tokens(arrived.microbatch))
-                write_long_timeline(store, pool, label)
-            stopping.stop_if_asked()
-        crew.finish()
-        write_timeline(store, pool, label)
-    if lost:
-        raise lost[0]
-
-
-def combine(results: Sequence[Results]) -> Results:
-    """What consecutive stages found as one: sums in float64; blocks side by side; the last's own.
-
-    ``loss`` and ``drawn`` come from the model's last stage; ``block_scores [N, Q, B]`` and
-    ``block_sq_norms [N, B]`` are joined along B; everything else is a sum over stages.
+        combines: how, by the results' names (see :data:`raycurv.mathematics.sums.Combine`).
+        results: of the stages, in their order.
     """
     combined: Results = {}
     for key in dict.fromkeys(key for found in results for key in found):
         parts = [found[key] for found in results if key in found]
-        if key in ("loss", "drawn"):
-            (combined[key],) = parts
-        elif key in ("block_scores", BLOCK_NORMS):
-            combined[key] = torch.cat(parts, dim=-1)
-        else:
+        if combines[key] == "sum":
             combined[key] = torch.stack([part.double() for part in parts]).sum(dim=0)
+        elif combines[key] == "last":
+            (combined[key],) = parts
+        else:
+            combined[key] = torch.cat(parts, dim=-1)
     return combined

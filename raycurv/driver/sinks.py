@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raycurv.driver.corpus import PART, Corpus, DrawnLabels
-from raycurv.driver.feed import Results
 from raycurv.files.store import Store
 from raycurv.files.tables import (
     ROWS,
@@ -24,6 +23,7 @@ from raycurv.files.tables import (
 from raycurv.mathematics.gradient_statistics import BLOCK_NORMS
 from raycurv.mathematics.rank.rank_inverse import RankInverses
 from raycurv.mathematics.rank.rank_scores import whole_self_scores
+from raycurv.mathematics.sums import Results
 
 # Numbers that may wait in memory for the next commit.
 _FULL = 8_000_000

@@ -16,26 +16,29 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
 
+from raycurv.batch import Hidden
 from raycurv.driver.commits import plan_mark
-from raycurv.driver.feed import Ends, Feed, Given, ModelEnds, Results
-from raycurv.driver.pipeline import NoSink, Sink, run_pass, take_through
+from raycurv.driver.feed import Ends, Feed, Given, ModelEnds
+from raycurv.driver.pipeline import NoSink, Passage, Sink
 from raycurv.driver.timeline_table import write_timeline
 from raycurv.driver.workers import Workers
 from raycurv.files.manifest import Manifest
 from raycurv.files.spool import LostSpool, Spool, spool_directory
 from raycurv.files.store import Store
-from raycurv.mathematics.gradient_statistics import BLOCK_NORMS
 from raycurv.mathematics.loss.differentiation import Target
+from raycurv.mathematics.sums import Results
 from raycurv.progress.reporter import Reporter
-from raycurv.stages.passes import LossPass
+from raycurv.stages.passes import Pass, loss_pass
 from raycurv.stages.pool import Pool
-from raycurv.stages.stage import Pass
+
+# Of the files in a spool: those of another format are of no use.
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -127,18 +130,9 @@ class Sweep:
         while True:
             ends = self._back(group, task, lowest)
             try:
-                return run_pass(
-                    self._resident(group),
-                    task.work,
-                    task.feed,
-                    ends,
-                    task.sink,
-                    self._store,
-                    self.place(task.work.name, group),
-                    self._reporter,
-                    label,
-                    self._commit_seconds,
-                )
+                passage = self._passage(group, task, ends, label)
+                place = self.place(task.work.name, group)
+                return passage.run(task.sink, place, self._commit_seconds)
             except LostSpool as lost:
                 self._remake(lost, task)
 
@@ -194,18 +188,18 @@ class Sweep:
                 given = ends.load(0)
                 break
             except LostSpool as lost:
-                self._remake(lost, Task(name, feed, LossPass(), LossPass(), carries=False))
+                self._remake(lost, _forward_task(name, feed))
         meet(group, self._resident(group), given)
 
     def _back(self, group: int, task: Task, lowest: int) -> Ends:
         if self._spool is None:
             return ModelEnds()
         keeps = group > lowest and bool(self._missing(task.stream, "gradient", group, task.feed))
-        return _Backward(self._spool, task.stream, group, self.last, keeps, task.carries)
+        return _Backward(self._spool, task.stream, group, self.last, keeps, task)
 
     def _forward(self, group: int, name: str, feed: Feed) -> None:
         assert self._spool is not None
-        task = Task(name, feed, LossPass(), LossPass(), carries=False)
+        task = _forward_task(name, feed)
         while True:
             missing = self._missing(name, "hidden", group + 1, feed)
             if not missing:
@@ -224,17 +218,12 @@ class Sweep:
         label: str = "again, what the spool lost",
     ) -> None:
         """Take some microbatches through a group, gathering nothing."""
-        take_through(
-            self._resident(group),
-            task.work,
-            task.feed,
-            ends,
-            self._store,
-            microbatches,
-            self._reporter,
-            label,
-            self._workers.named(group),
-        )
+        self._passage(group, task, ends, label).take(microbatches)
+
+    def _passage(self, group: int, task: Task, ends: Ends, label: str) -> Passage:
+        where = self._workers.named(group)
+        pool = self._resident(group)
+        return Passage(pool, task.work, task.feed, ends, self._store, self._reporter, label, where)
 
     def _remake(self, lost: LostSpool, task: Task) -> None:
         """Make one microbatch's file again, and with it everything that it is made from."""
@@ -252,7 +241,7 @@ class Sweep:
                     return
                 self._remake_hidden(task, m, self.last)
                 for group in range(self.last, boundary - 1, -1):
-                    ends = _Backward(spool, task.stream, group, self.last, True, task.carries)
+                    ends = _Backward(spool, task.stream, group, self.last, True, again)
                     self._take(group, again, ends, [m])
                 break
             except LostSpool:
@@ -269,9 +258,13 @@ class Sweep:
         start = boundary
         while start > 0 and not self._spool.has(task.stream, "hidden", start, m):
             start -= 1
-        forward = Task(task.stream, task.feed, LossPass(), LossPass(), carries=False)
+        forward = _forward_task(task.stream, task.feed)
         for group in range(start, boundary):
             self._take(group, forward, _Forward(self._spool, task.stream, group), [m])
+
+
+def _forward_task(stream: str, feed: Feed) -> Task:
+    return Task(stream, feed, loss_pass(), loss_pass(), carries=False)
 
 
 @dataclass(frozen=True)
@@ -286,12 +279,11 @@ class _Forward:
     def load(self, microbatch: int) -> Given:
         if self.group == 0:
             return Given()
-        found = self.spool.read(self.stream, "hidden", self.group, microbatch)
-        return Given(found["hidden"])
+        return Given(_hidden(self.spool.read(self.stream, "hidden", self.group, microbatch)))
 
-    def leave(self, microbatch: int, tensor: Tensor | None, results: Results) -> None:
-        assert tensor is not None
-        self.spool.write(self.stream, "hidden", self.group + 1, microbatch, {"hidden": tensor})
+    def leave(self, microbatch: int, leaving: Hidden | None, results: Results) -> None:
+        assert leaving is not None
+        self.spool.write(self.stream, "hidden", self.group + 1, microbatch, _numbered(leaving))
 
 
 @dataclass(frozen=True)
@@ -303,27 +295,36 @@ class _Backward:
     group: int
     last: int
     keeps: bool
-    carries: bool
+    task: Task
 
     def load(self, microbatch: int) -> Given:
         def read(kind: Literal["hidden", "gradient", "results"], boundary: int) -> Results:
             return self.spool.read(self.stream, kind, boundary, microbatch)
 
-        hidden = None if self.group == 0 else read("hidden", self.group)["hidden"]
+        hidden = None if self.group == 0 else _hidden(read("hidden", self.group))
         if self.group == self.last:
             return Given(hidden)
-        gradient = read("gradient", self.group + 1)["gradient"]
-        return Given(hidden, gradient, read("results", self.group + 1) if self.carries else {})
+        behind = self.group + 1
+        carried = read("results", behind) if self.task.carries else {}
+        return Given(hidden, _hidden(read("gradient", behind)), carried)
 
-    def leave(self, microbatch: int, tensor: Tensor | None, results: Results) -> None:
+    def leave(self, microbatch: int, leaving: Hidden | None, results: Results) -> None:
         spool, stream, group = self.spool, self.stream, self.group
         if self.keeps and not spool.has(stream, "gradient", group, microbatch):
-            assert tensor is not None
-            spool.write(stream, "gradient", group, microbatch, {"gradient": tensor})
-        if self.carries and group > 0:
-            # Norms by block stay with their group, whichever of its passes finds them.
-            carried = {k: tensor for k, tensor in results.items() if k != BLOCK_NORMS}
+            assert leaving is not None
+            spool.write(stream, "gradient", group, microbatch, _numbered(leaving))
+        if self.task.carries and group > 0:
+            combines = self.task.work.results
+            carried = {k: t for k, t in results.items() if combines[k] != "apart"}
             spool.write(stream, "results", group, microbatch, carried)
+
+
+def _numbered(hidden: Hidden) -> dict[str, Tensor]:
+    return {str(place): tensor for place, tensor in enumerate(hidden)}
+
+
+def _hidden(read: Mapping[str, Tensor]) -> Hidden:
+    return tuple(read[str(place)] for place in range(len(read)))
 
 
 def commit_place(name: str, group: int, groups: int) -> str:
@@ -355,6 +356,6 @@ def open_spool(
         return None
     units = [[workers.cuts[stage].stop for stage in group] for group in workers.groups]
     plans = [plan_mark(f.plan) for f in feeds]
-    said = [manifest.settings, manifest.fingerprints, units, plans, target]
+    said = [_FORMAT, manifest.settings, manifest.fingerprints, units, plans, target]
     mark = hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=16).hexdigest()
     return Spool(spool_directory(run, directory), mark, len(workers.groups))

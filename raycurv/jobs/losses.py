@@ -30,7 +30,7 @@ from raycurv.files.store import Store
 from raycurv.models.model import Model
 from raycurv.models.patched import parts
 from raycurv.progress.reporter import Reporter
-from raycurv.stages.passes import LossPass
+from raycurv.stages.passes import Pass, loss_pass
 
 _STREAM = "examples"
 
@@ -83,17 +83,17 @@ class Losses:
             UserError: see :meth:`of`.
         """
         mark = _mark(model)
-        work = LossPass(f"losses-{mark}" if mark else "losses")
+        work = loss_pass(f"losses-{mark}" if mark else "losses")
         return rows_by_part(self.store, self._finished(work) or self._run(model, work, mark, label))
 
-    def _finished(self, work: LossPass) -> list[str]:
+    def _finished(self, work: Pass) -> list[str]:
         """The files of a pass that has come to its end; none of another."""
         groups = len(self.workers.groups)
         place = commit_place(work.name, groups - 1, groups)
         commit = last_commit(self.store, place, plan_mark(self._feed.plan))
         return commit.rows if commit is not None and commit.finished else []
 
-    def _run(self, model: Model, work: LossPass, mark: str, label: str) -> list[str]:
+    def _run(self, model: Model, work: Pass, mark: str, label: str) -> list[str]:
         """Take the corpus through a model; gives the files of what was found."""
         self.workers.become(model)
         spool = None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ from torch import Tensor
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Captured, of_fit
 from raycurv.mathematics.eigen import Eigenbasis
-from raycurv.mathematics.gradients import Rotations, add_squares
-from raycurv.mathematics.sums import RunningSum, join_nested, load_nested, nested_state
+from raycurv.mathematics.gradients import SQUARED_NORM, Rotations, add_squares
+from raycurv.mathematics.sums import SHARED, Combine, Results, RunningSum, Sums
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,18 @@ class CorrectedSum:
         )
 
 
-class CorrectedSums:
+class CorrectedSums(Sums):
     """Gathers Λ of some blocks and every example's squared gradient norm.
 
     Args:
         blocks: with their input factors known.
         bases: factor -> eigenbasis, as stored (rounded): Λ is fitted in what is multiplied later.
         dtype: of the model's computation.
+        device: where the sums live.
         only: the blocks whose Λ to gather; the norms are over all of ``blocks``.
     """
+
+    results: ClassVar[Mapping[str, Combine]] = {SQUARED_NORM: "sum"}
 
     def __init__(
         self,
@@ -71,42 +75,27 @@ class CorrectedSums:
         device: torch.device,
         only: frozenset[str] | None = None,
     ) -> None:
-        self.blocks = {block.name: block for block in blocks}
-        self._bases = bases
-        self._dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self._device = device
-        self._sums = {
-            b.name: RunningSum((b.d_out, b.d_in), dtype, device)
-            for b in blocks
-            if only is None or b.name in only
-        }
-        self._examples = 0
-        self._count = 0
+        gathered = [b for b in blocks if only is None or b.name in only]
+        super().__init__([b.name for b in gathered], dtype, device)
+        self._blocks, self._bases = tuple(blocks), bases
+        self._totals = {b.name: RunningSum((b.d_out, b.d_in), dtype, device) for b in gathered}
+        self.sums |= self._totals
+        # Examples, and examples x draws.
+        self.counts = {SHARED: [0, 0]}
 
-    def add(self, draws: Sequence[Captured], counts: bool = True) -> dict[str, Tensor]:
-        """Add a microbatch's contribution; gives ``gradient_sq_norm [N]``, the mean over draws.
-
-        Args:
-            counts: whether it enters the sums; without, it only gives the norms.
-        """
+    def add(self, draws: Sequence[Captured], counts: bool = True) -> Results:
+        """Add a microbatch's contribution; gives ``gradient_sq_norm [N]``, the mean over draws."""
         draws = of_fit(draws)
         examples = draws[0].batch.size
-        norms = torch.zeros(examples, dtype=torch.float64, device=self._device)
+        norms = torch.zeros(examples, dtype=torch.float64, device=self.device)
         for captured in draws:
-            blocks = tuple(self.blocks.values())
-            rotations = Rotations(captured, self._bases, blocks, self._dtype)
-            for block in blocks:
-                running = self._sums.get(block.name) if counts else None
+            rotations = Rotations(captured, self._bases, self._blocks, self.dtype)
+            for block in self._blocks:
+                running = self._totals.get(block.name) if counts else None
                 norms += add_squares(running, rotations, block)
         if counts:
-            self._examples += examples
-            self._count += examples * len(draws)
-        return {"gradient_sq_norm": norms / len(draws)}
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The blocks whose Λ is gathered."""
-        return tuple(self._sums)
+            self.count(SHARED, examples, examples * len(draws))
+        return {SQUARED_NORM: norms / len(draws)}
 
     def result(self, name: str) -> CorrectedSum:
         """Λ of a block as a sum with its count.
@@ -114,21 +103,5 @@ class CorrectedSums:
         Raises:
             NumericalError: the sum is not finite.
         """
-        total = self._sums[name].value(f"block {name}")
-        return CorrectedSum(name, total, self._count, self._examples)
-
-    def state(self) -> dict[str, Tensor]:
-        """Sums and counts as they stand."""
-        return nested_state(self._sums) | {"counts": torch.tensor([self._examples, self._count])}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from :meth:`state`."""
-        load_nested(self._sums, state)
-        self._examples, self._count = (int(x) for x in state["counts"])
-
-    def join(self, state: Mapping[str, Tensor]) -> None:
-        """Add the sums of other examples, given as their :meth:`state`."""
-        join_nested(self._sums, state)
-        examples, count = (int(x) for x in state["counts"])
-        self._examples += examples
-        self._count += count
+        examples, count = self.counts[SHARED]
+        return CorrectedSum(name, self._totals[name].value(f"block {name}"), count, examples)

@@ -9,7 +9,7 @@ Martens & Grosse 2015 (arXiv:1503.05671), sections 3 and 4; over tokens as in Gr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Captured, of_fit
-from raycurv.mathematics.sums import RunningSum, join_nested, load_nested, nested_state
+from raycurv.mathematics.sums import Results, RunningSum, Sums
 from raycurv.mathematics.tiles import tile_widths
 
 
@@ -96,12 +96,13 @@ class FactorSum:
         )
 
 
-class FactorSums:
+class FactorSums(Sums):
     """Gathers A and G of some blocks, microbatch by microbatch.
 
     Args:
         blocks: with their input factors known.
         dtype: of the model's computation; float64 sums in float64, all else in float32.
+        device: where the sums live.
         max_factor_dim: widest tile.
         only: the factors to gather; all by default.
     """
@@ -119,51 +120,42 @@ class FactorSums:
             for name, factor in factors_of(blocks).items()
             if only is None or name in only
         }
+        super().__init__(self.tiles, dtype, device)
         self._blocks = blocks
-        self._dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self._sums = {
-            f"{name}#{i}": RunningSum((t, t), dtype, device)
-            for name, tiles in self.tiles.items()
-            for i, t in enumerate(tiles)
-        }
-        self._count = dict.fromkeys(self.tiles, 0)
-        self._rows = dict.fromkeys(self.tiles, 0)
+        self._tiles: dict[str, list[RunningSum]] = {}
+        for name, widths_ in self.tiles.items():
+            self._tiles[name] = [RunningSum((t, t), dtype, device) for t in widths_]
+            self.sums |= {f"{name}#{i}": tile for i, tile in enumerate(self._tiles[name])}
+        # What to divide a sum by, and rows of one draw that were not padding.
+        self.counts = {name: [0, 0] for name in self.tiles}
 
-    def add(self, draws: Sequence[Captured], counts: bool = True) -> dict[str, Tensor]:
-        """Add a microbatch's whole contribution, unless it is not to count again."""
+    def add(self, draws: Sequence[Captured], counts: bool = True) -> Results:
         if not counts:
             return {}
         for captured in of_fit(draws):
+            first = captured.first_draw
             for block in self._blocks:
-                g = captured.gradients[block.name]
                 name = block.output_factor
                 if name in self.tiles:
                     rows = captured.rows.get(block.input_factor, 0)
-                    self._count[name] += rows
-                    self._rows[name] += rows if captured.first_draw else 0
+                    self.count(name, rows, rows if first else 0)
+                    g = captured.gradients[block.name]
                     if g is not None:
                         self._add(name, g)
-            if captured.first_draw:
-                for name, a in captured.inputs.items():
-                    if name in self.tiles:
-                        groups = a.shape[2] if a.ndim == 4 else 1
-                        self._count[name] += captured.rows[name] * groups
-                        self._rows[name] += captured.rows[name]
-                        self._add(name, a)
+            for name, a in captured.inputs.items() if first else ():
+                if name in self.tiles:
+                    groups = a.shape[2] if a.ndim == 4 else 1
+                    self.count(name, captured.rows[name] * groups, captured.rows[name])
+                    self._add(name, a)
         return {}
 
     def _add(self, name: str, x: Tensor) -> None:
-        rows = x.reshape(-1, x.shape[-1]).to(self._dtype)
+        rows = x.reshape(-1, x.shape[-1]).to(self.dtype)
         start = 0
-        for i, width in enumerate(self.tiles[name]):
+        for width, total in zip(self.tiles[name], self._tiles[name], strict=True):
             tile = rows[:, start : start + width]
-            self._sums[f"{name}#{i}"].add_outer(tile, tile)
+            total.add_outer(tile, tile)
             start += width
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The factors."""
-        return tuple(self.tiles)
 
     def result(self, name: str) -> FactorSum:
         """One factor, in float64.
@@ -171,32 +163,6 @@ class FactorSums:
         Raises:
             NumericalError: its sum is not finite.
         """
-        tiles = range(len(self.tiles[name]))
-        return FactorSum(
-            name,
-            tuple(self._sums[f"{name}#{i}"].value(f"factor {name}") for i in tiles),
-            self._count[name],
-            self._rows[name],
-            self._dtype,
-        )
-
-    def state(self) -> dict[str, Tensor]:
-        """Sums and counts as they stand."""
-        state = nested_state(self._sums)
-        for name in self.tiles:
-            state[f"{name}/count"] = torch.tensor([self._count[name], self._rows[name]])
-        return state
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from :meth:`state`."""
-        load_nested(self._sums, state)
-        for name in self.tiles:
-            self._count[name], self._rows[name] = (int(x) for x in state[f"{name}/count"])
-
-    def join(self, state: Mapping[str, Tensor]) -> None:
-        """Add the sums of other examples, given as their :meth:`state`."""
-        join_nested(self._sums, state)
-        for name in self.tiles:
-            count, rows = (int(x) for x in state[f"{name}/count"])
-            self._count[name] += count
-            self._rows[name] += rows
+        tiles = tuple(tile.value(f"factor {name}") for tile in self._tiles[name])
+        count, rows = self.counts[name]
+        return FactorSum(name, tiles, count, rows, self.dtype)

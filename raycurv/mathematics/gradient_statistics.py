@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Captured
 from raycurv.mathematics.eigen import own_axes
 from raycurv.mathematics.gradients import Rotations, add_squares
-from raycurv.mathematics.sums import RunningSum, join_nested, load_nested, nested_state
+from raycurv.mathematics.sums import SHARED, Combine, Results, RunningSum, Sums
 
 # What is summed up of gradients of the data's own labels, and of drawn ones.
 OWN, SAMPLED = ("mean", "mean_square"), ("mean_square_sampled", "gauss_newton_bartlett")
@@ -155,15 +156,18 @@ class GradientSum:
         )
 
 
-class GradientSums:
+class GradientSums(Sums):
     """Gathers gradient statistics of some blocks, and every example's squared norms.
 
     Args:
         blocks: with their input factors known.
         draws: of labels for every example, beside the data's own; 0 for none.
         dtype: of the model's computation.
+        device: where the sums live.
         only: the blocks whose sums to gather; the norms are of all of ``blocks``.
     """
+
+    results: ClassVar[Mapping[str, Combine]] = {BLOCK_NORMS: "apart"}
 
     def __init__(
         self,
@@ -173,59 +177,46 @@ class GradientSums:
         device: torch.device,
         only: frozenset[str] | None = None,
     ) -> None:
-        self.blocks = {block.name: block for block in blocks}
-        self._names = tuple(n for n in self.blocks if only is None or n in only)
-        self._kinds = (*OWN, *SAMPLED) if draws else OWN
-        self._dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self._device = device
-        self._sums = {
-            f"{name}#{kind}": RunningSum(
-                (self.blocks[name].d_out, self.blocks[name].d_in), dtype, device
-            )
-            for name in self._names
-            for kind in self._kinds
-        }
+        gathered = [b for b in blocks if only is None or b.name in only]
+        super().__init__([b.name for b in gathered], dtype, device)
+        self._blocks, self._draws = tuple(blocks), draws
         self._bases = own_axes(blocks)
-        self._draws = draws
-        self._examples = self._batches = 0
+        kinds = (*OWN, *SAMPLED) if draws else OWN
+        self._totals = {
+            b.name: {kind: RunningSum((b.d_out, b.d_in), dtype, device) for kind in kinds}
+            for b in gathered
+        }
+        for name, totals in self._totals.items():
+            self.sums |= {f"{name}#{kind}": total for kind, total in totals.items()}
+        # Examples and microbatches.
+        self.counts = {SHARED: [0, 0]}
 
-    def add(self, draws: Sequence[Captured], counts: bool = True) -> dict[str, Tensor]:
-        """Add a microbatch's contribution; gives ``block_sq_norms [N, B]`` of the own labels.
-
-        Args:
-            counts: whether it enters the sums; without, it only gives the norms.
-        """
+    def add(self, draws: Sequence[Captured], counts: bool = True) -> Results:
+        """Add a microbatch's contribution; gives ``block_sq_norms [N, B]`` of the own labels."""
         (own,) = (captured for captured in draws if captured.own)
         sampled = [captured for captured in draws if not captured.own]
         assert len(sampled) == self._draws
+        totals = self._totals if counts else {}
         apart, together = self._rotations(own), self._rotations(own, together=True)
         norms = []
-        for name, block in self.blocks.items():
-            squares = self._sums.get(f"{name}#mean_square") if counts else None
-            norms.append(add_squares(squares, apart, block))
-            if squares is not None:
-                _add_sum(self._sums[f"{name}#mean"], together, block)
+        for block in self._blocks:
+            mine = totals.get(block.name)
+            norms.append(add_squares(None if mine is None else mine["mean_square"], apart, block))
+            if mine is not None:
+                _add_sum(mine["mean"], together, block)
+        for captured in sampled if counts else ():
+            apart, together = self._rotations(captured), self._rotations(captured, together=True)
+            for block in self._blocks:
+                if block.name in totals:
+                    add_squares(totals[block.name]["mean_square_sampled"], apart, block)
+                    add_squares(totals[block.name]["gauss_newton_bartlett"], together, block)
         if counts:
-            for captured in sampled:
-                apart = self._rotations(captured)
-                together = self._rotations(captured, together=True)
-                for name in self._names:
-                    block = self.blocks[name]
-                    add_squares(self._sums[f"{name}#mean_square_sampled"], apart, block)
-                    add_squares(self._sums[f"{name}#gauss_newton_bartlett"], together, block)
-            self._examples += own.batch.size
-            self._batches += 1
-        none = torch.zeros(own.batch.size, 0, dtype=torch.float64, device=self._device)
+            self.count(SHARED, own.batch.size, 1)
+        none = torch.zeros(own.batch.size, 0, dtype=torch.float64, device=self.device)
         return {BLOCK_NORMS: torch.stack(norms, dim=1) if norms else none}
 
     def _rotations(self, captured: Captured, together: bool = False) -> Rotations:
-        blocks = tuple(self.blocks.values())
-        return Rotations(captured, self._bases, blocks, self._dtype, together)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The blocks whose sums are gathered."""
-        return self._names
+        return Rotations(captured, self._bases, self._blocks, self.dtype, together)
 
     def result(self, name: str) -> GradientSum:
         """The sums of one block.
@@ -233,28 +224,9 @@ class GradientSums:
         Raises:
             NumericalError: a sum is not finite.
         """
-        totals = {
-            kind: self._sums[f"{name}#{kind}"].value(f"block {name}, {kind}")
-            for kind in self._kinds
-        }
-        return GradientSum(name, totals, self._examples, self._draws, self._batches)
-
-    def state(self) -> dict[str, Tensor]:
-        """Sums and counts as they stand."""
-        counts = torch.tensor([self._examples, self._batches])
-        return nested_state(self._sums) | {"counts": counts}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from :meth:`state`."""
-        load_nested(self._sums, state)
-        self._examples, self._batches = (int(x) for x in state["counts"])
-
-    def join(self, state: Mapping[str, Tensor]) -> None:
-        """Add the sums of other examples, given as their :meth:`state`."""
-        join_nested(self._sums, state)
-        examples, batches = (int(x) for x in state["counts"])
-        self._examples += examples
-        self._batches += batches
+        totals = {k: t.value(f"block {name}, {k}") for k, t in self._totals[name].items()}
+        examples, batches = self.counts[SHARED]
+        return GradientSum(name, totals, examples, self._draws, batches)
 
 
 def _add_sum(running: RunningSum, together: Rotations, block: Block) -> None:

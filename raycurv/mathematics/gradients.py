@@ -22,6 +22,8 @@ from raycurv.mathematics.sums import RunningSum
 # Elements of the per-example gradients that are formed at once, where whole ones are needed
 # (float32: 8 MiB), and where parts will do: those stay in the cache while they are used.
 CHUNK, PIECE = 2**21, 2**20
+# Squared norm of each example's gradient, [N] float64, among the results of a pass.
+SQUARED_NORM = "gradient_sq_norm"
 
 
 def rotate_before(

@@ -1,16 +1,21 @@
-"""Running sums whose error does not grow with the number of microbatches.
+"""Running sums whose error does not grow with the number of microbatches, and their counts.
 
-A sum travels with its count; division happens in one place, where the sum is used.
+A sum travels with its count; division happens in one place, where the sum is used. What a stage
+gathers in a pass is a set of named sums and counts, :class:`Sums`: how they are committed, loaded
+and joined with those of other examples is written here once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from raycurv.errors import NumericalError
+from raycurv.mathematics.capture import Captured
 from raycurv.mathematics.products import add_outer
 
 # Additions between two folds of the float32 part into the float64 master: rounding error grows with
@@ -18,25 +23,74 @@ from raycurv.mathematics.products import add_outer
 FOLD_EVERY = 32
 
 
-class RunningSum:
-    """A sum in float32 (or float64), folded now and then into a float64 master.
+# How the results of consecutive stages become one: added in float64 (``sum``), joined along their
+# last axis (``concat``), or that of the model's last stage alone (``last``). Those that are
+# ``apart`` are joined over the resident stages, but stay with their group of stages in a sweep.
+Combine = Literal["sum", "concat", "last", "apart"]
+# Numbers of each example of a microbatch, N first, by name.
+Results = dict[str, Tensor]
+# The key of counts that all names of a set of sums share; no module has such a name.
+SHARED = "*"
 
-    The master is made at the first fold, so that a short run holds 4 bytes an element and not 12.
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums, rotations and scores for a model's: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_sum(total: Tensor, where: str) -> None:
+    """Refuse a sum that is not finite.
+
+    Raises:
+        NumericalError: ``where`` names the factor or block.
+    """
+    # One number tells, without a mask of the sum's shape.
+    if not torch.isfinite(total.sum(dtype=torch.float64)):
+        raise NumericalError(
+            where,
+            "a finite sum",
+            "NaN or infinity",
+            "Run the model in a wider --dtype, or look for the example that overflows.",
+        )
+
+
+class PlainSum:
+    """A tensor that is added to, or filled, in place; without a wider master.
 
     Args:
-        shape: of the sum.
-        dtype: float64 sums need no master; every other dtype is summed in float32.
-        device: where the sum lives.
+        shape: of the tensor, which starts as zeros.
+        dtype: of the model's computation, see :func:`working_dtype`.
+        device: where the tensor lives.
     """
 
     def __init__(
         self, shape: Iterable[int], dtype: torch.dtype, device: torch.device | None = None
     ) -> None:
-        self.part = torch.zeros(
-            tuple(shape),
-            dtype=torch.float64 if dtype == torch.float64 else torch.float32,
-            device=device,
-        )
+        self.part = torch.zeros(tuple(shape), dtype=working_dtype(dtype), device=device)
+
+    def state(self) -> dict[str, Tensor]:
+        """The sum exactly as it stands, so that a restart goes on bit for bit."""
+        return {"part": self.part}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from :meth:`state`."""
+        self.part.copy_(state["part"])
+
+    def join(self, state: Mapping[str, Tensor]) -> None:
+        """Add another sum, given as its :meth:`state`."""
+        self.part.add_(state["part"].to(self.part.device))
+
+
+class RunningSum(PlainSum):
+    """A sum in float32, folded now and then into a float64 master; float64 sums need none.
+
+    The master is made at the first fold, so that a short run holds 4 bytes an element and not 12.
+    """
+
+    def __init__(
+        self, shape: Iterable[int], dtype: torch.dtype, device: torch.device | None = None
+    ) -> None:
+        super().__init__(shape, dtype, device)
         self.master: Tensor | None = None
         self.pending = 0
 
@@ -68,17 +122,6 @@ class RunningSum:
         self.part.zero_()
         self.pending = 0
 
-    def join(self, state: Mapping[str, Tensor]) -> None:
-        """Add another sum, given as its :meth:`state`."""
-        if self.part.dtype == torch.float64:
-            self.part.add_(state["part"].to(self.part.device))
-            return
-        self._fold()
-        assert self.master is not None
-        for key in ("master", "part"):
-            if key in state:
-                self.master.add_(state[key].to(self.master.device))
-
     def value(self, where: str) -> Tensor:
         """The sum in float64 (a copy).
 
@@ -86,54 +129,96 @@ class RunningSum:
             NumericalError: it is not finite; ``where`` names the factor or block.
         """
         total = self.part.double() if self.master is None else self.master + self.part
-        # One number tells, without a mask of the sum's shape.
-        if not torch.isfinite(total.sum()):
-            raise NumericalError(
-                where,
-                "a finite sum",
-                "NaN or infinity",
-                "Run the model in a wider --dtype, or look for the example that overflows.",
-            )
+        check_sum(total, where)
         return total.clone() if total is self.part else total
 
     def state(self) -> dict[str, Tensor]:
-        """The sum exactly as it stands, so that a restart goes on bit for bit."""
-        state = {"part": self.part, "pending": torch.tensor(self.pending)}
+        state = super().state() | {"pending": torch.tensor(self.pending)}
         if self.master is not None:
             state["master"] = self.master
         return state
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from :meth:`state`."""
-        self.part.copy_(state["part"])
+        super().load(state)
         self.pending = int(state["pending"])
         master = state.get("master")
         self.master = None if master is None else master.to(self.part.device, copy=True)
 
-
-def nested_state(sums: Mapping[str, RunningSum]) -> dict[str, Tensor]:
-    """The states of many sums in one flat mapping, ``name/part`` and so on."""
-    return {f"{name}/{key}": t for name, s in sums.items() for key, t in s.state().items()}
-
-
-def load_nested(sums: Mapping[str, RunningSum], state: Mapping[str, Tensor]) -> None:
-    """Go on from :func:`nested_state`."""
-    for name, one in _by_sum(sums, state).items():
-        sums[name].load(one)
-
-
-def join_nested(sums: Mapping[str, RunningSum], state: Mapping[str, Tensor]) -> None:
-    """Add the sums of a :func:`nested_state`."""
-    for name, one in _by_sum(sums, state).items():
-        sums[name].join(one)
+    def join(self, state: Mapping[str, Tensor]) -> None:
+        if self.part.dtype == torch.float64:
+            super().join(state)
+            return
+        self._fold()
+        assert self.master is not None
+        for key in ("master", "part"):
+            if key in state:
+                self.master.add_(state[key].to(self.master.device))
 
 
-def _by_sum(
-    sums: Mapping[str, RunningSum], state: Mapping[str, Tensor]
-) -> dict[str, dict[str, Tensor]]:
-    keys: dict[str, dict[str, Tensor]] = {name: {} for name in sums}
-    for key, tensor in state.items():
-        name, _, part = key.rpartition("/")
-        if name in keys:
-            keys[name][part] = tensor
-    return keys
+class Sums(ABC):
+    """What a stage gathers in a pass, a whole microbatch at a time: named sums with their counts.
+
+    Args:
+        names: of what is gathered; each gives a result.
+        dtype: of the model's computation.
+        device: where the sums live.
+
+    Attributes:
+        results: what :meth:`add` gives of each example, and how stages combine it.
+        sums: the running sums; a key is ``NAME``, or ``NAME#PART`` where a name has several.
+        counts: whole numbers that add up over the data, of a name or of all (:data:`SHARED`).
+    """
+
+    results: ClassVar[Mapping[str, Combine]] = {}
+
+    def __init__(self, names: Iterable[str], dtype: torch.dtype, device: torch.device) -> None:
+        self.names = tuple(names)
+        self.dtype, self.device = working_dtype(dtype), device
+        self.sums: dict[str, PlainSum] = {}
+        self.counts: dict[str, list[int]] = {}
+
+    @abstractmethod
+    def add(self, draws: Sequence[Captured], counts: bool = True) -> Results:
+        """Add a microbatch; gives what the driver shall collect of its examples, N first.
+
+        Args:
+            draws: what was captured, one item a draw of labels.
+            counts: whether it enters the sums; when it does not, they have it already.
+        """
+
+    def result(self, name: str) -> Any:
+        """What was gathered under a name; its ``plus`` adds that of another replica."""
+        raise AssertionError(f"nothing is gathered under the name {name}")
+
+    def count(self, key: str, *numbers: int) -> None:
+        """Add to counts."""
+        self.counts[key] = [a + b for a, b in zip(self.counts[key], numbers, strict=True)]
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that a restart needs, in one flat mapping: ``KEY/part`` and ``KEY/count``."""
+        state = {f"{k}/{part}": t for k, s in self.sums.items() for part, t in s.state().items()}
+        return state | {f"{k}/count": torch.tensor(n) for k, n in self.counts.items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from :meth:`state`."""
+        by_key = _by_key(state)
+        for key, one in self.sums.items():
+            one.load(by_key[key])
+        for key in self.counts:
+            self.counts[key] = by_key[key]["count"].tolist()
+
+    def join(self, state: Mapping[str, Tensor]) -> None:
+        """Add the sums of other examples, given as their :meth:`state`."""
+        by_key = _by_key(state)
+        for key, one in self.sums.items():
+            one.join(by_key[key])
+        for key in self.counts:
+            self.count(key, *by_key[key]["count"].tolist())
+
+
+def _by_key(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        key, _, part = name.rpartition("/")
+        found.setdefault(key, {})[part] = tensor
+    return found

@@ -96,9 +96,9 @@ class StageActor:
         def leave(value: Any) -> Any:
             if self._links is None or to is None:
                 return pack(value)
-            if returns == 1:
-                return self._links.send(value, to)
-            return (self._links.send(value[0], to), *pack(value[1:]))
+            hidden = value if returns == 1 else value[0]
+            sent = tuple(self._links.send(tensor, to) for tensor in hidden)
+            return sent if returns == 1 else (sent, *pack(value[1:]))
 
         value, span = timed(self._name, method, called, args, self._enter, leave)
         self._note(span)
@@ -116,9 +116,9 @@ class StageActor:
             self._stage.abort()
 
     def _enter(self, value: Any) -> Any:
-        if isinstance(value, Ticket):
+        if isinstance(value, tuple) and value and isinstance(value[0], Ticket):
             assert self._links is not None
-            return self._links.receive(value)
+            return tuple(self._links.receive(ticket) for ticket in value)
         return unpack(value)
 
     def _unlink(self) -> None:

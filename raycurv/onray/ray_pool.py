@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import ray
 from ray.exceptions import (
@@ -40,11 +40,12 @@ from raycurv.onray.metrics import DriverMetrics
 from raycurv.onray.places import Places, demand_of
 from raycurv.onray.tasks import Tasks
 from raycurv.stages.failures import Failures, Limits
-from raycurv.stages.pool import Need, Say, StageLost
+from raycurv.stages.pool import Handle, Need, Say, StageCalls, StageLost
 from raycurv.stages.spans import Span, SpanLog, actor_name
 from raycurv.stages.stage import StageSpec
 from raycurv.stages.transport import pack, unpack
 
+T = TypeVar("T")
 Transport = Literal["auto", "object-store", "distributed"]
 
 # What says that a process or what it held is gone, and not that it went wrong.
@@ -68,7 +69,7 @@ class _Actor:
 
 
 @dataclass(frozen=True)
-class _Call:
+class _Pending:
     """A call that may not have ended."""
 
     number: int
@@ -109,7 +110,7 @@ class OnRay:
         self._actors: list[list[_Actor]] = []
         self._specs: list[StageSpec] = []
         self._numbers = itertools.count()
-        self._under: list[dict[Any, _Call]] = []
+        self._under: list[dict[Any, _Pending]] = []
         self._metrics = DriverMetrics()
 
     @property
@@ -142,45 +143,41 @@ class OnRay:
         self._specs = [
             replace(spec, blocks=mine) for spec, mine in zip(self._specs, blocks, strict=True)
         ]
-        self._tell("assign", blocks)
+        self._tell(lambda calls, stage: calls.assign(blocks[stage]))
 
     def become(self, model: Model) -> None:
         self._specs = [replace(spec, model=model) for spec in self._specs]
-        self._tell("become", [model] * self.stages)
+        self._tell(lambda calls, stage: calls.become(model))
 
-    def _tell(self, method: str, told: Sequence[Any]) -> None:
+    def _tell(self, told: Callable[[StageCalls, int], Handle[None]]) -> None:
         """Tell every stage, in a call of its own, what its spec says already."""
         for replica in range(self.replicas):
-            for stage, each in enumerate(told):
-                handle = self.call(stage, method, each, replica=replica)
+            for stage in range(self.stages):
+                handle = told(self.at(stage, replica), stage)
                 try:
                     self.get(handle)
                 except StageLost as lost:
                     # What is built again is built as the spec says.
                     self.repair(replica, lost)
 
-    def call(
-        self,
-        stage: int,
-        method: str,
-        *args: Any,
-        returns: int = 1,
-        replica: int = 0,
-        to: int | None = None,
-        microbatch: int = -1,
-    ) -> Any:
-        packed = tuple(a if isinstance(a, ray.ObjectRef) else pack(a) for a in args)
-        actor = self._actors[replica][stage].handle
-        handle = actor.call.options(num_returns=returns).remote(method, returns, to, *packed)
-        last = handle[-1] if returns > 1 else handle
-        number = next(self._numbers)
-        self._under[replica][last.task_id()] = _Call(number, last, stage, method, microbatch)
-        return tuple(handle) if returns > 1 else handle
+    def at(self, stage: int, replica: int = 0) -> StageCalls:
+        def call(
+            method: str, *args: Any, returns: int = 1, to: int | None = None, microbatch: int = -1
+        ) -> Any:
+            packed = tuple(a if isinstance(a, ray.ObjectRef) else pack(a) for a in args)
+            actor = self._actors[replica][stage].handle
+            handle = actor.call.options(num_returns=returns).remote(method, returns, to, *packed)
+            last = handle[-1] if returns > 1 else handle
+            number = next(self._numbers)
+            self._under[replica][last.task_id()] = _Pending(number, last, stage, method, microbatch)
+            return tuple(handle) if returns > 1 else handle
 
-    def put(self, value: Any) -> Any:
-        return ray.put(pack(value))
+        return StageCalls(call)
 
-    def get(self, handle: Any) -> Any:
+    def put(self, value: T) -> Handle[T]:
+        return cast("Handle[T]", ray.put(pack(value)))
+
+    def get(self, handle: Handle[T]) -> T:
         self._await(handle)
         try:
             value = ray.get(handle)
@@ -197,7 +194,7 @@ class OnRay:
         if isinstance(value, Answer):
             self.spans.extend(value.spans)
             value = value.value
-        return unpack(value)
+        return cast("T", unpack(value))
 
     def repair(self, replica: int, lost: StageLost | None) -> tuple[int, ...]:
         began = time.time()
@@ -387,7 +384,7 @@ class OnRay:
                         del under[key]
                 return
 
-    def _doing(self, replica: int, stage: int) -> _Call | None:
+    def _doing(self, replica: int, stage: int) -> _Pending | None:
         """What an actor is at, or was when it died: the first call without an answer."""
         calls = [c for c in self._under[replica].values() if c.stage == stage]
         for call in sorted(calls, key=lambda call: call.number):

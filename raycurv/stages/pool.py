@@ -6,16 +6,20 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 from threadpoolctl import threadpool_limits
 
+from raycurv.batch import Batch, Hidden
+from raycurv.files.store import Store
 from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.sums import Results
 from raycurv.models.model import Model
 from raycurv.stages.heap import give_back
+from raycurv.stages.passes import Pass
 from raycurv.stages.spans import SpanLog, actor_name, timed
-from raycurv.stages.stage import Stage, StageSpec
+from raycurv.stages.stage import Commit, Stage, StageSpec
 
 # Bytes up to which tasks in one process run beside each other.
 _SMALL = 2**28
@@ -45,10 +49,110 @@ class Need:
     name: str = ""
 
 
+T = TypeVar("T")
+
+
+class Handle(Generic[T]):
+    """A value that a call of a stage gives, wherever it lies by now; :meth:`Pool.get` opens it.
+
+    For the type checker: in one process a handle is the value itself, with Ray an object reference.
+    """
+
+
+class Call(Protocol):
+    """Calls a method of one stage; gives one handle, or a tuple of ``returns``."""
+
+    def __call__(
+        self,
+        method: str,
+        *args: Any,
+        returns: int = 1,
+        to: int | None = None,
+        microbatch: int = -1,
+    ) -> Any: ...
+
+
+class StageCalls:
+    """The methods of one :class:`~raycurv.stages.stage.Stage` as calls, wherever it runs.
+
+    What a microbatch is made of is given as handles. ``to`` is the stage of the same replica that
+    takes the tensors of the result, if only one does; ``microbatch`` is for those who look on.
+
+    Args:
+        call: of a pool, for this stage.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+
+    def discover(
+        self, batch: Handle[Batch], hidden: Handle[Hidden] | None
+    ) -> tuple[Handle[Hidden], Handle[tuple[Block, ...]]]:
+        return self._two("discover", batch, hidden, microbatch=0)
+
+    def assign(self, blocks: tuple[Block, ...]) -> Handle[None]:
+        return self._one("assign", blocks)
+
+    def become(self, model: Model) -> Handle[None]:
+        return self._one("become", model)
+
+    def begin(self, work: Pass, commit: Commit | None) -> Handle[None]:
+        return self._one("begin", work, commit)
+
+    def forward(
+        self, microbatch: int, batch: Handle[Batch], hidden: Handle[Hidden] | None, to: int
+    ) -> Handle[Hidden]:
+        return self._one("forward", batch, hidden, to=to, microbatch=microbatch)
+
+    def turn(
+        self,
+        microbatch: int,
+        batch: Handle[Batch],
+        hidden: Handle[Hidden] | None,
+        gradients: Handle[Hidden] | None,
+        to: int | None,
+    ) -> tuple[Handle[Hidden | None], Handle[Results]]:
+        return self._two("turn", batch, hidden, gradients, to=to, microbatch=microbatch)
+
+    def backward(
+        self, microbatch: int, gradients: Handle[Hidden | None], to: int | None
+    ) -> tuple[Handle[Hidden | None], Handle[Results]]:
+        return self._two("backward", microbatch, gradients, to=to, microbatch=microbatch)
+
+    def abort(self) -> Handle[tuple[int, ...]]:
+        return self._one("abort")
+
+    def commit(self, store: Store, name: str) -> Handle[None]:
+        return self._one("commit", store, name)
+
+    def names(self) -> Handle[tuple[str, ...]]:
+        return self._one("names")
+
+    def result(self, name: str) -> Handle[Any]:
+        return self._one("result", name)
+
+    def joined(self, left: Handle[Any], right: Handle[Any]) -> Handle[Any]:
+        return self._one("joined", left, right)
+
+    def write(self, name: str, result: Handle[Any] | None = None) -> Handle[None]:
+        return self._one("write", name, result)
+
+    def finish(self) -> Handle[None]:
+        return self._one("finish")
+
+    def _one(self, method: str, *args: Any, **how: Any) -> Handle[Any]:
+        found: Handle[Any] = self._call(method, *args, **how)
+        return found
+
+    def _two(self, method: str, *args: Any, **how: Any) -> tuple[Handle[Any], Handle[Any]]:
+        first, second = self._call(method, *args, returns=2, **how)
+        return first, second
+
+
 class Pool(Protocol):
     """Holds replicas of the stages of a chain and runs tasks beside them.
 
-    Results are handles; a handle may be given to any later call, and is opened with :meth:`get`.
+    Calls give handles; a handle may be given to any later call, and is opened with :meth:`get`.
 
     Attributes:
         spans: what was done, until somebody takes it.
@@ -88,30 +192,15 @@ class Pool(Protocol):
         """
         ...
 
-    def call(
-        self,
-        stage: int,
-        method: str,
-        *args: Any,
-        returns: int = 1,
-        replica: int = 0,
-        to: int | None = None,
-        microbatch: int = -1,
-    ) -> Any:
-        """Call a stage's method; gives one handle, or a tuple of ``returns``.
-
-        Args:
-            to: the stage of the same replica that takes the first of what it gives, if only one
-                does.
-            microbatch: which it is about, for those who look on.
-        """
+    def at(self, stage: int, replica: int = 0) -> StageCalls:
+        """The calls of a stage."""
         ...
 
-    def put(self, value: Any) -> Any:
+    def put(self, value: T) -> Handle[T]:
         """A handle of a value that many calls take."""
         ...
 
-    def get(self, handle: Any) -> Any:
+    def get(self, handle: Handle[T]) -> T:
         """The value of a handle; raises what the call raised.
 
         Raises:
@@ -181,26 +270,23 @@ class InProcess:
             for stage in stages:
                 stage.become(model)
 
-    def call(
-        self,
-        stage: int,
-        method: str,
-        *args: Any,
-        returns: int = 1,
-        replica: int = 0,
-        to: int | None = None,
-        microbatch: int = -1,
-    ) -> Any:
-        called = getattr(self._replicas[replica][stage], method)
-        value, span = timed(actor_name(replica, stage), method, called, args)
-        self.spans.append(span)
-        return value
+    def at(self, stage: int, replica: int = 0) -> StageCalls:
+        here, name = self._replicas[replica][stage], actor_name(replica, stage)
 
-    def put(self, value: Any) -> Any:
-        return value
+        def call(
+            method: str, *args: Any, returns: int = 1, to: int | None = None, microbatch: int = -1
+        ) -> Any:
+            value, span = timed(name, method, getattr(here, method), args)
+            self.spans.append(span)
+            return value
 
-    def get(self, handle: Any) -> Any:
-        return handle
+        return StageCalls(call)
+
+    def put(self, value: T) -> Handle[T]:
+        return cast("Handle[T]", value)
+
+    def get(self, handle: Handle[T]) -> T:
+        return cast("T", handle)
 
     def repair(self, replica: int, lost: StageLost | None) -> tuple[int, ...]:
         raise AssertionError("nothing is lost in one process") from lost

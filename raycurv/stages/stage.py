@@ -1,91 +1,34 @@
 """A stage: consecutive layers of a model and all that belongs to their blocks. No Ray in it.
 
 A stage holds its part of the model, runs microbatches through it, and hands what its hooks capture
-to the gatherer of the pass that is under way. What is gathered is the pass's business.
+to the gatherers of the pass that is under way. Between stages a tuple of tensors travels: hidden
+states, and what goes with them; gradients come back for those of floating point.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from raycurv.batch import Batch
+from raycurv.batch import Batch, Hidden
 from raycurv.files.store import Store
 from raycurv.files.tensorfile import open_tensors, write_tensors
 from raycurv.mathematics.blocks import Block
-from raycurv.mathematics.capture import Capture, Captured, Record, check_finite
+from raycurv.mathematics.capture import Capture, Record, check_finite
 from raycurv.mathematics.frozen_linear import FrozenLinear
-from raycurv.mathematics.loss.differentiation import Target, evaluate
+from raycurv.mathematics.loss.differentiation import differentiate
 from raycurv.mathematics.loss.objective import open_objective
+from raycurv.mathematics.sums import Results
 from raycurv.models.model import Model
 from raycurv.models.patched import repatch
 from raycurv.stages.heap import RESIDENT, give_back, give_back_at_once
+from raycurv.stages.passes import Gathered, Pass
 from raycurv.stages.seen import Seen
-
-
-class Gatherer(Protocol):
-    """What a stage accumulates in a pass, a whole microbatch at a time."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of what it has gathered when the pass ends."""
-        ...
-
-    def add(self, draws: Sequence[Captured], counts: bool = True) -> dict[str, Tensor]:
-        """Add a microbatch (one item a draw); gives what the driver shall collect, N first.
-
-        Args:
-            counts: whether it enters the sums; they have it already when it does not.
-        """
-        ...
-
-    def result(self, name: str) -> Any:
-        """One of what it has gathered; its ``plus`` adds that of another replica."""
-        ...
-
-    def state(self) -> dict[str, Tensor]:
-        """Everything a restart needs."""
-        ...
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Go on from :meth:`state`."""
-        ...
-
-    def join(self, state: dict[str, Tensor]) -> None:
-        """Add what another gatherer found in other microbatches, given as its :meth:`state`."""
-        ...
-
-
-class Pass(Protocol):
-    """One run of all microbatches through all stages. Frozen, picklable.
-
-    Attributes:
-        name: for progress and for the names of its commits.
-        target: what is differentiated.
-        draws: how many sets of drawn labels.
-    """
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def target(self) -> Target: ...
-
-    @property
-    def draws(self) -> int: ...
-
-    def open(self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device) -> Gatherer:
-        """The gatherer of a stage with these blocks."""
-        ...
-
-    def write(self, name: str, result: Any, blocks: Mapping[str, Block]) -> None:
-        """Write one of what was gathered, added up over replicas, to where results go."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -141,8 +84,8 @@ class _Open:
     """A microbatch between its forward and its backward."""
 
     record: Record
-    entered: Tensor | None
-    left: Tensor
+    entered: Hidden | None
+    left: Hidden
 
 
 class Stage:
@@ -167,7 +110,7 @@ class Stage:
         self._capture = Capture(self._segment.module, spec.blocks)
         self._open: dict[int, _Open] = {}
         self._pass: Pass | None = None
-        self._gatherer: Gatherer | None = None
+        self._gathered: Gathered | None = None
         self._seen = Seen()
         self._last = -1
 
@@ -176,16 +119,16 @@ class Stage:
         """Its part of the model."""
         return self._segment.module
 
-    def discover(self, batch: Batch, hidden: Tensor | None) -> tuple[Tensor, tuple[Block, ...]]:
+    def discover(self, batch: Batch, hidden: Hidden | None) -> tuple[Hidden, tuple[Block, ...]]:
         """Run one microbatch forward and see which blocks read the same tensor.
 
         Gives the hidden states for the next stage, and this stage's blocks with their factors.
         """
         record = Record(batch.to(self._device))
         with self._graph(False, record):
-            (out,) = self._segment.forward(record.batch, _own(self._entering(hidden, False)))
+            out = self._segment.forward(record.batch, _own(self._entering(hidden, False)))
             if self._segment.last:
-                self._head(record, out[:, :1] if out.ndim > 2 else out, 0)
+                self._head(record, out[0][:, :1] if out[0].ndim > 2 else out[0], 0)
         return out, self._capture.discover(record)
 
     def assign(self, blocks: tuple[Block, ...]) -> None:
@@ -208,26 +151,20 @@ class Stage:
         self._open.clear()
         self._pass = work
         # What the pass before gathered is written by now: the two need not be held at once.
-        self._gatherer = None
+        self._gathered = None
         give_back(collect=False)
-        self._gatherer = work.open(self.blocks, self.spec.dtype, self._device)
+        self._gathered = Gathered(work, self.blocks, self.spec.dtype, self._device)
         self._seen, self._last = Seen(), -1
-        if commit is None:
-            return
-        owners = {key.rpartition("/")[0] for key in self._gatherer.state()}
-        for number, names in enumerate(commit.files):
+        # A commit may be of other stages: each takes what is its own from the files of all.
+        keys = self._gathered.keys()
+        for number, names in enumerate(() if commit is None else commit.files):
+            assert commit is not None
             state: dict[str, Tensor] = {}
             for name in names:
                 file = open_tensors(commit.store, name)
-                if _SEEN in file.names:
-                    self._seen.update(file.read(_SEEN).tolist())
-                for key in file.names:
-                    if key.rpartition("/")[0] in owners and key != _SEEN:
-                        state[key] = file.read(key)
-            if number == 0:
-                self._gatherer.load(state)
-            else:
-                self._gatherer.join(state)
+                self._seen.update(file.read(_SEEN).tolist())
+                state |= {k: file.read(k) for k in file.names if k.rpartition("/")[0] in keys}
+            (self._gathered.load if number == 0 else self._gathered.join)(state)
 
     def abort(self) -> tuple[int, ...]:
         """Drop the microbatches under way, which will come again; gives those in the sums."""
@@ -235,34 +172,35 @@ class Stage:
         self._last = -1
         return tuple(self._seen)
 
-    def forward(self, batch: Batch, hidden: Tensor | None) -> Tensor:
+    def forward(self, batch: Batch, hidden: Hidden | None) -> Hidden:
         """Hidden states after this stage's last layer; the graph stays for ``backward``."""
         assert self._pass is not None
-        differentiates = self._pass.target != "nothing"
+        differentiates = self._pass.differentiates
         batch = batch.to(self._device)
         entered = self._entering(hidden, differentiates)
         record = Record(batch)
         with self._graph(differentiates, record):
-            (left,) = self._segment.forward(batch, _own(entered))
+            left = self._segment.forward(batch, _own(entered))
         if differentiates:
             self._open[batch.index] = _Open(record, entered, left)
-        return left.detach()
+        return tuple(tensor.detach() for tensor in left)
 
     def turn(
-        self, batch: Batch, hidden: Tensor | None, gradients: Tensor | None = None
-    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        self, batch: Batch, hidden: Hidden | None, gradients: Hidden | None = None
+    ) -> tuple[Hidden | None, Results]:
         """Forward and backward at the end of the resident stages.
 
         The model's last stage goes back from the loss; another one from the gradients that its
         successor left when it was resident, and without them no further than its forward.
 
         Args:
-            gradients: with respect to what ``forward`` gives, ``[draws, ...]``.
+            batch: the microbatch.
+            hidden: what the stage before gives; ``None`` for the model's first.
+            gradients: with respect to what ``forward`` gives, ``[draws, ...]`` each.
 
         Returns:
-            the gradient for the stage before, ``[draws, ...]`` (``None`` for nobody), or the hidden
-            states of a stage that goes forward only; and what the driver shall collect: ``loss``,
-            ``drawn``, ``correct`` and the gatherer's own.
+            the gradients for the stage before, ``[draws, ...]`` each (``None`` for nobody), or the
+            hidden states of a stage that goes forward only; and what the driver shall collect.
         """
         assert self._pass is not None
         left = self.forward(batch, hidden)
@@ -279,79 +217,84 @@ class Stage:
             record.draw = draw
 
         with self._graph(opened is not None, record):
-            found = evaluate(
+            found = differentiate(
                 self._objective,
                 lambda part, start: self._head(record, part, start),
-                left,
+                left[0],
                 batch,
                 self._pass.target,
                 self._pass.draws,
                 self.spec.seed,
-                self._slice_positions(batch, left),
+                self._slice_positions(batch, left[0]),
                 begin_draw,
             )
-        results: dict[str, Tensor] = {}
-        if found.loss is not None:
-            results["loss"] = found.loss.cpu()
-        if found.drawn is not None:
-            results["drawn"] = found.drawn.cpu()
-        if found.correct is not None:
-            results["correct"] = found.correct.cpu()
+        results = {name: tensor.cpu() for name, tensor in found.results.items()}
         if opened is None:
             return None, results
-        gradient, gathered = self.backward(batch.index, torch.stack(found.gradients))
-        return gradient, results | gathered
+        of_loss = torch.stack(found.gradients)
+        # The loss is a function of the hidden states alone, not of what goes with them.
+        others = [t.new_zeros((len(of_loss), *t.shape)) for t in _differentiable(left[1:])]
+        back, gathered = self.backward(batch.index, (of_loss, *others))
+        return back, results | gathered
 
-    def backward(self, index: int, gradients: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
+    def backward(self, index: int, gradients: Hidden) -> tuple[Hidden | None, Results]:
         """Take a microbatch's gradients through this stage and gather what was captured.
 
         Args:
             index: of the microbatch.
-            gradients: with respect to what ``forward`` gave, ``[draws, ...]``.
+            gradients: with respect to the floating-point tensors that ``forward`` gave,
+                ``[draws, ...]`` each.
         """
-        assert self._gatherer is not None and self._pass is not None
+        assert self._gathered is not None and self._pass is not None
         # Additions happen in one order, or float sums would depend on chance.
         assert index > self._last, f"microbatch {index} comes after {self._last}"
         opened, target = self._open.pop(index), self._pass.target
-        record, draws, back = opened.record, [], []
-        sources = ([] if opened.entered is None else [opened.entered]) + record.leaves
-        for draw in range(len(gradients)):
+        record, draws = opened.record, []
+        entered = [] if opened.entered is None else _differentiable(opened.entered)
+        back: list[list[Tensor]] = [[] for _ in entered]
+        left = [
+            (tensor, gradient.to(self._device, tensor.dtype))
+            for tensor, gradient in zip(_differentiable(opened.left), gradients, strict=True)
+            if tensor.requires_grad
+        ]
+        sources, count = [*entered, *record.leaves], len(gradients[0])
+        for draw in range(count):
             record.draw = draw
             found: Sequence[Tensor | None] = [None] * len(sources)
-            if opened.left.requires_grad:
+            if left:
                 found = torch.autograd.grad(
-                    opened.left,
+                    [tensor for tensor, _ in left],
                     sources,
-                    gradients[draw].to(self._device, opened.left.dtype),
-                    retain_graph=draw + 1 < len(gradients),
+                    [gradient[draw] for _, gradient in left],
+                    retain_graph=draw + 1 < count,
                     allow_unused=True,
                 )
-            if opened.entered is not None:
-                first = found[0]
-                back.append(torch.zeros_like(opened.entered) if first is None else first)
-            own = target == "labels" or (target == "both" and draw + 1 == len(gradients))
-            draws.append(self._capture.captured(record, draw, own))
+            for tensor, gradients_back, own in zip(entered, back, found, strict=False):
+                gradients_back.append(torch.zeros_like(tensor) if own is None else own)
+            own_labels = target == "labels" or (target == "both" and draw + 1 == count)
+            draws.append(self._capture.captured(record, draw, own_labels))
             check_finite(draws[-1])
-        results = self._gatherer.add(draws, index not in self._seen)
+        results = self._gathered.add(draws, index not in self._seen)
         self._seen.add(index)
         self._last = index
-        return (torch.stack(back) if back else None), {k: v.cpu() for k, v in results.items()}
+        leaving = tuple(map(torch.stack, back)) if opened.entered is not None else None
+        return leaving, {name: tensor.cpu() for name, tensor in results.items()}
 
     def commit(self, store: Store, name: str) -> None:
         """Write all sums so far, and which microbatches they contain, into one file, atomically."""
-        assert self._gatherer is not None and not self._open
+        assert self._gathered is not None and not self._open
         seen = torch.tensor(list(self._seen), dtype=torch.int64)
-        write_tensors(store, name, self._gatherer.state() | {_SEEN: seen}, {})
+        write_tensors(store, name, self._gathered.state() | {_SEEN: seen}, {})
 
     def names(self) -> tuple[str, ...]:
         """Names of what the pass has gathered here."""
-        assert self._gatherer is not None and not self._open
-        return self._gatherer.names
+        assert self._gathered is not None and not self._open
+        return self._gathered.names
 
     def result(self, name: str) -> Any:
-        """One of what the pass has gathered here."""
-        assert self._gatherer is not None
-        return self._gatherer.result(name)
+        """What the pass has gathered here under a name."""
+        assert self._gathered is not None
+        return self._gathered.result(name)
 
     def joined(self, left: Any, right: Any) -> Any:
         """The sum of two replicas' results."""
@@ -359,14 +302,13 @@ class Stage:
 
     def write(self, name: str, result: Any = None) -> None:
         """Write a result: that of all replicas, or what was gathered here."""
-        assert self._pass is not None
-        blocks = {block.name: block for block in self.blocks}
-        self._pass.write(name, self.result(name) if result is None else result, blocks)
+        assert self._gathered is not None
+        self._gathered.write(name, self._gathered.result(name) if result is None else result)
 
     def finish(self) -> None:
         """End the pass, and forget its sums."""
         self._open.clear()
-        self._pass = self._gatherer = None
+        self._pass = self._gathered = None
 
     @contextmanager
     def _graph(self, differentiates: bool, record: Record) -> Iterator[None]:
@@ -374,13 +316,16 @@ class Stage:
         with torch.set_grad_enabled(differentiates), FrozenLinear(), recording:
             yield
 
-    def _entering(self, hidden: Tensor | None, differentiates: bool) -> Tensor | None:
+    def _entering(self, hidden: Hidden | None, differentiates: bool) -> Hidden | None:
         if hidden is None:
             return None
-        arrived = hidden.to(self._device)
-        if arrived.is_floating_point():
-            arrived = arrived.to(self.spec.dtype)
-        return arrived.detach().requires_grad_(differentiates)
+        entered = []
+        for tensor in hidden:
+            arrived = tensor.to(self._device)
+            if arrived.is_floating_point():
+                arrived = arrived.to(self.spec.dtype).detach().requires_grad_(differentiates)
+            entered.append(arrived)
+        return tuple(entered)
 
     def _head(self, record: Record, part: Tensor, start: int) -> Tensor:
         # Only a per-token objective slices positions; otherwise rows are whole examples.
@@ -394,10 +339,15 @@ class Stage:
         return max(1, self.spec.logits_chunk // (batch.size * classes))
 
 
-def _own(entered: Tensor | None) -> tuple[Tensor, ...] | None:
+def _own(entered: Hidden | None) -> Hidden | None:
     # A layer may change its input in place, which neither a leaf of the graph nor the tensor that
     # the stage before put out would bear.
-    return None if entered is None else (entered.clone(),)
+    return None if entered is None else tuple(tensor.clone() for tensor in entered)
+
+
+def _differentiable(hidden: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors among hidden states that have gradients."""
+    return [tensor for tensor in hidden if tensor.is_floating_point()]
 
 
 def stage_specs(

@@ -2,58 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 
-from raycurv.driver.workers import Workers
+from raycurv.errors import DamagedFile
 from raycurv.files.artifacts import factor_file, read_factor, write_eigen
+from raycurv.files.block_rows import SPECTRUM_FILE, write_spectrum
 from raycurv.files.store import Store
+from raycurv.files.tables import read_rows
 from raycurv.mathematics.eigen import decompose
-from raycurv.mathematics.factors import Factor
+from raycurv.mathematics.factors import factors_of
 from raycurv.planning.moments import decomposition
-from raycurv.progress.reporter import Reporter
 from raycurv.stages.dealing import eigh_cost, longest_first
 from raycurv.stages.pool import Need
+from raycurv.steps.covariances import undecomposed
+from raycurv.steps.step import TaskStep
 
 
-def decompose_factors(
-    store: Store,
-    factors: Mapping[str, Factor],
-    max_factor_dim: int | None,
-    store_dtype: torch.dtype,
-    keep_sums: bool,
-    workers: Workers,
-    where: str,
-    reporter: Reporter,
-) -> None:
-    """Decompose factors whose sums are in the store.
+class Decompositions(TaskStep):
+    """Eigenbases into ``eigen/``, and their eigenvalues into ``tables/spectrum``."""
 
-    Args:
-        store: of the run.
-        factors: by name.
-        max_factor_dim: widest tile.
-        store_dtype: of the written bases.
-        keep_sums: whether sums stay once they are decomposed.
-        workers: run the tasks.
-        where: which stages the factors are of, for the progress.
-        reporter: says which went otherwise than they should.
-    """
-    tiles = {name: factor.tiles(max_factor_dim) for name, factor in factors.items()}
-    order = longest_first({name: eigh_cost(widths) for name, widths in tiles.items()})
-    arguments = [(store, name, store_dtype, workers.device) for name in order]
-    needs = [
-        Need(decomposition(tiles[name], store_dtype), eigh_cost(tiles[name]), name)
-        for name in order
-    ]
-    for place, outcome in workers.run_tasks(
-        "eigendecompositions", decompose_factor, arguments, needs, "factors", where
-    ):
-        if not keep_sums:
-            # Not in the task: Ray may run that twice.
-            store.delete(factor_file(order[place]))
-        if outcome != "ok":
-            reporter.say(f"factor {order[place]}: {outcome}")
+    name = "eigen"
+
+    def lacking(self, group: int) -> bool:
+        # A run that extends another has taken over its bases.
+        return self.fit.extends is None and bool(undecomposed(self.fit, group))
+
+    def run(self, group: int) -> None:
+        fit = self.fit
+        factors = factors_of(fit.blocks_of(group))
+        tiles = {name: factors[name].tiles(fit.max_factor_dim) for name in undecomposed(fit, group)}
+        order = longest_first({name: eigh_cost(widths) for name, widths in tiles.items()})
+        needs = [
+            Need(decomposition(tiles[name], fit.store_dtype), eigh_cost(tiles[name]), name)
+            for name in order
+        ]
+        for place, outcome in fit.workers.run_tasks(
+            "eigendecompositions",
+            decompose_factor,
+            [(fit.store, name, fit.store_dtype, fit.workers.device) for name in order],
+            needs,
+            "factors",
+            fit.workers.named(group),
+        ):
+            if not fit.keep_sums:
+                # Not in the task: Ray may run that twice.
+                fit.store.delete(factor_file(order[place]))
+            if outcome != "ok":
+                fit.reporter.say(f"factor {order[place]}: {outcome}")
+
+    def tables_there(self) -> bool:
+        try:
+            return read_rows(self.fit.store, SPECTRUM_FILE) > 0
+        except (DamagedFile, FileNotFoundError):
+            return False
+
+    def write_tables(self) -> None:
+        write_spectrum(self.fit.store, factors_of(self.fit.blocks), self.fit.notes)
 
 
 def decompose_factor(store: Store, name: str, store_dtype: torch.dtype, device: str) -> str:

@@ -7,10 +7,10 @@ all groups -> blocks.json
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 
+from raycurv.batch import Batch, Hidden
 from raycurv.driver.corpus import Corpus
 from raycurv.driver.feed import Given
 from raycurv.driver.timeline_table import write_timeline
@@ -20,12 +20,12 @@ from raycurv.files.artifacts import read_blocks
 from raycurv.files.store import Store
 from raycurv.mathematics.blocks import Block
 from raycurv.progress.reporter import Reporter
-from raycurv.stages.pool import Pool, StageLost
+from raycurv.stages.pool import Handle, Pool, StageLost
 
 _FILE = "blocks.json"
 
 
-class Layout:
+class SharedInputs:
     """Looks at one group of stages after the other.
 
     Args:
@@ -78,10 +78,12 @@ class Layout:
             # The first of a microbatch is its longest: alone, it is as long as all of them.
             first = self._corpus.plan(self._batch_tokens)[0][:1]
             batch = pool.put(self._corpus.reader(self._dtype)(0, first))
-            hidden: Any = None if given.hidden is None else pool.put(given.hidden[:1])
+            first_hidden = None
+            if given.hidden is not None:
+                first_hidden = pool.put(tuple(tensor[:1] for tensor in given.hidden))
             while True:
                 try:
-                    mine = _discovered(pool, batch, hidden)
+                    mine = _discovered(pool, batch, first_hidden)
                     break
                 except StageLost as lost:
                     pool.repair(0, lost)
@@ -107,10 +109,10 @@ class Layout:
         return f"work/layout/units-{start:04d}-{stop:04d}.json"
 
 
-def _discovered(pool: Pool, batch: Any, hidden: Any) -> list[Block]:
+def _discovered(pool: Pool, batch: Handle[Batch], hidden: Handle[Hidden] | None) -> list[Block]:
     """The blocks of the resident stages, as one example that goes through them shows them."""
     found = []
     for stage in range(pool.stages):
-        hidden, blocks = pool.call(stage, "discover", batch, hidden, returns=2, microbatch=0)
+        hidden, blocks = pool.at(stage).discover(batch, hidden)
         found.append(blocks)
     return [block for handle in found for block in pool.get(handle)]

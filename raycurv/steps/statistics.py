@@ -10,20 +10,18 @@ own where no other is due.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
-from raycurv.driver.corpus import PART, Corpus
-from raycurv.driver.pipeline import NoSink, Sink
-from raycurv.driver.settings import DTYPES, FitSettings, identity
+from raycurv.driver.corpus import PART
 from raycurv.driver.sinks import as_lists, rows_by_part
-from raycurv.driver.sweep import Task
 from raycurv.errors import DamagedFile
-from raycurv.files.artifacts import gradient_file
+from raycurv.files.artifacts import gradient_file, write_gradient
 from raycurv.files.block_rows import GRADIENTS_FILE, write_gradients
 from raycurv.files.store import Store
 from raycurv.files.tables import (
@@ -35,117 +33,108 @@ from raycurv.files.tables import (
 )
 from raycurv.files.tensorfile import whole
 from raycurv.mathematics.blocks import Block
-from raycurv.mathematics.gradient_statistics import BLOCK_NORMS
-from raycurv.mathematics.loss.differentiation import Target
-from raycurv.stages.passes import ReplayPass
-from raycurv.steps.gradient_pass import GradientPass, JointPass
+from raycurv.mathematics.gradient_statistics import BLOCK_NORMS, GradientSum, GradientSums
+from raycurv.mathematics.sums import Combine
+from raycurv.steps.step import PassStep
 
 _NORMS = "tables/gradient_norms"
 
 
-class Gradients:
-    """The gradient statistics of a fit.
+@dataclass(frozen=True)
+class GradientGatherer:
+    """Gathers gradient statistics into ``gradients/``, of own labels and of drawn ones.
 
-    Args:
-        settings: of the fit.
+    Attributes:
         store: of the run.
-        corpus: its examples.
-        groups: how many groups of stages there are.
+        only: the blocks to gather; squared gradient norms are of all blocks regardless.
+        draws: of labels that the pass differentiates beside the data's own; 0 for none.
+        dtype: of the written means.
     """
 
-    def __init__(self, settings: FitSettings, store: Store, corpus: Corpus, groups: int) -> None:
-        self._settings, self._store, self._corpus = settings, store, corpus
-        self._groups = groups
+    store: Store
+    only: frozenset[str]
+    draws: int
+    dtype: torch.dtype
+    name: str = "gradients"
 
     @property
-    def wanted(self) -> bool:
-        """Whether they are asked for at all."""
-        return self._settings.gradients
+    def results(self) -> Mapping[str, Combine]:
+        return GradientSums.results
 
-    def lacking(self, group: int, blocks: Sequence[Block]) -> bool:
-        """Whether a group of stages, with these blocks, has yet to gather anything."""
-        if not (self.wanted and blocks):
-            return False
-        return bool(self._missing(blocks)) or not (self._norms_there() or self._kept(group, blocks))
+    def open(
+        self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device
+    ) -> GradientSums:
+        return GradientSums(blocks, self.draws, dtype, device, self.only)
 
-    def target(self, fitted: Target, lacking: bool) -> Target:
-        """What a pass differentiates if the curvature is fitted to ``fitted``.
+    def write(self, name: str, result: GradientSum, blocks: Mapping[str, Block]) -> None:
+        write_gradient(self.store, result, self.dtype)
 
-        The data's own labels, too, where something is lacking; and in all passes of a sweep, since
-        they read each other's gradients from the spool.
-        """
-        lacking = lacking or (self.wanted and self._groups > 1)
-        return "both" if lacking and fitted == "sampled" else fitted
 
-    def beside(
-        self, task: Task, blocks: Sequence[Block], rows: Sink
-    ) -> tuple[Task, frozenset[str], frozenset[str]]:
-        """The task with what these blocks lack gathered as well, or alone instead of a replay.
+class Statistics(PassStep):
+    """Means, squares and noise of every block's gradients, and norms of every example's."""
 
-        Args:
-            rows: takes the results of a task that has no sink.
+    pass_name = "gradients"
+    label = "gradient statistics"
+    rides = True
+    own_labels = True
 
-        Returns:
-            the task; names of what its stages sum up; and of what else is among its rows.
-        """
-        missing = self._missing(blocks)
-        dtype = DTYPES["float64" if self._settings.dtype == "float64" else "float32"]
-        gradients = GradientPass(
-            self._store, missing, task.work.target, self._settings.draws, dtype
-        )
-        alone = isinstance(task.work, ReplayPass)
-        task = replace(
-            task,
-            work=gradients if alone else JointPass(task.work, gradients),
-            sink=rows if isinstance(task.sink, NoSink) else task.sink,
-        )
-        sums = frozenset(f"gradients of {name}" for name in missing)
-        return task, sums, frozenset({"gradient norms"})
+    def lacking(self, group: int) -> bool:
+        return bool(self.sums(group) or self.columns(group))
 
-    def keep(self, group: int, blocks: Sequence[Block], names: Sequence[str]) -> None:
+    def sums(self, group: int) -> frozenset[str]:
+        return frozenset(f"gradients of {name}" for name in self._missing(group))
+
+    def columns(self, group: int) -> frozenset[str]:
+        kept = self._norms_there() or self._kept(group) or not self.fit.blocks_of(group)
+        # A pass that gathers for one block gives the norms of all.
+        return frozenset({BLOCK_NORMS}) if self._missing(group) or not kept else frozenset()
+
+    def gatherers(self, group: int) -> tuple[GradientGatherer, ...]:
+        fit = self.fit
+        draws = fit.draws if fit.fisher == "sampled" else 0
+        return (GradientGatherer(fit.store, self._missing(group), draws, fit.sum_dtype),)
+
+    def keep(self, group: int, names: Sequence[str]) -> None:
         """Keep the norms among a pass's rows until those of all groups are there."""
-        place = _place(group)
-        self._store.delete_directory(place)
-        for part, table in rows_by_part(self._store, names):
-            norms = table.select(["index", BLOCK_NORMS])
-            write_table(self._store, _part_file(place, part), norms)
-        self._store.write_json(_blocks_file(group), [block.name for block in blocks])
+        store, place = self.fit.store, _place(group)
+        store.delete_directory(place)
+        for part, table in rows_by_part(store, names):
+            write_table(store, _part_file(place, part), table.select(["index", BLOCK_NORMS]))
+        store.write_json(_blocks_file(group), [block.name for block in self.fit.blocks_of(group)])
 
     def tables_there(self) -> bool:
-        """Whether both tables are there, if they are asked for."""
-        if not self.wanted:
-            return True
         try:
-            return self._norms_there() and read_rows(self._store, GRADIENTS_FILE) > 0
+            return self._norms_there() and read_rows(self.fit.store, GRADIENTS_FILE) > 0
         except (DamagedFile, FileNotFoundError):
             return False
 
-    def write_tables(self, groups: Sequence[Sequence[Block]]) -> dict[str, Any]:
-        """Both tables, when nothing is lacking; gives the numbers of all blocks together.
-
-        Args:
-            groups: the blocks of each group of stages.
-        """
-        said = identity(self._settings)
+    def write_tables(self) -> None:
+        """Both tables; the numbers of all blocks together go to the facts of ``run.json``."""
+        fit = self.fit
+        groups = [fit.blocks_of(group) for group in fit.groups]
         if not self._norms_there():
-            self._write_norms(groups, said)
-        return write_gradients(self._store, [b for some in groups for b in some], footer(said))
+            self._write_norms(groups)
+        blocks = [block for some in groups for block in some]
+        fit.manifest.facts["gradients"] = write_gradients(fit.store, blocks, fit.notes)
+        if "gradients" not in fit.manifest.complete:
+            fit.manifest.complete.append("gradients")
 
-    def _write_norms(self, groups: Sequence[Sequence[Block]], said: dict[str, Any]) -> None:
+    def _write_norms(self, groups: Sequence[Sequence[Block]]) -> None:
         """The norms of all groups side by side, one file a part of the data."""
-        double = self._settings.dtype == "float64"
-        schema, store = gradient_norms_schema(double), self._store
+        corpus, store = self.fit.corpus, self.fit.store
+        schema = gradient_norms_schema(self.fit.double)
+        number = schema.field("sq_norm").type
         widths = {group: len(blocks) for group, blocks in enumerate(groups) if blocks}
-        notes = footer(said, blocks=[block.name for blocks in groups for block in blocks])
+        order = [block.name for blocks in groups for block in blocks]
+        notes = footer({}, blocks=order) | self.fit.notes
         store.delete_directory(_NORMS)
-        for part in range(-(-len(self._corpus) // PART)):
+        for part in range(-(-len(corpus) // PART)):
             tables = {g: read_table(store, _part_file(_place(g), part)) for g in widths}
             index = next(iter(tables.values()))["index"].to_numpy()
             norms_NB = np.concatenate([_matrix(tables[g], widths[g]) for g in widths], axis=1)
-            number = schema.field("sq_norm").type
             rows = pa.table(
                 {
-                    "id": self._corpus.named(index),
+                    "id": corpus.named(index),
                     "sq_norm": pa.array(norms_NB.sum(axis=1)).cast(number),
                     BLOCK_NORMS: as_lists(norms_NB, number),
                 },
@@ -153,26 +142,20 @@ class Gradients:
             )
             write_table(store, _part_file(_NORMS, part), rows, notes)
 
-    def _missing(self, blocks: Sequence[Block]) -> frozenset[str]:
+    def _missing(self, group: int) -> frozenset[str]:
         """Names of the blocks that lack a file."""
-        return frozenset(b.name for b in blocks if not whole(self._store, gradient_file(b.name)))
+        names = (block.name for block in self.fit.blocks_of(group))
+        return frozenset(name for name in names if not whole(self.fit.store, gradient_file(name)))
 
-    def _kept(self, group: int, blocks: Sequence[Block]) -> bool:
+    def _kept(self, group: int) -> bool:
         """Whether the norms of these very blocks are kept."""
-        said = self._store.read_json(_blocks_file(group))
-        if said != [block.name for block in blocks]:
+        said = self.fit.store.read_json(_blocks_file(group))
+        if said != [block.name for block in self.fit.blocks_of(group)]:
             return False
-        return self._rows_there(_place(group))
+        return self.fit.rows_there(_place(group), len(self.fit.corpus))
 
     def _norms_there(self) -> bool:
-        return self._rows_there(_NORMS)
-
-    def _rows_there(self, place: str) -> bool:
-        names = self._store.names(place, ".parquet")
-        try:
-            return sum(read_rows(self._store, name) for name in names) == len(self._corpus)
-        except DamagedFile:
-            return False
+        return self.fit.rows_there(_NORMS, len(self.fit.corpus))
 
 
 def _place(group: int) -> str:

@@ -32,11 +32,13 @@ from raycurv.driver.workers import Workers
 from raycurv.errors import DamagedFile, UserError
 from raycurv.files.artifacts import eigen_file, read_factor, write_factor
 from raycurv.files.store import Store
-from raycurv.files.tables import read_directory, read_table, write_table
+from raycurv.files.tables import read_directory, write_table
 from raycurv.files.tensorfile import open_tensors
 from raycurv.jobs.fit.parents import How, Parent, Parents, check_new, places
 from raycurv.models.model import Model
 from raycurv.progress.reporter import Reporter
+from raycurv.steps.example_losses import examples_file
+from raycurv.steps.step import EXAMPLES_TABLE
 
 Array = np.ndarray[Any, Any]
 _DIGEST = 16  # bytes
@@ -157,24 +159,12 @@ def combine_factor(store: Store, runs: Sequence[Store], how: How, name: str) -> 
 def combine_examples(store: Store, parents: Parents, notes: dict[str, str]) -> None:
     """``tables/examples`` of a method without a second pass: the rows that the runs have."""
     rows = pa.concat_tables(
-        read_directory(run.store, "tables/examples").take(pa.array(kept, pa.int64()))
+        read_directory(run.store, EXAMPLES_TABLE).take(pa.array(kept, pa.int64()))
         for run, kept in parents.kept
     )
-    store.delete_directory("tables/examples")
+    store.delete_directory(EXAMPLES_TABLE)
     for part, start in enumerate(range(0, len(rows), PART)):
-        write_table(
-            store, f"tables/examples/part-{part:05d}.parquet", rows.slice(start, PART), notes
-        )
-
-
-def copy_examples(store: Store, parent: Parent, notes: dict[str, str]) -> int:
-    """``tables/examples`` of the run that is extended; gives the number of files."""
-    names = parent.store.names("tables/examples", ".parquet")
-    for part, name in enumerate(names):
-        write_table(
-            store, f"tables/examples/part-{part:05d}.parquet", read_table(parent.store, name), notes
-        )
-    return len(names)
+        write_table(store, examples_file(part), rows.slice(start, PART), notes)
 
 
 # Examples and labels

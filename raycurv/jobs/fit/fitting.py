@@ -30,12 +30,13 @@ from raycurv.errors import UserError
 from raycurv.files.lock import hold
 from raycurv.files.manifest import Manifest, continue_or_refuse
 from raycurv.files.store import Store, open_store
+from raycurv.files.tables import footer
 from raycurv.jobs.check import check_fit
 from raycurv.jobs.fit.combined import (
     open_examples,
 )
 from raycurv.jobs.fit.parents import open_parents
-from raycurv.jobs.fit.phases import FitPhases
+from raycurv.jobs.fit.phases import FitLoop
 from raycurv.mathematics.choice import choose_blocks
 from raycurv.mathematics.loss.objective import Objective, open_objective
 from raycurv.mathematics.methods import open_method
@@ -43,7 +44,7 @@ from raycurv.mathematics.tiles import check_axes
 from raycurv.models.model import Model
 from raycurv.models.opening import ModelSource, open_model
 from raycurv.progress.reporter import Reporter
-from raycurv.steps.statistics import Gradients
+from raycurv.steps.step import Fit
 
 
 def fit(
@@ -153,12 +154,30 @@ def _fit_held(
         )  # fmt: skip
     if not finished and len(corpus):
         check_fit(settings, network, blocks, corpus.lengths, store)
-    gradients = Gradients(settings, store, corpus, len(workers.groups))
-    job = FitPhases(
-        settings, store, per_token, blocks, corpus, parents, manifest, workers, reporter, gradients
+    assert settings.store_dtype is not None
+    under_way = Fit(
+        store=store,
+        method=open_method(settings.method),
+        fisher="sampled" if settings.fisher == "sampled" else "labels",
+        draws=settings.draws,
+        rows=settings.rows or 0,
+        dtype=DTYPES[settings.dtype],
+        store_dtype=DTYPES[settings.store_dtype],
+        max_factor_dim=settings.max_factor_dim,
+        keep_sums=settings.keep_sums,
+        gradients=settings.gradients,
+        per_token=per_token,
+        batch_tokens=settings.batch_tokens,
+        extends=None if parents.extended is None else parents.extended.store,
+        notes=footer(identity(settings)),
+        corpus=corpus,
+        manifest=manifest,
+        workers=workers,
+        reporter=reporter,
+        blocks=blocks,
     )
     try:
-        job.run()
+        FitLoop(under_way, parents, settings).run()
     finally:
         workers.close(store)
     manifest.took(store, reporter.seconds)

@@ -1,506 +1,238 @@
-"""The phases of a fit, group by group of stages: what is missing is asked of the store.
+"""The loop of a fit: group by group of stages, step by step, what is missing is made.
 
-A fit that starts from other runs (parents.py) takes over a part of these from them (combined.py).
+The store is asked what is missing, so the same loop continues a run that stopped anywhere, and
+mends one that lost a file. A fit that starts from other runs (parents.py) first takes over a part
+of the results from them (combined.py).
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import torch
-
-from raycurv.driver.corpus import Corpus, DrawnLabels
-from raycurv.driver.feed import Feed
 from raycurv.driver.pipeline import NoSink, Sink
-from raycurv.driver.settings import DTYPES, FitSettings, identity
-from raycurv.driver.sinks import ExampleRows, write_drawn, write_examples
+from raycurv.driver.settings import Execution
 from raycurv.driver.sweep import Sweep, Task, open_spool
-from raycurv.driver.workers import Workers
 from raycurv.errors import DamagedFile
-from raycurv.files.artifacts import (
-    basis_mark,
-    corrected_file,
-    corrected_notes,
-    eigen_file,
-    factor_file,
-    keeps_sum,
-)
-from raycurv.files.block_rows import BLOCKS_FILE, SPECTRUM_FILE, write_blocks, write_spectrum
-from raycurv.files.manifest import Manifest
-from raycurv.files.row_files import rows_file
-from raycurv.files.store import Store
-from raycurv.files.tables import footer, read_rows
-from raycurv.files.tensorfile import whole
-from raycurv.jobs.fit.combined import (
-    combine_examples,
-    copy_examples,
-    take_over_blocks,
-    take_over_factors,
-)
+from raycurv.files.block_rows import BLOCKS_FILE, write_blocks
+from raycurv.files.tables import read_rows
+from raycurv.jobs.fit.combined import combine_examples, take_over_blocks, take_over_factors
 from raycurv.jobs.fit.parents import Parents
 from raycurv.mathematics.blocks import Block
-from raycurv.mathematics.factors import factors_of
 from raycurv.mathematics.loss.differentiation import Target
-from raycurv.mathematics.methods import open_method
-from raycurv.progress.reporter import Reporter
-from raycurv.stages.passes import CorrectedPass, CovariancePass, LossPass, ReplayPass, RowsPass
-from raycurv.stages.stage import Pass
-from raycurv.steps.decompositions import decompose_factors
-from raycurv.steps.shared_inputs import Layout
-from raycurv.steps.statistics import Gradients
+from raycurv.stages.passes import Pass
+from raycurv.steps.covariances import Covariances, undecomposed
+from raycurv.steps.method_steps import steps_of
+from raycurv.steps.shared_inputs import SharedInputs
+from raycurv.steps.step import Fit, PassStep, TaskStep
 
 # The name of the examples among what is spooled.
 _STREAM = "examples"
-_PASSES = ("losses", "covariance", "corrected", "rows", "gradients")
 
 
-@dataclass
-class FitPhases:
-    """One fit under way: what is missing is asked of the store, phase by phase."""
+class FitLoop:
+    """One fit under way.
 
-    settings: FitSettings
-    store: Store
-    per_token: bool
-    blocks: tuple[Block, ...]
-    corpus: Corpus
-    parents: Parents
-    manifest: Manifest
-    workers: Workers
-    reporter: Reporter
-    gradients: Gradients
+    Args:
+        fit: what its steps see of it.
+        parents: the runs that it starts from.
+        settings: how it is run.
+    """
 
-    @property
-    def method(self) -> str:
-        return self.settings.method
-
-    @property
-    def store_dtype(self) -> torch.dtype:
-        assert self.settings.store_dtype is not None
-        return DTYPES[self.settings.store_dtype]
-
-    @property
-    def _sum_dtype(self) -> torch.dtype:
-        return torch.float64 if self.settings.dtype == "float64" else torch.float32
-
-    @property
-    def _first_pass(self) -> bool:
-        """Whether A and G are gathered: an extended run has its bases already."""
-        return self.method in ("ekfac", "kfac") and self.parents.extended is None
-
-    @property
-    def _per_example(self) -> bool:
-        """Whether something is gathered of every example's own gradient."""
-        return self.method in ("ekfac", "diagonal", "mfac")
+    def __init__(self, fit: Fit, parents: Parents, settings: Execution) -> None:
+        self._fit, self._parents, self._settings = fit, parents, settings
+        self._steps = steps_of(fit)
 
     def run(self) -> None:
-        settings, stages, groups = self.settings, len(self.workers.cuts), len(self.workers.groups)
-        resident = "" if groups == 1 else f", {len(self.workers.groups[0])} resident at a time"
-        self.reporter.say(
-            f"{settings.method} of {len(self.blocks)} blocks in {stages} "
-            f"stage{'s' if stages > 1 else ''}{resident}; {len(self.corpus):,} examples, "
-            f"{self.corpus.tokens:,} tokens, "
-            f"{self.corpus.padding(settings.batch_tokens):.1%} padding"
+        """Make everything that is missing."""
+        fit = self._fit
+        self._announce()
+        fit.manifest.facts |= self._parents.facts(fit.corpus)
+        take_over_blocks(fit.store, self._parents)
+        shared = SharedInputs(
+            fit.store, fit.workers, fit.corpus, fit.dtype, fit.batch_tokens, fit.reporter
         )
-        without = len(self.corpus) - self.corpus.terms
-        if without:
-            self.reporter.say(f"{without:,} examples have no loss term: loss 0, gradient 0")
-        self.manifest.facts |= self.parents.facts(self.corpus)
-        take_over_blocks(self.store, self.parents)
-        layout = Layout(
-            self.store, self.workers, self.corpus, DTYPES[settings.dtype], settings.batch_tokens,
-            self.reporter,
-        )  # fmt: skip
-        if layout.known:
-            self._learn(layout.read(self.blocks))
-        if self.parents.how is not None:
-            self.reporter.say(str(self.parents))
+        if shared.known:
+            self._learn(shared.read(fit.blocks))
+        if self._parents.how is not None:
+            fit.reporter.say(str(self._parents))
             self._take_over()
-        feed = self._feed(None)
-        sweep = Sweep(
-            self.workers,
-            self.store,
-            open_spool(
-                self.store,
-                settings.spool_dir,
-                self.manifest,
-                self.workers,
-                [feed],
-                self._differentiated(),
-            ),
-            {_STREAM: feed},
-            self.reporter,
-            settings.commit_seconds,
+        feed = fit.feed("nothing")
+        spool = open_spool(
+            fit.store,
+            self._settings.spool_dir,
+            fit.manifest,
+            fit.workers,
+            [feed],
+            self._differentiated(()),
         )
-        if not layout.known:
-            self._lay_out(layout, sweep)
+        sweep = Sweep(
+            fit.workers, fit.store, spool, {_STREAM: feed}, fit.reporter,
+            self._settings.commit_seconds,
+        )  # fmt: skip
+        if not shared.known:
+            fit.mending()
+            if sweep.level < sweep.last:
+                # Which inputs are shared was forgotten after the sweep had come past it.
+                sweep.end()
+            sweep.forward(shared.meet)
+            self._learn(shared.write())
+            self._done("layout")
         before: set[int] = set()
         # A file that goes while others are made is found in the next round.
-        while unfinished := self._unfinished(sweep):
+        while unfinished := {g for g in fit.groups if any(s.lacking(g) for s in self._steps)}:
             assert unfinished != before, f"groups {sorted(unfinished)} do not come to an end"
             before = unfinished if sweep.level == sweep.last else set()
             self._sweep(sweep, min(unfinished))
         sweep.end()
         if not self._tables_there():
-            self._tables()
-        self.store.delete_directory("work")
-        if self.method in ("ekfac", "kfac") and not settings.keep_sums:
-            self.store.delete_directory("factors")
+            self._write_tables()
+        fit.store.delete_directory("work")
+        if not fit.keep_sums:
+            fit.store.delete_directory("factors")
         self._done("tables")
 
-    def _sweep(self, sweep: Sweep, lowest: int) -> None:
-        """Through all groups of stages, and back to the lowest that lacks something."""
-        sweep.forward()
-        for group in range(sweep.level, lowest - 1, -1):
-            if self._first_pass:
-                self._covariance(sweep, group, lowest)
-                self._eigen(group)
-            if self._per_example:
-                self._corrected(sweep, group, lowest)
-            self._gradients(sweep, group, lowest)
-            if self.method == "identity":
-                self._losses(sweep, group)
-            if group > lowest:
-                replay = ReplayPass(self._differentiated(), self.settings.draws)
-                sweep.replay(group, self._task(replay, replay, False, NoSink()))
-            sweep.descend(group)
-            for name in _PASSES:
-                self.store.delete_directory(sweep.place(name, group))
-        sweep.end()
-
-    def _unfinished(self, sweep: Sweep) -> set[int]:
-        """Groups of stages that lack a result, or have a part in one that is lacking."""
-        groups = range(sweep.last + 1)
-        found: set[int] = set()
-        if self._first_pass:
-            found |= {g for g in groups if self._undecomposed(g) or self._sumless(g)}
-            found |= set() if self._labels_there() else {sweep.last}
-        if self._per_example:
-            # Without its bases nothing can be said of a group's Λ, which is lacking then anyway.
-            found |= {g for g in groups if g not in found and self._unfitted(g)}
-        if not self._examples_there():
-            # Losses come from the model's end alone, gradient norms from all of it.
-            found |= set(groups) if self._per_example else {sweep.last}
-        return found | {g for g in groups if self._ungathered(g)}
-
-    def _done(self, phase: str) -> None:
-        if phase not in self.manifest.complete:
-            self.manifest.complete.append(phase)
-        self.manifest.write(self.store)
-
-    def _mending(self) -> None:
-        """Take back that the fit is finished: something is about to be computed again."""
-        if "tables" in self.manifest.complete:
-            self.manifest.complete.remove("tables")
-            self.manifest.write(self.store)
-
-    # Which blocks read the same tensor
+    def _announce(self) -> None:
+        fit = self._fit
+        stages, groups = len(fit.workers.cuts), fit.workers.groups
+        resident = "" if len(groups) == 1 else f", {len(groups[0])} resident at a time"
+        fit.reporter.say(
+            f"{fit.method} of {len(fit.blocks)} blocks in {stages} "
+            f"stage{'s' if stages > 1 else ''}{resident}; {len(fit.corpus):,} examples, "
+            f"{fit.corpus.tokens:,} tokens, {fit.corpus.padding(fit.batch_tokens):.1%} padding"
+        )
+        without = len(fit.corpus) - fit.corpus.terms
+        if without:
+            fit.reporter.say(f"{without:,} examples have no loss term: loss 0, gradient 0")
 
     def _learn(self, blocks: tuple[Block, ...]) -> None:
-        self.blocks = blocks
-        self.workers.assign(blocks)
+        """Take the blocks with the input factors that they share."""
+        self._fit.blocks = blocks
+        self._fit.workers.assign(blocks)
 
-    def _lay_out(self, layout: Layout, sweep: Sweep) -> None:
-        self._mending()
-        if sweep.level < sweep.last:
-            sweep.end()  # the layout went after the sweep had come past it
-        sweep.forward(layout.meet)
-        self._learn(layout.write())
-        self._done("layout")
-
-    def _blocks_of(self, group: int) -> tuple[Block, ...]:
-        return self.workers.blocks_of(self.workers.groups[group])
-
-    # What other runs have done already
-
-    @property
-    def _examples(self) -> int:
-        """How many examples the curvature is a mean over."""
-        return int(self.manifest.facts["examples"])
+    def _done(self, name: str) -> None:
+        manifest = self._fit.manifest
+        if name not in manifest.complete:
+            manifest.complete.append(name)
+        manifest.write(self._fit.store)
 
     def _take_over(self) -> None:
         """Bases of the run that is extended; or sums of those that are combined, decomposed."""
-        if self.method == "diagonal":
+        fit, combined = self._fit, self._parents.combined
+        if not fit.method.factors:
             return
-        groups = range(len(self.workers.groups))
-        combined = self.parents.combined
-        missing = [
-            f for g in groups for f in (self._sumless if combined else self._undecomposed)(g)
-        ]
+        missing: list[str] = []
+        for group in fit.groups:
+            missing += Covariances(fit).sums(group) if combined else undecomposed(fit, group)
         if missing:
-            self._mending()
-        take_over_factors(self.store, self.parents, missing, self.workers)
-        if not combined:
-            self._done("eigen")
-            return
-        if self.method == "kfac" and not self._examples_there():
-            combine_examples(self.store, self.parents, self._notes())
-        self._done("factors")
-        for group in groups:
-            self._eigen(group)
+            fit.mending()
+        take_over_factors(fit.store, self._parents, missing, fit.workers)
+        if combined and not fit.method.per_example and not fit.examples_there():
+            combine_examples(fit.store, self._parents, fit.notes)
+        self._done("factors" if combined else "eigen")
+        # From here on nothing needs the model until a pass does.
+        for step in self._steps if combined else ():
+            for group in fit.groups:
+                if isinstance(step, TaskStep) and step.lacking(group):
+                    step.run(group)
 
-    # First pass
+    def _sweep(self, sweep: Sweep, lowest: int) -> None:
+        """Through all groups of stages, and back to the lowest that lacks something."""
+        fit = self._fit
+        sweep.forward()
+        for group in range(sweep.level, lowest - 1, -1):
+            for step in self._steps:
+                if step.lacking(group):
+                    fit.mending()
+                    if isinstance(step, TaskStep):
+                        step.run(group)
+                    elif isinstance(step, PassStep):
+                        self._pass(sweep, group, lowest, step)
+                if group == 0 and step.name:
+                    self._done(step.name)
+            if group > lowest:
+                replay = Pass("replay", self._differentiated(()), fit.draws)
+                feed = fit.feed(replay.target)
+                sweep.replay(group, Task(_STREAM, feed, replay, replay, False, NoSink()))
+            sweep.descend(group)
+            for step in self._steps:
+                if isinstance(step, PassStep):
+                    fit.store.delete_directory(sweep.place(step.pass_name, group))
+        sweep.end()
 
-    @property
-    def _target(self) -> Target:
-        return "sampled" if self.settings.fisher == "sampled" else "labels"
+    def _differentiated(self, together: Sequence[PassStep]) -> Target:
+        """What a pass of some steps differentiates: the data's own labels, too, where one needs
+        them, and in all passes of a sweep, which share the spooled gradients."""
+        fit = self._fit
+        own = any(s.own_labels for s in together) or (fit.gradients and len(fit.groups) > 1)
+        return "both" if own and fit.fisher == "sampled" else fit.fisher
 
-    def _differentiated(self, group: int | None = None) -> Target:
-        """What a pass through a group differentiates: the data's own labels, too, where it gathers
-        gradient statistics, and in all passes of a sweep, which share the spooled gradients."""
-        lacking = group is not None and self._ungathered(group)
-        return self.gradients.target(self._target, lacking)
+    def _pass(self, sweep: Sweep, group: int, lowest: int, leader: PassStep) -> None:
+        """Run the pass that a step leads through a group, from its last commit if that is of use;
+        with the steps that can ride on it."""
+        fit = self._fit
+        together = [leader, *(self._riders(group, leader) if leader.differentiates else ())]
+        target: Target = self._differentiated(together) if leader.differentiates else "nothing"
+        gatherers = tuple(g for step in together for g in step.gatherers(group))
+        columns = {step: step.columns(group) for step in together}
+        sums = frozenset[str]().union(*(step.sums(group) for step in together))
+        wanted = sums.union(*columns.values())
+        self._forget_unless(sweep.place(leader.pass_name, group), sums, wanted)
+        work = Pass(leader.pass_name, target, fit.draws, gatherers)
+        again, carries = work.replay(), leader.carries()
+        if carries:
+            again = Pass(leader.pass_name, target, fit.draws, leader.again(group))
+        sink: Sink = fit.example_rows() if any(columns.values()) else NoSink()
+        task = Task(_STREAM, fit.feed(target), work, again, carries, sink)
+        names = sweep.run(group, task, leader.label, lowest if work.differentiates else group)
+        # Labels come from the model's end, and as far as results are carried.
+        if names and work.differentiates and group == (0 if carries else fit.last):
+            fit.keep_labels(names)
+        for step, taken in columns.items():
+            if taken:
+                step.keep(group, names)
 
-    def _ungathered(self, group: int) -> bool:
-        return self.gradients.lacking(group, self._blocks_of(group))
+    def _riders(self, group: int, leader: PassStep) -> list[PassStep]:
+        found = []
+        for step in self._steps:
+            if step is leader or not isinstance(step, PassStep) or not step.rides:
+                continue
+            both = (*leader.gatherers(group), *step.gatherers(group))
+            given = Pass(leader.pass_name, "labels", 1, both).results
+            if step.lacking(group) and step.columns(group) <= given.keys():
+                found.append(step)
+        return found
 
-    def _labels_there(self) -> bool:
-        return self._target != "sampled" or DrawnLabels(self.store).complete(len(self.corpus))
-
-    def _undecomposed(self, group: int) -> list[str]:
-        factors = factors_of(self._blocks_of(group))
-        return [f for f in factors if not whole(self.store, eigen_file(f))]
-
-    def _sumless(self, group: int) -> list[str]:
-        """Factors that lack a sum which is still needed, or shall be kept."""
-        keep = self.settings.keep_sums
-        factors = factors_of(self._blocks_of(group)) if keep else self._undecomposed(group)
-        return [f for f in factors if not whole(self.store, factor_file(f))]
-
-    def _covariance(self, sweep: Sweep, group: int, lowest: int) -> None:
-        missing = frozenset(self._sumless(group))
-        ending = group == sweep.last
-        losses = ending and self.method == "kfac" and not self._examples_there()
-        if not missing and not losses and (self._labels_there() or not ending):
-            return
-        work = CovariancePass(
-            self.store,
-            missing,
-            self._differentiated(group),
-            self.settings.draws,
-            self.settings.max_factor_dim,
-            self._sum_dtype,
-        )
-        again = ReplayPass(work.target, self.settings.draws)
-        # Losses and drawn labels come from the model's end.
-        sink = self._rows() if ending else NoSink()
-        task = self._task(work, again, False, sink)
-        names = self._pass(sweep, group, lowest, task, "first pass: A and G", missing)
-        if ending:
-            self._keep_labels(names)
-            if losses:
-                self._write_examples(names)
-        if group == 0:
-            self._done("factors")
-
-    def _keep_labels(self, names: Sequence[str]) -> None:
-        labels = DrawnLabels(self.store)
-        if self._target == "sampled" and not labels.complete(len(self.corpus)):
-            write_drawn(self.store, names, labels)
-
-    def _rows(self) -> ExampleRows:
-        return ExampleRows(self.store, self.corpus.lengths if self.per_token else None)
-
-    def _feed(self, target: Target | None) -> Feed:
-        drawn = None
-        if target in ("sampled", "both"):
-            labels = DrawnLabels(self.store)
-            drawn = labels.read if labels.complete(len(self.corpus)) else None
-        return Feed(
-            self.corpus.plan(self.settings.batch_tokens),
-            self.corpus.reader(DTYPES[self.settings.dtype], drawn),
-            self.corpus.lengths,
-        )
-
-    def _pass(
-        self,
-        sweep: Sweep,
-        group: int,
-        lowest: int,
-        task: Task,
-        label: str,
-        gathers: frozenset[str],
-    ) -> list[str]:
-        """Run a pass over all examples, from its last commit if that is of use; gives the files of
-        its rows. Gradient statistics are gathered beside it where they are lacking.
-
-        Args:
-            gathers: names of what the stages shall sum up.
-        """
-        self._mending()
-        blocks = self._blocks_of(group)
-        beside = task.work.target != "nothing" and self._ungathered(group)
-        rows: frozenset[str] = frozenset()
-        if beside:
-            task, sums, rows = self.gradients.beside(task, blocks, self._rows())
-            gathers |= sums
-        place = sweep.place(task.work.name, group)
-        commit = self.store.read_json(f"{place}/commit.json")
-        begun = self.store.read_json(f"{place}/gathers.json")
+    def _forget_unless(self, place: str, sums: frozenset[str], wanted: frozenset[str]) -> None:
+        """Delete the commits of a pass unless it was begun with all that is wanted of it now."""
+        store = self._fit.store
+        commit = store.read_json(f"{place}/commit.json")
+        begun = store.read_json(f"{place}/gathers.json")
         if commit is not None and (
             # A result of a finished pass, or of a sum that was left out, has gone since.
-            (commit["finished"] and gathers) or begun is None or not gathers | rows <= set(begun)
+            (commit["finished"] and sums) or begun is None or not wanted <= set(begun)
         ):
-            self.store.delete_directory(place)
+            store.delete_directory(place)
             commit = None
         if commit is None:
-            self.store.write_json(f"{place}/gathers.json", sorted(gathers | rows))
-        names = sweep.run(group, task, label, lowest)
-        if beside:
-            self.gradients.keep(group, blocks, names)
-        return names
-
-    def _task(self, work: Pass, again: Pass, carries: bool, sink: Sink) -> Task:
-        return Task(_STREAM, self._feed(work.target), work, again, carries, sink)
-
-    # Eigendecompositions
-
-    def _eigen(self, group: int) -> None:
-        missing = self._undecomposed(group)
-        if missing:
-            self._mending()
-            factors = factors_of(self._blocks_of(group))
-            decompose_factors(
-                self.store,
-                {name: factors[name] for name in missing},
-                self.settings.max_factor_dim,
-                self.store_dtype,
-                self.settings.keep_sums,
-                self.workers,
-                self.workers.named(group),
-                self.reporter,
-            )
-        if group == 0:
-            self._done("eigen")
-
-    # Second pass
-
-    def _unfitted(self, group: int) -> list[Block]:
-        return [b for b in self._blocks_of(group) if not self._corrected_there(b)]
-
-    def _corrected(self, sweep: Sweep, group: int, lowest: int) -> None:
-        missing = self._unfitted(group)
-        examples = not self._examples_there()
-        if missing or examples:
-            work = self._gathering(group, frozenset(b.name for b in missing))
-            again = dataclasses.replace(work, only=frozenset())
-            # Sums of squares in other bases than those that are there are of no use.
-            marked = frozenset(f"{b.name} {self._mark(b)}" for b in missing)
-            sink = self._rows() if group == 0 else NoSink()
-            task = self._task(work, again, examples, sink)
-            label = "gradients" if self.method == "mfac" else "second pass: Λ"
-            names = self._pass(sweep, group, lowest, task, label, marked)
-            if examples and group == 0:
-                self._keep_labels(names)
-                self._write_examples(names)
-        if group == 0:
-            self._done("rows" if self.method == "mfac" else "corrected")
-
-    def _gathering(self, group: int, missing: frozenset[str]) -> CorrectedPass | RowsPass:
-        """The pass over every example's own gradient, which makes what some blocks lack."""
-        settings = self.settings
-        if self.method == "mfac":
-            assert settings.rows is not None
-            return RowsPass(
-                self.store,
-                missing,
-                self._differentiated(group),
-                settings.draws,
-                settings.rows,
-                self.store_dtype,
-            )
-        return CorrectedPass(
-            self.store,
-            missing,
-            self._differentiated(group),
-            settings.draws,
-            self.method == "diagonal",
-            self.store_dtype,
-            self._sum_dtype if settings.keep_sums else None,
-            None if self.parents.extended is None else self.parents.extended.store,
-        )
-
-    def _corrected_there(self, block: Block) -> bool:
-        if self.method == "mfac":
-            return whole(self.store, rows_file(block.name))
-        name = corrected_file(block.name)
-        if not whole(self.store, name):
-            return False
-        if corrected_notes(self.store, block)["bases"] != self._mark(block):
-            return False
-        return not self.settings.keep_sums or keeps_sum(self.store, block)
-
-    def _mark(self, block: Block) -> str:
-        return "" if self.method in ("diagonal", "mfac") else basis_mark(self.store, block)
-
-    # Gradient statistics that no other pass has gathered
-
-    def _gradients(self, sweep: Sweep, group: int, lowest: int) -> None:
-        if not self._ungathered(group):
-            return
-        again = ReplayPass(self._differentiated(group), self.settings.draws)
-        task = self._task(again, again, False, NoSink())
-        names = self._pass(sweep, group, lowest, task, "gradient statistics", frozenset())
-        if group == sweep.last:
-            self._keep_labels(names)
-            if not self._per_example and not self._examples_there():
-                self._write_examples(names)
-
-    # Tables
-
-    def _examples_there(self) -> bool:
-        names = self.store.names("tables/examples", ".parquet")
-        try:
-            return sum(read_rows(self.store, n) for n in names) == self._examples
-        except DamagedFile:
-            return False
-
-    def _losses(self, sweep: Sweep, group: int) -> None:
-        if not self._examples_there():
-            work = LossPass()
-            task = self._task(work, work, False, self._rows())
-            names = self._pass(sweep, group, group, task, "losses", frozenset())
-            self._write_examples(names)
-
-    def _write_examples(self, names: Sequence[str]) -> None:
-        notes, before = self._notes(), 0
-        self.store.delete_directory("tables/examples")
-        if self.parents.extended is not None:
-            before = copy_examples(self.store, self.parents.extended, notes)
-        double = self.settings.dtype == "float64"
-        write_examples(self.store, names, self.corpus, double, notes, before)
-
-    def _notes(self) -> dict[str, str]:
-        return footer(identity(self.settings))
+            store.write_json(f"{place}/gathers.json", sorted(wanted))
 
     def _tables_there(self) -> bool:
-        names = [BLOCKS_FILE, SPECTRUM_FILE] if self._has_spectrum else [BLOCKS_FILE]
         try:
             return (
-                "tables" in self.manifest.complete
-                and all(read_rows(self.store, name) > 0 for name in names)
-                and self.gradients.tables_there()
+                "tables" in self._fit.manifest.complete
+                and read_rows(self._fit.store, BLOCKS_FILE) > 0
+                and all(step.tables_there() for step in self._steps)
             )
         except (DamagedFile, FileNotFoundError):
             return False
 
-    @property
-    def _has_spectrum(self) -> bool:
-        return self.method in ("ekfac", "kfac")
-
-    def _tables(self) -> None:
+    def _write_tables(self) -> None:
+        fit = self._fit
         stages = {
             block.name: stage
-            for stage in range(len(self.workers.cuts))
-            for block in self.workers.blocks_of(range(stage, stage + 1))
+            for stage in range(len(fit.workers.cuts))
+            for block in fit.workers.blocks_of(range(stage, stage + 1))
         }
-        write_blocks(
-            self.store, self.blocks, stages, open_method(self.method), self._examples, self._notes()
-        )
-        if self._has_spectrum:
-            write_spectrum(self.store, factors_of(self.blocks), self._notes())
-        if self.gradients.wanted:
-            groups = [self._blocks_of(group) for group in range(len(self.workers.groups))]
-            self.manifest.facts["gradients"] = self.gradients.write_tables(groups)
-            self._done("gradients")
+        write_blocks(fit.store, fit.blocks, stages, fit.method, fit.examples, fit.notes)
+        for step in self._steps:
+            step.write_tables()

@@ -39,6 +39,7 @@ from raycurv.files.tables import footer, read_rows
 from raycurv.files.tensorfile import whole
 from raycurv.jobs.check import check_influence
 from raycurv.jobs.fitted import check_model, fitted_model, read_fit
+from raycurv.jobs.influence.gatherers import GradientsGatherer, ProductsGatherer, ScoreGatherer
 from raycurv.jobs.rank_products import make_rank_products, rank_inverses
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.curvature import Damping
@@ -48,7 +49,7 @@ from raycurv.mathematics.rank.rank_inverse import RankInverses
 from raycurv.models.model import Model
 from raycurv.models.opening import ModelSource, open_model
 from raycurv.progress.reporter import Reporter
-from raycurv.stages.passes import QueryGradientsPass, QueryPass, ReplayPass, ScorePass
+from raycurv.stages.passes import Pass
 
 
 def influence(
@@ -277,8 +278,8 @@ class _Influence:
                 continue
             label = "" if len(groups) == 1 else f", pass {number + 1} of {len(groups)}"
             self._make_rank_products(group, label)
-            work = self._products_pass(group)
-            files = self._sweep(group, work, label, score=self.train is not None)
+            gatherer = self._products_gatherer(group)
+            files = self._sweep(group, gatherer, label, score=self.train is not None)
             self._finished[_span(group)] = self._sizes(files)
             self.manifest.write(self.store)
             if not self.settings.ihvp:
@@ -342,8 +343,8 @@ class _Influence:
         if not (self._ranked and missing):
             return
         inverses, gradients = self._rank_inverses, place.inside("gradients")
-        work = QueryGradientsPass(self._named(group), gradients, f"gradients-{_span(group)}")
-        self._sweep(group, work, f"{label}, gradients", score=False)
+        gatherer = GradientsGatherer(self._named(group), gradients)
+        self._sweep(group, gatherer, f"{label}, gradients", score=False)
         residual = make_rank_products(
             gradients,
             place,
@@ -367,29 +368,33 @@ class _Influence:
         """The ids of a group of queries."""
         return tuple(self.queries.named(group).to_pylist())
 
-    def _products_pass(self, group: range) -> QueryPass:
-        """The pass that makes the IHVPs of a group of queries."""
+    def _products_gatherer(self, group: range) -> ProductsGatherer:
+        """What gathers the IHVPs of a group of queries."""
         train = None if self.settings.ihvp else self.train
         rank = self.settings.rank_number()
         holds = train is not None and self.workers.in_process and rank is None
-        return QueryPass(
+        return ProductsGatherer(
             self._named(group),
             self._place(group),
             self.curvature,
             self.damping,
             rank,
             self.settings.seed,
-            f"queries-{_span(group)}",
             scored=None if train is None else train.tokens,
             held=self.held if holds and not self._ranked else None,
         )
 
     def _sweep(
-        self, group: range, work: QueryPass | QueryGradientsPass, label: str, score: bool
+        self,
+        group: range,
+        gatherer: ProductsGatherer | GradientsGatherer,
+        label: str,
+        score: bool,
     ) -> list[str]:
         """A pass over a group of queries, and with ``score`` the training examples' scores on their
         IHVPs; gives the files of these."""
-        place = work.out
+        place = gatherer.out
+        work = Pass(f"{gatherer.name}-{_span(group)}", "measurement", 1, (gatherer,))
         feeds = {"queries": self._query_feed(group)}
         if score:
             assert self.train is not None
@@ -419,7 +424,7 @@ class _Influence:
         files: list[str] = []
         for stages in range(sweep.level, lowest - 1, -1):
             if "queries" in feeds:
-                self._query(sweep, stages, work, feeds["queries"], label)
+                self._query(sweep, stages, work, place, feeds["queries"], label)
             if score:
                 files = self._score(sweep, stages, group, feeds["train"], label)
             self.held.clear()
@@ -449,15 +454,15 @@ class _Influence:
         self,
         sweep: Sweep,
         stages: int,
-        work: QueryPass | QueryGradientsPass,
+        work: Pass,
+        place: Store,
         feed: Feed,
         label: str,
     ) -> None:
         """The pass over a group of stages, and the gradients for those before that lack theirs."""
-        unasked = self._unasked(sweep, work.out)
+        unasked = self._unasked(sweep, place)
         lowest = min(unasked, default=stages)
-        replay = ReplayPass(work.target, work.draws)
-        task = Task("queries", feed, work, replay, carries=False)
+        task = Task("queries", feed, work, work.replay(), carries=False)
         if stages in unasked:
             commits = sweep.place(work.name, stages)
             commit = self.store.read_json(f"{commits}/commit.json")
@@ -466,14 +471,15 @@ class _Influence:
                 self.store.delete_directory(commits)
             sweep.run(stages, task, f"queries: IHVPs{label}", lowest)
         if lowest < stages:
-            sweep.replay(stages, replace(task, work=replay))
+            sweep.replay(stages, replace(task, work=task.again))
 
     def _score(self, sweep: Sweep, stages: int, group: range, feed: Feed, label: str) -> list[str]:
         """Partial scores of a group of stages, added to what those behind it found."""
         assert self.train is not None
         settings = self.settings
         ids = self._named(group)
-        work = ScorePass(
+        inverses = self._rank_inverses if self._ranked and settings.self_influence else None
+        gatherer = ScoreGatherer(
             self.curvature,
             self.damping,
             self._place(group),
@@ -481,10 +487,10 @@ class _Influence:
             settings.per_block,
             settings.per_token,
             settings.self_influence and group.start == 0,
-            self._rank_inverses if self._ranked and settings.self_influence else None,
-            self._work(group),
-            held=self.held,
+            inverses,
+            self.held,
         )
+        work = Pass(self._work(group), "labels", 1, (gatherer,))
         sink: Sink = NoSink()
         if stages == 0:
             sink = ScoreRows(
@@ -497,7 +503,7 @@ class _Influence:
                 settings.per_token,
                 settings.top_k,
                 self._notes(),
-                self._rank_inverses if self._ranked and settings.self_influence else None,
+                inverses,
             )
         task = Task("train", feed, work, work, carries=True, sink=sink)
         names = sweep.run(stages, task, f"scores{label}", 0)
@@ -540,7 +546,7 @@ class _Influence:
         for number, group in enumerate(groups):
             label = "" if len(groups) == 1 else f", pass {number + 1}"
             self._make_rank_products(group, label)
-            self._sweep(group, self._products_pass(group), label, score=False)
+            self._sweep(group, self._products_gatherer(group), label, score=False)
         places = [self._place(group) for group in groups]
         arguments = [(places, self.store, name) for name in missing]
         for _ in self.workers.run_tasks("IHVPs", join_products, arguments):

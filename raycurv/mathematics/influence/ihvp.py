@@ -26,6 +26,7 @@ from raycurv.mathematics.curvature import BlockCurvature, Damping, Preconditione
 from raycurv.mathematics.eigen import Eigenbasis, own_axes
 from raycurv.mathematics.gradients import Rotations
 from raycurv.mathematics.kinds.catalogue import kind_of_block
+from raycurv.mathematics.sums import PlainSum, Results, Sums, working_dtype
 
 _OVERSAMPLING = 8
 _POWER_STEPS = 2
@@ -143,13 +144,17 @@ def truncated(
     return truncated_svd(m_NOI, rank, tests.to(m_NOI))
 
 
-class QueryGradients:
+class QueryGradients(Sums):
     """Gathers the gradients of queries, whole and in the weights' own axes.
+
+    Each takes its place among all queries, where the other replicas have zeros.
 
     Args:
         blocks: with their input factors known.
         queries: all queries of this pass, in their order.
         dtype: of the model's computation.
+        device: where the results live.
+        bases: factor -> eigenbasis that gradients are turned into; by default the weights' axes.
     """
 
     def __init__(
@@ -158,26 +163,30 @@ class QueryGradients:
         queries: Sequence[str],
         dtype: torch.dtype,
         device: torch.device,
+        bases: dict[str, Eigenbasis] | None = None,
     ) -> None:
-        self.blocks, self.bases = tuple(blocks), own_axes(blocks)
+        super().__init__([block.name for block in blocks], dtype, device)
+        self.blocks, self.bases = tuple(blocks), bases or own_axes(blocks)
         self._place = {query: i for i, query in enumerate(queries)}
-        self._dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self._device = device
-        self.products = {block.name: self._empty(block) for block in blocks}
+        self.products: dict[str, BlockProducts] = {}
+        for block in blocks:
+            held = {
+                key: PlainSum((len(queries), *shape), dtype, device)
+                for key, shape in self._shapes(block).items()
+            }
+            self.sums |= {f"{block.name}#{key}": one for key, one in held.items()}
+            self.products[block.name] = BlockProducts(**{k: one.part for k, one in held.items()})
 
-    def _empty(self, block: Block) -> BlockProducts:
-        """The places of a block's results, all zero."""
-        return BlockProducts(full=self._zeros(block.d_out, block.d_in))
+    def _shapes(self, block: Block) -> dict[str, tuple[int, int]]:
+        """Shapes of one query's results of a block, by the field of :class:`BlockProducts`."""
+        return {"full": (block.d_out, block.d_in)}
 
-    def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros((len(self._place), *shape), dtype=self._dtype, device=self._device)
-
-    def add(self, draws: Sequence[Captured], counts: bool = True) -> dict[str, Tensor]:
+    def add(self, draws: Sequence[Captured], counts: bool = True) -> Results:
         """Put what a microbatch of queries gives in its places, unless it is there."""
         if not counts:
             return {}
         (captured,) = draws
-        rotations = Rotations(captured, self.bases, self.blocks, self._dtype)
+        rotations = Rotations(captured, self.bases, self.blocks, self.dtype)
         ids = captured.batch.ids
         for block in self.blocks:
             for part, m_NOI in rotations.gradients(block):
@@ -190,29 +199,6 @@ class QueryGradients:
         full = self.products[block.name].full
         assert full is not None
         full[where] = m_NOI
-
-    def state(self) -> dict[str, Tensor]:
-        """The results so far."""
-        return {
-            f"{name}/{key}": tensor
-            for name, products in self.products.items()
-            for key, tensor in products.tensors().items()
-        }
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from :meth:`state`."""
-        for key, tensor in self.state().items():
-            tensor.copy_(state[key])
-
-    def join(self, state: Mapping[str, Tensor]) -> None:
-        """Add the results of other queries, given as their :meth:`state`."""
-        for key, tensor in self.state().items():
-            tensor.add_(state[key].to(tensor.device))
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The blocks."""
-        return tuple(self.products)
 
     def result(self, name: str) -> BlockProducts:
         """The results of a block: zeros for queries that did not come by."""
@@ -229,6 +215,7 @@ class QueryProducts(QueryGradients):
         rank: to truncate to; ``None`` for whole products.
         seed: of the test matrices.
         dtype: of the model's computation.
+        device: where the products live.
         scored: rows of the examples that alone the products are for; ``None`` turns all back.
     """
 
@@ -243,24 +230,22 @@ class QueryProducts(QueryGradients):
         device: torch.device,
         scored: int | None = None,
     ) -> None:
-        computed = torch.float64 if dtype == torch.float64 else torch.float32
-        self._preconditioner = Preconditioner.of(curvatures, damping, computed, device)
-        self._rank, self._seed, self._scored = rank, seed, scored
-        super().__init__(self._preconditioner.blocks, queries, dtype, device)
-        self.bases = self._preconditioner.bases
+        self._rank, self._seed, self._scored, self._count = rank, seed, scored, len(queries)
+        preconditioner = Preconditioner.of(curvatures, damping, working_dtype(dtype), device)
+        self._inverse = preconditioner.inverse
+        self.bases = preconditioner.bases
+        super().__init__(preconditioner.blocks, queries, dtype, device, preconditioner.bases)
 
-    def _empty(self, block: Block) -> BlockProducts:
+    def _shapes(self, block: Block) -> dict[str, tuple[int, int]]:
         kept = kept_rank(self._rank, block.d_out, block.d_in)
         if kept is not None:
-            left, right = self._zeros(kept, block.d_out), self._zeros(kept, block.d_in)
-            return BlockProducts(left=left, right=right)
-        bases, queries = self._preconditioner.bases, len(self._place)
-        if self._scored is not None and stays_turned(block, bases, queries, self._scored):
-            return BlockProducts(turned=self._zeros(block.d_out, block.d_in))
-        return super()._empty(block)
+            return {"left": (kept, block.d_out), "right": (kept, block.d_in)}
+        if self._scored is not None and stays_turned(block, self.bases, self._count, self._scored):
+            return {"turned": (block.d_out, block.d_in)}
+        return super()._shapes(block)
 
     def _put(self, block: Block, m_NOI: Tensor, where: list[int], ids: Sequence[str]) -> None:
-        m_NOI = m_NOI.mul_(self._preconditioner.inverse[block.name])
+        m_NOI = m_NOI.mul_(self._inverse[block.name])
         products = self.products[block.name]
         left, right = self.bases[block.output_factor], self.bases[block.input_factor]
         if products.turned is not None:

@@ -12,7 +12,7 @@ Axis letters: B blocks, N training examples, Q queries, R rank, T rows, O and I 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from raycurv.mathematics.eigen import Eigenbasis
 from raycurv.mathematics.gradients import PIECE, Rotations, example_gradients
 from raycurv.mathematics.influence.ihvp import BlockProducts
 from raycurv.mathematics.products import rows_times
+from raycurv.mathematics.sums import Combine, Results, Sums
 
 # What a microbatch gives, by name.
 SCORES, BLOCK_SCORES, TOKEN_SCORES = "scores", "block_scores", "token_scores"
@@ -63,8 +64,8 @@ class SelfScores(Protocol):
         ...
 
 
-class PairwiseScores:
-    """Scores the examples of a microbatch against all queries of the pass.
+class PairwiseScores(Sums):
+    """Scores the examples of a microbatch against all queries of the pass; nothing is summed up.
 
     Args:
         blocks: the stage's blocks.
@@ -76,6 +77,10 @@ class PairwiseScores:
         bases: factor -> eigenbasis, of the blocks whose products are in it.
         own: also scores the examples on themselves, from the same rows.
     """
+
+    results: ClassVar[Mapping[str, Combine]] = {
+        SCORES: "sum", TOKEN_SCORES: "sum", SELF_SCORES: "sum", BLOCK_SCORES: "concat",
+    }  # fmt: skip
 
     def __init__(
         self,
@@ -89,24 +94,23 @@ class PairwiseScores:
         bases: dict[str, Eigenbasis] | None = None,
         own: SelfScores | None = None,
     ) -> None:
+        super().__init__((), dtype, device)
         self._blocks, self._products, self._queries = tuple(blocks), products, queries
         self._per_block, self._per_token, self._own = per_block, per_token, own
-        self._dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self._device = device
         self._bases = (bases or {}) if own is None else own.bases
 
-    def add(self, draws: Sequence[Captured]) -> dict[str, Tensor]:
+    def add(self, draws: Sequence[Captured], counts: bool = True) -> Results:
         """``scores [N, Q]``, ``block_scores [N, Q, B]``, ``token_scores [N, Q, T]``, float64, and
         what ``own`` gives."""
         (captured,) = draws
         n = captured.batch.size
-        scores = torch.zeros(n, self._queries, dtype=torch.float64, device=self._device)
-        own = {} if self._own is None else self._own.start(n, self._device)
+        scores = torch.zeros(n, self._queries, dtype=torch.float64, device=self.device)
+        own = {} if self._own is None else self._own.start(n, self.device)
         by_block, by_token = [], None
         if self._per_token:
             assert captured.batch.mask is not None
             by_token = scores.new_zeros(*scores.shape, captured.batch.mask.shape[1])
-        rotations = Rotations(captured, self._bases, self._blocks, self._dtype)
+        rotations = Rotations(captured, self._bases, self._blocks, self.dtype)
         for block in self._blocks:
             products = self._products[block.name]
             rows = rotations.rows(block) if products.turned is None else rotations.rotated(block)

@@ -1,15 +1,15 @@
 """The end of the network: losses, drawn labels, and the gradient that goes back from them.
 
 A per-token objective is evaluated on slices of positions, forward and backward, so that a long
-vocabulary never makes whole logits: 8,192 tokens x 128,256 words would be 4.2 GB in float32.
-
-Axis letters: D draws, N examples, T positions.
+vocabulary never makes whole logits: 8,192 tokens x 128,256 words would be 4.2 GB in float32. Any
+other objective sees the whole microbatch as one slice. Axis letters: D draws, N examples, T
+positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -19,35 +19,56 @@ from raycurv.batch import Batch
 from raycurv.errors import UserError
 from raycurv.mathematics.loss.draws import id_keys, uniforms
 from raycurv.mathematics.loss.objective import Judging, Objective
+from raycurv.mathematics.sums import Combine, Results
 
 # What a pass differentiates: labels drawn from the model, the data's own, the drawn ones and then
 # the data's own, the measurement of a query, or nothing (only the loss is wanted).
 Target = Literal["sampled", "labels", "both", "measurement", "nothing"]
-
 Head = Callable[[Tensor, int], Tensor]
+
+# Of each example: loss of its own labels, summed over its tokens; labels that were drawn here; how
+# many of its targets the model predicts.
+LOSS, DRAWN, CORRECT = "loss", "drawn", "correct"
+RESULTS: dict[str, Combine] = {LOSS: "last", DRAWN: "last", CORRECT: "last"}
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """What the last stage finds.
+class LossGradients:
+    """What the last stage finds of a microbatch.
 
     Attributes:
         gradients: one a draw, with respect to the hidden states, of their shape; each holds for
             every example the gradient of that example's own number. For ``both`` one more, of the
             data's own labels, is the last.
-        loss: of the data's own labels, summed over tokens, ``[N]``; ``None`` without labels.
-        drawn: labels that were drawn here, ``[D, N, ...]``; ``None`` if given or not drawn.
-        correct: targets that the model predicts, ``[N]``; ``None`` where something is
-            differentiated, without labels, or where the objective does not count them.
+        results: ``loss [N]`` float64 of the data's own labels, summed over tokens, where there are
+            labels; ``drawn [D, N, ...]``, labels that were drawn here; ``correct [N]``, targets
+            that the model predicts, where nothing is differentiated and the objective counts them.
     """
 
     gradients: tuple[Tensor, ...]
-    loss: Tensor | None
-    drawn: Tensor | None
-    correct: Tensor | None = None
+    results: Results = field(default_factory=dict)
 
 
-def evaluate(
+@dataclass(frozen=True)
+class _Slice:
+    """A part of a microbatch that head and objective see at once.
+
+    Attributes:
+        at: which part of the hidden states.
+        start: the first position.
+        batch: with the labels that its outputs are held against.
+        places: positions of its targets, for the draws.
+        drawn: labels that were drawn earlier, a draw each; ``None`` where they are drawn here.
+    """
+
+    at: tuple[slice, ...]
+    start: int
+    batch: Batch
+    places: Tensor
+    drawn: list[Tensor] | None
+
+
+def differentiate(
     objective: Objective,
     head: Head,
     hidden: Tensor,
@@ -57,13 +78,14 @@ def evaluate(
     seed: int,
     slice_positions: int,
     begin_draw: Callable[[int], None],
-) -> Evaluated:
+) -> LossGradients:
     """Run head and objective on a microbatch, and differentiate.
 
     Args:
         objective: summed over an example's tokens.
         head: ``(hidden slice, first position) -> outputs``.
         hidden: what the last layer put out; its graph is not entered.
+        batch: the microbatch.
         target: what to differentiate.
         draws: of labels, for ``sampled`` and ``both``.
         seed: of the draws.
@@ -73,85 +95,71 @@ def evaluate(
     Raises:
         UserError: a loss is not finite (names the example), or labels are missing.
     """
-    if objective.per_token:
-        found = _by_slices(
-            objective, head, hidden, batch, target, draws, seed, slice_positions, begin_draw
-        )
-    else:
-        found = _whole(objective, head, hidden, batch, target, draws, seed, begin_draw)
-    if found.loss is not None:
-        _check_losses(found.loss, batch, "loss")
-    return found
-
-
-def _whole(
-    objective: Objective,
-    head: Head,
-    hidden: Tensor,
-    batch: Batch,
-    target: Target,
-    draws: int,
-    seed: int,
-    begin_draw: Callable[[int], None],
-) -> Evaluated:
-    leaf = hidden.detach().requires_grad_(target != "nothing")
-    outputs = head(leaf, 0)
+    samples = draws if target in ("sampled", "both") else 0
+    count = 0 if target == "nothing" else samples + (target != "sampled")
+    gradients = [torch.zeros_like(hidden) for _ in range(count)]
+    values = torch.zeros(count, batch.size, dtype=torch.float64, device=hidden.device)
     loss: Tensor | None = None
-    if batch.labels is not None and target in ("sampled", "nothing"):
-        with torch.no_grad():
-            loss = objective.loss(outputs, batch)
-    if target == "nothing":
-        correct: Tensor | None = None
-        if loss is not None and isinstance(objective, Judging):
-            correct = objective.correct(outputs, batch)
-        return Evaluated((), loss, None, correct)
-    drawn: list[Tensor] = []
-    if target in ("sampled", "both"):
-        keys = id_keys(batch.ids)
-        at_start = torch.zeros(1, dtype=torch.int64, device=hidden.device)
-        if batch.drawn is not None:
-            labels = list(batch.drawn)
-        else:
-            for draw in range(draws):
+    correct: Tensor | None = None
+    drawn: list[list[Tensor]] = [[] for _ in range(samples)]
+    keys = id_keys(batch.ids)
+    for part in _slices(objective, hidden, batch, slice_positions):
+        own = part.batch
+        leaf = hidden[part.at].detach().requires_grad_(count > 0)
+        outputs = head(leaf, part.start)
+        if target in ("sampled", "nothing") and own.labels is not None:
+            with torch.no_grad():
+                found = objective.loss(outputs, own).double()
+            loss = found if loss is None else loss + found
+            if target == "nothing" and isinstance(objective, Judging):
+                right = objective.correct(outputs, own)
+                correct = right if correct is None else correct + right
+        for draw in range(count):
+            if draw >= samples:
+                measure = objective.measurement if target == "measurement" else objective.loss
+                value = measure(outputs, own)
+            else:
+                if part.drawn is not None:
+                    y = part.drawn[draw]
+                else:
 
-                def uniform(k: int, draw: int = draw) -> Tensor:
-                    return uniforms(seed, keys, at_start, draw, k)[:, 0]
+                    def uniform(k: int, draw: int = draw, places: Tensor = part.places) -> Tensor:
+                        found = uniforms(seed, keys, places, draw, k)
+                        return found if objective.per_token else found[:, 0]
 
-                drawn.append(objective.sample(outputs.detach(), batch, uniform))
-            labels = drawn
-        values = [objective.loss(outputs, replace(batch, labels=y)) for y in labels]
-        if target == "both":
-            values.append(objective.loss(outputs, batch))
-            loss = None if batch.labels is None else values[-1]
-    else:
-        measure = objective.loss if target == "labels" else objective.measurement
-        values = [measure(outputs, batch)]
-        if target == "labels":
-            loss = values[0]
-    for value in values:
-        _check_losses(value.detach(), batch, "loss")
-    gradients = []
-    for draw, value in enumerate(values):
-        begin_draw(draw)
-        gradients.append(_gradient(value.sum(), leaf, draw + 1 < len(values)))
-    return Evaluated(
-        tuple(gradients),
-        None if loss is None else loss.detach(),
-        torch.stack(drawn) if drawn else None,
-    )
+                    y = objective.sample(outputs.detach(), own, uniform)
+                    drawn[draw].append(y)
+                value = objective.loss(outputs, replace(own, labels=y))
+            values[draw] += value.detach().double()
+            _check_losses(values[draw], batch)
+            begin_draw(draw)
+            gradients[draw][part.at] = _gradient(value.sum(), leaf, draw + 1 < count)
+    if target == "labels" or (target == "both" and _labelled(objective, batch)):
+        loss = values[-1]
+    results: Results = {}
+    if loss is not None:
+        _check_losses(loss, batch)
+        results[LOSS] = loss
+    if samples and drawn[0]:
+        results[DRAWN] = torch.stack([_behind(parts, objective.per_token) for parts in drawn])
+    if correct is not None:
+        results[CORRECT] = correct
+    return LossGradients(tuple(gradients), results)
 
 
-def _by_slices(
-    objective: Objective,
-    head: Head,
-    hidden: Tensor,
-    batch: Batch,
-    target: Target,
-    draws: int,
-    seed: int,
-    slice_positions: int,
-    begin_draw: Callable[[int], None],
-) -> Evaluated:
+def _labelled(objective: Objective, batch: Batch) -> bool:
+    """Whether a microbatch has labels; tokens are their own."""
+    return objective.per_token or batch.labels is not None
+
+
+def _slices(
+    objective: Objective, hidden: Tensor, batch: Batch, slice_positions: int
+) -> Iterator[_Slice]:
+    drawn = None if batch.drawn is None else list(batch.drawn)
+    if not objective.per_token:
+        place = torch.zeros(1, dtype=torch.int64, device=hidden.device)
+        yield _Slice((slice(None),), 0, batch, place, drawn)
+        return
     if hidden.ndim < 3 or batch.mask is None:
         raise UserError(
             "the objective",
@@ -159,61 +167,27 @@ def _by_slices(
             f"hidden states of shape {tuple(hidden.shape)}",
             "A per-token objective needs a token axis: choose another --objective.",
         )
-    count = hidden.shape[1]
     labels_NT, counts_NT = _shifted(batch)
-    loss = torch.zeros(batch.size, dtype=torch.float64, device=hidden.device)
-    counts = {"sampled": draws, "both": draws + 1}
-    sums = [torch.zeros_like(loss) for _ in range(counts.get(target, 1))]
-    gradients: list[Tensor] = []
-    if target != "nothing":
-        gradients = [torch.zeros_like(hidden) for _ in sums]
-    drawn_DNT: Tensor | None = None
-    correct: Tensor | None = None
-    keys = id_keys(batch.ids)
-    for start in range(0, count, slice_positions):
-        part = slice(start, min(start + slice_positions, count))
-        own = replace(batch, labels=labels_NT[:, part], loss_mask=counts_NT[:, part])
-        leaf = hidden[:, part].detach().requires_grad_(target != "nothing")
-        outputs = head(leaf, start)
-        if target in ("sampled", "nothing"):
-            with torch.no_grad():
-                loss += objective.loss(outputs, own).double()
-        if target == "nothing":
-            if isinstance(objective, Judging):
-                found = objective.correct(outputs, own)
-                correct = found if correct is None else correct + found
-            continue
-        # Position of the target: one behind the position that predicts it.
-        places = torch.arange(part.start + 1, part.stop + 1, device=hidden.device)
-        for draw in range(len(sums)):
-            if target in ("sampled", "both") and draw < draws:
-                if batch.drawn is not None:
-                    y = _ahead(batch.drawn[draw])[:, part]
-                else:
+    ahead = None if drawn is None else [_ahead(y) for y in drawn]
+    for start in range(0, hidden.shape[1], slice_positions):
+        part = slice(start, min(start + slice_positions, hidden.shape[1]))
+        yield _Slice(
+            (slice(None), part),
+            start,
+            replace(batch, labels=labels_NT[:, part], loss_mask=counts_NT[:, part]),
+            # Position of the target: one behind the position that predicts it.
+            torch.arange(part.start + 1, part.stop + 1, device=hidden.device),
+            None if ahead is None else [y[:, part] for y in ahead],
+        )
 
-                    def uniform(k: int, draw: int = draw, places: Tensor = places) -> Tensor:
-                        return uniforms(seed, keys, places, draw, k)
 
-                    y = objective.sample(outputs.detach(), own, uniform)
-                    if drawn_DNT is None:
-                        drawn_DNT = y.new_zeros(draws, batch.size, count + 1)
-                    drawn_DNT[draw, :, part.start + 1 : part.stop + 1] = y
-                value = objective.loss(outputs, replace(own, labels=y))
-            elif target != "measurement":
-                value = objective.loss(outputs, own)
-            else:
-                value = objective.measurement(outputs, own)
-            sums[draw] += value.detach().double()
-            begin_draw(draw)
-            gradients[draw][:, part] = _gradient(value.sum(), leaf, draw + 1 < len(sums))
-    for total in sums:
-        _check_losses(total, batch, "loss")
-    if target in ("labels", "both"):
-        loss = sums[-1]
-    elif target == "measurement":
-        return Evaluated(tuple(gradients), None, None)
-    drawn = None if drawn_DNT is None else drawn_DNT[:, :, :count]
-    return Evaluated(tuple(gradients), loss, drawn, correct)
+def _behind(parts: list[Tensor], per_token: bool) -> Tensor:
+    """Drawn labels of all slices, aligned as the data's own: one behind what predicts them."""
+    if not per_token:
+        (whole,) = parts
+        return whole
+    drawn = torch.cat(parts, dim=1)
+    return torch.cat([torch.zeros_like(drawn[:, :1]), drawn[:, :-1]], dim=1)
 
 
 def _gradient(value: Tensor, leaf: Tensor, again: bool) -> Tensor:
@@ -238,13 +212,13 @@ def _ahead(values_NT: Tensor) -> Tensor:
     return moved
 
 
-def _check_losses(losses: Tensor, batch: Batch, what: str) -> None:
+def _check_losses(losses: Tensor, batch: Batch) -> None:
     finite = torch.isfinite(losses)
     if not finite.all():
         n = int((~finite).nonzero()[0])
         raise UserError(
             f"example {batch.ids[n]!r}",
-            f"a finite {what}",
+            "a finite loss",
             str(float(losses[n])),
             "Leave the example out, or run the model in a wider --dtype.",
         )

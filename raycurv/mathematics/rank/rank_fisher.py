@@ -15,17 +15,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from raycurv.errors import NumericalError, UserError
+from raycurv.errors import UserError
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Captured, of_fit
 from raycurv.mathematics.curvature import Damping
 from raycurv.mathematics.eigen import own_axes
-from raycurv.mathematics.gradients import Rotations
+from raycurv.mathematics.gradients import SQUARED_NORM, Rotations
 from raycurv.mathematics.rank.rank_inverse import RankInverse, rank_damping, rank_inverse
+from raycurv.mathematics.sums import SHARED, Combine, PlainSum, Results, Sums, check_sum
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class RowSum:
         )
 
 
-class RowSums:
+class RowSums(Sums):
     """Gathers the rows of some blocks and every example's squared gradient norm.
 
     Sums are in float32 (float64 for float64 models) without a wider master: M of them are the
@@ -71,8 +73,11 @@ class RowSums:
         blocks: with their input factors known.
         count: M.
         dtype: of the model's computation.
+        device: where the sums live.
         only: the blocks whose rows to gather; the norms are over all of ``blocks``.
     """
+
+    results: ClassVar[Mapping[str, Combine]] = {SQUARED_NORM: "sum"}
 
     def __init__(
         self,
@@ -82,46 +87,34 @@ class RowSums:
         device: torch.device,
         only: frozenset[str],
     ) -> None:
-        self.blocks = tuple(blocks)
-        self._dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self._device = device
+        gathered = [b for b in blocks if b.name in only]
+        super().__init__([b.name for b in gathered], dtype, device)
+        self._blocks, self._rows = tuple(blocks), count
         self._bases = own_axes(blocks)
-        self._sums = {
-            b.name: torch.zeros(count, b.d_out, b.d_in, dtype=self._dtype, device=device)
-            for b in blocks
-            if b.name in only
-        }
-        self._counts = torch.zeros(count, dtype=torch.int64)
-        self._examples = 0
+        for b in gathered:
+            self.sums[b.name] = PlainSum((count, b.d_out, b.d_in), dtype, device)
+        # Examples in all, and examples x draws in every row.
+        self.counts = {SHARED: [0] * (1 + count)}
 
-    def add(self, draws: Sequence[Captured], counts: bool = True) -> dict[str, Tensor]:
-        """Add a microbatch's contribution; gives ``gradient_sq_norm [N]``, the mean over draws.
-
-        Args:
-            counts: whether it enters the sums; without, it only gives the norms.
-        """
+    def add(self, draws: Sequence[Captured], counts: bool = True) -> Results:
+        """Add a microbatch's contribution; gives ``gradient_sq_norm [N]``, the mean over draws."""
         draws = of_fit(draws)
         batch = draws[0].batch
-        places = torch.tensor(batch.numbers, dtype=torch.int64) % len(self._counts)
-        where = places.to(self._device)
-        norms = torch.zeros(batch.size, dtype=torch.float64, device=self._device)
+        places = torch.tensor(batch.numbers, dtype=torch.int64) % self._rows
+        where = places.to(self.device)
+        norms = torch.zeros(batch.size, dtype=torch.float64, device=self.device)
         for captured in draws:
-            rotations = Rotations(captured, self._bases, self.blocks, self._dtype)
-            for block in self.blocks:
-                total = self._sums.get(block.name) if counts else None
+            rotations = Rotations(captured, self._bases, self._blocks, self.dtype)
+            for block in self._blocks:
+                total = self.sums.get(block.name) if counts else None
                 for part, m_NOI in rotations.gradients(block):
                     if total is not None:
-                        total.index_add_(0, where[part], m_NOI)
+                        total.part.index_add_(0, where[part], m_NOI)
                     norms[part] += m_NOI.square_().sum(dim=2).sum(dim=1, dtype=torch.float64)
         if counts:
-            self._counts += torch.bincount(places, minlength=len(self._counts)) * len(draws)
-            self._examples += batch.size
-        return {"gradient_sq_norm": norms / len(draws)}
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The blocks whose rows are gathered."""
-        return tuple(self._sums)
+            in_rows = torch.bincount(places, minlength=self._rows) * len(draws)
+            self.count(SHARED, batch.size, *in_rows.tolist())
+        return {SQUARED_NORM: norms / len(draws)}
 
     def result(self, name: str) -> RowSum:
         """The rows of a block as sums with their counts.
@@ -129,34 +122,10 @@ class RowSums:
         Raises:
             NumericalError: a sum is not finite.
         """
-        total = self._sums[name]
-        if not torch.isfinite(total.sum(dtype=torch.float64)):
-            raise NumericalError(
-                f"block {name}",
-                "finite sums of gradients",
-                "NaN or infinity",
-                "Run the model in a wider --dtype, or look for the example that overflows.",
-            )
-        return RowSum(name, total, self._counts.clone(), self._examples)
-
-    def state(self) -> dict[str, Tensor]:
-        """Sums and counts as they stand."""
-        sums = {f"{name}/rows": total for name, total in self._sums.items()}
-        return sums | {"counts": torch.cat([self._counts, torch.tensor([self._examples])])}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from :meth:`state`."""
-        for name, total in self._sums.items():
-            total.copy_(state[f"{name}/rows"])
-        self._counts = state["counts"][:-1].clone()
-        self._examples = int(state["counts"][-1])
-
-    def join(self, state: Mapping[str, Tensor]) -> None:
-        """Add the sums of other examples, given as their :meth:`state`."""
-        for name, total in self._sums.items():
-            total.add_(state[f"{name}/rows"].to(total.device))
-        self._counts = self._counts + state["counts"][:-1]
-        self._examples += int(state["counts"][-1])
+        total = self.sums[name].part
+        check_sum(total, f"block {name}")
+        examples, *in_rows = self.counts[SHARED]
+        return RowSum(name, total, torch.tensor(in_rows), examples)
 
 
 class RankFisher:

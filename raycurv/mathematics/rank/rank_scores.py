@@ -20,8 +20,10 @@ from raycurv.mathematics.eigen import own_axes
 from raycurv.mathematics.gradients import Rotations
 from raycurv.mathematics.influence.scores import SELF_SCORES
 from raycurv.mathematics.rank.rank_inverse import RankInverses
+from raycurv.mathematics.sums import Combine
 
 SQUARES, PROJECTION = "self_squares", "self_projection"
+RESULTS: dict[str, Combine] = {SQUARES: "sum", PROJECTION: "sum"}
 
 
 class RankSelfScores:

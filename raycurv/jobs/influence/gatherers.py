@@ -1,0 +1,149 @@
+"""What the passes of a scoring gather in every stage: queries' gradients and IHVPs, and scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from raycurv.files.artifacts import read_bases, read_products, write_products
+from raycurv.files.curvature_files import CurvatureFiles
+from raycurv.files.row_files import open_rows
+from raycurv.files.store import Store
+from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.curvature import Damping
+from raycurv.mathematics.influence.ihvp import BlockProducts, QueryGradients, QueryProducts
+from raycurv.mathematics.influence.scores import PairwiseScores, SelfScores, SpectralSelfScores
+from raycurv.mathematics.rank import rank_scores
+from raycurv.mathematics.rank.rank_inverse import RankInverses
+from raycurv.mathematics.rank.rank_scores import RankSelfScores
+from raycurv.mathematics.sums import Combine
+
+
+@dataclass(frozen=True)
+class GradientsGatherer:
+    """Gathers plain gradients of queries into ``ihvp/`` of a store of their own, for IHVPs that no
+    stage can make alone.
+
+    Attributes:
+        queries: ids, in order.
+        out: where the gradients go.
+    """
+
+    queries: tuple[str, ...]
+    out: Store
+    name: str = "gradients"
+    results: Mapping[str, Combine] = field(default_factory=dict)
+
+    def open(
+        self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device
+    ) -> QueryGradients:
+        return QueryGradients(blocks, self.queries, dtype, device)
+
+    def write(self, name: str, result: BlockProducts, blocks: Mapping[str, Block]) -> None:
+        write_products(self.out, name, result, self.queries)
+
+
+@dataclass(frozen=True)
+class ProductsGatherer:
+    """Gathers IHVPs of queries into ``ihvp/`` of a store of their own.
+
+    Attributes:
+        queries: ids, in order.
+        out: where the products go.
+        curvature: of the fit.
+        damping: of every block.
+        rank: to truncate to; ``None`` for whole.
+        seed: of the test matrices.
+        scored: rows of the examples that alone the products are for; ``None`` when they are
+            results themselves.
+        held: where the products go instead, in one process; by block.
+    """
+
+    queries: tuple[str, ...]
+    out: Store
+    curvature: CurvatureFiles
+    damping: Damping
+    rank: int | None
+    seed: int
+    scored: int | None = None
+    held: dict[str, BlockProducts] | None = None
+    name: str = "queries"
+    results: Mapping[str, Combine] = field(default_factory=dict)
+
+    def open(
+        self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device
+    ) -> QueryProducts:
+        curvatures = self.curvature.open_stage(blocks, device)
+        return QueryProducts(
+            curvatures, self.queries, self.damping, self.rank, self.seed, dtype, device,
+            self.scored,
+        )  # fmt: skip
+
+    def write(self, name: str, result: BlockProducts, blocks: Mapping[str, Block]) -> None:
+        if self.held is None:
+            write_products(self.out, name, result, self.queries)
+        else:
+            self.held[name] = result
+
+
+@dataclass(frozen=True)
+class ScoreGatherer:
+    """Scores training examples on the queries of one pass, and on themselves.
+
+    Attributes:
+        curvature: of the fit, needed for self-influence, and where products stayed in its bases.
+        damping: of every block.
+        products: where the pass over the queries left its IHVPs.
+        queries: how many.
+        per_block: also give every block's own scores.
+        per_token: also give every token's.
+        self_influence: whether to score examples on themselves, too.
+        inverses: of a ranked method, for self-influence.
+        held: products that the pass over the queries left in this process instead, by block.
+    """
+
+    curvature: CurvatureFiles
+    damping: Damping
+    products: Store
+    queries: int
+    per_block: bool
+    per_token: bool
+    self_influence: bool
+    inverses: RankInverses | None = None
+    held: Mapping[str, BlockProducts] = field(default_factory=dict)
+    name: str = "scores"
+
+    @property
+    def results(self) -> Mapping[str, Combine]:
+        return {**PairwiseScores.results, **rank_scores.RESULTS}
+
+    def open(
+        self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device
+    ) -> PairwiseScores:
+        products = {b.name: self._products(b.name).to(device) for b in blocks}
+        own = self._own(blocks, dtype, device) if self.self_influence else None
+        turned = [b for b in blocks if products[b.name].turned is not None]
+        bases = read_bases(self.curvature.store, turned, device) if own is None else None
+        return PairwiseScores(
+            blocks, products, self.queries, self.per_block, self.per_token, dtype, device, bases,
+            own,
+        )  # fmt: skip
+
+    def _own(
+        self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device
+    ) -> SelfScores:
+        if self.inverses is None:
+            curvatures = self.curvature.open_stage(blocks, device)
+            return SpectralSelfScores(curvatures, self.damping, dtype, device)
+        rows = {b.name: open_rows(self.curvature.store, b).whole() for b in blocks}
+        return RankSelfScores(blocks, rows, self.inverses)
+
+    def _products(self, block: str) -> BlockProducts:
+        held = self.held.get(block)
+        return read_products(self.products, block)[0] if held is None else held
+
+    def write(self, name: str, result: Any, blocks: Mapping[str, Block]) -> None:
+        """Scores went to the driver, microbatch by microbatch."""

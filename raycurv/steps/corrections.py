@@ -1,0 +1,120 @@
+"""Λ of every block into ``corrected/``: in the eigenbases of EK-FAC, or weight by weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from raycurv.files.artifacts import (
+    basis_mark,
+    corrected_file,
+    corrected_notes,
+    keeps_sum,
+    read_bases,
+    read_corrected,
+    write_corrected,
+)
+from raycurv.files.store import Store
+from raycurv.files.tensorfile import whole
+from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.corrected import CorrectedSum, CorrectedSums
+from raycurv.mathematics.eigen import own_axes
+from raycurv.mathematics.sums import Combine
+from raycurv.steps.covariances import undecomposed
+from raycurv.steps.step import PassStep
+
+
+@dataclass(frozen=True)
+class CorrectedGatherer:
+    """Gathers Λ into ``corrected/``, in the eigenbases or, for the diagonal, in the weights' own.
+
+    Attributes:
+        store: of the run.
+        only: the blocks to gather; squared gradient norms are over all blocks regardless.
+        draws: how many sets of drawn labels.
+        rotated: in the eigenbases.
+        store_dtype: of the written Λ.
+        sum_dtype: also keep sums, in this dtype.
+        extends: a run in the same bases, whose sums and counts are added.
+    """
+
+    store: Store
+    only: frozenset[str]
+    draws: int
+    rotated: bool
+    store_dtype: torch.dtype
+    sum_dtype: torch.dtype | None = None
+    extends: Store | None = None
+    name: str = "corrected"
+
+    @property
+    def results(self) -> Mapping[str, Combine]:
+        return CorrectedSums.results
+
+    def open(
+        self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device
+    ) -> CorrectedSums:
+        bases = read_bases(self.store, blocks, device) if self.rotated else own_axes(blocks)
+        return CorrectedSums(blocks, bases, dtype, device, self.only)
+
+    def write(self, name: str, result: CorrectedSum, blocks: Mapping[str, Block]) -> None:
+        block = blocks[name]
+        mark = basis_mark(self.store, block) if self.rotated else ""
+        if self.extends is not None:
+            result = read_corrected(self.extends, block, self.draws, mark).plus(result)
+        write_corrected(self.store, block, result, self.store_dtype, mark, self.sum_dtype)
+
+
+class Corrections(PassStep):
+    """Corrected eigenvalues, and every example's squared gradient norm."""
+
+    name = "corrected"
+    pass_name = "corrected"
+    label = "second pass: Λ"
+
+    def ready(self, group: int) -> bool:
+        return not self.fit.method.factors or not undecomposed(self.fit, group)
+
+    def lacking(self, group: int) -> bool:
+        # Without its bases nothing can be said of a group's Λ; norms come from all groups.
+        return not self.ready(group) or self.carries() or bool(self._missing(group))
+
+    def carries(self) -> bool:
+        return not self.fit.examples_there()
+
+    def sums(self, group: int) -> frozenset[str]:
+        # Sums of squares in other bases than those that are there are of no use.
+        return frozenset(f"{b.name} {self._mark(b)}" for b in self._missing(group))
+
+    def gatherers(self, group: int) -> tuple[CorrectedGatherer, ...]:
+        fit = self.fit
+        return (
+            CorrectedGatherer(
+                fit.store,
+                frozenset(b.name for b in self._missing(group)),
+                fit.draws,
+                fit.method.factors,
+                fit.store_dtype,
+                fit.sum_dtype if fit.keep_sums else None,
+                fit.extends,
+            ),
+        )
+
+    def again(self, group: int) -> tuple[CorrectedGatherer, ...]:
+        return tuple(replace(g, only=frozenset()) for g in self.gatherers(group))
+
+    def _missing(self, group: int) -> list[Block]:
+        return [b for b in self.fit.blocks_of(group) if not self._there(b)]
+
+    def _there(self, block: Block) -> bool:
+        store = self.fit.store
+        if not whole(store, corrected_file(block.name)):
+            return False
+        if corrected_notes(store, block)["bases"] != self._mark(block):
+            return False
+        return not self.fit.keep_sums or keeps_sum(store, block)
+
+    def _mark(self, block: Block) -> str:
+        return basis_mark(self.fit.store, block) if self.fit.method.factors else ""

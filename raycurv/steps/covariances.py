@@ -1,0 +1,76 @@
+"""Step 1 of K-FAC and EK-FAC: A and G of every block, into ``factors/``; labels that are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from raycurv.files.artifacts import eigen_file, factor_file, write_factor
+from raycurv.files.store import Store
+from raycurv.files.tensorfile import whole
+from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.factors import FactorSum, FactorSums, factors_of
+from raycurv.mathematics.loss.differentiation import DRAWN
+from raycurv.mathematics.sums import Combine
+from raycurv.steps.step import Fit, PassStep
+
+
+@dataclass(frozen=True)
+class FactorGatherer:
+    """Gathers A and G into ``factors/``.
+
+    Attributes:
+        store: of the run.
+        factors: the factors to gather.
+        max_factor_dim: widest tile.
+        sum_dtype: of the written sums.
+    """
+
+    store: Store
+    factors: frozenset[str]
+    max_factor_dim: int | None
+    sum_dtype: torch.dtype
+    name: str = "factors"
+    results: Mapping[str, Combine] = field(default_factory=dict)
+
+    def open(
+        self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device
+    ) -> FactorSums:
+        return FactorSums(blocks, dtype, device, self.max_factor_dim, self.factors)
+
+    def write(self, name: str, result: FactorSum, blocks: Mapping[str, Block]) -> None:
+        write_factor(self.store, result, self.sum_dtype)
+
+
+class Covariances(PassStep):
+    """Sums of A and G; and the labels that are drawn on the way, which later passes read."""
+
+    name = "factors"
+    pass_name = "covariance"
+    label = "first pass: A and G"
+
+    def lacking(self, group: int) -> bool:
+        return bool(self.sums(group) or self.columns(group))
+
+    def sums(self, group: int) -> frozenset[str]:
+        """Factors that lack a sum which is still needed, or shall be kept."""
+        fit = self.fit
+        factors = factors_of(fit.blocks_of(group)) if fit.keep_sums else undecomposed(fit, group)
+        return frozenset(f for f in factors if not whole(fit.store, factor_file(f)))
+
+    def columns(self, group: int) -> frozenset[str]:
+        drawing = group == self.fit.last and not self.fit.labels_there()
+        return frozenset({DRAWN}) if drawing else frozenset()
+
+    def gatherers(self, group: int) -> tuple[FactorGatherer, ...]:
+        fit = self.fit
+        missing = self.sums(group)
+        return (FactorGatherer(fit.store, missing, fit.max_factor_dim, fit.sum_dtype),)
+
+
+def undecomposed(fit: Fit, group: int) -> list[str]:
+    """The factors of a group of stages that have no eigenbasis."""
+    factors = factors_of(fit.blocks_of(group))
+    return [f for f in factors if not whole(fit.store, eigen_file(f))]
