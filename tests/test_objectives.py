@@ -16,7 +16,7 @@ from torch import Tensor
 
 import raycurv
 from raycurv.batch import Batch
-from raycurv.mathematics.loss.differentiation import evaluate
+from raycurv.mathematics.loss.differentiation import differentiate
 
 EXACT = 1e-10  # float64; slices add up in another order
 
@@ -44,23 +44,24 @@ def test_slices_of_positions_give_what_the_whole_gives(target: Any, positions: i
 
     def run(count: int) -> Any:
         starts.clear()
-        return evaluate(
+        return differentiate(
             raycurv.CausalLM(), head, hidden, batch, target, 2, 0, count, lambda draw: None
         )
 
     whole, sliced = run(100), run(positions)
     assert starts == list(range(0, 7, positions))
-    assert (whole.loss is None) == (target == "measurement")
-    if whole.loss is not None:
-        assert worst(sliced.loss, whole.loss) < EXACT
-        assert float(whole.loss[2]) == 0.0 and float(whole.loss[0]) > 0
+    assert ("loss" in whole.results) == (target != "measurement")
+    if "loss" in whole.results:
+        loss = whole.results["loss"]
+        assert worst(sliced.results["loss"], loss) < EXACT
+        assert float(loss[2]) == 0.0 and float(loss[0]) > 0
     for got, want in zip(sliced.gradients, whole.gradients, strict=True):
         assert worst(got, want) < EXACT
         assert not want[2].any() and not want[1, 3:].any() and want[0].any()
         assert not want[:, 1].any(), "position 1 predicts token 2, which is no target"
     assert len(whole.gradients) == {"sampled": 2, "nothing": 0}.get(target, 1)
     if target == "sampled":
-        assert torch.equal(sliced.drawn, whole.drawn)
+        assert torch.equal(sliced.results["drawn"], whole.results["drawn"])
 
 
 @pytest.mark.parametrize("case", [LLAMA_4, MIXER], ids=lambda case: case.name)

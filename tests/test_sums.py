@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from raycurv.errors import NumericalError
-from raycurv.mathematics.sums import RunningSum, load_nested, nested_state
+from raycurv.mathematics.sums import RunningSum
 
 ADDITIONS = 40_000
 # A float32 part of at most 32 additions has a relative error of 32 roundings of 6e-8 at the worst.
@@ -64,8 +64,7 @@ def test_a_loaded_sum_goes_on_bitwise(dtype: torch.dtype, at: int) -> None:
         whole.add(row)
     for row in x[:at]:
         first.add(row)
-    state = {name: t.clone() for name, t in nested_state({"s": first}).items()}
-    load_nested({"s": second}, state)
+    second.load({name: t.clone() for name, t in first.state().items()})
     for row in x[at:]:
         second.add(row)
     assert torch.equal(second.value("sum"), whole.value("sum"))
