@@ -12,15 +12,16 @@ import sys
 import time
 
 from raycurv.errors import LostLock
-from raycurv.files.lease import Rhythm
+from raycurv.files import lease
 from raycurv.files.lock import hold
 from raycurv.files.store import Store
 
 
 def main() -> None:
     store = Store(sys.argv[1])
-    rhythm = Rhythm(*map(float, sys.argv[2:5])) if len(sys.argv) > 2 else None
-    with hold(store, "fit.py", rhythm=rhythm):
+    if len(sys.argv) > 2:
+        lease.RHYTHM = lease.Rhythm(*map(float, sys.argv[2:5]))
+    with hold(store, "fit.py"):
         print("held", flush=True)
         for line in sys.stdin:
             if line == "write\n":

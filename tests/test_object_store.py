@@ -493,10 +493,12 @@ def test_an_old_lease_is_dead_by_the_clock_of_the_store(
     assert store.names() == []
 
 
-def test_of_two_that_start_at_once_one_wins(s3: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_that_start_at_once_one_wins(
+    s3: Server, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for number in range(3):
         store = Store(s3.uri(f"bucket/race-{number}"))
-        two = [Lease(store, NAME, {"job": f"job {n}"}, "here", QUICK) for n in range(2)]
+        two = [Lease(store, NAME, {"job": f"job {n}"}, "here") for n in range(2)]
         barrier = threading.Barrier(2)
         found: list[Any] = [None, None]
         read = Lease._read
@@ -527,9 +529,11 @@ def test_of_two_that_start_at_once_one_wins(s3: Server, monkeypatch: pytest.Monk
         assert not store.exists(NAME)
 
 
-def test_of_two_that_both_passed_one_stops(s3: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_that_both_passed_one_stops(
+    s3: Server, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = Store(s3.uri("bucket/both"))
-    first, second = (Lease(store, NAME, {"job": name}, "here", QUICK) for name in ("a", "b"))
+    first, second = (Lease(store, NAME, {"job": name}, "here") for name in ("a", "b"))
     assert first.take(lambda text: None) is None
     monkeypatch.setattr(Lease, "_alive", lambda self, there, say: False)
     assert second.take(lambda text: None) is None

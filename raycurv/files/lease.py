@@ -58,20 +58,12 @@ class Lease:
         name: of the object.
         owner: what it says of its holder, as JSON.
         where: the directory, for errors.
-        rhythm: its times; :data:`RHYTHM` by default.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        name: str,
-        owner: Mapping[str, Any],
-        where: str,
-        rhythm: Rhythm | None = None,
-    ) -> None:
+    def __init__(self, store: Store, name: str, owner: Mapping[str, Any], where: str) -> None:
         # A store of its own: the job's refuses to write once the lease is lost.
         self._store, self._name, self._where = Store(store.uri), name, where
-        self._owner, self._rhythm = dict(owner), rhythm or RHYTHM
+        self._owner, self._rhythm = dict(owner), RHYTHM
         self._id = uuid.uuid4().hex
         self._beats = 0
         self._seen = _now()
@@ -145,8 +137,8 @@ class Lease:
         if self._age() > 2 * good:
             return False
         say(
-            f"{self._where}: {there.get('job')} in process {there.get('pid')} on "
-            f"{there.get('host')} holds it, or died; watching its lease for up to {good:g} s"
+            f"{self._where}: {_holder(there)} holds it, or died; watching its lease for up to "
+            f"{good:g} s"
         )
         end = _now() + good
         while _now() < end:
@@ -183,10 +175,7 @@ class Lease:
             if there is None:
                 self._lost = "no lease any more"
             elif there.get("lease") != self._id:
-                self._lost = (
-                    f"that of {there.get('job')} in process {there.get('pid')} "
-                    f"on {there.get('host')}"
-                )
+                self._lost = f"that of {_holder(there)}"
             else:
                 self._write()
                 self._seen = _now()
@@ -194,17 +183,21 @@ class Lease:
     def _write(self) -> None:
         self._beats += 1
         times = {"beat": self._rhythm.beat, "good": self._rhythm.good, "beats": self._beats}
-        said = self._owner | {"lease": self._id} | times
-        self._store.write(self._name, [json.dumps(said).encode() + b"\n"])
+        content = self._owner | {"lease": self._id} | times
+        self._store.write(self._name, [json.dumps(content).encode() + b"\n"])
 
     def _read(self) -> dict[str, Any] | None:
         try:
-            said = self._store.read_json(self._name)
+            content = self._store.read_json(self._name)
         except FileNotFoundError:
             return None  # deleted between the two looks at it
         except DamagedFile:
             return {}
-        return said if isinstance(said, dict) or said is None else {}
+        return content if isinstance(content, dict) or content is None else {}
+
+
+def _holder(lease: Mapping[str, Any]) -> str:
+    return f"{lease.get('job')} in process {lease.get('pid')} on {lease.get('host')}"
 
 
 def _now() -> float:

@@ -18,14 +18,13 @@ import json
 import os
 import socket
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import Any
 
 from raycurv.errors import UserError
-from raycurv.files.lease import Lease, Rhythm
+from raycurv.files.lease import Lease
 from raycurv.files.store import Store
 
 NAME = "run.lock"
@@ -38,39 +37,9 @@ _TRIES = 100
 _descriptors: set[int] = set()
 
 
-@dataclass(frozen=True)
-class Owner:
-    """Who holds a lock.
-
-    Attributes:
-        job: what it runs.
-        host: its machine.
-        pid: its process there.
-        since: when it took the lock, by its own clock, UTC.
-    """
-
-    job: str
-    host: str
-    pid: int
-    since: str
-
-    @classmethod
-    def here(cls, job: str) -> Owner:
-        """This process."""
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        return cls(job, socket.gethostname(), os.getpid(), now)
-
-    def __str__(self) -> str:
-        return f"{self.job} in process {self.pid} on {self.host}, since {self.since}"
-
-
 @contextmanager
 def hold(
-    store: Store,
-    job: str,
-    say: Callable[[str], None] | None = None,
-    flag: str = "--out",
-    rhythm: Rhythm | None = None,
+    store: Store, job: str, say: Callable[[str], None] | None = None, flag: str = "--out"
 ) -> Iterator[None]:
     """Hold the lock on a store while the body runs.
 
@@ -80,29 +49,34 @@ def hold(
         job: what is run, for whoever is refused.
         say: tells the person why this waits (on an object store, for a lease that may be dead).
         flag: what named the store, for errors.
-        rhythm: of a lease.
 
     Raises:
         UserError: another job holds it; says who.
         LostLock: from the body, at its next write: another job took the directory over, since this
             one was suspended for longer than its lease.
     """
-    if store.local:
-        with _locked(store, job, flag):
-            yield
-        return
-    where = f"{flag} {store.root}"
-    lease = Lease(store, NAME, asdict(Owner.here(job)), where, rhythm)
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    owner = {"job": job, "host": socket.gethostname(), "pid": os.getpid(), "since": now}
+    locked = _locked if store.local else _leased
+    with locked(store, owner, f"{flag} {store.root}", say or (lambda text: None)):
+        yield
+
+
+@contextmanager
+def _leased(
+    store: Store, owner: Mapping[str, Any], where: str, say: Callable[[str], None]
+) -> Iterator[None]:
+    lease = Lease(store, NAME, owner, where)
     try:
         store.make()
-        holder = lease.take(say or (lambda text: None))
+        holder = lease.take(say)
     except OSError as error:
         raise UserError(
             where, "a directory that can be written", str(error),
             "Give another --out, or correct the credentials and their rights.",
         ) from error  # fmt: skip
     if holder is not None:
-        raise _held(store, flag, _owner(holder))
+        raise _held(where, holder)
     before, store.guard = store.guard, lease.check
     try:
         yield
@@ -115,30 +89,32 @@ def hold(
 
 
 @contextmanager
-def _locked(store: Store, job: str, flag: str) -> Iterator[None]:
-    directory = store.path()
+def _locked(
+    store: Store, owner: Mapping[str, Any], where: str, say: Callable[[str], None]
+) -> Iterator[None]:
+    directory, path = store.path(), store.path(NAME)
     made = not os.path.isdir(directory)
-    file = None
     try:
         file = _take(store)
     except BlockingIOError:
-        raise _held(store, flag, _read_owner(store.path(NAME))) from None
+        holder: Any = None
+        with suppress(OSError, ValueError), open(path) as text:
+            holder = json.load(text)
+        raise _held(where, holder) from None
     except OSError:
-        pass  # where no file can be made no job can write, and its own first file says why
-    if file is None:
-        yield
+        yield  # where no file can be made no job can write, and its own first file says why
         return
     try:
         with suppress(OSError):  # a full disk, say: it locks all the same
             os.ftruncate(file, 0)
-            os.pwrite(file, json.dumps(asdict(Owner.here(job))).encode() + b"\n", 0)
+            os.pwrite(file, json.dumps(owner).encode() + b"\n", 0)
         yield
     finally:
         if file in _descriptors:  # a forked child has none
             # While it is still locked: whoever has opened this file in the meantime finds that it
             # is not the one of that name any more.
             with suppress(OSError):
-                os.unlink(store.path(NAME))
+                os.unlink(path)
                 if made:
                     os.rmdir(directory)  # only if nothing was written
             _descriptors.discard(file)
@@ -150,7 +126,7 @@ def _take(store: Store) -> int:
 
     Raises:
         BlockingIOError: another descriptor holds it, in this process or another one; or others take
-            it and let go of it all the time.
+            it and let it go all the time.
         OSError: there can be no file, or no lock on it.
     """
     path = store.path(NAME)
@@ -163,31 +139,27 @@ def _take(store: Store) -> int:
         except PermissionError:
             # Another person's file in a shared directory can be locked without writing to it.
             file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        taken = False
         try:
-            _flock(file, path)
-            if _same(file, path):
-                _descriptors.add(file)
-                return file
-        except BaseException:
-            os.close(file)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = _same(file, path)
+        except BlockingIOError:
             raise
-        os.close(file)  # its owner has just deleted it
+        except OSError as error:
+            warnings.warn(
+                f"{path} cannot be locked ({error.strerror}); see to it that no other job writes "
+                "to this directory",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            raise
+        finally:
+            if not taken:  # perhaps its owner has just deleted it
+                os.close(file)
+        if taken:
+            _descriptors.add(file)
+            return file
     raise BlockingIOError(errno.EAGAIN, "a file that does not stay", path)
-
-
-def _flock(file: int, path: str) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if isinstance(error, BlockingIOError):
-            raise
-        warnings.warn(
-            f"{path} cannot be locked ({error.strerror}); see to it that no other job writes to "
-            "this directory",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        raise
 
 
 def _same(file: int, path: str) -> bool:
@@ -195,14 +167,6 @@ def _same(file: int, path: str) -> bool:
         return os.path.samestat(os.fstat(file), os.stat(path))
     except FileNotFoundError:
         return False
-
-
-def _read_owner(path: str) -> Owner | None:
-    try:
-        with open(path) as file:
-            return _owner(json.load(file))
-    except (OSError, ValueError):
-        return None
 
 
 def _close_copies() -> None:
@@ -219,17 +183,13 @@ os.register_at_fork(after_in_child=_close_copies)
 # Both --------------------------------------------------------------------------------------------
 
 
-def _owner(said: Any) -> Owner | None:
-    try:
-        return Owner(**{key: said[key] for key in ("job", "host", "pid", "since")})
-    except (KeyError, TypeError):
-        return None
-
-
-def _held(store: Store, flag: str, owner: Owner | None) -> UserError:
+def _held(where: str, holder: Any) -> UserError:
+    got = "one that another job has just taken"
+    if isinstance(holder, Mapping) and {"job", "host", "pid", "since"} <= holder.keys():
+        got = "{job} in process {pid} on {host}, since {since}".format(**holder)
     return UserError(
-        f"{flag} {store.root}",
+        where,
         "a directory that no other job works on",
-        str(owner) if owner is not None else "one that another job has just taken",
+        got,
         "Wait for its end or stop it (the lock goes with it), or give another directory.",
     )
