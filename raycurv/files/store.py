@@ -224,24 +224,25 @@ class Store:
         """
         return self._place[0].open_input_file(self.path(name))
 
+    def _info(self, name: str) -> fs.FileInfo:
+        return self._place[0].get_file_info(self.path(name))
+
     def exists(self, name: str) -> bool:
         """Whether the file is there."""
-        info = self._place[0].get_file_info(self.path(name))
-        return bool(info.type == fs.FileType.File)
+        return bool(self._info(name).is_file)
 
     def there(self, name: str) -> bool:
         """Whether there is a file or a directory of that name."""
-        info = self._place[0].get_file_info(self.path(name))
-        return bool(info.type != fs.FileType.NotFound)
+        return bool(self._info(name).type != fs.FileType.NotFound)
 
     def size(self, name: str) -> int | None:
         """Bytes of a file, ``None`` when there is none."""
-        info = self._place[0].get_file_info(self.path(name))
-        return int(info.size) if info.type == fs.FileType.File else None
+        info = self._info(name)
+        return int(info.size) if info.is_file else None
 
     def written(self, name: str) -> float | None:
         """When a file was written, in seconds, by the store's own clock; ``None`` if unknown."""
-        time = self._place[0].get_file_info(self.path(name)).mtime
+        time = self._info(name).mtime
         return None if time is None else float(time.timestamp())
 
     def names(self, directory: str = "", ending: str = "") -> list[str]:
@@ -267,9 +268,17 @@ class Store:
     def delete_directory(self, name: str) -> None:
         """Delete a directory with all in it; nothing happens when there is none."""
         self._ask()
-        info = self._place[0].get_file_info(self.path(name))
-        if info.type == fs.FileType.Directory:
+        if self._info(name).type == fs.FileType.Directory:
             self._place[0].delete_dir(self.path(name))
+
+    def damaged(self, name: str, expected: str, got: str) -> DamagedFile:
+        """The error of a file that is not as it was written."""
+        return DamagedFile(
+            self.path(name),
+            expected,
+            got,
+            "Delete the file and run the command again: only what is missing is computed.",
+        )
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file, atomically."""

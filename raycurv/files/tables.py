@@ -15,7 +15,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raycurv.errors import DamagedFile
 from raycurv.files.store import Store
 
 SCHEMA_VERSION = "1"
@@ -25,6 +24,7 @@ ROWS = 1 << 15
 
 _CHECKSUM = "raycurv.checksum"
 _ZEROS = b"0" * 32
+_WHOLE = "a whole Parquet file"
 # As Thrift writes a string of 32 bytes behind its name.
 _MARK = _CHECKSUM.encode() + bytes([0x18, 32])
 
@@ -201,7 +201,7 @@ def read_table(store: Store, name: str, columns: Sequence[str] | None = None) ->
         data = file.read_buffer()
     at = _checksum_place(data)
     if at is None or bytes(data[at : at + len(_ZEROS)]) != _checksum(data, at):
-        raise _damaged(store, name, ValueError("a file that does not match its checksum"))
+        raise store.damaged(name, _WHOLE, "a file that does not match its checksum")
     table = pq.ParquetFile(pa.BufferReader(data)).read(
         columns=None if columns is None else list(columns)
     )
@@ -219,7 +219,7 @@ def read_rows(store: Store, name: str) -> int:
         try:
             return int(pq.ParquetFile(file).metadata.num_rows)
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise _damaged(store, name, error) from error
+            raise store.damaged(name, _WHOLE, str(error)) from error
 
 
 def read_directory(store: Store, directory: str, schema: pa.Schema | None = None) -> pa.Table:
@@ -234,12 +234,3 @@ def iterate_directory(store: Store, directory: str) -> Iterator[pa.Table]:
     """The Parquet files of a directory, one table each, in the order of their names."""
     for name in store.names(directory, ".parquet"):
         yield read_table(store, name)
-
-
-def _damaged(store: Store, name: str, error: Exception) -> DamagedFile:
-    return DamagedFile(
-        store.path(name),
-        "a whole Parquet file",
-        str(error),
-        "Delete the file and run the command again: only what is missing is computed.",
-    )

@@ -6,29 +6,26 @@ blake2b hash of every tensor's bytes under ``checksums``, and one of the header 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
 from raycurv.errors import DamagedFile
 from raycurv.files.store import Store
-from raycurv.models.checkpoint import DTYPES, encode_header, header_entries, tensor_bytes
+from raycurv.models.checkpoint import DTYPES, encode_header, hashed, header_entries, tensor_bytes
 
 # Where the checksum of the header stands among those of the tensors.
 _HEADER = "__header__"
 
 
 def _header_checksum(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
-    said = json.dumps([entries, dict(metadata)], sort_keys=True).encode()
-    return hashlib.blake2b(said, digest_size=16).hexdigest()
+    return hashed(json.dumps([entries, dict(metadata)], sort_keys=True).encode())
 
 
 def write_tensors(
@@ -38,14 +35,11 @@ def write_tensors(
 
     Args:
         tensors: by name.
-        metadata: strings for the header.
+        metadata: strings that the header carries along.
     """
     header = header_entries(tensors)
     chunks = [tensor_bytes(tensor) for tensor in tensors.values()]
-    checksums = {
-        key: hashlib.blake2b(data, digest_size=16).hexdigest()
-        for key, data in zip(tensors, chunks, strict=True)
-    }
+    checksums = {key: hashed(data) for key, data in zip(tensors, chunks, strict=True)}
     checksums[_HEADER] = _header_checksum(header, metadata)
     header["__metadata__"] = {**metadata, "checksums": json.dumps(checksums)}
     store.write(name, [encode_header(header), *chunks])
@@ -70,8 +64,7 @@ class TensorFile:
     @property
     def checksum(self) -> str:
         """A hash of all tensors' checksums."""
-        joined = json.dumps(self._checksums, sort_keys=True).encode()
-        return hashlib.blake2b(joined, digest_size=16).hexdigest()
+        return hashed(json.dumps(self._checksums, sort_keys=True).encode())
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -86,21 +79,16 @@ class TensorFile:
         """
         entry = self._entries[key]
         begin, end = entry["data_offsets"]
-        data = np.empty(end - begin, dtype=np.uint8)
+        buffer = torch.empty(end - begin, dtype=torch.uint8)
         with self.store.open(self.name) as file:
             file.seek(self._start + begin)
-            got = file.readinto(data.data) if len(data) else 0
-        if got != len(data):
-            raise _damaged(self.store, self.name, f"{len(data)} bytes of {key}", f"{got}")
-        if hashlib.blake2b(data.data, digest_size=16).hexdigest() != self._checksums[key]:
-            raise _damaged(
-                self.store, self.name, f"{key} with the checksum in the header", "another"
-            )
-        if not len(data):
-            # Without strides there is no view as another dtype.
-            return torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
-        flat = torch.from_numpy(data).view(DTYPES[entry["dtype"]])
-        return flat.reshape(entry["shape"])
+            got = file.readinto(buffer.numpy().data) if len(buffer) else 0
+        if got != len(buffer):
+            raise self.store.damaged(self.name, f"{len(buffer)} bytes of {key}", f"{got}")
+        if hashed(tensor_bytes(buffer)) != self._checksums[key]:
+            wanted = f"{key} with the checksum in the header"
+            raise self.store.damaged(self.name, wanted, "another")
+        return buffer.view(DTYPES[entry["dtype"]]).view(entry["shape"])
 
     def read_all(self) -> dict[str, Tensor]:
         """All tensors."""
@@ -130,9 +118,9 @@ def open_tensors(store: Store, name: str) -> TensorFile:
             struct.error, ValueError, KeyError, TypeError, AttributeError, pa.ArrowInvalid,
         ) as error:  # fmt: skip
             got = f"{type(error).__name__}: {error}"
-            raise _damaged(store, name, "a safetensors header with checksums", got) from error
+            raise store.damaged(name, "a safetensors header with checksums", got) from error
     if size != expected:
-        raise _damaged(store, name, f"{expected} bytes", f"{size} bytes")
+        raise store.damaged(name, f"{expected} bytes", f"{size} bytes")
     return TensorFile(store, name, metadata, header, checksums, 8 + length)
 
 
@@ -145,12 +133,3 @@ def whole(store: Store, name: str) -> bool:
     except DamagedFile:
         return False
     return True
-
-
-def _damaged(store: Store, name: str, expected: str, got: str) -> DamagedFile:
-    return DamagedFile(
-        store.path(name),
-        expected,
-        got,
-        "Delete the file and run the command again: only what is missing is computed.",
-    )

@@ -196,6 +196,11 @@ def describe(
     }
 
 
+def hashed(data: bytes | memoryview) -> str:
+    """The blake2b-128 of bytes, in hex."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
 def sampled_hash(
     nbytes: int, sample: Callable[[int, int], bytes], windows: int, window_bytes: int
 ) -> str:
