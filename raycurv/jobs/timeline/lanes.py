@@ -6,7 +6,7 @@ Seconds count from the first operation of the whole timeline.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -200,15 +200,16 @@ def _lanes(spans: Sequence[Span]) -> tuple[Lane, ...]:
 
 def _share(lane: Lane, window: Sequence[Interval]) -> Share:
     compute = transport = 0.0
-    for span in lane.work:
-        inside = _length(cut([(span.start, span.end)], window))
-        part = inside / (span.end - span.start) if span.end > span.start else 0.0
-        compute += inside - span.transport * part
-        transport += span.transport * part
+    shown = []
+    for place, (start, end) in _parts([(span.start, span.end) for span in lane.work], window):
+        span = lane.work[place]
+        carried = span.transport * (end - start) / (span.end - span.start)
+        compute += end - start - carried
+        transport += carried
+        shown.append((start, end))
     lost = [span.start for span in lane.failures if span.operation == "lost"]
     rebuilt = [(s.start, s.end) for s in lane.failures if s.operation == "rebuild"]
-    busy = cut(union((span.start, span.end) for span in lane.work), window)
-    down = cut(union(rebuilt), window)
+    busy, down = union(shown), cut(union(rebuilt), window)
     # What a new actor loads is part of its rebuilding, and counts as work.
     rebuilding = _length(down) - _length(cut(busy, down))
     waiting = max(0.0, _length(window) - _length(busy) - rebuilding)
@@ -229,16 +230,20 @@ def union(intervals: Iterable[Interval]) -> list[Interval]:
 
 def cut(times: Sequence[Interval], window: Sequence[Interval]) -> list[Interval]:
     """What of some times lies in a window; both ascending, without overlaps."""
-    found, i, j = [], 0, 0
+    return [part for _, part in _parts(times, window)]
+
+
+def _parts(times: Sequence[Interval], window: Sequence[Interval]) -> Iterator[tuple[int, Interval]]:
+    """As :func:`cut`, each part with the place in ``times`` of what it is a part of."""
+    i = j = 0
     while i < len(times) and j < len(window):
         start, end = max(times[i][0], window[j][0]), min(times[i][1], window[j][1])
         if start < end:
-            found.append((start, end))
+            yield i, (start, end)
         if times[i][1] < window[j][1]:
             i += 1
         else:
             j += 1
-    return found
 
 
 def _length(times: Sequence[Interval]) -> float:
