@@ -28,7 +28,7 @@ def check_address(settings: Execution) -> None:
     """Refuse a cluster that does not answer, before anything takes time.
 
     Raises:
-        UserError: nobody does, or somebody else.
+        UserError: not an address; nothing answers there, or something that is no Ray cluster.
     """
     # Without Ray, which takes a second to import.
     from raycurv.onray.address import check_answers
@@ -46,11 +46,11 @@ class Workers:
         settings: address, device, logits chunk, and how many stages are resident.
         model: what the stages build.
         objective: name, or the objective itself.
-        blocks: all of them.
+        blocks: the blocks of the whole model that the job is about.
         dtype: of the model's computation.
         seed: of drawn labels.
-        reporter: is told what actors and tasks do, and of failures.
-        store: of the results, which every node must reach.
+        reporter: shows the phases, and what actors and tasks do.
+        store: of the results, which every node must reach; the timeline goes there.
 
     Attributes:
         cuts: layers of each stage.
@@ -112,7 +112,7 @@ class Workers:
         return cluster_gpus()
 
     def tasks(self) -> Pool:
-        """The pool, with or without stages."""
+        """The pool, made now if nothing has needed it so far; with or without stages."""
         if self._pool is None:
             if self.in_process:
                 self._pool = InProcess()
@@ -218,7 +218,7 @@ class Workers:
         return tuple(b for b in self._blocks if self._model.unit_of(b.module) in units)
 
     def named(self, group: int) -> str:
-        """A group as a person reads it; empty when there is no other."""
+        """The stages of a group in words, ``stages 3 to 4 of 8``; empty when it has all of them."""
         if len(self.groups) == 1:
             return ""
         mine, stages = self.groups[group], len(self.cuts)
@@ -227,10 +227,10 @@ class Workers:
         return f"stages {mine.start + 1} to {mine.stop} of {stages}"
 
     def close(self, store: Store | None = None) -> None:
-        """Let go of everything.
+        """Let the pool go, with its actors.
 
         Args:
-            store: where the timeline goes on, if anywhere.
+            store: where what is left of the timeline is written, if anywhere.
         """
         if self._pool is not None:
             if store is not None:
