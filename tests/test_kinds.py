@@ -171,12 +171,12 @@ class Experts(nn.Module):
         second = x[..., 0] > 0
         out = torch.zeros_like(x)
         for index, chosen in enumerate((~second, second)):
-            out = out.masked_scatter(chosen[..., None], self.apply_expert(index, x[chosen], chosen))
+            out = out.masked_scatter(chosen[..., None], self.apply_expert(index, x, chosen))
         return x + torch.tanh(out)
 
-    def apply_expert(self, index: int, rows: Tensor, chosen: Tensor) -> Tensor:
-        """``[R, d]`` of the rows of those tokens, ``[N, T]``, that were chosen."""
-        return rows @ self.experts[index].T
+    def apply_expert(self, index: int, x: Tensor, chosen: Tensor) -> Tensor:
+        """``[R, d]`` of the tokens that were chosen, ``[N, T]``, among all of ``x [N, T, d]``."""
+        return x[chosen] @ self.experts[index].T
 
 
 class ScaleKind(Kind):
@@ -222,26 +222,23 @@ class ExpertsKind(Kind):
     def catch(self, module: Any, blocks: Sequence[Block], note: Note) -> Callable[[], None]:
         names, own = {block.index: block.name for block in blocks}, module.apply_expert
 
-        def watched(index: int, rows: Tensor, chosen: Tensor) -> Tensor:
-            made = own(index, rows, chosen)
-            return note(names[index], rows, made, chosen) if index in names else made
+        def watched(index: int, x: Tensor, chosen: Tensor) -> Tensor:
+            made = own(index, x, chosen)
+            return note(names[index], x, made, chosen) if index in names else made
 
         module.apply_expert = watched
         return lambda: delattr(module, "apply_expert")
 
     def input_rows(self, block: Block, module: nn.Module, call: ModuleCall) -> Tensor:
-        return self._spread(call, call.x)
+        return call.x * call.detail[..., None]
 
     def output_rows(self, block: Block, module: nn.Module, call: ModuleCall, g: Tensor) -> Tensor:
-        return self._spread(call, g)
+        spread = g.new_zeros((*call.detail.shape, block.d_out))
+        spread[call.detail] = g
+        return spread
 
     def live_rows(self, call: ModuleCall, mask: Tensor | None, rows: int) -> Tensor | None:
         return call.detail if mask is None else call.detail & mask
-
-    def _spread(self, call: ModuleCall, rows: Tensor) -> Tensor:
-        spread = rows.new_zeros((*call.detail.shape, rows.shape[1]))
-        spread[call.detail] = rows
-        return spread
 
 
 @pytest.fixture
@@ -284,9 +281,9 @@ def dense() -> Iterator[Dense]:
     network, seen = truth.network, []
     own = network[2].apply_expert
 
-    def watched(index: int, rows: Tensor, chosen: Tensor) -> Tensor:
-        out = own(index, rows, chosen)
-        seen.append((f"2.experts.{index}", rows.detach(), out))
+    def watched(index: int, x: Tensor, chosen: Tensor) -> Tensor:
+        out = own(index, x, chosen)
+        seen.append((f"2.experts.{index}", x[chosen].detach(), out))
         return out
 
     network[2].apply_expert = watched
@@ -326,7 +323,8 @@ def test_a_new_kind_is_one_object(own_kinds: None, fits: Any, dense: Dense) -> N
         q_a, q_g = curvature.input_basis.dense(), curvature.output_basis.dense()
         want = ((q_g.T @ gradients @ q_a) ** 2).mean(dim=0)
         assert worst(curvature.eigenvalues, want) < EXACT, name
-    # Each token is one expert's: its factors are means over its own tokens, padding left out.
+    # Both experts are given one tensor, and each its own tokens of it: their factors are means over
+    # those, padding left out.
     for name in NAMES[1:3]:
         assert 0 < table[name]["tokens"] == len(dense.a[name]) < sum(LENGTHS)
         for factor, rows in ((f"{name}.input", dense.a[name]), (f"{name}.output", dense.g[name])):

@@ -123,7 +123,8 @@ class Capture:
     def _key(self, block: Block, calls: Sequence[ModuleCall]) -> object:
         """Equal for blocks whose input factor is the same: the same tensors, the same columns."""
         tensors = tuple(
-            (*_place(c.x), c.x.shape, c.x.stride(), c.version, c.x.dtype, c.start) for c in calls
+            (*_place(c.x), c.x.shape, c.x.stride(), c.version, c.x.dtype, c.start, id(c.detail))
+            for c in calls
         )
         return tensors, block.bias, self._layouts[block.name]
 
@@ -147,11 +148,15 @@ class Capture:
             called = [block for block in blocks if block.name in record.calls]
             if called:
                 self._check_shared(record, factor, called)
-                parts, rows[factor] = self._inputs(record, called[0])
-                counts = [part.shape[1] for part in parts]
-                inputs[factor] = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+                # The same rows of the same tensors: what is padding in one is so in all.
+                parts, live = self._inputs(record, called[0])
+                inputs[factor] = _joined(parts)
+                rows[factor] = sum(
+                    part.shape[0] * part.shape[1] if mask is None else int(mask.sum())
+                    for part, mask in zip(parts, live, strict=True)
+                )
                 for block in called:
-                    gradients[block.name] = self._gradients(record, block, counts, draw)
+                    gradients[block.name] = self._gradients(record, block, parts, live, draw)
         return Captured(record.batch, inputs, gradients, rows, draw == 0, own)
 
     def _check_shared(self, record: Record, factor: str, called: Sequence[Block]) -> None:
@@ -166,8 +171,10 @@ class Capture:
                 f"'!{called[-1].name}'.",
             )
 
-    def _inputs(self, record: Record, block: Block) -> tuple[list[Tensor], int]:
-        batch, parts, live = record.batch, [], 0
+    def _inputs(self, record: Record, block: Block) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Of each call its rows ``[N, T, I]``, and which count, ``[N, T]``, where not all do."""
+        kind, module = self._kinds[block.name], self._modules[block.name]
+        parts, live = [], []
         for call in record.calls[block.name]:
             if call.x._version != call.version:
                 raise RaycurvError(
@@ -177,44 +184,53 @@ class Capture:
                     "Make that operation out of place, or leave the block out: "
                     f"--blocks '!{block.name}'.",
                 )
-            a = self._kinds[block.name].input_rows(block, self._modules[block.name], call)
+            a = kind.input_rows(block, module, call)
             if block.bias:
                 a = torch.cat([a, a.new_ones((*a.shape[:-1], 1))], dim=-1)
-            mask = self._live(batch, block, call, a.shape[1])
-            if mask is None:
-                live += a.shape[0] * a.shape[1]
-            else:
-                live += int(mask.sum())
-                if not mask.all():
-                    a = a * mask.view(*mask.shape, *([1] * (a.ndim - 2))).to(a.dtype)
-            parts.append(a)
+            mask = kind.live_rows(call, _tokens(record.batch, call), a.shape[1])
+            if mask is not None and mask.all():
+                mask = None
+            parts.append(a if mask is None else _masked(a, mask))
+            live.append(mask)
         return parts, live
 
     def _gradients(
-        self, record: Record, block: Block, counts: Sequence[int], draw: int
+        self,
+        record: Record,
+        block: Block,
+        inputs: Sequence[Tensor],
+        live: Sequence[Tensor | None],
+        draw: int,
     ) -> Tensor | None:
-        batch, parts = record.batch, []
-        calls = record.calls[block.name]
+        calls, parts = record.calls[block.name], []
         if all(draw not in call.g for call in calls):
             return None
-        for call, rows in zip(calls, counts, strict=True):
+        kind, module = self._kinds[block.name], self._modules[block.name]
+        for call, a, mask in zip(calls, inputs, live, strict=True):
             if draw not in call.g:
-                parts.append(call.x.new_zeros((batch.size, rows, block.d_out)))
+                parts.append(call.x.new_zeros((*a.shape[:2], block.d_out)))
                 continue
-            module = self._modules[block.name]
-            g = self._kinds[block.name].output_rows(block, module, call, call.g[draw])
-            mask = self._live(batch, block, call, rows)
-            if mask is not None and not mask.all():
-                g = g * mask[..., None].to(g.dtype)
-            parts.append(g)
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+            g = kind.output_rows(block, module, call, call.g[draw])
+            parts.append(g if mask is None else _masked(g, mask))
+        return _joined(parts)
 
-    def _live(self, batch: Batch, block: Block, call: ModuleCall, rows: int) -> Tensor | None:
-        mask = batch.mask
-        if mask is not None:
-            start = call.start or 0
-            mask = None if call.positions is None else mask[:, start : start + call.positions]
-        return self._kinds[block.name].live_rows(call, mask, rows)
+
+def _tokens(batch: Batch, call: ModuleCall) -> Tensor | None:
+    """Which positions of a call are tokens, ``[N, P]``; ``None`` where there is no padding."""
+    if batch.mask is None or call.positions is None:
+        return None
+    start = call.start or 0
+    return batch.mask[:, start : start + call.positions]
+
+
+def _masked(rows: Tensor, live: Tensor) -> Tensor:
+    """Rows ``[N, T, ...]`` with zeros in those that do not count."""
+    return rows * live.view(*live.shape, *([1] * (rows.ndim - 2))).to(rows.dtype)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Rows of several calls behind each other."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
 
 
 def _place(x: Tensor) -> tuple[int, int]:

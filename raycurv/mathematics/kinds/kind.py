@@ -35,7 +35,8 @@ class ModuleCall:
         examples: N.
         start: first position of a slice; ``None`` when the whole microbatch went through.
         positions: how many positions went through (P); ``None`` without a token axis.
-        detail: what else the kind has to know of the call.
+        detail: what else the kind has to know of the call. Blocks that are given one tensor share
+            an input factor only if this is one object, too.
         g: gradient of what left, by draw.
     """
 
