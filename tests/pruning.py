@@ -6,7 +6,7 @@ an inverse's submatrix nor a Schur complement is taken for granted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,9 @@ from torch import Tensor
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.curvature import BlockCurvature, Damping, IdentityCurvature
 from raycurv.mathematics.eigen import Eigenbasis
+from raycurv.mathematics.pruning.rank_surgeon import RankSurgeon
+from raycurv.mathematics.pruning.surgeon import BlockSurgeon
+from raycurv.mathematics.rank.rank_inverse import rank_inverse
 
 # Four outputs, eight inputs and the bias.
 D_OUT, D_IN = 4, 9
@@ -111,20 +114,35 @@ def rank_quadratic(rows: Tensor, lam: float, gradient: Tensor | None) -> Quadrat
     return Quadratic(total, lam, g)
 
 
-class DenseInverse:
-    """The inverse of a rank-m Fisher, dense, for parts that are views of its rows."""
+def surgeon(
+    method: str, w: Tensor, gradient: Tensor | None = None, damping: Damping = DAMPING
+) -> BlockSurgeon:
+    """What :func:`curvature` says of these weights."""
+    return BlockSurgeon(curvature(method), w, damping, gradient)
 
-    def __init__(self, rows: Tensor, lam: float) -> None:
-        self.rows, self.inverse = rows, torch.linalg.inv(rank_quadratic(rows, lam, None).damped)
 
-    def part(self, rows: Tensor) -> Tensor:
-        first = rows.storage_offset() - self.rows.storage_offset()
-        place = slice(first, first + rows.shape[1])
-        assert torch.equal(self.rows[:, place], rows)
-        return self.inverse[place, place]
+def rank_surgeons(
+    rows: Tensor, w: Tensor, lam: float, gradient: Tensor | None = None, outputs: int = D_OUT
+) -> list[RankSurgeon]:
+    """What a rank-m Fisher says of the blocks that it is of, ``outputs`` of a block at a time."""
+    size, width = D_OUT * D_IN, rows.shape[1]
+    inverse = rank_inverse(rows.double() @ rows.double().T, width, lam, "the test", rows)
+    projection = None if gradient is None else inverse.project(rows, gradient[None])
+    found = []
+    for start in range(0, width, size):
+        part = slice(start, start + size)
+        own_MOI = rows[:, part].unflatten(1, (-1, D_IN))
 
-    def diagonal(self, rows: Tensor) -> Tensor:
-        return self.part(rows).diag()
+        def runs(own_MOI: Tensor = own_MOI) -> Iterator[tuple[slice, Tensor]]:
+            for first in range(0, own_MOI.shape[1], outputs):
+                some = slice(first, first + outputs)
+                yield some, own_MOI[:, some]
 
-    def submatrices(self, rows: Tensor, index: Tensor) -> Tensor:
-        return self.part(rows)[index[:, :, None], index[:, None, :]]
+        matrix = (-1, D_IN)
+        found.append(
+            RankSurgeon(
+                BLOCK, w[part].view(matrix), runs, inverse.at(start),
+                None if gradient is None else gradient[part].view(matrix), projection,
+            )
+        )  # fmt: skip
+    return found

@@ -13,11 +13,12 @@ from pruning import (
     D_OUT,
     DAMPING,
     METHODS,
-    DenseInverse,
     curvature,
     numbers,
     quadratic,
     rank_quadratic,
+    rank_surgeons,
+    surgeon,
 )
 from torch import Tensor
 
@@ -27,23 +28,12 @@ from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.curvature import BlockCurvature, Damping
 from raycurv.mathematics.eigen import Eigenbasis
 from raycurv.mathematics.pruning import pattern as patterns
-from raycurv.mathematics.pruning.pattern import obs_pattern, rank_pattern, summed_pattern
-from raycurv.mathematics.pruning.saliency import (
-    after_newton_step,
-    block_obd,
-    block_obs,
-    magnitude,
-    obd,
-    rank_diagonal,
-    rank_obs,
-)
-from raycurv.mathematics.pruning.set_saliency import (
-    column_saliencies,
-    rank_column_saliencies,
-    rank_row_saliencies,
-    row_saliencies,
-)
+from raycurv.mathematics.pruning.pattern import summed_pattern
+from raycurv.mathematics.pruning.rank_surgeon import RankSurgeon
+from raycurv.mathematics.pruning.saliency import magnitude
 from raycurv.mathematics.pruning.structures import NofM, column_runs, column_sums, row_sums
+from raycurv.mathematics.pruning.surgeon import BlockSurgeon
+from raycurv.mathematics.rank.rank_inverse import GramInverse
 
 # Float64 solves, kept in float32: half of its last place is 6e-8.
 ROUNDED = 1e-7
@@ -67,23 +57,19 @@ def whole_rows(m: int) -> Tensor:
     return numbers(m, 2 * D_OUT * D_IN, seed=7)
 
 
-def parts(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x[..., : D_OUT * D_IN], x[..., D_OUT * D_IN :]
-
-
 @GRADIENTS
 @EVERY_METHOD
 def test_obs_is_the_least_rise_that_any_move_of_the_others_leaves(method, gradient) -> None:
     truth = quadratic(method, gradient)
     want = exact([truth.cost(W, [k]) for k in range(W.numel())]).view_as(W)
-    assert worst(block_obs(curvature(method), W, DAMPING, gradient), want) < ROUNDED
+    assert worst(surgeon(method, W, gradient).obs(), want) < ROUNDED
 
 
 @EVERY_METHOD
 def test_obs_without_the_newton_step_is_another_number(method) -> None:
     truth = quadratic(method, G)
     want = exact([truth.cost(W, [k]) for k in range(W.numel())]).view_as(W)
-    assert worst(block_obs(curvature(method), W, DAMPING), want) > 1e-2
+    assert worst(surgeon(method, W).obs(), want) > 1e-2
 
 
 @GRADIENTS
@@ -92,7 +78,7 @@ def test_obd_is_the_rise_when_the_others_stay(method, gradient) -> None:
     truth = quadratic(method, gradient)
     steps = (-W.flatten()).diag()
     want = exact([truth.prediction(step) for step in steps]).view_as(W)
-    found = block_obd(curvature(method), W, gradient)
+    found = surgeon(method, W, gradient).obd()
     assert found.dtype == torch.float32
     assert worst(found, want) < ROUNDED
 
@@ -118,39 +104,36 @@ def test_float64_is_computed_from_curvature_kept_in_less() -> None:
         narrow.eigenvalues.double(),
     )
     for gradient in (None, G):
-        got = block_obs(narrow, W, DAMPING, gradient)
-        assert worst(got, block_obs(wide, W, DAMPING, gradient)) < ROUNDED
-        assert worst(block_obd(narrow, W, gradient), block_obd(wide, W, gradient)) < ROUNDED
+        got, want = (BlockSurgeon(c, W, DAMPING, gradient) for c in (narrow, wide))
+        assert worst(got.obs(), want.obs()) < ROUNDED
+        assert worst(got.obd(), want.obd()) < ROUNDED
 
 
 @GRADIENTS
 @EVERY_METHOD
 def test_whole_outputs_cost_what_the_dense_model_says(method, gradient) -> None:
-    truth, block = quadratic(method, gradient), curvature(method)
-    u = after_newton_step(block, W, DAMPING, gradient)
-    before = u.clone()
+    truth, before = quadratic(method, gradient), W.clone()
     want = exact([truth.cost(W, row) for row in ROWS])
-    assert worst(row_saliencies(block, u, DAMPING), want) < ROUNDED
-    assert torch.equal(u, before)
+    assert worst(surgeon(method, W, gradient).outputs(), want) < ROUNDED
+    assert torch.equal(W, before)
 
 
 @GRADIENTS
 @EVERY_METHOD
 def test_heads_cost_what_the_dense_model_says(method, gradient) -> None:
-    truth, block = quadratic(method, gradient), curvature(method)
-    u = after_newton_step(block, W, DAMPING, gradient)
+    truth = quadratic(method, gradient)
     want = exact([truth.cost(W, head) for head in HEADS])
-    found = column_saliencies(block, u, DAMPING, column_runs(BLOCK, 4))
+    found = surgeon(method, W, gradient).columns(column_runs(BLOCK, 4))
     assert worst(found, want) < ROUNDED
 
 
 def test_a_set_does_not_cost_what_its_weights_cost_one_by_one() -> None:
     # Each alone is made up for by the others of its set; all at once are not.
-    one_by_one = row_sums(block_obs(curvature("ekfac"), W, DAMPING))
-    together = row_saliencies(curvature("ekfac"), W, DAMPING)
+    one_by_one = row_sums(surgeon("ekfac", W).obs())
+    together = surgeon("ekfac", W).outputs()
     assert bool((together > 1.5 * one_by_one).any())
-    plain = row_sums(block_obs(curvature("diagonal"), W, DAMPING))  # the control: nothing moves
-    assert worst(row_saliencies(curvature("diagonal"), W, DAMPING), plain) < ROUNDED
+    plain = row_sums(surgeon("diagonal", W).obs())  # the control: nothing moves
+    assert worst(surgeon("diagonal", W).outputs(), plain) < ROUNDED
 
 
 def test_sums_over_sets_are_sums() -> None:
@@ -167,15 +150,12 @@ def test_obs_of_a_rank_m_fisher_knows_the_other_blocks(m, gradient) -> None:
     rows, w = whole_rows(m), numbers(2 * W.numel(), seed=8)
     g = None if gradient is None else gradient.flatten().repeat(2)
     truth = rank_quadratic(rows, LAM, g)
-    inverse = DenseInverse(rows, LAM)
-    u = w if g is None else w - inverse.inverse @ g
-    for part, (own_rows, own_u) in enumerate(zip(parts(rows), parts(u), strict=True)):
+    for part, own in enumerate(rank_surgeons(rows, w, LAM, g, outputs=3)):
         places = range(part * W.numel(), (part + 1) * W.numel())
-        want = exact([truth.cost(w, [k]) for k in places])
-        assert worst(rank_obs(inverse, own_rows, own_u), want) < ROUNDED
-        want = exact([truth.prediction(-w[k] * EYE[k]) for k in places])
-        own_g = None if g is None else parts(g)[part]
-        assert worst(obd(parts(w)[part], rank_diagonal(own_rows), own_g), want) < ROUNDED
+        want = exact([truth.cost(w, [k]) for k in places]).view_as(W)
+        assert worst(own.obs(), want) < ROUNDED
+        want = exact([truth.prediction(-w[k] * EYE[k]) for k in places]).view_as(W)
+        assert worst(own.obd(), want) < ROUNDED
 
 
 @RANKS
@@ -183,31 +163,32 @@ def test_obs_of_a_rank_m_fisher_knows_the_other_blocks(m, gradient) -> None:
 def test_sets_of_a_rank_m_fisher_cost_what_the_dense_model_says(m, gradient) -> None:
     rows, w = whole_rows(m), numbers(2 * W.numel(), seed=8)
     g = None if gradient is None else gradient.flatten().repeat(2)
-    truth, gram = rank_quadratic(rows, LAM, g), rows @ rows.T
-    u = w if g is None else w - DenseInverse(rows, LAM).inverse @ g
-    for part, (own_rows, own_u) in enumerate(zip(parts(rows), parts(u), strict=True)):
-        first, own_u = part * W.numel(), own_u.view_as(W)
+    truth = rank_quadratic(rows, LAM, g)
+    for part, own in enumerate(rank_surgeons(rows, w, LAM, g, outputs=3)):
+        first = part * W.numel()
         want = exact([truth.cost(w, [first + k for k in row]) for row in ROWS])
-        assert worst(rank_row_saliencies(own_rows, own_u, gram, LAM), want) < ROUNDED
+        assert worst(own.outputs(), want) < ROUNDED
         want = exact([truth.cost(w, [first + k for k in head]) for head in HEADS])
-        runs = column_runs(BLOCK, 4)
-        assert worst(rank_column_saliencies(own_rows, own_u, gram, LAM, runs), want) < ROUNDED
+        assert worst(own.columns(column_runs(BLOCK, 4)), want) < ROUNDED
 
 
 def test_a_lone_output_costs_its_own_block_whatever_the_damping() -> None:
     # Nothing is left to move, so that the Gram matrix of what stays is nothing but rounding: with
     # λ at 1e-6 of the mean eigenvalue that leaves 1e-10 of it.
-    rows, w = numbers(5, 12, seed=9), numbers(1, 12, seed=10)
-    found = rank_row_saliencies(rows, w, rows @ rows.T, 1e-6)
+    rows, w = numbers(5, D_IN, seed=9), numbers(D_IN, seed=10)
+    (own,) = rank_surgeons(rows, w, 1e-6)
     want = rank_quadratic(rows, 1e-6, None).value(w)
-    assert worst(found, exact([want])) < ROUNDED
+    assert worst(own.outputs(), exact([want])) < ROUNDED
 
 
 def test_a_damping_that_rounding_swallows_is_an_error() -> None:
     rows = numbers(5, 12, seed=9)
     gram = rows @ rows.T - 1e-6 * torch.eye(5, dtype=torch.float64)
     with pytest.raises(NumericalError, match=r"Gram matrix of the weights that stay.*--damping"):
-        rank_row_saliencies(rows, numbers(1, 12), gram, 1e-15)
+        RankSurgeon(
+            BLOCK, numbers(1, 12), lambda: iter([(slice(0, 1), rows[:, None])]),
+            GramInverse(gram, 1e-15, gram),
+        ).outputs()  # fmt: skip
 
 
 def cheapest(costs, pattern: NofM, gone: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -232,7 +213,7 @@ def cheapest(costs, pattern: NofM, gone: Tensor | None = None) -> tuple[Tensor, 
 @EVERY_METHOD
 @pytest.mark.parametrize("text", ["2:4", "1:2", "5:8"])
 def test_a_pattern_is_the_cheapest_subset_of_every_run(method, gradient, text) -> None:
-    truth, block, pattern = quadratic(method, gradient), curvature(method), NofM.parse(text)
+    truth, pattern = quadratic(method, gradient), NofM.parse(text)
     inverse = torch.linalg.inv(truth.damped)
     u = (W.flatten() - inverse @ truth.gradient).view_as(W)
 
@@ -241,7 +222,7 @@ def test_a_pattern_is_the_cheapest_subset_of_every_run(method, gradient, text) -
         return float(own @ torch.linalg.solve(inverse[way][:, way], own)) / 2
 
     keep, saliency = cheapest(costs, pattern)
-    found = obs_pattern(pattern, block, after_newton_step(block, W, DAMPING, gradient), DAMPING)
+    found = surgeon(method, W, gradient).pattern(pattern)
     assert torch.equal(found.keep_OI, keep)
     assert worst(found.saliency_OB, saliency) < ROUNDED
     assert costs([0, 3]) == pytest.approx(truth.cost(W, [0, 3]))
@@ -250,22 +231,21 @@ def test_a_pattern_is_the_cheapest_subset_of_every_run(method, gradient, text) -
 @RANKS
 def test_a_pattern_of_a_rank_m_fisher_is_the_cheapest_subset_of_every_run(m) -> None:
     rows, w, pattern = whole_rows(m), numbers(2 * W.numel(), seed=8), NofM(2, 4)
-    inverse = DenseInverse(rows, LAM)
-    own_rows, own_w = parts(rows)[1], parts(w)[1].view_as(W)
-    dense = inverse.part(own_rows)
+    own_w, second = w[W.numel() :], slice(W.numel(), None)
+    dense = torch.linalg.inv(rank_quadratic(rows, LAM, None).damped)[second, second]
 
     def costs(way: list[int]) -> float:
-        own = own_w.flatten()[way]
+        own = own_w[way]
         return float(own @ torch.linalg.solve(dense[way][:, way], own)) / 2
 
     keep, saliency = cheapest(costs, pattern)
-    found = rank_pattern(pattern, BLOCK, inverse, own_rows, own_w)
+    found = rank_surgeons(rows, w, LAM, outputs=3)[1].pattern(pattern)
     assert torch.equal(found.keep_OI, keep)
     assert worst(found.saliency_OB, saliency) < ROUNDED
 
 
 def test_a_pattern_of_sums_keeps_the_largest_of_every_run() -> None:
-    saliency = block_obd(curvature("ekfac"), W, G)
+    saliency = surgeon("ekfac", W, G).obd()
     keep, sums = cheapest(lambda way: float(saliency.double().flatten()[way].sum()), NofM(2, 4))
     found = summed_pattern(NofM(2, 4), BLOCK, saliency)
     assert torch.equal(found.keep_OI, keep)
@@ -273,9 +253,8 @@ def test_a_pattern_of_sums_keeps_the_largest_of_every_run() -> None:
 
 
 def test_what_the_pattern_costs_together_is_not_what_its_weights_cost_one_by_one() -> None:
-    block = curvature("ekfac")
-    together = obs_pattern(NofM(2, 4), block, W, DAMPING)
-    apart = summed_pattern(NofM(2, 4), BLOCK, block_obs(block, W, DAMPING))
+    together = surgeon("ekfac", W).pattern(NofM(2, 4))
+    apart = summed_pattern(NofM(2, 4), BLOCK, surgeon("ekfac", W).obs())
     assert worst(together.saliency_OB, apart.saliency_OB) > 1e-2
 
 
@@ -283,8 +262,8 @@ def test_a_pattern_takes_what_had_gone_before_it() -> None:
     gone = numbers(D_OUT, D_IN, seed=11) > 0.8
     gone[:, -1] = False
     gone[0, :3] = True  # more than a run of 2:4 may lose
-    w, block = torch.where(gone, 0, W), curvature("ekfac")
-    found = obs_pattern(NofM(2, 4), block, w, DAMPING, ~gone)
+    w = torch.where(gone, 0, W)
+    found = surgeon("ekfac", w).pattern(NofM(2, 4), ~gone)
     assert not bool((found.keep_OI & gone).any())
     assert found.keep_OI[0, :4].tolist() == [False, False, False, True]
     others = gone.clone()
@@ -298,14 +277,13 @@ def test_a_pattern_takes_what_had_gone_before_it() -> None:
     keep, _ = cheapest(costs, NofM(2, 4), others)
     assert torch.equal(found.keep_OI[1:], keep[1:])
     assert torch.equal(found.keep_OI[0, 4:], keep[0, 4:])
-    assert not torch.equal(found.keep_OI, obs_pattern(NofM(2, 4), block, W, DAMPING).keep_OI)
+    assert not torch.equal(found.keep_OI, surgeon("ekfac", W).pattern(NofM(2, 4)).keep_OI)
 
 
 def test_a_pattern_does_not_depend_on_how_many_outputs_are_looked_at_at_once(monkeypatch) -> None:
-    block = curvature("tiles")
-    whole = obs_pattern(NofM(2, 4), block, W, DAMPING)
+    whole = surgeon("tiles", W).pattern(NofM(2, 4))
     monkeypatch.setattr(patterns, "CHUNK", 1)
-    one_by_one = obs_pattern(NofM(2, 4), block, W, DAMPING)
+    one_by_one = surgeon("tiles", W).pattern(NofM(2, 4))
     assert torch.equal(whole.keep_OI, one_by_one.keep_OI)
     assert worst(whole.saliency_OB, one_by_one.saliency_OB) < ROUNDED
 
@@ -318,7 +296,7 @@ def test_patterns_that_are_none_or_have_too_many_ways_are_refused(text) -> None:
 
 def test_inputs_that_do_not_divide_are_refused_by_the_blocks_name() -> None:
     with pytest.raises(raycurv.UserError, match=r"block layer.*multiple of 3.*got 8"):
-        obs_pattern(NofM(2, 3), curvature("ekfac"), W, DAMPING)
+        surgeon("ekfac", W).pattern(NofM(2, 3))
     with pytest.raises(raycurv.UserError, match=r"block layer.*divides its 8 inputs.*got a width"):
         column_runs(BLOCK, 3)
 
@@ -332,11 +310,12 @@ def test_a_block_without_curvature_costs_nothing() -> None:
     nothing = BlockCurvature(
         BLOCK, *[curvature("ekfac").input_basis, curvature("ekfac").output_basis], 0 * W
     )
-    assert not block_obs(nothing, W, DAMPING, G).any()
-    assert not block_obd(nothing, W).any()
-    assert not row_saliencies(nothing, W, DAMPING).any()
-    assert not column_saliencies(nothing, W, DAMPING, column_runs(BLOCK, 2)).any()
-    assert not obs_pattern(NofM(2, 4), nothing, W, DAMPING).saliency_OB.any()
+    assert not BlockSurgeon(nothing, W, DAMPING, G).obs().any()
+    still = BlockSurgeon(nothing, W, DAMPING)
+    assert not still.obd().any()
+    assert not still.outputs().any()
+    assert not still.columns(column_runs(BLOCK, 2)).any()
+    assert not still.pattern(NofM(2, 4)).saliency_OB.any()
 
 
 def test_no_damping_and_a_zero_in_the_curvature_are_refused_by_the_blocks_name() -> None:
@@ -344,9 +323,9 @@ def test_no_damping_and_a_zero_in_the_curvature_are_refused_by_the_blocks_name()
     lam[1, 2] = 0
     block = BlockCurvature(BLOCK, Eigenbasis(), Eigenbasis(), lam)
     with pytest.raises(raycurv.UserError, match=r"block layer.*1 zeros"):
-        block_obs(block, W, Damping(0.0))
+        BlockSurgeon(block, W, Damping(0.0)).obs()
     with pytest.raises(raycurv.UserError, match=r"block layer.*\[\.\.\., 4, 9\]"):
-        block_obs(block, W[:, :8], DAMPING)
+        BlockSurgeon(block, W[:, :8], DAMPING)
 
 
 def test_columns_without_a_bias_are_all_inputs() -> None:

@@ -19,6 +19,7 @@ from pruning import (
     numbers,
     quadratic,
     rank_quadratic,
+    rank_surgeons,
 )
 from torch import Tensor
 
@@ -27,17 +28,9 @@ from raycurv.errors import NumericalError
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.curvature import BlockCurvature, Damping
 from raycurv.mathematics.eigen import Eigenbasis
-from raycurv.mathematics.pruning import rank_update
-from raycurv.mathematics.pruning.rank_update import (
-    masked_gram,
-    projection,
-    rank_increase,
-    removed_projection,
-    solve_kept,
-    updated_block,
-    updated_part,
-)
+from raycurv.mathematics.pruning.rank_surgeon import RankSurgeon, rank_increase, solve_kept
 from raycurv.mathematics.pruning.update import Solver, joint_update, predicted_increase
+from raycurv.mathematics.rank.rank_inverse import rank_inverse
 
 # Solves with condition numbers of at most some thousands, in float64.
 SOLVED = 1e-9
@@ -227,22 +220,31 @@ def halves(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[..., : D_OUT * D_IN], x[..., D_OUT * D_IN :]
 
 
-def by_parts(rows: Tensor, w: Tensor, keep: Tensor, g: Tensor | None) -> Tensor:
+def by_parts(
+    rows: Tensor, w: Tensor, keep: Tensor, g: Tensor | None, outputs: int = D_OUT
+) -> Tensor:
     """As a job does it: sums over the parts, one solve, then every part its own."""
-    gs = (None, None) if g is None else halves(g)
-    parts = list(zip(halves(rows), halves(keep), halves(w), gs, strict=True))
-    gram = sum(masked_gram(r, k) for r, k, _, _ in parts)
-    bracket = sum(removed_projection(r, k, x, y, LAM) for r, k, x, y in parts)
-    z = solve_kept(gram, bracket, LAM)
-    shape = (D_OUT, D_IN)
-    return torch.cat(
-        [
-            updated_part(
-                r, k.view(shape), x.view(shape), z, None if y is None else y.view(shape), LAM
-            ).flatten()
-            for r, k, x, y in parts
-        ]
-    )
+    surgeons = list(zip(rank_surgeons(rows, w, LAM, g, outputs), masks(keep), strict=True))
+    grams, brackets = zip(*(s.share(k) for s, k in surgeons), strict=True)
+    z = solve_kept(sum(grams), sum(brackets), LAM)
+    return torch.cat([s.remaining(k, Solver(), z).w_OI.flatten() for s, k in surgeons])
+
+
+def masks(keep: Tensor) -> list[Tensor]:
+    return [k.view(D_OUT, D_IN) for k in halves(keep)]
+
+
+def alone(rows: Tensor, keep: Tensor, w: Tensor, g: Tensor | None = None) -> Tensor:
+    """All columns as one block that stands alone."""
+    outputs = len(w) // D_IN
+    block = replace(BLOCK, d_out=outputs)
+    inverse = rank_inverse(rows @ rows.T, len(w), LAM, "the test", rows)
+    rows_MOI = rows.unflatten(1, (outputs, D_IN))
+    surgeon = RankSurgeon(
+        block, w.view(-1, D_IN), lambda: iter([(slice(0, outputs), rows_MOI)]), inverse,
+        None if g is None else g.view(-1, D_IN),
+    )  # fmt: skip
+    return surgeon.remaining(keep.view(-1, D_IN), Solver()).w_OI.flatten()
 
 
 @RANKS
@@ -252,7 +254,7 @@ def test_the_joint_step_of_a_rank_m_fisher_is_the_constrained_minimum(m, first_o
     want = rank_quadratic(rows, LAM, g).minimum(w, gone(keep))
     found = by_parts(rows, w, keep, g)
     assert worst(found - w, want) < SOLVED
-    assert worst(updated_block(rows, keep, w, LAM, g) - w, want) < SOLVED
+    assert worst(alone(rows, keep, w, g) - w, want) < SOLVED
     assert not found[~keep].any()
 
 
@@ -262,16 +264,15 @@ def test_blocks_that_stand_alone_take_another_step(m) -> None:
     own, whole = [], by_parts(rows, w, keep, None)
     for r, k, x in zip(halves(rows), halves(keep), halves(w), strict=True):
         truth = rank_quadratic(r, LAM, None)
-        own.append(updated_block(r, k, x, LAM))
+        own.append(alone(r, k, x))
         assert worst(own[-1] - x, truth.minimum(x, gone(k))) < SOLVED
     assert worst(torch.cat(own), whole) > 1e-2
 
 
-def test_the_step_does_not_depend_on_how_many_columns_are_looked_at_at_once(monkeypatch) -> None:
+def test_the_step_does_not_depend_on_how_many_outputs_are_looked_at_at_once() -> None:
     rows, w, keep, g = model(5, True)
     want = by_parts(rows, w, keep, g)
-    monkeypatch.setattr(rank_update, "_CHUNK", 5 * 7)
-    assert worst(by_parts(rows, w, keep, g), want) < SOLVED
+    assert worst(by_parts(rows, w, keep, g, outputs=1), want) < SOLVED
 
 
 def test_rows_kept_in_less_are_computed_with_in_float64() -> None:
@@ -284,9 +285,11 @@ def test_rows_kept_in_less_are_computed_with_in_float64() -> None:
 def test_the_predicted_increase_is_a_sum_over_parts(m) -> None:
     rows, w, keep, _ = model(m, False)
     step, truth = by_parts(rows, w, keep, None) - w, rank_quadratic(rows, LAM, None)
-    parts = zip(halves(rows), halves(step), strict=True)
-    found = rank_increase(sum(projection(r, x) for r, x in parts))
-    assert found == pytest.approx(truth.prediction(step), rel=SOLVED)
+    parts = zip(rank_surgeons(rows, w, LAM), halves(step), strict=True)
+    found = [s.increase(x.view(D_OUT, D_IN)) for s, x in parts]
+    together = rank_increase(sum(f.seen for f in found))
+    assert together == pytest.approx(truth.prediction(step), rel=SOLVED)
+    assert sum(f.alone for f in found) != pytest.approx(together, rel=1e-3)
 
 
 def test_the_joint_step_of_a_rank_m_fisher_loses_less_than_single_steps_together() -> None:
@@ -299,10 +302,9 @@ def test_the_joint_step_of_a_rank_m_fisher_loses_less_than_single_steps_together
 
 
 def test_a_rank_m_fisher_without_damping_is_refused() -> None:
-    rows, w, keep, _ = model(5, False)
     for lam in (0.0, -1.0, float("nan")):
         with pytest.raises(raycurv.UserError, match=r"rank-m Fisher.*--damping"):
-            updated_block(rows, keep, w, lam)
+            solve_kept(numbers(5, 5), numbers(5), lam)
 
 
 def test_the_dense_model_is_the_curvatures_own() -> None:

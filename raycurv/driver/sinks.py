@@ -13,6 +13,7 @@ from raycurv.driver.corpus import PART, Corpus, DrawnLabels
 from raycurv.files.store import Store
 from raycurv.files.tables import (
     ROWS,
+    as_lists,
     examples_schema,
     read_table,
     scores_schema,
@@ -129,12 +130,6 @@ class ExampleRows:
     def forget(self) -> None:
         self._piles: dict[str, Pile] = {}
         self._size = 0
-
-
-def as_lists(values: Array, number: pa.DataType) -> pa.ListArray:
-    """The rows of a matrix as lists of numbers."""
-    offsets = pa.array(np.arange(len(values) + 1) * values.shape[1], pa.int32())
-    return pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1)).cast(number))
 
 
 def rows_by_part(store: Store, names: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -234,3 +235,9 @@ def iterate_directory(store: Store, directory: str) -> Iterator[pa.Table]:
     """The Parquet files of a directory, one table each, in the order of their names."""
     for name in store.names(directory, ".parquet"):
         yield read_table(store, name)
+
+
+def as_lists(values: np.ndarray[Any, Any], number: pa.DataType) -> pa.ListArray:
+    """The rows of a matrix as lists of numbers."""
+    offsets = pa.array(np.arange(len(values) + 1) * values.shape[1], pa.int32())
+    return pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1)).cast(number))

@@ -19,12 +19,13 @@ import pyarrow as pa
 import torch
 
 from raycurv.driver.corpus import PART
-from raycurv.driver.sinks import as_lists, rows_by_part
+from raycurv.driver.sinks import rows_by_part
 from raycurv.errors import DamagedFile
 from raycurv.files.artifacts import gradient_file, write_gradient
 from raycurv.files.block_rows import GRADIENTS_FILE, write_gradients
 from raycurv.files.store import Store
 from raycurv.files.tables import (
+    as_lists,
     footer,
     gradient_norms_schema,
     read_rows,

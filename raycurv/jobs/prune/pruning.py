@@ -32,10 +32,8 @@ from raycurv.errors import DamagedFile
 from raycurv.files.curvature_files import CurvatureFiles
 from raycurv.files.lock import hold
 from raycurv.files.manifest import Manifest, continue_or_refuse
-from raycurv.files.row_files import open_rows
 from raycurv.files.store import Store, open_store
 from raycurv.files.tables import HEADS, PRUNED, footer, write_table
-from raycurv.files.tensorfile import open_tensors, whole
 from raycurv.files.weights import stored_patch, write_checkpoint
 from raycurv.jobs.fit.fitting import refit
 from raycurv.jobs.fit.parents import SHARED
@@ -45,9 +43,9 @@ from raycurv.jobs.prune.prunable import blocks_to_prune, check_statistics
 from raycurv.jobs.prune.prune_settings import PruneSettings
 from raycurv.jobs.prune.surgery import (
     Cut,
-    Operation,
-    Pruned,
-    Rank,
+    JointRank,
+    PrunedBlock,
+    Surgery,
     Updated,
     count_equal,
     mask_block,
@@ -63,7 +61,7 @@ from raycurv.jobs.rank_products import rank_inverses
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.loss.objective import Objective
 from raycurv.mathematics.pruning.masks import count_gone, sets_kept
-from raycurv.mathematics.pruning.rank_update import rank_increase, solve_kept
+from raycurv.mathematics.pruning.rank_surgeon import rank_increase, solve_kept
 from raycurv.mathematics.pruning.selection import find_prefix, find_threshold, share_ties
 from raycurv.mathematics.pruning.structures import inputs_of
 from raycurv.models.model import Model
@@ -302,12 +300,11 @@ class _Prune:
         made = self._each(f"update{label}", update_block, [(op, z, notes) for op in operations])
         return self._outcome(made)
 
-    def _operations(self, step: int, fitted: Store) -> list[Operation]:
-        said = self.fit.settings
+    def _operations(self, step: int, fitted: Store) -> list[Surgery]:
         patches, base = parts(self._network(step))
         return [
-            Operation(
-                fitted,
+            Surgery(
+                replace(self.curvature, store=fitted),
                 self.store,
                 step,
                 # To each task the patch of its block alone.
@@ -315,44 +312,42 @@ class _Prune:
                 block,
                 self.settings,
                 self.settings.share(step),
-                replace(self.curvature, store=fitted),
-                said["dtype"] == "float64",
+                self.fit.settings["dtype"] == "float64",
                 self.heads.get(block.name, 0),
             )
             for block in self.blocks
         ]
 
-    def _with_rank(self, operations: list[Operation]) -> list[Operation]:
-        """With what M-FAC knows of all blocks together."""
+    def _with_rank(self, operations: list[Surgery]) -> list[Surgery]:
+        """With what a ranked method knows of all blocks together."""
         if not self._joint:
             return operations
-        fitted = operations[0].fitted
-        inverses = rank_inverses(fitted, self.blocks, operations[0].damping, whole=True)
-        gram = open_rows(fitted, self.blocks[0]).gram()
-        for block in self.blocks[1:]:
-            gram += open_rows(fitted, block).gram()
-        ranks = {name: Rank(inverse, gram) for name, inverse in inverses.by_block.items()}
-        found = [replace(op, rank=ranks[op.block.name]) for op in operations]
+        first = operations[0]
+        inverses = rank_inverses(first.curvature.store, self.blocks, first.damping, whole=True)
+        found = [replace(o, rank=JointRank(inverses.by_block[o.block.name])) for o in operations]
         if not self.settings.first_order:
             return found
         total = Total()
         self._each("mean gradient", project_mean_gradient, [(op,) for op in found], total)
-        gradient = None if total.sums is None else total.sums[0]
-        return [replace(op, rank=replace(ranks[op.block.name], gradient=gradient)) for op in found]
+        if total.sums is None:
+            return found
+        (gradient,) = total.sums
+        ranks = [replace(op.rank, gradient=gradient) for op in found if op.rank is not None]
+        return [replace(op, rank=rank) for op, rank in zip(found, ranks, strict=True)]
 
     @property
     def _joint(self) -> bool:
         """Whether the curvature is one for all blocks together."""
         return self.curvature.method.ranked and self.settings.inverse != "block"
 
-    def _cuts(self, operations: list[Operation], label: str) -> list[Cut]:
+    def _cuts(self, operations: list[Surgery], label: str) -> list[Cut]:
         """Make the saliencies; gives what goes of every block."""
         settings, share = self.settings, operations[0].share
-        each: list[tuple[Operation]] = [(op,) for op in operations]
+        each: list[tuple[Surgery]] = [(op,) for op in operations]
         histograms = settings.structure == "unstructured" and settings.scope == "global"
         upper = Total() if histograms else None
         found = self._each(f"saliencies{label}", score_block, each, upper)
-        known = all(whole(self.store, op.file("keep")) for op in operations)
+        known = all(op.has("keep") for op in operations)
         if known or settings.pattern() is not None:
             return [Cut() for _ in operations]
         if settings.structure in ("rows", "heads"):
@@ -380,7 +375,7 @@ class _Prune:
         keep = sets_kept(both[0], share, both[1] > 0)
         return [Cut(units=part) for part in keep.split([f.shape[1] for f in found])]
 
-    def _solution(self, operations: Sequence[Operation], shares: Total) -> Tensor | None:
+    def _solution(self, operations: Sequence[Surgery], shares: Total) -> Tensor | None:
         """The solution of the whole model's equations of what remains, of M-FAC."""
         rank = operations[0].rank
         if shares.sums is None or rank is None or rank.inverse is None:
@@ -408,7 +403,7 @@ class _Prune:
             total.add(place, value)
         return []
 
-    def _need(self, operation: Operation) -> Need:
+    def _need(self, operation: Surgery) -> Need:
         block = operation.block
         size = block.d_out * block.d_in
         # Weights, eigenvalues and the vectors of conjugate gradients, in float64; both bases.
@@ -434,7 +429,7 @@ class _Prune:
 
     def _tables(self, pruned: Model) -> None:
         steps = self.manifest.facts["steps"]
-        last = [Pruned(**said) for said in steps[-1]["blocks"]]
+        last = [PrunedBlock(**said) for said in steps[-1]["blocks"]]
         weights, removed = sum(p.weights for p in last), sum(p.removed for p in last)
         # Each step predicts from where the one before it ended.
         totals = [s["total"] for s in steps]
@@ -465,8 +460,8 @@ class _Prune:
     def _write_heads(self, notes: dict[str, str]) -> None:
         rows = []
         for op in self._operations(self.settings.steps, self.fitted):
-            saliency = open_tensors(self.store, op.file("saliency")).read("units").tolist()
-            keep = open_tensors(self.store, op.file("keep")).read("keep")
+            saliency = op.open("saliency").read("units").tolist()
+            keep = op.open("keep").read("keep")
             for head, (run, value) in enumerate(zip(op.columns(), saliency, strict=True)):
                 stays = bool(keep[:, run.start : run.stop].any())
                 said = (op.block.name, head, run.start, run.stop, value, stays)

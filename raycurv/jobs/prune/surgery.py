@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -28,8 +28,8 @@ from raycurv.files.artifacts import read_gradient
 from raycurv.files.curvature_files import CurvatureFiles
 from raycurv.files.row_files import open_rows
 from raycurv.files.store import Store
-from raycurv.files.tables import SALIENCY, read_rows, write_table
-from raycurv.files.tensorfile import open_tensors, whole, write_tensors
+from raycurv.files.tables import SALIENCY, as_lists, read_rows, write_table
+from raycurv.files.tensorfile import TensorFile, open_tensors, whole, write_tensors
 from raycurv.files.weights import write_weight
 from raycurv.jobs.prune.prune_settings import PruneSettings
 from raycurv.jobs.rank_products import projected, rank_inverses
@@ -42,17 +42,13 @@ from raycurv.mathematics.pruning.masks import (
     rows_mask,
     single_weights,
 )
+from raycurv.mathematics.pruning.pattern import summed_pattern
+from raycurv.mathematics.pruning.rank_surgeon import RankSurgeon
+from raycurv.mathematics.pruning.saliency import magnitude
 from raycurv.mathematics.pruning.selection import Prefix, Threshold, below, count_ties, histogram
-from raycurv.mathematics.pruning.structures import column_runs, inputs_of
-from raycurv.mathematics.pruning.surgeon import (
-    BlockSurgeon,
-    RankSurgeon,
-    output_saliencies,
-    pattern_of,
-    run_saliencies,
-    single_saliencies,
-)
-from raycurv.mathematics.pruning.update import Solver
+from raycurv.mathematics.pruning.structures import column_runs, column_sums, inputs_of, row_sums
+from raycurv.mathematics.pruning.surgeon import BlockSurgeon, Surgeon
+from raycurv.mathematics.pruning.update import Solver, Update
 from raycurv.mathematics.rank.rank_inverse import RankInverse
 from raycurv.models.model import Model
 
@@ -63,54 +59,63 @@ _DOUBLE = 2**20
 
 
 @dataclass(frozen=True)
-class Rank:
-    """What is known to a block of a rank-m Fisher.
+class JointRank:
+    """What a block knows of the rank-m Fisher of all blocks that it is a part of.
 
     Attributes:
         inverse: at the block's own columns; ``None`` where all rows are zero.
-        gram: ``GGᵀ`` over all columns of the inverse.
-        gradient: ``G`` times the mean gradient, over the same columns.
+        gradient: what the inverse needs to know of the mean gradient of all blocks, with a
+            first-order term.
     """
 
     inverse: RankInverse | None
-    gram: Tensor
     gradient: Tensor | None = None
 
 
 @dataclass(frozen=True)
-class Operation:
+class Surgery:
     """Pruning of one block in one step.
 
     Attributes:
-        fitted: store of the fit.
+        curvature: of the step's fit.
         out: store of the results.
         step: number, from 1 on.
         network: whose weight it is.
         block: which.
         settings: of the job.
         share: what is gone after the step.
-        curvature: of the fit.
         double: whether the fit is of float64.
         head: columns of a head, where heads go.
-        rank: of M-FAC, where the inverse is that of all blocks together.
+        rank: of a ranked method, where the inverse is that of all blocks together.
     """
 
-    fitted: Store
+    curvature: CurvatureFiles
     out: Store
     step: int
     network: Model
     block: Block
     settings: PruneSettings
     share: float
-    curvature: CurvatureFiles
     double: bool
     head: int
-    rank: Rank | None = None
+    rank: JointRank | None = None
 
     def file(self, kind: str, step: int | None = None) -> str:
         """Where something of the block lies."""
         place = step_place(self.step if step is None else step)
         return f"{place}/{kind}/{self.block.name}.safetensors"
+
+    def write(self, kind: str, tensors: Mapping[str, Tensor], **notes: str) -> None:
+        """Write what a task has made for the block."""
+        write_tensors(self.out, self.file(kind), tensors, {"block": self.block.name} | notes)
+
+    def open(self, kind: str) -> TensorFile:
+        """What an earlier task has made for the block."""
+        return open_tensors(self.out, self.file(kind))
+
+    def has(self, kind: str) -> bool:
+        """Whether it is there, and whole."""
+        return whole(self.out, self.file(kind))
 
     @property
     def last(self) -> bool:
@@ -139,38 +144,44 @@ class Operation:
             return keep.any(dim=1)
         return torch.stack([keep[:, run.start : run.stop].any() for run in self.columns()])
 
+    def saliency(self) -> Tensor:
+        """Of single weights, float32, without the bias column."""
+        return self.open("saliency").read("saliency")
+
+    def candidates(self) -> Tensor:
+        """Which weights may still go, bool, without the bias column."""
+        return candidates(self.block, self.kept_before())[:, : inputs_of(self.block)]
+
     def gradient(self) -> Tensor | None:
-        """The mean gradient, where it counts."""
+        """The mean gradient ``[O, I]`` over the fit's examples, where it counts."""
         if not self.settings.first_order:
             return None
-        return read_gradient(self.fitted, self.block.name).mean
+        return read_gradient(self.curvature.store, self.block.name).mean
 
-    def surgeon(self, w_OI: Tensor) -> BlockSurgeon | RankSurgeon | None:
+    def surgeon(self, w_OI: Tensor) -> Surgeon | None:
         """What the fit's curvature says of the block; nothing without one."""
-        if not self.curvature.method.curved:
+        method, fitted = self.curvature.method, self.curvature.store
+        if not method.curved:
             return None
-        if self.curvature.method.ranked:
-            rows, rank = open_rows(self.fitted, self.block), self.rank or self._own_rank()
-            return RankSurgeon(
-                self.block, w_OI, rows.runs, rank.inverse, rank.gram, self.gradient(),
-                rank.gradient,
-            )  # fmt: skip
-        curvature = self.curvature.open_spectral(self.block, {})
-        return BlockSurgeon(curvature, w_OI, self.damping, self.gradient())
+        if not method.ranked:
+            curvature = self.curvature.open_spectral(self.block, {})
+            return BlockSurgeon(curvature, w_OI, self.damping, self.gradient())
+        runs, rank = open_rows(fitted, self.block).runs, self.rank or self._own_rank()
+        return RankSurgeon(self.block, w_OI, runs, rank.inverse, self.gradient(), rank.gradient)
 
     @property
     def damping(self) -> Damping:
         """Of the settings."""
         return Damping.parse(self.settings.damping)
 
-    def _own_rank(self) -> Rank:
+    def _own_rank(self) -> JointRank:
         """The Fisher of the block alone."""
-        inverses = rank_inverses(self.fitted, (self.block,), self.damping, whole=False)
-        inverse, gradient = inverses.by_block[self.block.name], self.gradient()
-        gram = open_rows(self.fitted, self.block).gram()
+        fitted, gradient = self.curvature.store, self.gradient()
+        inverses = rank_inverses(fitted, (self.block,), self.damping, whole=False)
+        inverse = inverses.by_block[self.block.name]
         if gradient is None or inverse is None:
-            return Rank(inverse, gram)
-        return Rank(inverse, gram, projected(gradient[None], self.fitted, self.block, inverse))
+            return JointRank(inverse)
+        return JointRank(inverse, projected(gradient[None], fitted, self.block, inverse))
 
     def solver(self) -> Solver:
         """How the equations of what remains are solved."""
@@ -188,61 +199,73 @@ def step_place(step: int) -> str:
     return f"work/step-{step}"
 
 
-def project_mean_gradient(operation: Operation) -> Tensor | None:
-    """A block's share of G times the mean gradient, as the inverse needs it."""
-    op, gradient = operation, operation.gradient()
+def project_mean_gradient(op: Surgery) -> Tensor | None:
+    """A block's share of what the whole model's inverse needs to know of the mean gradient."""
+    gradient = op.gradient()
     assert op.rank is not None
     if gradient is None or op.rank.inverse is None:
         return None
-    name = op.file("gradient")
-    if not whole(op.out, name):
-        share = projected(gradient[None], op.fitted, op.block, op.rank.inverse)
-        write_tensors(op.out, name, {"share": share}, {"block": op.block.name})
-    return open_tensors(op.out, name).read("share")
+    if not op.has("gradient"):
+        share = projected(gradient[None], op.curvature.store, op.block, op.rank.inverse)
+        op.write("gradient", {"share": share})
+    return op.open("gradient").read("share")
 
 
-def score_block(operation: Operation) -> Tensor | None:
+def score_block(op: Surgery) -> Tensor | None:
     """Make a block's saliencies; gives their histogram where all blocks are compared, or those of
     its whole rows or heads and which of these are still there, ``[2, units]``."""
-    op, settings = operation, operation.settings
-    name = op.file("saliency")
-    if not whole(op.out, name):
-        w_OI = op.weight()
-        surgeon = None if settings.saliency == "magnitude" else op.surgeon(w_OI)
-        joint = surgeon if settings.saliency == "obs" else None
-        saliency = single_saliencies(settings.saliency, w_OI, surgeon)
-        if bool(saliency.isnan().any()):
-            raise NumericalError(
-                f"block {op.block.name}", "saliencies that are numbers",
-                f"{int(saliency.isnan().sum())} NaN",
-                "Look for values that are not finite in its weights and its curvature.",
-            )  # fmt: skip
-        tensors = {"saliency": saliency[:, : inputs_of(op.block)].contiguous()}
-        pattern = settings.pattern()
-        if pattern is not None:
-            found = pattern_of(pattern, op.block, saliency, op.kept_before(), joint)
-            tensors |= {"keep": found.keep_OI, "units": found.saliency_OB}
-        elif settings.structure == "rows":
-            tensors["units"] = output_saliencies(saliency, joint)
-        elif settings.structure == "heads":
-            tensors["units"] = run_saliencies(saliency, op.columns(), joint)
-        write_tensors(op.out, name, tensors, {"block": op.block.name})
-    file = open_tensors(op.out, name)
+    settings = op.settings
+    if not op.has("saliency"):
+        op.write("saliency", _saliencies(op))
     if settings.structure in ("rows", "heads"):
-        return torch.stack([file.read("units"), op.units_before().float()])
+        return torch.stack([op.open("saliency").read("units"), op.units_before().float()])
     if settings.structure == "unstructured" and settings.scope == "global":
-        return histogram(file.read("saliency"), _open_weights(op))
+        return histogram(op.saliency(), op.candidates())
     return None
 
 
-def refine_histogram(operation: Operation, prefix: Prefix) -> Tensor:
+def _saliencies(op: Surgery) -> dict[str, Tensor]:
+    """Of single weights and of sets; a pattern's choice with them."""
+    settings, w_OI = op.settings, op.weight()
+    surgeon = None if settings.saliency == "magnitude" else op.surgeon(w_OI)
+    if surgeon is None:
+        assert settings.saliency == "magnitude"
+        saliency = magnitude(w_OI)
+    else:
+        saliency = surgeon.obd() if settings.saliency == "obd" else surgeon.obs()
+    if bool(saliency.isnan().any()):
+        raise NumericalError(
+            f"block {op.block.name}", "saliencies that are numbers",
+            f"{int(saliency.isnan().sum())} NaN",
+            "Look for values that are not finite in its weights and its curvature.",
+        )  # fmt: skip
+    # By magnitude and OBD a set costs what its weights do one by one.
+    joint = surgeon if settings.saliency == "obs" else None
+    found = {"saliency": saliency[:, : inputs_of(op.block)].contiguous()}
+    pattern = settings.pattern()
+    if pattern is not None:
+        before = op.kept_before()
+        if joint is not None:
+            chosen = joint.pattern(pattern, before)
+        else:
+            chosen = summed_pattern(pattern, op.block, saliency, before)
+        found |= {"keep": chosen.keep_OI, "units": chosen.saliency_OB}
+    elif settings.structure == "rows":
+        found["units"] = row_sums(saliency) if joint is None else joint.outputs()
+    elif settings.structure == "heads":
+        heads = op.columns()
+        found["units"] = column_sums(saliency, heads) if joint is None else joint.columns(heads)
+    return found
+
+
+def refine_histogram(op: Surgery, prefix: Prefix) -> Tensor:
     """The histogram of a block's saliencies in one bin of the coarse one."""
-    return histogram(_saliency(operation), _open_weights(operation), prefix)
+    return histogram(op.saliency(), op.candidates(), prefix)
 
 
-def count_equal(operation: Operation, threshold: Threshold) -> int:
+def count_equal(op: Surgery, threshold: Threshold) -> int:
     """How many of a block's saliencies equal the threshold."""
-    return count_ties(_saliency(operation), _open_weights(operation), threshold)
+    return count_ties(op.saliency(), op.candidates(), threshold)
 
 
 @dataclass(frozen=True)
@@ -260,43 +283,40 @@ class Cut:
     units: Tensor | None = None
 
 
-def mask_block(operation: Operation, cut: Cut) -> tuple[Tensor, Tensor] | None:
+def mask_block(op: Surgery, cut: Cut) -> tuple[Tensor, Tensor] | None:
     """Decide which weights of a block stay; gives its share of the equations of what remains where
     these are the whole model's."""
-    op, name = operation, operation.file("keep")
-    if not whole(op.out, name):
+    if not op.has("keep"):
         tensors = {"keep": _mask(op, cut)}
-        if not op.settings.no_update and op.rank is not None:
+        if not op.settings.no_update and op.rank is not None and op.rank.inverse is not None:
             surgeon = op.surgeon(op.weight())
             assert isinstance(surgeon, RankSurgeon)
-            if surgeon.inverse is not None:
-                tensors["gram"], tensors["removed"] = surgeon.kept(tensors["keep"])
-        write_tensors(op.out, name, tensors, {"block": op.block.name})
-    file = open_tensors(op.out, name)
+            tensors["gram"], tensors["removed"] = surgeon.share(tensors["keep"])
+        op.write("keep", tensors)
+    file = op.open("keep")
     return (file.read("gram"), file.read("removed")) if "gram" in file.names else None
 
 
-def _mask(op: Operation, cut: Cut) -> Tensor:
+def _mask(op: Surgery, cut: Cut) -> Tensor:
     before, block = op.kept_before(), op.block
     if op.settings.pattern() is not None:
-        return open_tensors(op.out, op.file("saliency")).read("keep")
+        return op.open("saliency").read("keep")
     if cut.units is not None:
         if op.settings.structure == "rows":
             return before & rows_mask(block, cut.units)
         return before & columns_mask(block, op.columns(), cut.units)
-    saliency = _saliency(op)
     if cut.threshold is None:
         padded = torch.zeros(block.d_out, block.d_in, dtype=torch.float32)
-        padded[:, : inputs_of(block)] = saliency
+        padded[:, : inputs_of(block)] = op.saliency()
         return single_weights(block, padded, op.share, before)
-    gone = below(saliency, _open_weights(op), cut.threshold, cut.ties)
     keep = before.clone()
+    gone = below(op.saliency(), op.candidates(), cut.threshold, cut.ties)
     keep[:, : inputs_of(block)] &= ~gone
     return keep
 
 
 @dataclass(frozen=True)
-class Pruned:
+class PrunedBlock:
     """What became of a block.
 
     Attributes:
@@ -326,130 +346,89 @@ class Updated:
 
     Attributes:
         pruned: what became of it.
-        seen: of M-FAC its share of ``Gδ``, ``[M]``.
-        first: its share of ``gᵀδ``.
+        seen, first: as an :class:`~raycurv.mathematics.pruning.surgeon.Increase` has them.
     """
 
-    pruned: Pruned
+    pruned: PrunedBlock
     seen: Tensor | None
     first: float
 
 
-def updated(operation: Operation) -> Updated | None:
+def updated(op: Surgery) -> Updated | None:
     """What an earlier run left of a step, if all of it is there."""
-    op, name = operation, operation.file("pruned")
-    if not (whole(op.out, name) and whole(op.out, op.file("weights")) and _has_table(op)):
+    if not (op.has("pruned") and op.has("weights") and _has_table(op)):
         return None
-    file = open_tensors(op.out, name)
+    file = op.open("pruned")
     said = json.loads(file.metadata["pruned"])
     seen = file.read("seen") if "seen" in file.names else None
-    return Updated(Pruned(**said), seen, float(file.metadata["first"]))
+    return Updated(PrunedBlock(**said), seen, float(file.metadata["first"]))
 
 
-def update_block(operation: Operation, z_M: Tensor | None, notes: dict[str, str]) -> Updated:
+def update_block(op: Surgery, z_M: Tensor | None, notes: dict[str, str]) -> Updated:
     """Make and write the weights that remain, and in the last step the block's table.
 
     Args:
-        z_M: the solution of the whole model's equations, of M-FAC.
+        z_M: the solution of the whole model's equations, of a ranked method.
         notes: footer of the table.
     """
-    op, started = operation, time.perf_counter()
+    started = time.perf_counter()
     found = updated(op)
     if found is not None:
         return found
-    keep = open_tensors(op.out, op.file("keep")).read("keep")
-    w_OI = op.weight()
+    keep, w_OI = op.open("keep").read("keep"), op.weight()
     surgeon = op.surgeon(w_OI)
-    outcome, iterations, residual = "none", 0, 0.0
-    new = torch.where(keep, w_OI, 0)
+    moved = Update(torch.where(keep, w_OI, 0), 0, 0.0, "none")
     if not op.settings.no_update and surgeon is not None:
         # Solved in float32 at least, whatever the checkpoint's dtype.
-        if isinstance(surgeon, BlockSurgeon):
-            moved = surgeon.remaining(keep, op.solver())
-            new, outcome = moved.w_OI, moved.outcome
-            iterations, residual = moved.iterations, moved.residual
-        else:
-            new, outcome = _moved(op, surgeon, keep, z_M)
-    predicted, seen, first = _predicted(surgeon, new.double() - w_OI.double())
-    write_weight(op.out.inside(step_place(op.step)), op.block, new)
+        moved = surgeon.remaining(keep, op.solver(), z_M)
+    rise = None if surgeon is None else surgeon.increase(moved.w_OI.double() - w_OI.double())
+    write_weight(op.out.inside(step_place(op.step)), op.block, moved.w_OI)
     if op.last:
         _write_saliencies(op, keep, notes)
     inputs = inputs_of(op.block)
     gone = ~keep[:, :inputs]
     now = gone & op.kept_before()[:, :inputs]
-    pruned = Pruned(
+    pruned = PrunedBlock(
         gone.numel(),
         int(gone.sum()),
-        float(_saliency(op)[now].sum(dtype=torch.float64)),
-        predicted,
-        outcome,
-        iterations,
-        residual,
+        float(op.saliency()[now].sum(dtype=torch.float64)),
+        None if rise is None else rise.alone,
+        moved.outcome,
+        moved.iterations,
+        moved.residual,
         time.perf_counter() - started,
     )
-    said = {"pruned": json.dumps(asdict(pruned)), "first": repr(first)}
-    write_tensors(op.out, op.file("pruned"), {} if seen is None else {"seen": seen}, said)
+    seen, first = (None, 0.0) if rise is None else (rise.seen, rise.first)
+    tensors = {} if seen is None else {"seen": seen}
+    op.write("pruned", tensors, pruned=json.dumps(asdict(pruned)), first=repr(first))
     return Updated(pruned, seen, first)
 
 
-def _moved(
-    op: Operation, surgeon: RankSurgeon, keep: Tensor, z_M: Tensor | None
-) -> tuple[Tensor, str]:
-    if surgeon.inverse is None:
-        return torch.where(keep, surgeon.w_OI, 0), "zero"
-    if z_M is None:
-        return surgeon.alone(keep), "ok"
-    return surgeon.moved(keep, z_M), "ok"
-
-
-def _predicted(
-    surgeon: BlockSurgeon | RankSurgeon | None, step: Tensor
-) -> tuple[float | None, Tensor | None, float]:
-    if surgeon is None:
-        return None, None, 0.0
-    if isinstance(surgeon, BlockSurgeon):
-        return surgeon.increase(step), None, 0.0
-    seen, first = surgeon.seen(step)
-    return surgeon.increase(seen, first), seen, first
-
-
-def _saliency(op: Operation) -> Tensor:
-    return open_tensors(op.out, op.file("saliency")).read("saliency")
-
-
-def _open_weights(op: Operation) -> Tensor:
-    """Which weights may still go, bool, without the bias column."""
-    return candidates(op.block, op.kept_before())[:, : inputs_of(op.block)]
-
-
-def _write_saliencies(op: Operation, keep: Tensor, notes: dict[str, str]) -> None:
-    inputs = inputs_of(op.block)
-    file = open_tensors(op.out, op.file("saliency"))
-    saliency = file.read("saliency")
+def _write_saliencies(op: Surgery, keep: Tensor, notes: dict[str, str]) -> None:
+    file = op.open("saliency")
+    saliency, keep = file.read("saliency"), keep[:, : inputs_of(op.block)]
     units: Tensor | None = None
     if "units" in file.names and op.settings.structure != "heads":
         units = file.read("units").reshape(len(saliency), -1)
-    step = max(1, _CHUNK // max(1, inputs))
+    step = max(1, _CHUNK // max(1, saliency.shape[1]))
     parts = []
     for start in range(0, len(saliency), step):
         rows = slice(start, min(start + step, len(saliency)))
-        count = rows.stop - start
-        parts.append(
-            {
-                "block": pa.array([op.block.name] * count, pa.string()),
-                "row": pa.array(np.arange(start, rows.stop), pa.int32()),
-                "saliency": _lists(saliency[rows]),
-                "keep": _lists(keep[rows, :inputs]),
-                "unit_saliency": pa.nulls(count, SALIENCY.field("unit_saliency").type)
-                if units is None
-                else _lists(units[rows]),
-            }
-        )
-    table = pa.concat_tables([pa.table(part, schema=SALIENCY) for part in parts])
-    write_table(op.out, op.table, table, notes, step)
+        numbers = range(start, rows.stop)
+        columns = {
+            "block": pa.array([op.block.name] * len(numbers), pa.string()),
+            "row": pa.array(numbers, pa.int32()),
+            "saliency": as_lists(saliency[rows].numpy(), pa.float32()),
+            "keep": as_lists(keep[rows].numpy(), pa.bool_()),
+            "unit_saliency": pa.nulls(len(numbers), SALIENCY.field("unit_saliency").type)
+            if units is None
+            else as_lists(units[rows].numpy(), pa.float32()),
+        }
+        parts.append(pa.table(columns, schema=SALIENCY))
+    write_table(op.out, op.table, pa.concat_tables(parts), notes, step)
 
 
-def _has_table(op: Operation) -> bool:
+def _has_table(op: Surgery) -> bool:
     """Whether the block's table is there and whole, where there is to be one by now."""
     if not op.last:
         return True
@@ -457,8 +436,3 @@ def _has_table(op: Operation) -> bool:
         return op.out.exists(op.table) and read_rows(op.out, op.table) == op.block.d_out
     except DamagedFile:
         return False
-
-
-def _lists(matrix: Tensor) -> pa.ListArray:
-    offsets = pa.array(np.arange(len(matrix) + 1) * matrix.shape[1], pa.int32())
-    return pa.ListArray.from_arrays(offsets, pa.array(matrix.contiguous().numpy().reshape(-1)))

@@ -1,4 +1,4 @@
-"""What the loss of a block rises by when one of its weights is set to zero, for every weight.
+"""What the loss rises by when a weight is set to zero, for every weight at once.
 
     magnitude   w²
     OBD         ½ w² F_kk                       (− g w)
@@ -14,18 +14,12 @@ step* from zero. OBD counts from where the weights are, and may therefore be neg
 LeCun, Denker & Solla 1989 (Optimal Brain Damage); Hassibi & Stork 1992 (Optimal Brain Surgeon);
 Singh & Alistarh 2020 (arXiv:2004.14340), sections 3 and 4, and appendix on the first-order term.
 
-Saliencies are computed in float64 and kept in float32. Axis letters: O outputs, I inputs (with the
-bias column), M rows of a rank-m Fisher, N weights of a part (flattened), S sets, K weights of a
-set.
+Saliencies are computed in float64 and kept in float32.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-
-from raycurv.mathematics.curvature import BlockCurvature, Damping, SpectralFunction
-from raycurv.mathematics.rank.rank_inverse import RankInverse
 
 
 def magnitude(w: Tensor) -> Tensor:
@@ -55,78 +49,7 @@ def obs(u: Tensor, inverse_diagonal: Tensor) -> Tensor:
     """``u² / (2 [(F + λ)⁻¹]_kk)``, float32: the least rise of the damped model, the rest moving.
 
     Args:
-        u: weights, of any shape, after the Newton step where there is a first-order term
-            (:func:`after_newton_step`).
+        u: weights, of any shape, after the Newton step where there is a first-order term.
         inverse_diagonal: of the damped inverse, of that shape.
     """
     return (u.double().square() / (2 * inverse_diagonal.double())).float()
-
-
-def after_newton_step(
-    curvature: BlockCurvature, w_OI: Tensor, damping: Damping, gradient_OI: Tensor | None
-) -> Tensor:
-    """``u = w − (F + λ)⁻¹ g``, float64 ``[O, I]``; the weights themselves without a gradient.
-
-    Raises:
-        UserError: a shape is not the block's, or there is no damping where Λ has a zero.
-    """
-    curvature.check(w_OI)
-    if gradient_OI is None:
-        return w_OI.double()
-    curvature.check(gradient_OI)
-    return w_OI.double() - curvature.apply(gradient_OI.double(), curvature.inverse(damping))
-
-
-def block_obd(curvature: BlockCurvature, w_OI: Tensor, gradient_OI: Tensor | None = None) -> Tensor:
-    """:func:`obd` of a block, ``[O, I]``.
-
-    Raises:
-        UserError: a shape is not the block's.
-    """
-    curvature.check(w_OI)
-    if gradient_OI is not None:
-        curvature.check(gradient_OI)
-    return obd(w_OI, curvature.diagonal(torch.Tensor.double), gradient_OI)
-
-
-def block_obs(
-    curvature: BlockCurvature,
-    w_OI: Tensor,
-    damping: Damping,
-    gradient_OI: Tensor | None = None,
-) -> Tensor:
-    """:func:`obs` of a block, ``[O, I]``; zero throughout a block whose Λ is zero.
-
-    Raises:
-        UserError: a shape is not the block's, or there is no damping where Λ has a zero.
-    """
-    u_OI = after_newton_step(curvature, w_OI, damping, gradient_OI)
-    if curvature.is_zero:
-        return torch.zeros_like(u_OI, dtype=torch.float32)
-    return obs(u_OI, curvature.diagonal(inverse_in_double(curvature, damping)))
-
-
-def inverse_in_double(curvature: BlockCurvature, damping: Damping) -> SpectralFunction:
-    """``Λ -> 1 / (Λ + λ)`` in float64, whatever Λ is kept in.
-
-    Raises:
-        UserError: there is no damping where Λ has a zero.
-    """
-    inverse = curvature.inverse(damping)
-    return lambda lam: inverse(lam.double())
-
-
-def rank_diagonal(rows_MN: Tensor) -> Tensor:
-    """``F_kk = mean_i g_ik²`` of a rank-m Fisher without λ, float64 ``[N]``: for :func:`obd`."""
-    return rows_MN.double().square().mean(dim=0)
-
-
-def rank_obs(inverse: RankInverse, rows_MN: Tensor, u_N: Tensor) -> Tensor:
-    """:func:`obs` of a part of a rank-m Fisher, ``[N]``.
-
-    Args:
-        inverse: of the whole Fisher, or of one block's.
-        rows_MN: the part's columns of G.
-        u_N: the part's weights, less its part of F⁻¹g where there is a first-order term.
-    """
-    return obs(u_N, inverse.diagonal(rows_MN))

@@ -34,9 +34,13 @@ class RankInverse(Protocol):
     """F⁻¹, a part of its columns at a time.
 
     Attributes:
+        gram: ``GGᵀ`` ``[M, M]`` over all columns.
         damping: λ.
         width: length of what a part contributes for each vector, see :meth:`project`.
     """
+
+    @property
+    def gram(self) -> Tensor: ...
 
     @property
     def damping(self) -> float: ...
@@ -143,12 +147,14 @@ class DenseInverse:
     """F⁻¹ itself, for no more columns than rows.
 
     Attributes:
+        gram: ``GGᵀ`` ``[M, M]``.
         inverse: ``[D, D]``.
         fisher: ``F`` ``[D, D]``, λ included.
         damping: λ.
         start: first column of the part that is asked for.
     """
 
+    gram: Tensor
     inverse: Tensor
     fisher: Tensor
     damping: float
@@ -252,7 +258,7 @@ def rank_inverse(
         lower = _cholesky(fisher, damping, where)
         inverse = torch.cholesky_inverse(lower)
         _check_inverse(fisher @ inverse, damping, float(fisher.trace()), where)
-        return DenseInverse(inverse, fisher, damping)
+        return DenseInverse(gram, inverse, fisher, damping)
     matrix = gram / damping
     matrix.diagonal().add_(len(gram))
     found = GramInverse(gram, damping, _cholesky(matrix, damping, where))
