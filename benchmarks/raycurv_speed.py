@@ -33,6 +33,7 @@ import raycurv
 from raycurv.driver.settings import IN_MEMORY
 from raycurv.jobs.fit.fitting import fit
 from raycurv.jobs.influence.scoring import influence
+from raycurv.jobs.inputs import Inputs
 from raycurv.progress.phase import PhaseProgress
 from raycurv.progress.reporter import Reporter
 
@@ -98,7 +99,7 @@ def main(job: dict[str, Any]) -> None:
             **how,
             **MODES[job["mode"]],
         )
-        fit(chosen, model=model, data=train, reporter=Watched(clock))
+        fit(chosen, Inputs(model=model, data=train), Watched(clock))
 
         def score(name: str, asked: list[dict[str, Any]], own: bool) -> raycurv.Scores:
             settings = raycurv.InfluenceSettings(
@@ -110,8 +111,8 @@ def main(job: dict[str, Any]) -> None:
                 self_influence=own,
                 **how,
             )
-            reporter = Reporter(quiet=True)
-            influence(settings, queries=asked, train=train, model=model, reporter=reporter)
+            inputs = Inputs(queries=asked, train=train, model=model)
+            influence(settings, inputs, Reporter(quiet=True))
             return raycurv.open_scores(settings.out)
 
         clock.begin("pairwise")

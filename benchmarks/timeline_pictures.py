@@ -24,7 +24,7 @@ import llama_checkpoint
 import ray
 import tyro
 
-from raycurv.driver.settings import FitSettings
+from raycurv.jobs.fit.fit_settings import FitSettings
 from raycurv.jobs.fit.fitting import fit
 from raycurv.progress.reporter import Reporter
 from raycurv.stages.spans import Span

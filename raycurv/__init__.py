@@ -8,15 +8,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from raycurv.driver.settings import EvaluateSettings as EvaluateSettings
-    from raycurv.driver.settings import FitSettings as FitSettings
-    from raycurv.driver.settings import InfluenceSettings as InfluenceSettings
     from raycurv.errors import DamagedFile as DamagedFile
     from raycurv.errors import NumericalError as NumericalError
     from raycurv.errors import RaycurvError as RaycurvError
     from raycurv.errors import UserError as UserError
     from raycurv.evaluation import Evaluation as Evaluation
     from raycurv.evaluation import evaluate as evaluate
+    from raycurv.jobs.evaluate.evaluate_settings import EvaluateSettings as EvaluateSettings
+    from raycurv.jobs.fit.fit_settings import FitSettings as FitSettings
+    from raycurv.jobs.influence.influence_settings import InfluenceSettings as InfluenceSettings
     from raycurv.jobs.prune.prune_settings import PruneSettings as PruneSettings
     from raycurv.mathematics.curvature import BlockCurvature as BlockCurvature
     from raycurv.mathematics.curvature import Damping as Damping
@@ -47,11 +47,11 @@ _PLACES = {
     "Classification": "mathematics.loss.objective:Classification",
     "DamagedFile": "errors:DamagedFile",
     "Damping": "mathematics.curvature:Damping",
-    "EvaluateSettings": "driver.settings:EvaluateSettings",
+    "EvaluateSettings": "jobs.evaluate.evaluate_settings:EvaluateSettings",
     "Evaluation": "evaluation:Evaluation",
-    "FitSettings": "driver.settings:FitSettings",
+    "FitSettings": "jobs.fit.fit_settings:FitSettings",
     "GradientStatistics": "mathematics.gradient_statistics:GradientStatistics",
-    "InfluenceSettings": "driver.settings:InfluenceSettings",
+    "InfluenceSettings": "jobs.influence.influence_settings:InfluenceSettings",
     "NumericalError": "errors:NumericalError",
     "Objective": "mathematics.loss.objective:Objective",
     "Products": "run:Products",

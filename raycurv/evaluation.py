@@ -7,19 +7,18 @@ from typing import Any
 
 import pyarrow as pa
 
-from raycurv.data.sources import Source
-from raycurv.driver.settings import EvaluateSettings
 from raycurv.files.store import Store
 from raycurv.files.tables import read_directory
+from raycurv.jobs.evaluate.evaluate_settings import EvaluateSettings
 from raycurv.jobs.evaluate.evaluating import evaluate as run_evaluate
+from raycurv.jobs.inputs import AnyModel, AnySource, settings_and_inputs
 from raycurv.mathematics.loss.objective import Objective
 from raycurv.progress.reporter import Reporter
-from raycurv.run import Model, named
 
 
 def evaluate(
-    model: Model,
-    data: Source | os.PathLike[str],
+    model: AnyModel,
+    data: AnySource,
     out: str | os.PathLike[str],
     objective: str | Objective = "causal-lm",
     quiet: bool = False,
@@ -38,21 +37,9 @@ def evaluate(
     Raises:
         UserError: a mistake in settings, model or data.
     """
-    chosen = EvaluateSettings(
-        model=named(model),
-        data=named(data),
-        out=os.fspath(out),
-        objective=objective if isinstance(objective, str) else type(objective).__name__,
-        **settings,
-    )
-    store, numbers = run_evaluate(
-        chosen,
-        model=None if isinstance(model, (str, os.PathLike)) else model,
-        data=None if isinstance(data, (str, os.PathLike)) else data,
-        objective=None if isinstance(objective, str) else objective,
-        reporter=Reporter(quiet, chosen.log),
-    )
-    return Evaluation(store, numbers)
+    given = {"model": model, "data": data, "out": out, "objective": objective} | settings
+    chosen, inputs = settings_and_inputs(EvaluateSettings, given)
+    return Evaluation(*run_evaluate(chosen, inputs, Reporter(quiet, chosen.log)))
 
 
 class Evaluation:

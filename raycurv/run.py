@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from torch import Tensor, nn
+from torch import Tensor
 
-from raycurv.data.sources import Source
-from raycurv.driver.settings import IN_MEMORY, FitSettings, InfluenceSettings
 from raycurv.errors import DamagedFile, UserError
 from raycurv.files.artifacts import (
     gradient_file,
@@ -26,10 +25,13 @@ from raycurv.files.manifest import Manifest
 from raycurv.files.row_files import open_rows
 from raycurv.files.store import Store, open_store
 from raycurv.files.tables import iterate_directory, read_directory, scores_schema
+from raycurv.jobs.fit.fit_settings import FitSettings
 from raycurv.jobs.fit.fitting import fit as run_fit
 from raycurv.jobs.fit.parents import SHARED
 from raycurv.jobs.fitted import fitted_model, read_fit
+from raycurv.jobs.influence.influence_settings import InfluenceSettings
 from raycurv.jobs.influence.scoring import influence as run_influence
+from raycurv.jobs.inputs import AnyModel, AnySource, Inputs, settings_and_inputs
 from raycurv.jobs.prune.prune_settings import PruneSettings
 from raycurv.jobs.prune.pruning import prune as run_prune
 from raycurv.mathematics.blocks import Block
@@ -41,12 +43,10 @@ from raycurv.mathematics.rank.rank_fisher import RankFisher
 from raycurv.progress.reporter import Reporter
 from raycurv.pruned import Pruned
 
-Model = str | os.PathLike[str] | Callable[[], nn.Module]
-
 
 def fit(
-    model: Model,
-    data: Source | os.PathLike[str] | None,
+    model: AnyModel,
+    data: AnySource | None,
     out: str | os.PathLike[str],
     objective: str | Objective = "causal-lm",
     quiet: bool = False,
@@ -67,28 +67,10 @@ def fit(
     Raises:
         UserError: a mistake in settings, model or data.
     """
-    for how in ("merge", "subtract"):
-        if settings.get(how) and not isinstance(settings[how], str):
-            settings[how] = tuple(map(os.fspath, settings[how]))
-    if settings.get("extend"):
-        settings["extend"] = os.fspath(settings["extend"])
-    chosen = FitSettings(
-        model=named(model),
-        data=named(data),
-        out=os.fspath(out),
-        objective=objective if isinstance(objective, str) else type(objective).__name__,
-        **settings,
-    )
-    store = run_fit(
-        chosen,
-        model=None if isinstance(model, (str, os.PathLike)) else model,
-        data=None if isinstance(data, (str, os.PathLike)) else data,
-        objective=None if isinstance(objective, str) else objective,
-        reporter=Reporter(quiet, chosen.log),
-    )
-    made = Run(store)
-    made._model = None if isinstance(model, (str, os.PathLike)) else model
-    made._objective = None if isinstance(objective, str) else objective
+    given = {"model": model, "data": data, "out": out, "objective": objective} | settings
+    chosen, inputs = settings_and_inputs(FitSettings, given)
+    made = Run(run_fit(chosen, inputs, Reporter(quiet, chosen.log)))
+    made._inputs = Inputs(model=inputs.model, fit_objective=inputs.objective)
     return made
 
 
@@ -101,13 +83,6 @@ def open_run(out: str | os.PathLike[str]) -> Run:
     return Run(open_store(out, "--run"))
 
 
-def named(source: Any) -> str:
-    """What settings say of a source: its path, or that it is in memory."""
-    if source is None:
-        return ""
-    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else IN_MEMORY
-
-
 class Run:
     """A finished fit.
 
@@ -117,8 +92,8 @@ class Run:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._model: Callable[[], nn.Module] | None = None
-        self._objective: Objective | None = None
+        # Model and objective of the fit, where it was given them in memory.
+        self._inputs = Inputs()
         self.manifest: Manifest = read_fit(store)
 
     def __repr__(self) -> str:
@@ -229,11 +204,8 @@ class Run:
         Raises:
             UserError: a mistake in settings, or statistics that this run lacks.
         """
-        if "damping" in settings:
-            settings["damping"] = str(settings["damping"])
-        chosen = PruneSettings(run=self._store.uri, out=os.fspath(out), **settings)
-        reporter = Reporter(quiet, chosen.log)
-        store, _ = run_prune(chosen, self._model, self._objective, reporter)
+        chosen, _ = settings_and_inputs(PruneSettings, {"run": self, "out": out} | settings)
+        store, _ = run_prune(chosen, self._inputs, Reporter(quiet, chosen.log))
         return Pruned(store)
 
     def rank_fisher(self) -> RankFisher:
@@ -253,7 +225,7 @@ class Run:
 
     def extend(
         self,
-        data: Source | os.PathLike[str],
+        data: AnySource,
         out: str | os.PathLike[str],
         quiet: bool = False,
         **settings: Any,
@@ -325,15 +297,17 @@ class Run:
     def _follow(self, data: Any, out: Any, quiet: bool, settings: dict[str, Any]) -> Run:
         """Fit what starts from this run, with its model and settings."""
         said = self.manifest.settings
-        own = {k: tuple(v) if k == "blocks" else v for k, v in said.items() if k in SHARED}
-        named = str(own.pop("objective"))
-        model = self._model if self._model is not None else fitted_model(self.manifest, self.path)
-        return fit(model, data, out, self._objective or named, quiet, **(own | settings))
+        own: dict[str, Any] = {
+            k: tuple(v) if k == "blocks" else v for k, v in said.items() if k in SHARED
+        }
+        model: Any = self._inputs.model or fitted_model(self.manifest, self.path)
+        own["objective"] = self._inputs.fit_objective or own["objective"]
+        return fit(model, data, out, quiet=quiet, **(own | settings))
 
     def influence(
         self,
-        queries: Source | os.PathLike[str],
-        train: Source | os.PathLike[str],
+        queries: AnySource,
+        train: AnySource,
         out: str | os.PathLike[str],
         quiet: bool = False,
         **settings: Any,
@@ -354,7 +328,7 @@ class Run:
 
     def ihvp(
         self,
-        queries: Source | os.PathLike[str],
+        queries: AnySource,
         out: str | os.PathLike[str],
         quiet: bool = False,
         **settings: Any,
@@ -366,23 +340,10 @@ class Run:
     def _influence(
         self, queries: Any, train: Any, out: Any, quiet: bool, settings: dict[str, Any]
     ) -> Store:
-        numbers = ("rank", "damping", "query_memory")
-        settings = {k: str(v) if k in numbers else v for k, v in settings.items()}
-        chosen = InfluenceSettings(
-            run=self._store.uri,
-            queries=named(queries),
-            train="" if train is None else named(train),
-            out=os.fspath(out),
-            **settings,
-        )
-        return run_influence(
-            chosen,
-            queries=None if isinstance(queries, (str, os.PathLike)) else queries,
-            train=None if isinstance(train, (str, os.PathLike)) else train,
-            model=self._model,
-            objective=self._objective,
-            reporter=Reporter(quiet, chosen.log),
-        )
+        given = {"run": self, "queries": queries, "train": train, "out": out} | settings
+        chosen, inputs = settings_and_inputs(InfluenceSettings, given)
+        inputs = replace(inputs, model=self._inputs.model, fit_objective=self._inputs.fit_objective)
+        return run_influence(chosen, inputs, Reporter(quiet, chosen.log))
 
 
 class Scores:

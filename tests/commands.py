@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from raycurv.data.sources import fingerprint
 from raycurv.driver.corpus import open_corpus
-from raycurv.driver.settings import EvaluateSettings
 from raycurv.driver.workers import Workers
 from raycurv.files.manifest import Manifest
 from raycurv.files.store import Store
 from raycurv.jobs import registry
+from raycurv.jobs.evaluate.evaluate_settings import EvaluateSettings
 from raycurv.jobs.losses import Losses
 from raycurv.progress.reporter import Reporter
 

@@ -136,7 +136,7 @@ def libraries_are_no_garbage() -> None:
 @pytest.fixture
 def narrow_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of any width: the axes of tiny networks are no wider than the narrowest allowed."""
-    monkeypatch.setattr("raycurv.driver.settings.SMALLEST_TILE", 1)
+    monkeypatch.setattr("raycurv.jobs.fit.fit_settings.SMALLEST_TILE", 1)
 
 
 @pytest.fixture(scope="session")

@@ -28,11 +28,13 @@ from torch import Tensor, nn
 
 import raycurv
 from raycurv import UserError
-from raycurv.driver.settings import EvaluateSettings
+from raycurv.driver.settings import IN_MEMORY
 from raycurv.files.store import Store
 from raycurv.files.weights import write_checkpoint
 from raycurv.jobs import check
+from raycurv.jobs.evaluate.evaluate_settings import EvaluateSettings
 from raycurv.jobs.evaluate.evaluating import evaluate
+from raycurv.jobs.inputs import Inputs
 from raycurv.mathematics.choice import choose_blocks
 from raycurv.models.opening import open_model
 from raycurv.models.patched import Patched
@@ -306,15 +308,17 @@ def test_a_patched_model_is_evaluated_as_the_one_that_is_saved(fits: Fits, tmp_p
     patched = Patched(model, patches_of(model))
     write_checkpoint(Store(str(tmp_path / "saved")), patched)
     saved = raycurv.evaluate(tmp_path / "saved", list(LLAMA.data), tmp_path / "a", **HERE)
-    settings = EvaluateSettings(out=str(tmp_path / "b"), address="none", dtype="float64", stages=2)
-    _, numbers = evaluate(
-        settings, data=list(LLAMA.data), reporter=Reporter(quiet=True), network=patched
-    )
+    settings = EvaluateSettings(
+        model=IN_MEMORY, data=IN_MEMORY, out=str(tmp_path / "b"), address="none", dtype="float64",
+        stages=2,
+    )  # fmt: skip
+    inputs = Inputs(network=patched, data=list(LLAMA.data))
+    _, numbers = evaluate(settings, inputs, Reporter(quiet=True))
     assert numbers["loss"] == pytest.approx(saved.loss, rel=CLOSE)
     # Another weight in it is another model, and the directory another run's.
     other = Patched(patched, [Patch.of(b.block, b.read() * 2) for b in patches_of(model)[:1]])
     with pytest.raises(UserError, match="the model is another one"):
-        evaluate(settings, data=list(LLAMA.data), reporter=Reporter(quiet=True), network=other)
+        evaluate(settings, replace(inputs, network=other), Reporter(quiet=True))
 
 
 def by_hand(case: Case, model: Any) -> Tensor:

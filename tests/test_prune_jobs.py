@@ -226,7 +226,7 @@ PHASES: dict[str, tuple[Any, str]] = {
     "tables": (pruning, "write_table"),
     "a block's table": (surgery, "write_table"),
     "a block's outcome": (surgery, "asdict"),
-    "curvature": (pruning, "refit"),
+    "curvature": (pruning, "run_fit"),
     "the end": (pruning._Prune, "_record"),
 }
 

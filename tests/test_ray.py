@@ -36,7 +36,7 @@ from commands import (
 import raycurv
 from raycurv import NumericalError, UserError, errors
 from raycurv.batch import Batch
-from raycurv.driver.settings import EvaluateSettings
+from raycurv.jobs.evaluate.evaluate_settings import EvaluateSettings
 from raycurv.mathematics.choice import choose_blocks
 from raycurv.models.opening import open_model
 from raycurv.models.patched import Patched

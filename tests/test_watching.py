@@ -29,10 +29,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
 
 from raycurv.batch import Batch
-from raycurv.driver.settings import FitSettings
+from raycurv.driver.settings import IN_MEMORY
 from raycurv.driver.timeline_table import write_timeline
 from raycurv.files.store import Store
+from raycurv.jobs.fit.fit_settings import FitSettings
 from raycurv.jobs.fit.fitting import fit
+from raycurv.jobs.inputs import Inputs
 from raycurv.jobs.timeline.lanes import Lanes, read_lanes
 from raycurv.jobs.timeline.picture import BACKWARD, FORWARD, TURN, draw, save_picture
 from raycurv.jobs.timeline.trace_events import trace_events
@@ -92,8 +94,8 @@ class Watched:
 def watched(folder: Path, strikes: Sequence[Strike]) -> Watched:
     """A fit in two stages, with a JSON log; and the metrics once they have settled."""
     settings = FitSettings(
-        out=str(folder), objective="classification", dtype="float64", batch_tokens=4, stages=2,
-        address="local", log="json",
+        model=IN_MEMORY, data=IN_MEMORY, out=str(folder), objective="classification",
+        dtype="float64", batch_tokens=4, stages=2, address="local", log="json",
     )  # fmt: skip
     left: list[int] = []
     shown = DriverMetrics.left
@@ -106,7 +108,7 @@ def watched(folder: Path, strikes: Sequence[Strike]) -> Watched:
     log = io.StringIO()
     with redirect_stderr(log), striking(*strikes), pytest.MonkeyPatch.context() as patch:
         patch.setattr(DriverMetrics, "left", spied)
-        fit(settings, model=classifier, data=classified(EXAMPLES))
+        fit(settings, Inputs(model=classifier, data=classified(EXAMPLES)))
     lines = [json.loads(line) for line in log.getvalue().splitlines()]
     return Watched(str(folder), lines, left, settled(before))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,124 +11,40 @@ from typing import Any
 import torch
 
 from raycurv.data.microbatch import Lengths
-from raycurv.driver.settings import (
-    DTYPES,
-    EvaluateSettings,
-    FitSettings,
-    InfluenceSettings,
-    parse_bytes,
-)
 from raycurv.errors import UserError
 from raycurv.files.store import Store
-from raycurv.jobs.drafts import Drafts, ShapeOf, arrangement_of, of_lengths, recipe_of, with_spool
-from raycurv.mathematics.blocks import Block
-from raycurv.mathematics.methods import open_method
-from raycurv.models.model import Outline
+from raycurv.jobs.drafts import Drafts, of_lengths, with_spool
 from raycurv.planning import report
-from raycurv.planning.advice import (
-    advise,
-    as_flags,
-    as_sentence,
-    shortfalls,
-)
+from raycurv.planning.advice import advise, as_flags, as_sentence, shortfalls
 from raycurv.planning.plan import Plan
-from raycurv.planning.shapes import Recipe
 from raycurv.planning.supply import supply_here
 
 
-def check_fit(
-    settings: FitSettings,
-    network: Outline,
-    blocks: Sequence[Block],
-    lengths: Lengths,
-    store: Store,
+def check_plan(
+    drafts: Drafts, store: Store, data: Lengths | None, queries: Lengths | None = None
 ) -> None:
-    """Refuse a fit that cannot fit on this machine's memory or disk.
+    """Refuse a job that cannot fit on this machine's memory or disk.
 
     Args:
-        blocks: chosen; which share an input is seen on the way.
-        lengths: tokens of every example.
+        drafts: plans of the job.
         store: of the run; what it holds already need not be written again.
+        data: tokens of every example of a fit, or of every training example of a scoring, if any.
+        queries: tokens of every query of a scoring; a fit has none.
 
     Raises:
         UserError: by how much it does not fit, and what would.
     """
-    if settings.force:
-        return
-    drafts = Drafts(network, blocks, settings, recipe_of(settings), arrangement_of(settings))
-    data = of_lengths(lengths)
-    _refuse(drafts, data, store, lambda changes: drafts.fit(data, changes))
+    trained = None if data is None else of_lengths(data)
+    asked = None if queries is None else of_lengths(queries)
+    largest = trained or asked
+    assert largest is not None
 
+    def attempt(changes: Mapping[str, Any]) -> Plan:
+        if asked is not None:
+            return drafts.influence(asked, trained, changes)
+        assert trained is not None
+        return drafts.fit(trained, changes)
 
-def check_influence(
-    settings: InfluenceSettings,
-    fitted: Mapping[str, Any],
-    network: Outline,
-    blocks: Sequence[Block],
-    queries: Lengths,
-    train: Lengths | None,
-    store: Store,
-) -> None:
-    """Refuse a scoring that cannot fit on this machine's memory or disk.
-
-    Args:
-        fitted: the fit's settings.
-        queries, train: tokens of every query and of every training example.
-
-    Raises:
-        UserError: by how much it does not fit, and what would.
-    """
-    if settings.force:
-        return
-    recipe = Recipe(
-        method=fitted["method"],
-        rows=fitted.get("rows") or 0,
-        max_factor_dim=fitted["max_factor_dim"],
-        dtype=DTYPES[settings.dtype or fitted["dtype"]],
-        store_dtype=DTYPES[fitted["store_dtype"]],
-        logits_chunk=settings.logits_chunk,
-        # Products of M-FAC are whole until they are truncated.
-        rank=None if open_method(fitted["method"]).ranked else settings.rank_number(),
-        query_memory=parse_bytes("--query-memory", settings.query_memory),
-        self_influence=settings.self_influence,
-        ihvp=settings.ihvp,
-    )
-    drafts = Drafts(network, blocks, settings, recipe, arrangement_of(settings))
-    asked, trained = of_lengths(queries), None if train is None else of_lengths(train)
-    _refuse(
-        drafts,
-        asked if trained is None else trained,
-        store,
-        lambda changes: drafts.influence(asked, trained, changes),
-    )
-
-
-def check_evaluate(
-    settings: EvaluateSettings, network: Outline, lengths: Lengths, store: Store
-) -> None:
-    """Refuse an evaluation that cannot fit on this machine's memory or disk.
-
-    Args:
-        lengths: tokens of every example.
-
-    Raises:
-        UserError: by how much it does not fit, and what would.
-    """
-    if settings.force:
-        return
-    dtype = DTYPES[settings.dtype]
-    # What an identity fit does, which is to compute the losses.
-    recipe = Recipe(
-        method="identity", dtype=dtype, store_dtype=dtype, logits_chunk=settings.logits_chunk
-    )
-    drafts = Drafts(network, (), settings, recipe, arrangement_of(settings))
-    data = of_lengths(lengths)
-    _refuse(drafts, data, store, lambda changes: drafts.fit(data, changes))
-
-
-def _refuse(
-    drafts: Drafts, data: ShapeOf, store: Store, attempt: Callable[[Mapping[str, Any]], Plan]
-) -> None:
     settings = drafts.settings
     directory = Path(store.path()) if store.local else None
     supply = with_spool(supply_here(directory), settings, directory)
@@ -145,7 +61,7 @@ def _refuse(
     options = advise(
         lambda changes: not shortfalls(attempt(changes), supply, existing),
         drafts.now(),
-        drafts.bounds(data),
+        drafts.bounds(largest),
     )
     flags = as_flags(drafts.now())
     raise UserError(

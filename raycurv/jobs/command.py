@@ -17,7 +17,6 @@ from typing import Any, NoReturn, TypeVar
 import pyarrow as pa
 import tyro
 
-from raycurv.driver.settings import PlanSettings
 from raycurv.errors import RaycurvError, UserError
 from raycurv.files.store import Store, open_store
 from raycurv.progress import stopping
@@ -37,6 +36,7 @@ def run_job(
     name: str,
     arguments: Sequence[str] | None = None,
     program: str = "",
+    leaves: bool = True,
 ) -> None:
     """Read the command line, run the job, and exit.
 
@@ -52,6 +52,7 @@ def run_job(
         name: of the job.
         arguments: the flags; by default the process' own.
         program: what the command is called in ``--help``; by default ``name``.
+        leaves: whether the job leaves results in ``--out``.
 
     Raises:
         SystemExit: with exit code 1 or 2; a job that stopped ends its process.
@@ -60,7 +61,7 @@ def run_job(
     pa.set_memory_pool(pa.system_memory_pool())
     ending = _Ending(name)
     with stopping.listening(ending.at_once):
-        code, more = _run(lambda: _read(settings, arguments, program or name), job, ending)
+        code, more = _run(lambda: _read(settings, arguments, program or name), job, ending, leaves)
         ending.say(more)
         if more["status"] == "stopped":
             # Nothing is left to do, and who asked may not wait until Python has tidied up.
@@ -124,14 +125,14 @@ def refuse(name: str, error: UserError) -> NoReturn:
 
 
 def _run(
-    read: Callable[[], Any], job: Callable[..., Any], ending: _Ending
+    read: Callable[[], Any], job: Callable[..., Any], ending: _Ending, leaves: bool
 ) -> tuple[int, dict[str, Any]]:
     """Run the job; gives its exit code, and what the last line says of it."""
     try:
         chosen = read()
         ending.log = getattr(chosen, "log", "text")
         ending.reporter = Reporter(log=ending.log)
-        ending.out = _root(chosen)
+        ending.out = _root(chosen.out) if leaves else None
         found = job(chosen, reporter=ending.reporter)
         store, found = _store_and_found(found)
         if store is not None:
@@ -203,12 +204,10 @@ class _Heard(io.StringIO):
         return int(self._to.fileno())
 
 
-def _root(chosen: Any) -> str | None:
-    """The run directory that the settings name; ``None`` for what leaves nothing in one."""
-    if isinstance(chosen, PlanSettings) or not hasattr(chosen, "out"):
-        return None
+def _root(out: str) -> str | None:
+    """The run directory that a setting names; ``None`` if it names none."""
     try:
-        return open_store(chosen.out, "--out").root
+        return open_store(out, "--out").root
     except UserError:
         return None
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -16,17 +16,13 @@ from raycurv.driver.pipeline import COMMIT_SECONDS
 from raycurv.driver.settings import (
     DTYPES,
     Execution,
-    FitSettings,
-    PlanSettings,
     parse_bytes,
     rank_number,
 )
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.methods import open_method
 from raycurv.models.model import Outline
-from raycurv.planning.advice import (
-    Bounds,
-)
+from raycurv.planning.advice import Bounds
 from raycurv.planning.arrangement import Arrangement
 from raycurv.planning.fit_plan import plan_fit
 from raycurv.planning.influence_plan import plan_influence
@@ -135,41 +131,58 @@ class Drafts:
         }
 
 
-def recipe_of(settings: FitSettings) -> Recipe:
-    """The settings that decide sizes."""
-    settings = settings.resolved()
-    assert settings.store_dtype is not None
+class Scoring(Protocol):
+    """The settings of a scoring that decide sizes."""
+
+    @property
+    def rank(self) -> str: ...
+    @property
+    def query_memory(self) -> str: ...
+    @property
+    def self_influence(self) -> bool: ...
+    @property
+    def ihvp(self) -> bool: ...
+
+
+def recipe_of(fit: Mapping[str, Any], logits_chunk: int, scoring: Scoring | None = None) -> Recipe:
+    """The settings that decide sizes.
+
+    Args:
+        fit: settings of a fit by name, defaults filled in: ``method``, ``dtype`` and
+            ``store_dtype``, and what else there is.
+        logits_chunk: logits formed at once.
+        scoring: of what follows the fit; a fit has none.
+    """
+    gradients = fit.get("gradients", False)
     recipe = Recipe(
-        method=settings.method,
-        draws=settings.draws,
-        max_factor_dim=settings.max_factor_dim,
-        dtype=DTYPES[settings.dtype],
-        store_dtype=DTYPES[settings.store_dtype],
-        keep_sums=settings.keep_sums,
-        gradients=settings.gradients,
-        own=settings.gradients and settings.fisher == "sampled",
-        logits_chunk=settings.logits_chunk,
-        rows=settings.rows or 0,
+        method=fit["method"],
+        draws=fit.get("draws", 1),
+        max_factor_dim=fit.get("max_factor_dim"),
+        dtype=DTYPES[fit["dtype"]],
+        store_dtype=DTYPES[fit["store_dtype"]],
+        keep_sums=fit.get("keep_sums", False),
+        gradients=gradients,
+        own=gradients and fit["fisher"] == "sampled",
+        logits_chunk=logits_chunk,
+        rows=fit.get("rows") or 0,
     )
-    if not isinstance(settings, PlanSettings):
+    if scoring is None:
         return recipe
     return replace(
         recipe,
         # Products of M-FAC are whole until they are truncated.
-        rank=None if open_method(settings.method).ranked else rank_number(settings.rank),
-        query_memory=parse_bytes("--query-memory", settings.query_memory),
-        self_influence=settings.self_influence,
-        ihvp=settings.ihvp,
+        rank=None if open_method(recipe.method).ranked else rank_number(scoring.rank),
+        query_memory=parse_bytes("--query-memory", scoring.query_memory),
+        self_influence=scoring.self_influence,
+        ihvp=scoring.ihvp,
     )
 
 
 def arrangement_of(settings: Execution) -> Arrangement:
-    """Where the settings let a job run."""
+    """Where the settings let a job run: on this machine's cores, and GPUs if it has any."""
     place = Arrangement(
         replicas=settings.replicas, ray=settings.address != "none", cores=os.cpu_count() or 1
     )
-    if isinstance(settings, PlanSettings):
-        return replace(place, nodes=settings.nodes or 1, gpus=settings.gpus)
     if settings.device != "cpu" and torch.cuda.is_available():
         return replace(place, gpus=torch.cuda.device_count())
     return place

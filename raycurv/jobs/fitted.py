@@ -3,13 +3,60 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import dataclass
 from typing import Any
 
-from raycurv.driver.settings import IN_MEMORY, FitSettings
+from raycurv.driver.settings import IN_MEMORY
 from raycurv.errors import UserError
 from raycurv.files.manifest import Manifest
-from raycurv.files.store import Store
+from raycurv.files.store import Store, open_store
+from raycurv.jobs.fit.fit_settings import FitSettings
+from raycurv.jobs.inputs import Inputs
+from raycurv.mathematics.loss.objective import Objective
 from raycurv.models.model import Model
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A finished fit, with the model that it was made of.
+
+    Attributes:
+        store: of its run.
+        manifest: of its run.
+        network: the model, checked to be the one that was fitted.
+        objective: whose loss was fitted: its name, or itself.
+    """
+
+    store: Store
+    manifest: Manifest
+    network: Model
+    objective: str | Objective
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the fit depends on, by name."""
+        return self.manifest.settings
+
+
+def open_fitted(run: str, inputs: Inputs) -> Fitted:
+    """The fit that a job follows.
+
+    Args:
+        run: its directory.
+        inputs: may hold its model and its objective.
+
+    Raises:
+        UserError: no finished fit there, or its model is not there or has changed since.
+    """
+    store = open_store(run, "--run")
+    fit = read_fit(store)
+    held = inputs.model is not None or inputs.network is not None
+    network = inputs.open_model("" if held else fitted_model(fit, store.root))
+    check_model(fit, network, store.root)
+    objective = inputs.fit_objective
+    return Fitted(
+        store, fit, network, fit.settings["objective"] if objective is None else objective
+    )
 
 
 def read_fit(store: Store, flag: str = "") -> Manifest:

@@ -20,14 +20,15 @@ class Job:
         help: one line that says what it does.
         settings: the dataclass of its flags, as ``module:name`` below ``raycurv``.
         function: the function that does the work, likewise.
-        reports: whether the function takes a ``reporter``, which shows progress.
+        leaves: whether it leaves results in ``--out``, and shows progress of making them to a
+            ``reporter``.
     """
 
     name: str
     help: str
     settings: str
     function: str
-    reports: bool = True
+    leaves: bool = True
 
     @property
     def script(self) -> str:
@@ -37,7 +38,7 @@ class Job:
     def load(self) -> tuple[Any, Callable[..., Any]]:
         """The settings' class, and a function of settings and ``reporter``; imports libraries."""
         settings, function = _load(self.settings), _load(self.function)
-        if self.reports:
+        if self.leaves:
             return settings, function
         return settings, partial(_without_reporter, function)
 
@@ -48,21 +49,21 @@ JOBS = {
         Job(
             "fit",
             "the curvature of a model on a data set",
-            "driver.settings:FitSettings",
+            "jobs.fit.fit_settings:FitSettings",
             "jobs.fit.fitting:fit",
         ),
         Job(
             "influence",
             "scores of queries against training examples, and IHVPs",
-            "driver.settings:InfluenceSettings",
+            "jobs.influence.influence_settings:InfluenceSettings",
             "jobs.influence.scoring:influence",
         ),
         Job(
             "plan",
             "what a fit and a scoring would take: memory, disk, time",
-            "driver.settings:PlanSettings",
+            "jobs.plan.plan_settings:PlanSettings",
             "jobs.plan.estimating:plan",
-            reports=False,
+            leaves=False,
         ),
         Job(
             "prune",
@@ -73,15 +74,15 @@ JOBS = {
         Job(
             "evaluate",
             "loss, perplexity and accuracy of a model on a data set",
-            "driver.settings:EvaluateSettings",
+            "jobs.evaluate.evaluate_settings:EvaluateSettings",
             "jobs.evaluate.evaluating:evaluate",
         ),
         Job(
             "timeline",
             "what the actors of a run did, and how busy they were",
-            "driver.settings:TimelineSettings",
+            "jobs.timeline.timeline_settings:TimelineSettings",
             "jobs.timeline.watching:show_timeline",
-            reports=False,
+            leaves=False,
         ),
     )
 }
@@ -102,7 +103,7 @@ def start(name: str, arguments: Sequence[str] | None = None, program: str = "") 
     with loading(job.script):
         settings, function = job.load()
         from raycurv.jobs.command import run_job
-    run_job(settings, function, job.script, arguments, program)
+    run_job(settings, function, job.script, arguments, program, job.leaves)
 
 
 def _load(place: str) -> Any:

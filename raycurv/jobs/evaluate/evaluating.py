@@ -16,21 +16,21 @@ import pyarrow.compute as pc
 import torch
 
 from raycurv.data.examples import loss_terms
-from raycurv.data.sources import Source, fingerprint
+from raycurv.data.sources import fingerprint
 from raycurv.data.uri import shown
 from raycurv.driver.corpus import Corpus, open_corpus
-from raycurv.driver.settings import DTYPES, EvaluateSettings, identity
-from raycurv.driver.workers import Workers, check_address
+from raycurv.driver.settings import DTYPES, identity
 from raycurv.errors import DamagedFile, UserError
-from raycurv.files.lock import hold
-from raycurv.files.manifest import Manifest, continue_or_refuse
-from raycurv.files.store import Store, open_store
+from raycurv.files.manifest import Manifest
+from raycurv.files.store import Store
 from raycurv.files.tables import evaluation_schema, footer, read_rows, write_table
-from raycurv.jobs.check import check_evaluate
+from raycurv.jobs.drafts import recipe_of
+from raycurv.jobs.evaluate.evaluate_settings import EvaluateSettings
+from raycurv.jobs.inputs import Inputs
 from raycurv.jobs.losses import Losses
-from raycurv.mathematics.loss.objective import Objective, open_objective
+from raycurv.jobs.shell import Shell, open_shell
+from raycurv.mathematics.loss.objective import open_objective
 from raycurv.models.model import Model
-from raycurv.models.opening import ModelSource, open_model
 from raycurv.progress.reporter import Reporter
 
 # What the last line of the job says of the model.
@@ -44,22 +44,14 @@ Array = np.ndarray[Any, Any]
 
 
 def evaluate(
-    settings: EvaluateSettings,
-    model: ModelSource | None = None,
-    data: Source | None = None,
-    objective: Objective | None = None,
-    reporter: Reporter | None = None,
-    network: Model | None = None,
+    settings: EvaluateSettings, inputs: Inputs | None = None, reporter: Reporter | None = None
 ) -> tuple[Store, Numbers]:
     """Evaluate a model; gives the store of the results, and the numbers.
 
     Args:
         settings: of the job.
-        model: instead of ``settings.model``, a callable that makes the module.
-        data: instead of ``settings.data``, a table or rows in memory.
-        objective: instead of ``settings.objective``, the objective itself.
+        inputs: model, data and objective where they are in memory.
         reporter: shows progress; by default to the terminal.
-        network: instead of ``model``, one that is opened already, such as a patched one.
 
     Returns:
         the store, and the numbers: ``loss``, a mean over examples in nats; ``loss_per_target``;
@@ -71,75 +63,58 @@ def evaluate(
         UserError: a mistake in settings, model or data, or another job works on the same directory;
             nothing that was computed is lost.
     """
-    settings.check(has_model=model is not None or network is not None, has_data=data is not None)
-    reporter = reporter or Reporter(log=settings.log)
-    store = open_store(settings.out, "--out")
-    with hold(store, "evaluate.py", reporter.say):
-        if network is None:
-            network = open_model(model if model is not None else settings.model)
-        source: Source = data if data is not None else settings.data
-        named = objective if objective is not None else settings.objective
-        return store, _evaluate_held(settings, store, network, source, named, reporter)
+    with open_shell("evaluate", settings, settings.out, inputs or Inputs(), reporter) as shell:
+        return shell.store, _evaluate(shell)
 
 
-def _evaluate_held(
-    settings: EvaluateSettings,
-    store: Store,
-    network: Model,
-    source: Source,
-    objective: str | Objective,
-    reporter: Reporter,
-) -> Numbers:
-    """The evaluation, while no other job writes to its directory."""
+def _evaluate(shell: Shell[EvaluateSettings]) -> Numbers:
+    settings, store, inputs = shell.settings, shell.store, shell.inputs
+    network = inputs.open_model(settings.model)
+    objective = inputs.or_named("objective", settings)
+    source = inputs.or_named("data", settings)
     per_token = open_objective(objective).per_token
-    said = {k: v for k, v in identity(settings).items() if k not in ("model", "data")}
-    manifest = continue_or_refuse(
-        store,
-        Manifest(
-            "evaluate",
-            said,
-            {"model": network.fingerprint(), "data": fingerprint(source)},
-            {"model": shown(settings.model or network.name), "data": shown(settings.data)},
-        ),
+    manifest = shell.begin(
+        {"model": network.fingerprint(), "data": fingerprint(source)},
+        {"model": shown(settings.model), "data": shown(settings.data)},
     )
-    if "tables" in manifest.complete:
-        if _there(store, manifest):
-            reporter.say(f"complete: {store.root}")
-            return _numbers(manifest)
-        reporter.say("the table of examples is gone or damaged: making it again")
-        manifest.complete.remove("tables")
-        manifest.write(store)
-    check_address(settings)
-    with reporter.phase("examples", 1, "sources") as phase:
-        corpus = open_corpus(
+    if shell.is_complete(
+        "tables",
+        lambda: _forget_damaged(store, manifest),
+        "the table of examples is gone or damaged: making it again",
+    ):
+        return _numbers(manifest)
+    (corpus,) = shell.examples(
+        lambda: open_corpus(
             store, "data", source, "--data", network, settings, settings.max_examples, settings.seed
         )
-        phase.advance(1)
+    )
     if not per_token:
         _refuse_unlabelled(corpus)
-    check_evaluate(settings, network, corpus.lengths, store)
     dtype = DTYPES[settings.dtype]
-    workers = Workers(settings, network, objective, (), dtype, settings.seed, reporter, store)
-    try:
-        losses = Losses(settings, store, manifest, corpus, dtype, workers, reporter)
+    # What an identity fit does, which is to compute the losses.
+    fit = {"method": "identity", "dtype": settings.dtype, "store_dtype": settings.dtype}
+    shell.check_plan(network, (), recipe_of(fit, settings.logits_chunk), corpus.lengths)
+    with shell.workers(network, objective, (), dtype, settings.seed) as workers:
+        losses = Losses(settings, store, manifest, corpus, dtype, workers, shell.reporter)
         manifest.facts |= _write_tables(losses, network, footer(identity(settings)), per_token)
-    finally:
-        workers.close(store)
     for directory in ("work", "data"):
         store.delete_directory(directory)
     manifest.complete.append("tables")
-    manifest.took(store, reporter.seconds)
-    reporter.summary(_sentence(manifest.facts), {"results": store.root})
+    shell.end(_sentence(manifest.facts))
     return _numbers(manifest)
 
 
-def _there(store: Store, manifest: Manifest) -> bool:
-    """Whether the table of the examples is whole."""
+def _forget_damaged(store: Store, manifest: Manifest) -> bool:
+    """Take back that the table of the examples is finished, unless it is whole."""
     names = store.names("tables/examples", ".parquet")
     try:
-        return sum(read_rows(store, n) for n in names) == int(manifest.facts["examples"])
+        if sum(read_rows(store, n) for n in names) == int(manifest.facts["examples"]):
+            return False
     except DamagedFile:
-        return False
+        pass
+    manifest.complete.remove("tables")
+    manifest.write(store)
+    return True
 
 
 def _refuse_unlabelled(corpus: Corpus) -> None:

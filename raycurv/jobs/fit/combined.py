@@ -27,13 +27,13 @@ from raycurv.driver.corpus import (
     store_corpus,
     stored_corpus,
 )
-from raycurv.driver.settings import FitSettings
 from raycurv.driver.workers import Workers
 from raycurv.errors import DamagedFile, UserError
 from raycurv.files.artifacts import eigen_file, read_factor, write_factor
 from raycurv.files.store import Store
 from raycurv.files.tables import read_directory, write_table
 from raycurv.files.tensorfile import open_tensors
+from raycurv.jobs.fit.fit_settings import FitSettings
 from raycurv.jobs.fit.parents import How, Parent, Parents, check_new, places
 from raycurv.models.model import Model
 from raycurv.progress.reporter import Reporter

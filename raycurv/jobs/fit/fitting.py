@@ -19,48 +19,40 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import asdict
 from typing import Any
 
 from raycurv.data.sources import Source, fingerprint
 from raycurv.data.uri import shown
 from raycurv.driver.corpus import PART, Corpus
-from raycurv.driver.settings import DTYPES, FitSettings, identity
-from raycurv.driver.workers import Workers, check_address
+from raycurv.driver.settings import DTYPES, identity
+from raycurv.driver.workers import check_address
 from raycurv.errors import UserError
-from raycurv.files.lock import hold
-from raycurv.files.manifest import Manifest, continue_or_refuse
-from raycurv.files.store import Store, open_store
+from raycurv.files.store import Store
 from raycurv.files.tables import footer
-from raycurv.jobs.check import check_fit
-from raycurv.jobs.fit.combined import (
-    open_examples,
-)
+from raycurv.jobs.drafts import recipe_of
+from raycurv.jobs.fit.combined import open_examples
+from raycurv.jobs.fit.fit_settings import FitSettings
 from raycurv.jobs.fit.parents import open_parents
 from raycurv.jobs.fit.phases import FitLoop
+from raycurv.jobs.inputs import Inputs
+from raycurv.jobs.shell import Shell, open_shell
 from raycurv.mathematics.choice import choose_blocks
-from raycurv.mathematics.loss.objective import Objective, open_objective
+from raycurv.mathematics.loss.objective import open_objective
 from raycurv.mathematics.methods import open_method
 from raycurv.mathematics.tiles import check_axes
-from raycurv.models.model import Model
-from raycurv.models.opening import ModelSource, open_model
 from raycurv.progress.reporter import Reporter
 from raycurv.steps.step import Fit
 
 
 def fit(
-    settings: FitSettings,
-    model: ModelSource | None = None,
-    data: Source | None = None,
-    objective: Objective | None = None,
-    reporter: Reporter | None = None,
+    settings: FitSettings, inputs: Inputs | None = None, reporter: Reporter | None = None
 ) -> Store:
     """Fit the curvature that the settings ask for; gives the store of the run.
 
     Args:
         settings: of the job.
-        model: instead of ``settings.model``, a callable that makes the module.
-        data: instead of ``settings.data``, a table or rows in memory.
-        objective: instead of ``settings.objective``, the objective itself.
+        inputs: model, data and objective where they are in memory.
         reporter: shows progress; by default to the terminal.
 
     Raises:
@@ -68,130 +60,79 @@ def fit(
             nothing that was computed is lost.
         NumericalError: a result that cannot be trusted; names the block or factor.
     """
-    settings.check(in_memory=model is not None or data is not None)
-    settings = settings.resolved()
-    reporter = reporter or Reporter(log=settings.log)
-    store = open_store(settings.out, "--out")
-    source: Source = data if data is not None else settings.data
-    named = objective if objective is not None else settings.objective
-    with hold(store, "fit.py", reporter.say):
-        network = open_model(model if model is not None else settings.model)
-        return _fit_held(settings, store, network, source, named, reporter)
+    with open_shell("fit", settings, settings.out, inputs or Inputs(), reporter) as shell:
+        _fit(shell)
+    return shell.store
 
 
-def refit(
-    settings: FitSettings,
-    network: Model,
-    corpus: Corpus,
-    objective: str | Objective,
-    reporter: Reporter,
-) -> Store:
-    """Fit another model on examples that are stored already; gives the store of the run.
-
-    Args:
-        settings: of the job.
-        network: the model.
-        corpus: the examples, wherever they lie.
-        objective: its name, or itself.
-        reporter: shows progress.
-
-    Raises:
-        UserError, NumericalError: see :func:`fit`.
-    """
-    settings.check(in_memory=True)
-    settings = settings.resolved()
-    store = open_store(settings.out, "--out")
-    with hold(store, "fit.py", reporter.say):
-        return _fit_held(settings, store, network, corpus, objective, reporter)
-
-
-def _fit_held(
-    settings: FitSettings,
-    store: Store,
-    network: Model,
-    data: Source | Corpus,
-    named: str | Objective,
-    reporter: Reporter,
-) -> Store:
-    """The fit, while no other job writes to its directory."""
-    per_token = open_objective(named).per_token
+def _fit(shell: Shell[FitSettings]) -> None:
+    settings, store, inputs = shell.settings, shell.store, shell.inputs
+    network = inputs.open_model(settings.model)
+    objective = inputs.or_named("objective", settings)
+    data = inputs.or_named("data", settings)
+    per_token = open_objective(objective).per_token
     blocks = choose_blocks(
         network.skeleton(), settings.blocks, network.default_scope, network.tied_head
     )
     if open_method(settings.method).factors:
         check_axes(blocks, settings.max_factor_dim)
-    workers = Workers(
-        settings, network, named, blocks, DTYPES[settings.dtype], settings.seed, reporter, store
-    )
-    parents = open_parents(settings, store, network)
-    manifest = continue_or_refuse(
-        store,
-        Manifest(
-            "fit",
-            _settings_of_result(settings) | parents.marks(),
-            {
-                "model": network.fingerprint(),
-                "data": {} if parents.combined else _mark_of(data),
-            },
-            {"model": _lasting(settings.model), "data": shown(settings.data)} | parents.places(),
-        ),
-    )
-    phases = {"tables", "gradients"} if settings.gradients else {"tables"}
-    finished = phases <= set(manifest.complete)
-    if not finished:
-        check_address(settings)
-    with reporter.phase("examples", 1, "sources") as phase:
-        corpus = (
-            data
-            if isinstance(data, Corpus)
-            else open_examples(store, parents, data, network, settings, manifest.facts, reporter)
+    dtype = DTYPES[settings.dtype]
+    with shell.workers(network, objective, blocks, dtype, settings.seed) as workers:
+        parents = open_parents(settings, store, network)
+        prints = {
+            "model": network.fingerprint(),
+            "data": {} if parents.combined else _mark_of(data),
+        }
+        places = {"model": _lasting(settings.model), "data": shown(settings.data)}
+        manifest = shell.begin(prints, places | parents.places(), parents.marks())
+        phases = {"tables", "gradients"} if settings.gradients else {"tables"}
+        finished = phases <= set(manifest.complete)
+        if not finished:
+            check_address(settings)
+
+        def examples() -> Corpus:
+            if isinstance(data, Corpus):
+                return data
+            return open_examples(
+                store, parents, data, network, settings, manifest.facts, shell.reporter
+            )
+
+        (corpus,) = shell.examples(examples)
+        if settings.rows is not None and settings.rows > len(corpus):
+            raise UserError(
+                "--rows", f"at most {len(corpus):,}, as many as there are examples",
+                f"{settings.rows:,}", "Give a smaller --rows, or more --data.",
+            )  # fmt: skip
+        if not finished and len(corpus):
+            recipe = recipe_of(asdict(settings), settings.logits_chunk)
+            shell.check_plan(network, blocks, recipe, corpus.lengths)
+        assert settings.store_dtype is not None
+        under_way = Fit(
+            store=store,
+            method=open_method(settings.method),
+            fisher="sampled" if settings.fisher == "sampled" else "labels",
+            draws=settings.draws,
+            rows=settings.rows or 0,
+            dtype=dtype,
+            store_dtype=DTYPES[settings.store_dtype],
+            max_factor_dim=settings.max_factor_dim,
+            keep_sums=settings.keep_sums,
+            gradients=settings.gradients,
+            per_token=per_token,
+            batch_tokens=settings.batch_tokens,
+            extends=None if parents.extended is None else parents.extended.store,
+            notes=footer(identity(settings)),
+            corpus=corpus,
+            manifest=manifest,
+            workers=workers,
+            reporter=shell.reporter,
+            blocks=blocks,
         )
-        phase.advance(1)
-    if settings.rows is not None and settings.rows > len(corpus):
-        raise UserError(
-            "--rows", f"at most {len(corpus):,}, as many as there are examples",
-            f"{settings.rows:,}", "Give a smaller --rows, or more --data.",
-        )  # fmt: skip
-    if not finished and len(corpus):
-        check_fit(settings, network, blocks, corpus.lengths, store)
-    assert settings.store_dtype is not None
-    under_way = Fit(
-        store=store,
-        method=open_method(settings.method),
-        fisher="sampled" if settings.fisher == "sampled" else "labels",
-        draws=settings.draws,
-        rows=settings.rows or 0,
-        dtype=DTYPES[settings.dtype],
-        store_dtype=DTYPES[settings.store_dtype],
-        max_factor_dim=settings.max_factor_dim,
-        keep_sums=settings.keep_sums,
-        gradients=settings.gradients,
-        per_token=per_token,
-        batch_tokens=settings.batch_tokens,
-        extends=None if parents.extended is None else parents.extended.store,
-        notes=footer(identity(settings)),
-        corpus=corpus,
-        manifest=manifest,
-        workers=workers,
-        reporter=reporter,
-        blocks=blocks,
-    )
-    try:
         FitLoop(under_way, parents, settings).run()
-    finally:
-        workers.close(store)
-    manifest.took(store, reporter.seconds)
-    reporter.summary(
+    shell.end(
         f"fitted {settings.method} of {len(blocks)} blocks on {manifest.facts['examples']:,} "
-        f"examples, {manifest.facts['tokens']:,} tokens",
-        {"results": store.root},
+        f"examples, {manifest.facts['tokens']:,} tokens"
     )
-    return store
-
-
-def _settings_of_result(settings: FitSettings) -> dict[str, Any]:
-    # Model and data are compared by what they hold, not by where they lie.
-    return {k: v for k, v in identity(settings).items() if k not in ("model", "data")}
 
 
 def _mark_of(data: Source | Corpus) -> dict[str, Any]:

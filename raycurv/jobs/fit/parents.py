@@ -22,13 +22,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raycurv.driver.corpus import Corpus, stored_corpus, whole_ids
-from raycurv.driver.settings import FitSettings
+from raycurv.driver.settings import identity
 from raycurv.errors import DamagedFile, UserError
 from raycurv.files.artifacts import factor_file, keeps_sum, read_blocks
 from raycurv.files.manifest import Manifest
 from raycurv.files.store import Store, open_store
 from raycurv.files.tables import read_directory
 from raycurv.files.tensorfile import whole
+from raycurv.jobs.fit.fit_settings import FitSettings
 from raycurv.jobs.fitted import check_model, read_fit
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.factors import factors_of
@@ -39,10 +40,11 @@ Array = np.ndarray[Any, Any]
 How = Literal["extend", "merge", "subtract"]
 
 # What runs that are put together must share, or their sums mean different things.
-SHARED = (
-    "blocks", "method", "rows", "fisher", "objective", "draws", "seed", "dtype", "store_dtype",
-    "max_length", "long", "max_factor_dim",
-)  # fmt: skip
+SHARED = tuple(
+    name
+    for name in identity(FitSettings(), inputs=False)
+    if name not in ("max_examples", "extend", "merge", "subtract")
+)
 
 
 @dataclass(frozen=True)

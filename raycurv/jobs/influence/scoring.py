@@ -25,155 +25,101 @@ from raycurv.driver.commits import last_commit, plan_mark
 from raycurv.driver.corpus import Corpus, open_corpus, stored_corpus
 from raycurv.driver.feed import Feed
 from raycurv.driver.pipeline import NoSink, Sink
-from raycurv.driver.settings import DTYPES, InfluenceSettings, identity, parse_bytes
+from raycurv.driver.settings import DTYPES, identity, parse_bytes
 from raycurv.driver.sinks import ScoreRows, merge_top
 from raycurv.driver.sweep import Sweep, Task, commit_place, open_spool
-from raycurv.driver.workers import Workers, check_address
+from raycurv.driver.workers import Workers
 from raycurv.errors import DamagedFile, UserError
 from raycurv.files.artifacts import ihvp_file, read_blocks, read_products, write_products
 from raycurv.files.curvature_files import CurvatureFiles
 from raycurv.files.lock import hold
-from raycurv.files.manifest import Manifest, continue_or_refuse
-from raycurv.files.store import Store, open_store
+from raycurv.files.manifest import Manifest
+from raycurv.files.store import Store
 from raycurv.files.tables import footer, read_rows
 from raycurv.files.tensorfile import whole
-from raycurv.jobs.check import check_influence
-from raycurv.jobs.fitted import check_model, fitted_model, read_fit
+from raycurv.jobs.drafts import recipe_of
+from raycurv.jobs.fitted import Fitted, open_fitted
 from raycurv.jobs.influence.gatherers import GradientsGatherer, ProductsGatherer, ScoreGatherer
+from raycurv.jobs.influence.influence_settings import InfluenceSettings
+from raycurv.jobs.inputs import Inputs
 from raycurv.jobs.rank_products import make_rank_products, rank_inverses
+from raycurv.jobs.shell import Shell, open_shell
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.curvature import Damping
 from raycurv.mathematics.influence.ihvp import BlockProducts, product_elements
-from raycurv.mathematics.loss.objective import Objective, open_objective
+from raycurv.mathematics.loss.objective import open_objective
 from raycurv.mathematics.rank.rank_inverse import RankInverses
-from raycurv.models.model import Model
-from raycurv.models.opening import ModelSource, open_model
 from raycurv.progress.reporter import Reporter
 from raycurv.stages.passes import Pass
 
 
 def influence(
-    settings: InfluenceSettings,
-    queries: Source | None = None,
-    train: Source | None = None,
-    model: ModelSource | None = None,
-    objective: Objective | None = None,
-    reporter: Reporter | None = None,
+    settings: InfluenceSettings, inputs: Inputs | None = None, reporter: Reporter | None = None
 ) -> Store:
     """Score queries against training examples; gives the store of the results.
 
     Args:
-        settings: of the job; without ``train`` (and ``settings.train``) only IHVPs are made.
-        queries, train: instead of the settings' paths, tables or rows in memory.
-        model: instead of the path that the fit recorded.
-        objective: instead of the name that the fit recorded.
+        settings: of the job; without ``train`` only IHVPs are made.
+        inputs: queries, training examples, and the fit's model and objective where they are in
+            memory.
         reporter: shows progress; by default to the terminal.
 
     Raises:
         UserError: a mistake in settings, run, model or data, or another job works on the same
             directory; nothing that was computed is lost.
     """
-    if queries is None:
-        queries = settings.queries
-    if train is None:
-        train = settings.train or None
-    settings.check(has_train=train is not None)
-    reporter = reporter or Reporter(log=settings.log)
-    store = open_store(settings.out, "--out")
-    with hold(store, "influence.py", reporter.say):
-        return _influence_held(settings, store, queries, train, model, objective, reporter)
+    with open_shell("influence", settings, settings.out, inputs or Inputs(), reporter) as shell:
+        _score(shell)
+    return shell.store
 
 
-def _influence_held(
-    settings: InfluenceSettings,
-    store: Store,
-    queries: Source,
-    train: Source | None,
-    model: ModelSource | None,
-    objective: Objective | None,
-    reporter: Reporter,
-) -> Store:
-    """The scoring, while no other job writes to its directory."""
-    fitted = open_store(settings.run, "--run")
-    fit = read_fit(fitted)
-    blocks = read_blocks(fitted)
-    network = open_model(model if model is not None else fitted_model(fit, fitted.root))
-    check_model(fit, network, fitted.root)
-    named = objective if objective is not None else fit.settings["objective"]
-    per_token = open_objective(named).per_token
-    if settings.per_token and not per_token:
+def _score(shell: Shell[InfluenceSettings]) -> None:
+    settings, store = shell.settings, shell.store
+    queries = shell.inputs.or_named("queries", settings)
+    # Without training examples only IHVPs are made.
+    train = shell.inputs.or_named("train", settings) if settings.train else None
+    fitted = open_fitted(settings.run, shell.inputs)
+    blocks = read_blocks(fitted.store)
+    if settings.per_token and not open_objective(fitted.objective).per_token:
         raise UserError(
             "--per-token",
             "an objective that is called on positions (causal-lm)",
-            str(named),
+            str(fitted.objective),
             "Leave --per-token out.",
         )
-    dtype = settings.dtype or fit.settings["dtype"]
-    prints = {"fit": _fit_mark(fit), "queries": fingerprint(queries)}
+    dtype = settings.dtype or fitted.settings["dtype"]
+    prints: dict[str, Any] = {"fit": _fit_mark(fitted.manifest), "queries": fingerprint(queries)}
     if train is not None:
         prints["train"] = fingerprint(train)
-    manifest = continue_or_refuse(
-        store,
-        Manifest(
-            "influence",
-            {k: v for k, v in identity(settings).items() if k not in ("run", "queries", "train")}
-            | {"dtype": dtype},
-            prints,
-            {
-                "run": fitted.root,
-                "queries": shown(settings.queries),
-                "train": shown(settings.train),
-            },
-        ),
-    )
-    if "scores" in manifest.complete:
-        if _forget_damaged(store, manifest, blocks if settings.ihvp else ()):
-            reporter.say("some results are gone or damaged: making them again")
-        else:
-            reporter.say(f"complete: {store.root}")
-            return store
-    check_address(settings)
-    corpora = _Corpora(store, fitted, fit, network, settings)
-    with reporter.phase("examples", 1 if train is None else 2, "sources") as phase:
-        asked = corpora.open("queries", queries, "--queries", prints["queries"], None)
-        phase.advance(1)
-        training = None
-        if train is not None:
-            training = corpora.open(
-                "train", train, "--train", prints["train"], settings.max_examples
-            )
-            phase.advance(1)
-    workers = Workers(
-        settings, network, named, blocks, DTYPES[dtype], fit.settings["seed"], reporter, store
-    )
-    lengths = None if training is None else training.lengths
-    check_influence(settings, fit.settings, network, blocks, asked.lengths, lengths, store)
-    curvature = CurvatureFiles.of(fitted, fit)
-    if settings.inverse is not None and not curvature.method.ranked:
-        raise UserError(
-            "--inverse", "a fit with --method mfac", f"one with {curvature.method}",
-            "Leave --inverse out: the other methods have each block's own inverse.",
+    places = {"queries": shown(settings.queries), "train": shown(settings.train)}
+    manifest = shell.begin(prints, {"run": fitted.store.root} | places, {"dtype": dtype})
+    products = blocks if settings.ihvp else ()
+    if shell.is_complete("scores", lambda: _forget_damaged(store, manifest, products)):
+        return
+    corpora = _Corpora(store, fitted, settings)
+    sources = [lambda: corpora.open("queries", queries, "--queries", prints["queries"], None)]
+    if train is not None:
+        most = settings.max_examples
+        sources.append(lambda: corpora.open("train", train, "--train", prints["train"], most))
+    asked, *others = shell.examples(*sources)
+    training = others[0] if others else None
+    seed: int = fitted.settings["seed"]
+    with shell.workers(fitted.network, fitted.objective, blocks, DTYPES[dtype], seed) as workers:
+        recipe = recipe_of(fitted.settings | {"dtype": dtype}, settings.logits_chunk, settings)
+        lengths = None if training is None else training.lengths
+        shell.check_plan(fitted.network, blocks, recipe, lengths, asked.lengths)
+        curvature = CurvatureFiles.of(fitted.store, fitted.manifest)
+        if settings.inverse is not None and not curvature.method.ranked:
+            raise UserError(
+                "--inverse", "a fit with --method mfac", f"one with {curvature.method}",
+                "Leave --inverse out: the other methods have each block's own inverse.",
+            )  # fmt: skip
+        job = _Influence(
+            settings, store, blocks, asked, training, curvature, Damping.parse(settings.damping),
+            DTYPES[dtype], manifest, workers, shell.reporter,
         )  # fmt: skip
-    job = _Influence(
-        settings,
-        store,
-        blocks,
-        asked,
-        training,
-        curvature,
-        Damping.parse(settings.damping),
-        DTYPES[dtype],
-        manifest,
-        workers,
-        reporter,
-    )
-    try:
         job.run()
-    finally:
-        workers.close(store)
-    manifest.took(store, reporter.seconds)
-    reporter.summary(job.said(), {"results": store.root})
-    return store
+    shell.end(job.said())
 
 
 def _forget_damaged(store: Store, manifest: Manifest, products: Sequence[Block]) -> bool:
@@ -201,36 +147,29 @@ class _Corpora:
     """Finds the examples in the fit's directory, or stores them beside the results."""
 
     store: Store
-    fitted: Store
-    fit: Manifest
-    network: Model
+    fitted: Fitted
     settings: InfluenceSettings
 
     def open(
         self, name: str, source: Source, flag: str, mark: Any, max_examples: int | None
     ) -> Corpus:
-        settings, fit = self.settings, self.fit
+        settings, fit, network = self.settings, self.fitted.manifest, self.fitted.network
         same = mark == fit.fingerprints["data"] and all(
             getattr(settings, key) == fit.settings[key] for key in ("max_length", "long")
         )
         if same and max_examples is None and fit.settings["max_examples"] is None:
             # Reading beside another job needs no lock: files are whole. Making them again does.
-            there = stored_corpus(self.fitted, "data")
+            of_fit = self.fitted.store
+            there = stored_corpus(of_fit, "data")
             if there is not None:
                 return there
-            with hold(self.fitted, "influence.py", flag="--run"):
+            with hold(of_fit, "influence.py", flag="--run"):
                 return open_corpus(
-                    self.fitted, "data", source, flag, self.network, settings, None, settings.seed
+                    of_fit, "data", source, flag, network, settings, None, settings.seed
                 )
+        directory, seed = f"work/{name}", settings.seed
         return open_corpus(
-            self.store,
-            f"work/{name}",
-            source,
-            flag,
-            self.network,
-            settings,
-            max_examples,
-            settings.seed,
+            self.store, directory, source, flag, network, settings, max_examples, seed
         )
 
 

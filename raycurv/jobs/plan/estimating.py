@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,9 @@ from rich.console import Console
 
 from raycurv.data.reading import read_examples
 from raycurv.data.tokenizer import LazyTokenizer
-from raycurv.driver.settings import (
-    DTYPES,
-    PlanSettings,
-    parse_bytes,
-)
+from raycurv.driver.settings import DTYPES, parse_bytes
 from raycurv.jobs.drafts import Drafts, ShapeOf, arrangement_of, of_lengths, recipe_of, with_spool
+from raycurv.jobs.plan.plan_settings import PlanSettings
 from raycurv.mathematics.choice import choose_blocks
 from raycurv.mathematics.methods import open_method
 from raycurv.mathematics.tiles import check_axes
@@ -58,8 +55,8 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
         outline,
         blocks,
         settings,
-        recipe_of(settings),
-        arrangement_of(settings),
+        recipe_of(asdict(settings.resolved()), settings.logits_chunk, settings),
+        replace(arrangement_of(settings), nodes=settings.nodes or 1, gpus=settings.gpus),
         nodes_follow=settings.nodes is None and settings.memory is not None,
         rates=_rates(settings, directory),
         spool_apart=supply.spool is not None,

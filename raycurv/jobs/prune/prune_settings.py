@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from raycurv.driver.settings import Blocks, Execution, check_given, check_positive
+from raycurv.driver.settings import (
+    Count,
+    DampingText,
+    Execution,
+    Globs,
+    Identity,
+    InputPath,
+    Required,
+    bounded,
+)
 from raycurv.errors import UserError
-from raycurv.mathematics.curvature import Damping
 from raycurv.mathematics.pruning.structures import NofM
 
 # Share of the weights that go, unless said otherwise.
 SPARSITY = 0.5
+
+Share = Annotated[
+    float, bounded("a share from 0 on and below 1", lambda x: 0 <= x < 1, "0.5 removes a half.")
+]
+Tolerance = Annotated[float, bounded("above 0", lambda x: x > 0, "1e-4 is usual.")]
 
 
 @dataclass(frozen=True)
@@ -19,55 +32,49 @@ class PruneSettings(Execution):
     """Removes the weights of a fitted model that the loss needs least, and moves the others to make
     up for them."""
 
-    run: str = ""
+    run: Required[InputPath] = ""
     """Run directory of a fit."""
-    out: str = ""
+    out: Required[str] = ""
     """Where the pruned checkpoint, saliencies and masks go: an absolute path, or a URI that
     pyarrow.fs understands."""
-    sparsity: float | None = None
+    sparsity: Identity[Share | None] = None
     """Share of the weights (rows, heads) to remove, from 0 on and below 1. Default: 0.5; `N:M`
     says its own."""
-    structure: str = "unstructured"
+    structure: Identity[str] = "unstructured"
     """What goes: `unstructured`, single weights; `N:M` such as 2:4, where N of each M consecutive
     inputs of every output stay; `rows`, whole outputs with their bias; `heads`, all that an
     attention output projection reads of a head."""
-    saliency: Literal["obs", "obd", "magnitude"] = "obs"
+    saliency: Identity[Literal["obs", "obd", "magnitude"]] = "obs"
     """`obs` (Optimal Brain Surgeon): the rise of the loss once the other weights have moved; `obd`
     (Optimal Brain Damage): with the others where they are; `magnitude`: squares of weights."""
-    scope: Literal["global", "block"] = "global"
+    scope: Identity[Literal["global", "block"]] = "global"
     """Whether what goes is chosen among all blocks together or in each block by itself."""
-    no_update: bool = False
+    no_update: Identity[bool] = False
     """Leave the remaining weights where they are."""
-    damping: str = "0.1"
+    damping: Identity[DampingText] = "0.1"
     """A factor of each block's mean eigenvalue, or `abs:1e-6` for one number."""
-    inverse: Literal["model", "block"] | None = None
+    inverse: Identity[Literal["model", "block"] | None] = None
     """Of a fit with `--method mfac`: the inverse of the whole model's Fisher, or of each block's
     own. Default: model."""
-    first_order: bool = False
+    first_order: Identity[bool] = False
     """Count the mean gradient in, too, for a model that has not converged. Takes a fit with
     `--gradients`."""
-    steps: int = 1
+    steps: Identity[Count] = 1
     """In so many steps, the same share of what is left in each, with the curvature fitted again in
     between."""
-    blocks: Blocks = ()
+    blocks: Identity[Globs] = ()
     """Glob on the names of the fit's blocks, repeatable; `!GLOB` leaves out. Default: all."""
-    tolerance: float = 1e-4
+    tolerance: Identity[Tolerance] = 1e-4
     """Relative residual of the equations for the remaining weights."""
-    iterations: int = 300
+    iterations: Identity[Count] = 300
     """Conjugate gradients for these at most."""
-    measure: Literal["total", "blocks", "none"] = "total"
+    measure: Identity[Literal["total", "blocks", "none"]] = "total"
     """What rise of the loss is measured: of the pruned model, of each block alone as well, or
     none."""
-    measure_examples: int = 512
+    measure_examples: Identity[Count] = 512
     """On a seeded sample of so many of the fit's examples."""
-    seed: int = 0
+    seed: Identity[int] = 0
     """Of that sample."""
-
-    IDENTITY = (
-        "run", "sparsity", "structure", "saliency", "scope", "no_update", "damping", "inverse",
-        "first_order", "steps", "blocks", "tolerance", "iterations", "measure", "measure_examples",
-        "seed",
-    )  # fmt: skip
 
     def check(self) -> None:
         """Refuse what cannot work.
@@ -76,17 +83,6 @@ class PruneSettings(Execution):
             UserError: naming the flag.
         """
         super().check()
-        check_given(self, "run", "out")
-        for flag in ("steps", "iterations", "measure_examples"):
-            check_positive(flag, getattr(self, flag))
-        Damping.parse(self.damping)
-        if self.sparsity is not None and not 0 <= self.sparsity < 1:
-            raise UserError(
-                "--sparsity", "a share from 0 on and below 1", f"{self.sparsity:g}",
-                "0.5 removes a half.",
-            )  # fmt: skip
-        if not self.tolerance > 0:
-            raise UserError("--tolerance", "above 0", f"{self.tolerance:g}", "1e-4 is usual.")
         pattern = self.pattern()
         if pattern is not None and self.sparsity is not None:
             raise UserError(

@@ -26,18 +26,19 @@ import torch
 from torch import Tensor
 
 from raycurv.driver.corpus import Corpus, store_corpus, stored_corpus
-from raycurv.driver.settings import DTYPES, Execution, FitSettings, identity
-from raycurv.driver.workers import Workers, check_address, in_order
+from raycurv.driver.settings import DTYPES, IN_MEMORY, Execution, identity
+from raycurv.driver.workers import Workers, in_order
 from raycurv.errors import DamagedFile
 from raycurv.files.curvature_files import CurvatureFiles
-from raycurv.files.lock import hold
-from raycurv.files.manifest import Manifest, continue_or_refuse
-from raycurv.files.store import Store, open_store
+from raycurv.files.manifest import Manifest
+from raycurv.files.store import Store
 from raycurv.files.tables import HEADS, PRUNED, footer, write_table
 from raycurv.files.weights import stored_patch, write_checkpoint
-from raycurv.jobs.fit.fitting import refit
+from raycurv.jobs.fit.fit_settings import FitSettings
+from raycurv.jobs.fit.fitting import fit as run_fit
 from raycurv.jobs.fit.parents import SHARED
-from raycurv.jobs.fitted import check_model, fitted_model, read_fit
+from raycurv.jobs.fitted import open_fitted
+from raycurv.jobs.inputs import Inputs
 from raycurv.jobs.losses import Losses
 from raycurv.jobs.prune.prunable import blocks_to_prune, check_statistics
 from raycurv.jobs.prune.prune_settings import PruneSettings
@@ -58,6 +59,7 @@ from raycurv.jobs.prune.surgery import (
 )
 from raycurv.jobs.prune.totals import Total
 from raycurv.jobs.rank_products import rank_inverses
+from raycurv.jobs.shell import Shell, open_shell
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.loss.objective import Objective
 from raycurv.mathematics.pruning.masks import count_gone, sets_kept
@@ -65,7 +67,6 @@ from raycurv.mathematics.pruning.rank_surgeon import rank_increase, solve_kept
 from raycurv.mathematics.pruning.selection import find_prefix, find_threshold, share_ties
 from raycurv.mathematics.pruning.structures import inputs_of
 from raycurv.models.model import Model
-from raycurv.models.opening import ModelSource, open_model
 from raycurv.models.patched import Patched, parts
 from raycurv.progress.reporter import Reporter
 from raycurv.stages.pool import Need
@@ -79,17 +80,13 @@ HEADS_FILE = "tables/heads/part-00000.parquet"
 
 
 def prune(
-    settings: PruneSettings,
-    model: ModelSource | None = None,
-    objective: Objective | None = None,
-    reporter: Reporter | None = None,
+    settings: PruneSettings, inputs: Inputs | None = None, reporter: Reporter | None = None
 ) -> tuple[Store, dict[str, Any]]:
     """Prune the model of a fit; gives the store of the results and what was found.
 
     Args:
         settings: of the job.
-        model: instead of the path that the fit recorded.
-        objective: instead of the name that the fit recorded.
+        inputs: the fit's model and objective where they are in memory.
         reporter: shows progress; by default to the terminal.
 
     Raises:
@@ -98,58 +95,29 @@ def prune(
             is lost.
         NumericalError: a result that cannot be trusted; names the block.
     """
-    settings.check()
-    reporter = reporter or Reporter(log=settings.log)
-    store = open_store(settings.out, "--out")
-    with hold(store, "prune.py", reporter.say):
-        return store, _prune_held(settings, store, model, objective, reporter)
+    with open_shell("prune", settings, settings.out, inputs or Inputs(), reporter) as shell:
+        return shell.store, _prune(shell)
 
 
-def _prune_held(
-    settings: PruneSettings,
-    store: Store,
-    model: ModelSource | None,
-    objective: Objective | None,
-    reporter: Reporter,
-) -> dict[str, Any]:
-    """The pruning, while no other job writes to its directory."""
-    fitted = open_store(settings.run, "--run")
-    fit = read_fit(fitted)
-    network = open_model(model if model is not None else fitted_model(fit, fitted.root))
-    check_model(fit, network, fitted.root)
-    blocks, heads = blocks_to_prune(settings, fitted, network)
-    check_statistics(settings, fitted, fit, blocks)
-    named = objective if objective is not None else fit.settings["objective"]
-    manifest = continue_or_refuse(
-        store,
-        Manifest(
-            "prune",
-            {k: v for k, v in identity(settings).items() if k != "run"},
-            {"fit": {"settings": fit.settings}} | fit.fingerprints,
-            {"run": fitted.root},
-        ),
-    )
-    if "tables" in manifest.complete:
-        if _there(store, manifest):
-            store.delete_directory("work")
-            reporter.say(f"complete: {store.root}")
-            return _numbers(manifest)
-        reporter.say("some results are gone or damaged: making them again")
-        _begin_again(store, manifest)
-    check_address(settings)
-    workers = Workers(
-        settings, network, named, blocks, DTYPES[fit.settings["dtype"]], fit.settings["seed"],
-        reporter, store,
-    )  # fmt: skip
-    job = _Prune(
-        settings, store, fitted, fit, network, named, blocks, heads, manifest, workers, reporter
-    )
-    try:
+def _prune(shell: Shell[PruneSettings]) -> dict[str, Any]:
+    settings, store = shell.settings, shell.store
+    fitted = open_fitted(settings.run, shell.inputs)
+    network, fit, objective = fitted.network, fitted.manifest, fitted.objective
+    blocks, heads = blocks_to_prune(settings, fitted.store, network)
+    check_statistics(settings, fitted.store, fit, blocks)
+    prints = {"fit": {"settings": fit.settings}} | fit.fingerprints
+    manifest = shell.begin(prints, {"run": fitted.store.root})
+    if shell.is_complete("tables", lambda: _begin_again(store, manifest)):
+        store.delete_directory("work")
+        return _numbers(manifest)
+    dtype = DTYPES[fit.settings["dtype"]]
+    with shell.workers(network, objective, blocks, dtype, fit.settings["seed"]) as workers:
+        job = _Prune(
+            settings, store, fitted.store, fit, network, objective, blocks, heads, manifest,
+            workers, shell.reporter,
+        )  # fmt: skip
         job.run()
-    finally:
-        workers.close(store)
-    manifest.took(store, reporter.seconds)
-    reporter.summary(job.said(), {"results": store.root, "checkpoint": store.path("model")})
+    shell.end(job.said(), checkpoint=store.path("model"))
     return _numbers(manifest)
 
 
@@ -164,14 +132,18 @@ def _there(store: Store, manifest: Manifest) -> bool:
     return all(store.size(name) == size for name, size in files.items())
 
 
-def _begin_again(store: Store, manifest: Manifest) -> None:
-    """Forget that anything is done: what results are made from was deleted in the end."""
+def _begin_again(store: Store, manifest: Manifest) -> bool:
+    """Forget that anything is done, unless all results are there: what they are made from was
+    deleted in the end."""
+    if _there(store, manifest):
+        return False
     for key in ("files", "steps"):
         manifest.facts.pop(key, None)
     manifest.complete.clear()
     manifest.write(store)
     for name in ("work", *_RESULTS):
         store.delete_directory(name)
+    return True
 
 
 @dataclass
@@ -263,7 +235,8 @@ class _Prune:
         # Its stages take the place of these.
         self.workers.close(self.store)
         network = self._network(step)
-        return refit(self._again(place), network, self._examples(), self.objective, self.reporter)
+        inputs = Inputs(network=network, data=self._examples(), objective=self.objective)
+        return run_fit(self._again(place), inputs, self.reporter)
 
     def _again(self, place: Store) -> FitSettings:
         """The settings of the fit of a pruned model."""
@@ -273,8 +246,8 @@ class _Prune:
         own["blocks"] = tuple(glob.escape(b.name) for b in self.blocks)
         how: dict[str, Any] = {f.name: getattr(self.settings, f.name) for f in fields(Execution)}
         return FitSettings(
-            **how, **own, model=str(self.fit.facts["model"]), data=str(self.fit.facts["data"]),
-            out=place.uri, gradients=self.settings.first_order,
+            **how, **own, model=str(self.fit.facts["model"]), data=IN_MEMORY, out=place.uri,
+            gradients=self.settings.first_order,
         )  # fmt: skip
 
     def _step(self, step: int) -> dict[str, Any]:

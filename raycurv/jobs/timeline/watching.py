@@ -12,11 +12,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from raycurv.driver.settings import TimelineSettings
 from raycurv.errors import UserError
 from raycurv.files.store import open_store
 from raycurv.jobs.timeline.lanes import SECONDS, Interval, Lanes, Share, read_lanes, union
 from raycurv.jobs.timeline.picture import figure_class, save_picture
+from raycurv.jobs.timeline.timeline_settings import TimelineSettings
 from raycurv.jobs.timeline.trace_events import write_trace
 
 # A time without any operation that is worth a word: seconds, and a share of all that is shown.

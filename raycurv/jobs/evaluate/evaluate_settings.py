@@ -1,0 +1,35 @@
+"""Settings of an evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from raycurv.driver.settings import (
+    Count,
+    DtypeName,
+    Execution,
+    Identity,
+    InputPath,
+    Reading,
+    Required,
+)
+
+
+@dataclass(frozen=True)
+class EvaluateSettings(Execution, Reading):
+    """Loss, perplexity and accuracy of a model on a data set."""
+
+    model: Required[InputPath] = ""
+    """Directory with an HF config.json and safetensors weights, or `package.module:factory`."""
+    data: Required[InputPath] = ""
+    """File, directory or glob of Parquet, JSONL or Arrow, as fit.py takes it."""
+    out: Required[str] = ""
+    """Where results go: an absolute path, or a URI that pyarrow.fs understands."""
+    objective: Identity[str] = "causal-lm"
+    """`causal-lm`, `classification`, `regression`, or your own as `package.module:Name`."""
+    max_examples: Identity[Count | None] = None
+    """Evaluate a seeded sample of so many examples."""
+    seed: Identity[int] = 0
+    """Of the sample."""
+    dtype: Identity[DtypeName] = "float32"
+    """Of the model's computation."""

@@ -1,0 +1,160 @@
+"""Settings of a fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from raycurv.data.uri import shown
+from raycurv.driver.settings import (
+    Count,
+    DtypeName,
+    Execution,
+    Globs,
+    Identity,
+    InputPath,
+    Reading,
+    Required,
+    Runs,
+    check_given,
+)
+from raycurv.errors import UserError
+from raycurv.mathematics.methods import MethodName, methods_with, open_method
+from raycurv.mathematics.tiles import LARGEST_EIGH, SMALLEST_TILE
+
+# Gradients of a rank-m Fisher, unless said otherwise.
+ROWS = 64
+
+
+@dataclass(frozen=True)
+class FitSettings(Execution, Reading):
+    """Curvature of a model on a data set, into a run directory."""
+
+    model: Required[InputPath] = ""
+    """Directory with an HF config.json and safetensors weights, or `package.module:factory`."""
+    data: InputPath = ""
+    """File, directory or glob of Parquet, JSONL or Arrow with `text`, `input_ids`,
+    `prompt` + `completion`, or `inputs` + `labels`."""
+    out: Required[str] = ""
+    """Run directory: an absolute path, or a URI that pyarrow.fs understands."""
+    method: Identity[MethodName] = "ekfac"
+    """Form of the curvature; `mfac`: the Fisher of `--rows` gradients, across blocks."""
+    rows: Identity[Count | None] = None
+    """How many gradients make the Fisher of `--method mfac`, each of its share of the examples;
+    a stage holds so many copies of its weights. Default: 64."""
+    fisher: Identity[Literal["sampled", "empirical"]] = "sampled"
+    """Labels drawn from the model (the true Fisher), or the data's own."""
+    draws: Identity[Count] = 1
+    """Labels drawn for every target."""
+    objective: Identity[str] = "causal-lm"
+    """`causal-lm`, `classification`, `regression`, or your own as `package.module:Name`."""
+    blocks: Identity[Globs] = ()
+    """Glob on dotted module names, repeatable; `!GLOB` leaves out. By default every linear layer of
+    the decoder blocks."""
+    max_factor_dim: Identity[int | None] = None
+    """Widest factor that is decomposed whole; a wider axis is cut into diagonal tiles. At least 8;
+    an axis beyond 32,766 cannot be decomposed without."""
+    max_examples: Identity[Count | None] = None
+    """Curvature from a seeded sample of so many examples."""
+    seed: Identity[int] = 0
+    """Of the drawn labels and of the sample."""
+    dtype: Identity[DtypeName] = "float32"
+    """Of the model's computation."""
+    store_dtype: Identity[DtypeName | None] = None
+    """Of the stored eigenbases and corrected eigenvalues; by default float32, float64 with
+    `--dtype float64`."""
+    keep_sums: bool = False
+    """Keep the sums of A and G, under factors/, once they are decomposed, and those of Λ. To merge
+    or subtract runs takes the first, to extend one that is stored in bfloat16 the second."""
+    gradients: bool = False
+    """Also gather gradient statistics, in the same pass: means, squares and noise of each block's
+    gradients, norms of each example's. Makes what is missing of a finished run."""
+    extend: Identity[str] = ""
+    """Run directory: keep its bases, and add Λ of --data to its own (ekfac and diagonal)."""
+    merge: Identity[Runs] = ()
+    """Two or more run directories with kept sums: the curvature of all their data, without
+    --data."""
+    subtract: Identity[Runs] = ()
+    """Likewise: the curvature of the first run's data without those of the others."""
+
+    def check(self) -> None:
+        super().check()
+        if self.merge or self.subtract or self.extend:
+            self._check_parents()
+        if not (self.merge or self.subtract):
+            self._check_data()
+        if self.rows is not None and not open_method(self.method).ranked:
+            raise UserError(
+                "--rows", "--method mfac, which is made of them", f"--method {self.method}",
+                "Leave --rows out, or give --method mfac.",
+            )  # fmt: skip
+        if self.fisher == "empirical" and self.draws != 1:
+            raise UserError(
+                "--draws",
+                "1 with --fisher empirical, whose labels are the data's own",
+                str(self.draws),
+                "Leave --draws out, or use --fisher sampled.",
+            )
+        widest = self.max_factor_dim
+        if widest is not None and not SMALLEST_TILE <= widest <= LARGEST_EIGH:
+            raise UserError(
+                "--max-factor-dim",
+                f"a number from {SMALLEST_TILE} to {LARGEST_EIGH} (what LAPACK decomposes)",
+                str(widest),
+                "Some thousands are usual; leave it out to decompose every factor whole.",
+            )
+
+    def _check_data(self) -> None:
+        check_given([] if self.data else ["--data"])
+
+    def _check_parents(self) -> None:
+        """Refuse runs to start from that do not go with the other settings."""
+        method = open_method(self.method)
+        flag, *more = (f for f in ("extend", "merge", "subtract") if getattr(self, f))
+        if more:
+            raise UserError(
+                f"--{flag}", "one of --extend, --merge and --subtract", f"--{more[0]} too",
+                "Make one run after the other.",
+            )  # fmt: skip
+        if flag == "extend":
+            if not method.corrected:
+                named = methods_with(lambda method: method.corrected)
+                raise UserError(
+                    "--extend", f"--method {named}, which have corrected eigenvalues",
+                    f"--method {method}", "Fit all the data together.",
+                )  # fmt: skip
+            if self.gradients:
+                raise UserError(
+                    "--extend", "no --gradients: only the new data goes through the model",
+                    "--gradients", "Leave it out, or fit all the data together.",
+                )  # fmt: skip
+            return
+        runs: tuple[str, ...] = getattr(self, flag)
+        if len(runs) < 2:
+            raise UserError(
+                f"--{flag}", "two or more run directories",
+                f"{len(runs)}: {' '.join(map(shown, runs))}",
+                f"Give them one after the other: --{flag} RUN_A RUN_B.",
+            )  # fmt: skip
+        if not method.factors:
+            named = methods_with(lambda method: method.factors)
+            raise UserError(
+                f"--{flag}", f"--method {named}, which have factors to add",
+                f"--method {method}", "Fit the data anew, or --extend a run by it.",
+            )  # fmt: skip
+        for other in ("data", "max_examples"):
+            if getattr(self, other):
+                name = f"--{other.replace('_', '-')}"
+                raise UserError(
+                    f"--{flag}", f"no {name}: the examples are those of the runs",
+                    f"{name} {shown(str(getattr(self, other)))}", f"Leave {name} out.",
+                )  # fmt: skip
+
+    def resolved(self) -> FitSettings:
+        """With the defaults that depend on other fields filled in."""
+        store = self.store_dtype or ("float64" if self.dtype == "float64" else "float32")
+        rows = self.rows
+        if open_method(self.method).ranked and rows is None:
+            rows = ROWS
+        return dataclasses.replace(self, store_dtype=store, rows=rows)

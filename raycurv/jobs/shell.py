@@ -1,0 +1,196 @@
+"""What all jobs that leave results in a directory do alike, before and after their own work.
+
+open_shell      settings checked, directory opened and locked
+begin           the run that is there goes on, another one is refused
+is_complete     all done: said so; results that are gone or damaged: made again
+examples        read, and stored
+check_plan      what cannot fit on this machine is refused
+workers         stages and tasks, let go of whatever happens
+end             seconds of each phase, a last sentence
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from raycurv.data.microbatch import Lengths
+from raycurv.driver.corpus import Corpus
+from raycurv.driver.settings import Execution, identity
+from raycurv.driver.workers import Workers, check_address
+from raycurv.files.lock import hold
+from raycurv.files.manifest import Manifest, continue_or_refuse
+from raycurv.files.store import Store, open_store
+from raycurv.jobs.check import check_plan
+from raycurv.jobs.drafts import Drafts, arrangement_of
+from raycurv.jobs.inputs import Inputs
+from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.loss.objective import Objective
+from raycurv.models.model import Model
+from raycurv.planning.shapes import Recipe
+from raycurv.progress.reporter import Reporter
+
+S = TypeVar("S", bound=Execution)
+
+
+@dataclass
+class Shell(Generic[S]):
+    """One job under way in its directory, which no other job writes to.
+
+    Attributes:
+        job: its name, such as ``fit``.
+        settings: of the job, defaults filled in.
+        inputs: what the caller holds in memory.
+        store: of the results.
+        reporter: shows progress.
+        manifest: what ``run.json`` says, from :meth:`begin` on.
+    """
+
+    job: str
+    settings: S
+    inputs: Inputs
+    store: Store
+    reporter: Reporter
+    manifest: Manifest = field(init=False)
+
+    def begin(
+        self,
+        fingerprints: Mapping[str, Any],
+        facts: Mapping[str, Any],
+        settings: Mapping[str, Any] | None = None,
+    ) -> Manifest:
+        """Go on with the run that the directory holds, or start a new one there.
+
+        Args:
+            fingerprints: tell the inputs from others.
+            facts: where they lie.
+            settings: what else the result depends on, or depends on in another form.
+
+        Raises:
+            UserError: the directory holds another run, or files of somebody else.
+        """
+        said = identity(self.settings, inputs=False) | dict(settings or {})
+        wanted = Manifest(self.job, said, dict(fingerprints), dict(facts))
+        self.manifest = continue_or_refuse(self.store, wanted)
+        return self.manifest
+
+    def is_complete(
+        self,
+        phase: str,
+        repair: Callable[[], bool],
+        lost: str = "some results are gone or damaged: making them again",
+    ) -> bool:
+        """Whether all is done; if not, a cluster has been seen to answer.
+
+        Args:
+            phase: the job's last.
+            repair: asked only when that was finished once: takes back in the manifest what is gone
+                or damaged, and gives whether there was anything.
+            lost: what a person is told then.
+
+        Raises:
+            UserError: no cluster answers at the address.
+        """
+        if phase in self.manifest.complete:
+            if not repair():
+                self.reporter.say(f"complete: {self.store.root}")
+                return True
+            self.reporter.say(lost)
+        check_address(self.settings)
+        return False
+
+    def examples(self, *sources: Callable[[], Corpus]) -> list[Corpus]:
+        """Read and store the examples of every source, as a phase with its progress."""
+        found = []
+        with self.reporter.phase("examples", len(sources), "sources") as phase:
+            for open_source in sources:
+                found.append(open_source())
+                phase.advance(1)
+        return found
+
+    def check_plan(
+        self,
+        network: Model,
+        blocks: Sequence[Block],
+        recipe: Recipe,
+        data: Lengths | None,
+        queries: Lengths | None = None,
+    ) -> None:
+        """Refuse what cannot fit on this machine's memory or disk, unless it is forced.
+
+        Args:
+            blocks: chosen; which share an input is seen on the way.
+            recipe: what decides sizes.
+            data: tokens of every example, or of a scoring's training examples, if any.
+            queries: tokens of every query of a scoring.
+
+        Raises:
+            UserError: by how much it does not fit, and what would.
+        """
+        if not self.settings.force:
+            arrangement = arrangement_of(self.settings)
+            drafts = Drafts(network, blocks, self.settings, recipe, arrangement)
+            check_plan(drafts, self.store, data, queries)
+
+    @contextmanager
+    def workers(
+        self,
+        network: Model,
+        objective: str | Objective,
+        blocks: Sequence[Block],
+        dtype: torch.dtype,
+        seed: int,
+    ) -> Iterator[Workers]:
+        """The processes of the job, which are let go of at the end whatever happens.
+
+        Args:
+            network: what the stages build.
+            objective: its name, or itself.
+            blocks: all of them.
+            dtype: of the model's computation.
+            seed: of drawn labels.
+        """
+        found = Workers(
+            self.settings, network, objective, blocks, dtype, seed, self.reporter, self.store
+        )
+        try:
+            yield found
+        finally:
+            found.close(self.store)
+
+    def end(self, sentence: str, **places: str) -> None:
+        """Record the seconds of each phase, and say what was done.
+
+        Args:
+            sentence: what was done, for a person.
+            **places: what else lies where.
+        """
+        self.manifest.took(self.store, self.reporter.seconds)
+        self.reporter.summary(sentence, {"results": self.store.root} | places)
+
+
+@contextmanager
+def open_shell(
+    job: str, settings: S, out: str, inputs: Inputs, reporter: Reporter | None
+) -> Iterator[Shell[S]]:
+    """Check settings, and hold the directory of the results while the body runs.
+
+    Args:
+        job: its name, such as ``fit``.
+        settings: of the job.
+        out: where its results go.
+        inputs: what the caller holds in memory.
+        reporter: shows progress; by default to the terminal.
+
+    Raises:
+        UserError: a mistake in the settings, or another job works on the same directory.
+    """
+    settings.check()
+    reporter = reporter or Reporter(log=settings.log)
+    store = open_store(out, "--out")
+    with hold(store, f"{job}.py", reporter.say):
+        yield Shell(job, settings.resolved(), inputs, store, reporter)

@@ -1,0 +1,41 @@
+"""Settings of showing a timeline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from raycurv.driver.settings import Names, Required, check_fields
+from raycurv.errors import UserError
+
+
+@dataclass(frozen=True)
+class TimelineSettings:
+    """What the actors of a run did, and when: how busy each was, with each operation as a trace."""
+
+    run: Required[str] = ""
+    """Directory of a fit or a scoring, finished or under way."""
+    trace: str | None = None
+    """Where every operation goes, a .json or .json.gz that ui.perfetto.dev and chrome://tracing
+    open."""
+    picture: str | None = None
+    """Where a small picture goes, a .png or .svg: an actor a lane, an operation a bar, waiting
+    empty. Takes matplotlib (`pip install -e '.[plots]'`)."""
+    phase: Names = ()
+    """Only this phase, repeatable; by default all."""
+    start: Annotated[float | None, tyro.conf.arg(name="from")] = None
+    """Only from this second on, counted from the first operation."""
+    to: float | None = None
+    """Only to this second."""
+
+    def check(self) -> None:
+        """Refuse what cannot work.
+
+        Raises:
+            UserError: naming the flag.
+        """
+        check_fields(self)
+        if self.start is not None and self.to is not None and self.start >= self.to:
+            raise UserError("--from", f"before --to {self.to:g}", f"{self.start:g}", "")
