@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from byte_tokenizer import BOS, EOS, VOCAB, byte_ids, save_byte_tokenizer
 
-from raycurv.data.tokenizer import affixes, load_tokenizer
+from raycurv.data.tokenizer import LazyTokenizer, affixes
 from raycurv.errors import UserError
 
 TEMPLATES = {
@@ -19,7 +19,7 @@ TEMPLATES = {
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_special_tokens_are_the_tokenizers_own(tmp_path: Path, template: str) -> None:
-    tokenizer = load_tokenizer(save_byte_tokenizer(tmp_path, template))
+    tokenizer = LazyTokenizer(save_byte_tokenizer(tmp_path, template))
     before, after = TEMPLATES[template]
     assert affixes(tokenizer) == (before, after)
     texts = ["one two", "", "né\n"]
@@ -30,7 +30,10 @@ def test_special_tokens_are_the_tokenizers_own(tmp_path: Path, template: str) ->
 
 
 def test_what_is_recorded_is_json(tmp_path: Path) -> None:
-    record = load_tokenizer(save_byte_tokenizer(tmp_path, "<s> $A")).describe()
+    tokenizer = LazyTokenizer(save_byte_tokenizer(tmp_path, "<s> $A"))
+    assert tokenizer.describe() == {}, "no text was met"
+    tokenizer.encode(["a"], special=False)
+    record = tokenizer.describe()
     assert json.loads(json.dumps(record)) == record
     assert (record["tokens"], record["before"], record["after"]) == (VOCAB, [BOS], [])
 
@@ -38,7 +41,7 @@ def test_what_is_recorded_is_json(tmp_path: Path) -> None:
 def test_a_directory_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError) as caught:
-        load_tokenizer(tmp_path)
+        LazyTokenizer(tmp_path).encode(["a"], special=True)
     error = caught.value
     assert error.where == str(tmp_path)
     assert "tokenizer.json" in error.expected
@@ -48,14 +51,14 @@ def test_a_directory_without_a_tokenizer_is_named(tmp_path: Path) -> None:
 
 def test_no_directory_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such directory"):
-        load_tokenizer(tmp_path / "missing")
+        LazyTokenizer(tmp_path / "missing").encode(["a"], special=True)
 
 
 def test_a_damaged_tokenizer_is_named(tmp_path: Path) -> None:
     save_byte_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="that transformers can load"):
-        load_tokenizer(tmp_path)
+        LazyTokenizer(tmp_path).encode(["a"], special=True)
 
 
 def test_special_tokens_that_cannot_be_told_apart_are_a_mistake() -> None:

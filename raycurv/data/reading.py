@@ -14,7 +14,7 @@ from raycurv.data.digests import Digests, Smallest
 from raycurv.data.examples import NOT_A_TARGET, VOCABULARY_LIMIT, Example
 from raycurv.data.parts import Part, Rows
 from raycurv.data.sources import Source, open_parts
-from raycurv.data.tokenizer import Tokenizer, affixes, load_tokenizer
+from raycurv.data.tokenizer import LazyTokenizer, Tokenizer, affixes
 from raycurv.errors import UserError
 
 # In order of preference; each with the columns that it takes.
@@ -276,7 +276,7 @@ class _Reader:
                 "Give a model directory that has its tokenizer, or give the data as `input_ids`.",
             )
         if isinstance(self.tokenizer, (str, Path)):
-            self.tokenizer = load_tokenizer(self.tokenizer)
+            self.tokenizer = LazyTokenizer(self.tokenizer)
         if len(kind) == 2 and not self.affixed:
             self.before, self.after = affixes(self.tokenizer)
             self.affixed = True

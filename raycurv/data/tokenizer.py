@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,15 +22,25 @@ class Tokenizer(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class HuggingFaceTokenizer:
-    """A tokenizer of the transformers library, asked for whole lists of texts at a time."""
+class LazyTokenizer:
+    """The tokenizer of a model's directory, as transformers loads it when the first text is met.
 
-    tokenizer: Any
+    Nothing is fetched, and no code of the directory runs.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self._directory = Path(directory)
+        self._loaded: Any = None
 
     def encode(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
-        """Token ids of each text, neither padded nor truncated."""
-        encoded = self.tokenizer(
+        """Token ids of each text, neither padded nor truncated.
+
+        Raises:
+            UserError: the directory has no tokenizer, or one that transformers cannot load.
+        """
+        if self._loaded is None:
+            self._loaded = _load(self._directory)
+        encoded = self._loaded(
             list(texts),
             add_special_tokens=special,
             padding=False,
@@ -44,23 +53,16 @@ class HuggingFaceTokenizer:
         return ids
 
     def describe(self) -> dict[str, Any]:
-        """Its class, its size, and the tokens that it puts before and after a text."""
+        """Its class, its size, and the tokens that it puts before and after a text; empty when no
+        text was met."""
+        if self._loaded is None:
+            return {}
         before, after = affixes(self)
-        return {
-            "class": type(self.tokenizer).__name__,
-            "tokens": len(self.tokenizer),
-            "before": before,
-            "after": after,
-        }
+        kind, size = type(self._loaded).__name__, len(self._loaded)
+        return {"class": kind, "tokens": size, "before": before, "after": after}
 
 
-def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """The tokenizer of a model directory. Nothing is fetched, and no code of the directory runs.
-
-    Raises:
-        UserError: the directory has no tokenizer, or one that transformers cannot load.
-    """
-    directory = Path(directory)
+def _load(directory: Path) -> Any:
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(
             str(directory),
@@ -72,7 +74,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
     except Exception as error:  # transformers and its back ends raise whatever they meet
         raise UserError(
             str(directory),
@@ -81,25 +83,6 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
             "Try transformers.AutoTokenizer.from_pretrained on the directory, or give the data as "
             "`input_ids`.",
         ) from error
-    return HuggingFaceTokenizer(tokenizer)
-
-
-class LazyTokenizer:
-    """A model directory's tokenizer, loaded when the first text is met, and described if it was."""
-
-    def __init__(self, directory: str | Path) -> None:
-        self._directory = directory
-        self._loaded: Tokenizer | None = None
-
-    def encode(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
-        """Token ids of each text."""
-        if self._loaded is None:
-            self._loaded = load_tokenizer(self._directory)
-        return self._loaded.encode(texts, special=special)
-
-    def describe(self) -> dict[str, Any]:
-        """What a run records; empty when no text was met."""
-        return {} if self._loaded is None else self._loaded.describe()
 
 
 def affixes(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from importlib.metadata import version
 from typing import Any
@@ -47,20 +47,12 @@ class Manifest:
 
     def write(self, store: Store) -> None:
         """Write ``run.json``, atomically."""
-        store.write_json(
-            NAME,
-            {
-                "schema": SCHEMA_VERSION,
-                "job": self.job,
-                "settings": self.settings,
-                "fingerprints": self.fingerprints,
-                "facts": self.facts,
-                "complete": self.complete,
-                "seconds": self.seconds,
-                "versions": dict(_versions()),
-                "threads": torch.get_num_threads(),
-            },
-        )
+        more = {
+            "schema": SCHEMA_VERSION,
+            "versions": dict(_versions()),
+            "threads": torch.get_num_threads(),
+        }
+        store.write_json(NAME, asdict(self) | more)
 
     def took(self, store: Store, seconds: Mapping[str, float]) -> None:
         """Add what phases have taken, and write ``run.json``."""
@@ -101,7 +93,7 @@ class Manifest:
             ) from error  # fmt: skip
         if said is None:
             return None
-        keys = ("job", "settings", "fingerprints", "facts", "complete", "seconds")
+        keys = [one.name for one in fields(cls)]
         if not isinstance(said, dict) or any(key not in said for key in keys):
             raise UserError(
                 store.path(NAME),

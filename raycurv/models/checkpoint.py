@@ -151,10 +151,10 @@ class Checkpoint:
         # What the file itself has: several files may have a tensor of one name.
         entries = sorted(_read_header(path).items(), key=_place)
         start = entries[0][1].offset if entries else path.stat().st_size
-        yield from _pieces(str(path), "its header", 0, start)
+        yield from pieces(str(path), "its header", 0, start)
         for key, entry in entries:
             if key not in replaced:
-                yield from _pieces(str(path), key, entry.offset, entry.nbytes)
+                yield from pieces(str(path), key, entry.offset, entry.nbytes)
                 continue
             tensor = replaced[key]()
             assert (tensor.dtype, tuple(tensor.shape)) == (entry.dtype, entry.shape), key
@@ -465,8 +465,12 @@ def _place(named: tuple[str, Entry]) -> tuple[int, int]:
     return named[1].offset, named[1].nbytes
 
 
-def _pieces(file: str, what: str, offset: int, nbytes: int) -> Iterator[memoryview]:
-    """``nbytes`` bytes from ``offset``, piece by piece, each in memory of its own."""
+def pieces(file: str, what: str, offset: int, nbytes: int) -> Iterator[memoryview]:
+    """``nbytes`` bytes of a file from ``offset``, piece by piece, each in memory of its own.
+
+    Args:
+        what: is read, for errors.
+    """
     for start in range(offset, offset + nbytes, COPIED_BYTES):
         piece = memoryview(bytearray(min(COPIED_BYTES, offset + nbytes - start)))
         _fill(file, what, start, piece)

@@ -17,6 +17,7 @@ from raycurv.models.checkpoint import (
     Checkpoint,
     encode_header,
     header_entries,
+    pieces,
     tensor_bytes,
 )
 
@@ -25,7 +26,6 @@ CONFIG = "config.json"
 _ALONG = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
 _PLAIN = ("LICENSE", "NOTICE")
 _TEMPLATES = "additional_chat_templates"
-_COPIED = 1 << 20
 # Any of these makes a directory one with a tokenizer. Asked before transformers is, which would
 # build an empty tokenizer from a config.json alone.
 TOKENIZER_FILES = (
@@ -118,8 +118,5 @@ def _beside(directory: Path, weights: Iterable[str]) -> Iterator[str]:
 
 
 def _copied(directory: Path, name: str) -> CheckpointFile:
-    def chunks() -> Iterator[bytes]:
-        with (directory / name).open("rb") as file:
-            yield from iter(lambda: file.read(_COPIED), b"")
-
-    return CheckpointFile(name, chunks, directory / name)
+    path = directory / name
+    return CheckpointFile(name, lambda: pieces(str(path), name, 0, path.stat().st_size), path)

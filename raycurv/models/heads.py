@@ -14,27 +14,23 @@ _PROJECTIONS = {"o_proj": "", "out_proj": "", "c_proj": "attn", "dense": "att"}
 
 
 def head_widths(model: Model, modules: Iterable[str]) -> dict[str, int]:
-    """:func:`head_width` of those that read heads, by name."""
-    found = {module: head_width(model, module) for module in modules}
-    return {module: width for module, width in found.items() if width is not None}
-
-
-def head_width(model: Model, module: str) -> int | None:
-    """Columns that an attention output projection reads of each head.
+    """Columns that attention output projections read of each head, by module name.
 
     Args:
-        model: an HF model, whose configuration states its heads.
-        module: dotted name of one of its layers.
-
-    Returns:
-        the width; ``None`` for other layers, and for other models.
+        model: an HF model, whose configuration states its heads; others have none to name.
+        modules: dotted names of layers, of which those that read no heads are left out.
     """
     config: Any = getattr(parts(model)[1], "config", None)
-    parent, _, name = module.rpartition(".")
-    if config is None or name not in _PROJECTIONS or _PROJECTIONS[name] not in parent:
-        return None
+    readers = [module for module in modules if config is not None and _reads_heads(module)]
+    if not readers:
+        return {}
     text = config.get_text_config()
     width = getattr(text, "head_dim", None)
     if width is None:
         width = text.hidden_size // text.num_attention_heads
-    return int(width)
+    return dict.fromkeys(readers, int(width))
+
+
+def _reads_heads(module: str) -> bool:
+    parent, _, name = module.rpartition(".")
+    return name in _PROJECTIONS and _PROJECTIONS[name] in parent
