@@ -22,7 +22,7 @@ def digests(texts: Iterable[str]) -> np.ndarray:
 
 
 class Digests:
-    """A set that grows by some digests at a time.
+    """A set of digests, to which many are added at a time.
 
     They lie in sorted runs of falling lengths; two of like length become one, so that a digest is
     moved as often as the number of digests can be halved.
@@ -36,11 +36,16 @@ class Digests:
 
     @property
     def nbytes(self) -> int:
-        """What it holds."""
+        """Bytes of memory that the digests take."""
         return sum(run.nbytes for run in self._runs)
 
     def add(self, texts: Sequence[str]) -> int | None:
-        """Add texts; gives the place of the first that was there, or came before among them."""
+        """Add texts.
+
+        Returns:
+            the position in ``texts`` of the first that was in the set already, or that stands
+            among ``texts`` before; ``None`` when all are new.
+        """
         if not texts:
             return None
         new = digests(texts)
@@ -73,7 +78,7 @@ class Smallest:
         self._waiting = 0
 
     def add(self, texts: Sequence[str], first: int) -> None:
-        """Show some more, numbered from ``first`` on."""
+        """Show the texts numbered from ``first`` on."""
         self._digests.append(digests(texts))
         self._numbers.append(np.arange(first, first + len(texts)))
         self._waiting += len(texts)

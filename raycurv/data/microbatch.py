@@ -40,27 +40,27 @@ class Microbatches:
 
     @property
     def nbytes(self) -> int:
-        """What it holds."""
+        """Bytes of memory that the plan takes."""
         return self._order.nbytes + self._starts.nbytes
 
     @property
     def sizes(self) -> np.ndarray:
-        """How many examples each has."""
+        """Number of examples of each microbatch, int64 ``[microbatches]``."""
         return np.diff(self._starts)
 
     def members(self, microbatch: int) -> np.ndarray:
-        """The example numbers of one."""
+        """The example numbers of one microbatch, int64, in the order in which they are packed."""
         start, stop = self._starts[microbatch : microbatch + 2]
         return self._order[start:stop]
 
     def longest(self, lengths: Lengths) -> np.ndarray:
-        """Tokens of the longest example of each."""
+        """Tokens of the longest example of each microbatch, int64 ``[microbatches]``."""
         if not len(self):
             return np.empty(0, np.int64)
         return np.maximum.reduceat(np.asarray(lengths, np.int64)[self._order], self._starts[:-1])
 
     def only(self, numbers: range) -> Microbatches:
-        """What is left of it with these examples alone; a microbatch of none is no more."""
+        """The plan without the other examples; microbatches that become empty are left out."""
         kept = (self._order >= numbers.start) & (self._order < numbers.stop)
         left = np.concatenate([[0], np.cumsum(kept)])[self._starts]
         return Microbatches(self._order[kept], np.unique(left))

@@ -51,7 +51,7 @@ READ_ERRORS = (pa.ArrowException, OSError)
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of one part.
+    """A chunk of rows of one part, as Arrow columns.
 
     Attributes:
         location: the part's own, for messages.

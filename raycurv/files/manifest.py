@@ -62,14 +62,14 @@ class Manifest:
 
     @classmethod
     def finished(cls, store: Store, job: str, phase: str, what: str) -> Manifest:
-        """What a directory says of the results that a job has finished there.
+        """The manifest of a directory in which a job has finished.
 
         Args:
-            phase: the job's last.
-            what: the results are, for errors.
+            phase: the last one of the job.
+            what: the job's results, as an error names them.
 
         Raises:
-            UserError: there are none.
+            UserError: there is no such manifest, or the phase is not complete.
         """
         found = cls.read(store)
         if found is None or found.job != job or phase not in found.complete:
@@ -83,25 +83,30 @@ class Manifest:
 
     @classmethod
     def read(cls, store: Store) -> Manifest | None:
-        """What a directory says of itself; ``None`` when there is no ``run.json``."""
+        """The manifest of a directory; ``None`` when there is no ``run.json``.
+
+        Raises:
+            DamagedFile: it is not JSON.
+            UserError: it is another program's.
+        """
         try:
-            said = store.read_json(NAME)
+            content = store.read_json(NAME)
         except DamagedFile as error:
             raise DamagedFile(
                 error.where, error.expected, error.got,
                 "Restore it, or give another directory: what it said cannot be made again.",
             ) from error  # fmt: skip
-        if said is None:
+        if content is None:
             return None
         keys = [one.name for one in fields(cls)]
-        if not isinstance(said, dict) or any(key not in said for key in keys):
+        if not isinstance(content, dict) or any(key not in content for key in keys):
             raise UserError(
                 store.path(NAME),
                 "a run.json of raycurv",
                 "another file of that name",
                 "Give another --out.",
             )
-        return cls(**{key: said[key] for key in keys})
+        return cls(**{key: content[key] for key in keys})
 
 
 @cache

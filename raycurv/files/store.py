@@ -76,13 +76,13 @@ class Store:
         return f"Store({self.root!r})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Store) and self.place == other.place
+        return isinstance(other, Store) and self.identity == other.identity
 
     def __hash__(self) -> int:
-        return hash(self.place)
+        return hash(self.identity)
 
     @cached_property
-    def place(self) -> str:
+    def identity(self) -> str:
         """The same text for the same directory, however it was written."""
         if self.local:
             return os.path.realpath(self.path())
@@ -93,7 +93,7 @@ class Store:
         return f"{scheme}://{endpoint}/{self.path()}"
 
     @cached_property
-    def _place(self) -> tuple[fs.FileSystem, str]:
+    def _opened(self) -> tuple[fs.FileSystem, str]:
         if not is_uri(self.uri):
             return fs.LocalFileSystem(), self.uri
         try:
@@ -110,11 +110,11 @@ class Store:
     @property
     def local(self) -> bool:
         """Whether the files lie on this machine's file system."""
-        return isinstance(self._place[0], fs.LocalFileSystem)
+        return isinstance(self._opened[0], fs.LocalFileSystem)
 
     def path(self, name: str = "") -> str:
         """What ``pyarrow.fs`` calls the file."""
-        return f"{self._place[1]}/{name}" if name else self._place[1]
+        return f"{self._opened[1]}/{name}" if name else self._opened[1]
 
     def inside(self, name: str) -> Store:
         """The store of a directory below this one."""
@@ -132,10 +132,10 @@ class Store:
         if self.local:
             return
         check_answers(self.uri, where)
-        if self._place[0].type_name != "s3":
+        if self._opened[0].type_name != "s3":
             return
         try:
-            bucket = self._place[0].get_file_info(self._bucket)
+            bucket = self._opened[0].get_file_info(self._bucket)
         except OSError as error:
             if "ACCESS_DENIED" in str(error):
                 return  # keys that may not look at the bucket may well be good for what is in it
@@ -154,7 +154,7 @@ class Store:
         if self.local:
             os.makedirs(self.path(), exist_ok=True)
         elif self._makes_buckets:
-            self._place[0].create_dir(self._bucket)
+            self._opened[0].create_dir(self._bucket)
 
     @property
     def _bucket(self) -> str:
@@ -199,7 +199,7 @@ class Store:
             self.guard()
 
     def _upload(self, path: str, chunks: Iterable[bytes | memoryview | pa.Buffer]) -> None:
-        filesystem = self._place[0]
+        filesystem = self._opened[0]
         buffers = _at_hand(path, chunks)
 
         def upload() -> None:
@@ -222,10 +222,10 @@ class Store:
         Raises:
             FileNotFoundError: no such file.
         """
-        return self._place[0].open_input_file(self.path(name))
+        return self._opened[0].open_input_file(self.path(name))
 
     def _info(self, name: str) -> fs.FileInfo:
-        return self._place[0].get_file_info(self.path(name))
+        return self._opened[0].get_file_info(self.path(name))
 
     def exists(self, name: str) -> bool:
         """Whether the file is there."""
@@ -249,27 +249,27 @@ class Store:
         """Names of the files below a directory, sorted."""
         selector = fs.FileSelector(self.path(directory), allow_not_found=True, recursive=True)
         start = len(self.path()) + 1
-        found = (i.path[start:] for i in self._place[0].get_file_info(selector) if i.is_file)
+        found = (i.path[start:] for i in self._opened[0].get_file_info(selector) if i.is_file)
         return sorted(name for name in found if name.endswith(ending))
 
     def directories(self, directory: str = "") -> list[str]:
         """Names of the directories right below a directory, sorted."""
         selector = fs.FileSelector(self.path(directory), allow_not_found=True)
         start = len(self.path()) + 1
-        found = self._place[0].get_file_info(selector)
+        found = self._opened[0].get_file_info(selector)
         return sorted(i.path[start:] for i in found if i.type == fs.FileType.Directory)
 
     def delete(self, name: str) -> None:
         """Delete a file; nothing happens when there is none."""
         self._ask()
         if self.exists(name):
-            self._place[0].delete_file(self.path(name))
+            self._opened[0].delete_file(self.path(name))
 
     def delete_directory(self, name: str) -> None:
         """Delete a directory with all in it; nothing happens when there is none."""
         self._ask()
         if self._info(name).type == fs.FileType.Directory:
-            self._place[0].delete_dir(self.path(name))
+            self._opened[0].delete_dir(self.path(name))
 
     def damaged(self, name: str, expected: str, got: str) -> DamagedFile:
         """The error of a file that is not as it was written."""

@@ -206,8 +206,9 @@ def read_table(store: Store, name: str, columns: Sequence[str] | None = None) ->
     table = pq.ParquetFile(pa.BufferReader(data)).read(
         columns=None if columns is None else list(columns)
     )
-    said = table.schema.metadata
-    return table.replace_schema_metadata({k: v for k, v in said.items() if k != _CHECKSUM.encode()})
+    footer = dict(table.schema.metadata)
+    del footer[_CHECKSUM.encode()]
+    return table.replace_schema_metadata(footer)
 
 
 def read_rows(store: Store, name: str) -> int:

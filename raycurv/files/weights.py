@@ -87,7 +87,7 @@ def _refuse_own(store: Store, files: tuple[CheckpointFile, ...]) -> None:
         if not store.local or file.source is None:
             continue
         own = file.source.parents[len(PurePosixPath(file.name).parts) - 1]
-        if os.path.realpath(own) == store.place:
+        if os.path.realpath(own) == store.identity:
             raise UserError(
                 store.root,
                 "another directory than that of the model itself",

@@ -149,7 +149,7 @@ class Checkpoint:
         """
         path = self.directory / file
         # What the file itself has: several files may have a tensor of one name.
-        entries = sorted(_read_header(path).items(), key=_place)
+        entries = sorted(_read_header(path).items(), key=_order)
         start = entries[0][1].offset if entries else path.stat().st_size
         yield from pieces(str(path), "its header", 0, start)
         for key, entry in entries:
@@ -449,7 +449,7 @@ def _read_header(path: Path) -> dict[str, Entry]:
             raise
         raise invalid(f"an unreadable header ({type(error).__name__}: {error})") from error
     at = start
-    for key, entry in sorted(entries.items(), key=_place):
+    for key, entry in sorted(entries.items(), key=_order):
         if entry.offset != at:
             raise invalid(f"tensor {key} at byte {entry.offset} instead of {at}")
         at += entry.nbytes
@@ -460,7 +460,7 @@ def _read_header(path: Path) -> dict[str, Entry]:
     return entries
 
 
-def _place(named: tuple[str, Entry]) -> tuple[int, int]:
+def _order(named: tuple[str, Entry]) -> tuple[int, int]:
     """Sorts entries as they lie in their file, empty ones before what begins where they do."""
     return named[1].offset, named[1].nbytes
 

@@ -94,10 +94,11 @@ class Node:
     """A node that is alive.
 
     Attributes:
-        id: Ray's.
-        host: its name.
-        cpus, gpus: in all.
-        memory: bytes that Ray gives out.
+        id: Ray's name of it.
+        host: its machine's name.
+        cpus: cores that Ray gives out, whether or not they are in use.
+        gpus: the same of GPUs.
+        memory: the same of memory, in bytes.
     """
 
     id: str
@@ -110,14 +111,11 @@ class Node:
 def nodes() -> list[Node]:
     """The nodes that are alive."""
     found = []
-    for said in ray.nodes():
-        if said["Alive"]:
-            has = said["Resources"]
-            memory = int(has.get("memory", 0))
-            host = said["NodeManagerHostname"]
-            found.append(
-                Node(said["NodeID"], host, has.get("CPU", 0.0), has.get("GPU", 0.0), memory)
-            )
+    for node in ray.nodes():
+        if node["Alive"]:
+            has, host = node["Resources"], node["NodeManagerHostname"]
+            cpus, gpus, memory = (has.get(what, 0.0) for what in ("CPU", "GPU", "memory"))
+            found.append(Node(node["NodeID"], host, cpus, gpus, int(memory)))
     return found
 
 

@@ -62,7 +62,7 @@ def demand_of(actors: int, cpus: float | None, gpu: bool, own: bool) -> Demand:
 
 
 class Places:
-    """The bundles of all actors.
+    """The bundles of all actors: one a replica where nodes are large enough, else one an actor.
 
     A replica is one bundle where nodes have room for all stages of one, and a bundle a stage
     where they have not.
@@ -102,19 +102,19 @@ class Places:
             raise
 
     def wait(self) -> None:
-        """Until every bundle has a node.
+        """Wait until every bundle has a node.
 
         Raises:
             RaycurvError: there is no room within the time; states demand and supply.
         """
         until = time.monotonic() + self._wait_seconds
-        said = False
+        announced = False
         while not self._group.wait(timeout_seconds=_LOOK_SECONDS) or self._unplaced():
             if time.monotonic() > until:
                 raise self._no_room()
-            if not said and until - time.monotonic() < self._wait_seconds - 2:
+            if not announced and until - time.monotonic() < self._wait_seconds - 2:
                 self._say(f"waiting for room: {self.demanded()}; there is {supply()}")
-                said = True
+                announced = True
             time.sleep(_LOOK_SECONDS)
 
     def options(self, replica: int, stage: int) -> dict[str, Any]:
@@ -154,15 +154,16 @@ class Places:
         return f"{self._replicas} x {self._stages} stages of {each} each"
 
     def remove(self) -> None:
-        """Give the places back."""
+        """Give the bundles back to the cluster."""
         remove_placement_group(self._group)
 
     def _bundle(self, replica: int, stage: int) -> int:
         return replica if self._packed else replica * self._stages + stage
 
     def _nodes(self) -> dict[int, str]:
-        said = placement_group_table(self._group)["bundles_to_node_id"]
-        return {int(number): node for number, node in said.items() if node}
+        """Bundle -> the node that it has, of those that have one."""
+        placed = placement_group_table(self._group)["bundles_to_node_id"]
+        return {int(number): node for number, node in placed.items() if node}
 
     def _unplaced(self) -> bool:
         alive = {node.id for node in nodes()}

@@ -23,8 +23,8 @@ PATIENCE_SECONDS = 90.0
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a node says of itself.
+class NodeReport:
+    """What a node reports of itself.
 
     Attributes:
         versions: of what is installed; ``None`` for what is not.
@@ -61,12 +61,12 @@ def preflight(store: Store, own: bool, patience_seconds: float = PATIENCE_SECOND
         store.write(f"{place}/driver", [token.encode()])
     try:
         directory = store.path(place) if store.local else ""
-        mine = Told(*_probe()(directory, "here"))
-        for node, told in _ask(there, directory, patience_seconds):
+        mine = NodeReport(*_probe()(directory, "here"))
+        for node, report in _ask(there, directory, patience_seconds):
             where = f"node {node.host} ({node.id[:8]})"
-            _compare(where, told, mine)
+            _compare(where, report, mine)
             if store.local:
-                _check_shared(where, told, token, store, f"{place}/{node.id}")
+                _check_shared(where, report, token, store, f"{place}/{node.id}")
     finally:
         if store.local:
             store.delete_directory(place)
@@ -74,7 +74,9 @@ def preflight(store: Store, own: bool, patience_seconds: float = PATIENCE_SECOND
                 store.delete_directory("work")
 
 
-def _ask(there: list[Node], directory: str, patience_seconds: float) -> list[tuple[Node, Told]]:
+def _ask(
+    there: list[Node], directory: str, patience_seconds: float
+) -> list[tuple[Node, NodeReport]]:
     """The answers of all nodes; one that has gone meanwhile gives none."""
     handles = {}
     for node in there:
@@ -88,7 +90,7 @@ def _ask(there: list[Node], directory: str, patience_seconds: float) -> list[tup
         try:
             if handle not in answered:
                 raise GetTimeoutError(f"none within {patience_seconds:g} s")
-            found.append((node, Told(*ray.get(handle))))
+            found.append((node, NodeReport(*ray.get(handle))))
         except (NodeDiedError, TaskUnschedulableError):
             continue
         except RayError as error:
@@ -100,12 +102,12 @@ def _ask(there: list[Node], directory: str, patience_seconds: float) -> list[tup
     return found
 
 
-def _compare(where: str, told: Told, mine: Told) -> None:
+def _compare(where: str, report: NodeReport, mine: NodeReport) -> None:
     for package, wanted in mine.versions.items():
-        version = told.versions[package]
+        version = report.versions[package]
         if version is None:
             got = f"no {package}"
-        elif package == "raycurv" and told.source != mine.source:
+        elif package == "raycurv" and report.source != mine.source:
             got = f"raycurv {version}, whose source code is another"
         # What follows the + of torch's is which devices it was built for.
         elif package != "raycurv" and _public(version) != _public(wanted):
@@ -122,9 +124,9 @@ def _public(version: str | None) -> str:
     return (version or "").partition("+")[0]
 
 
-def _check_shared(where: str, told: Told, token: str, store: Store, name: str) -> None:
-    failure = told.failure
-    if told.read != token:
+def _check_shared(where: str, report: NodeReport, token: str, store: Store, name: str) -> None:
+    failure = report.failure
+    if report.read != token:
         failure = "it does not see what the driver wrote there"
     elif not failure and not store.exists(name):
         failure = "the driver does not see what it wrote there"

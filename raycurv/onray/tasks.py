@@ -53,7 +53,7 @@ class _Running:
 
 @dataclass
 class Tasks:
-    """Runs functions once each.
+    """Runs functions as Ray tasks, on each of some arguments once.
 
     Attributes:
         places: of the actors, whose cores are idle; ``None`` without actors.
