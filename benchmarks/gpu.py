@@ -160,13 +160,20 @@ class Run:
         small: with sizes that mean nothing.
         seconds: for everything.
         parts: the most valuable first.
+        work: where the files of fits go while they run; by default where temporary files do.
     """
 
     def __init__(
-        self, out: Path, device: str, small: bool, seconds: float, parts: Sequence[Part] = PARTS
+        self,
+        out: Path,
+        device: str,
+        small: bool,
+        seconds: float,
+        parts: Sequence[Part] = PARTS,
+        work: Path | None = None,
     ) -> None:
         self._out, self._device, self._small, self._parts = out, device, small, parts
-        self._began, self._seconds = time.monotonic(), seconds
+        self._began, self._seconds, self._work = time.monotonic(), seconds, work
         # Forked, a part has what was imported before; what torch knows of a GPU does not bear it.
         self._context: Any = multiprocessing.get_context("fork" if device == "cpu" else "spawn")
         self.found = {part.name: Found(part.title) for part in parts}
@@ -180,7 +187,7 @@ class Run:
     def go(self) -> int:
         """Run all parts; gives the exit code."""
         self._out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="raycurv-gpu-") as directory:
+        with tempfile.TemporaryDirectory(prefix="raycurv-gpu-", dir=self._work) as directory:
             for part in self._parts:
                 self._one(part, directory)
                 found = self.found[part.name]
@@ -370,13 +377,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny sizes, to try all of it")
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything")
+    parser.add_argument("--work", type=Path, help="for files of 20 GB while it runs")
     names = [part.name for part in PARTS]
     parser.add_argument("--parts", nargs="+", choices=names, default=names, help="only these")
     chosen = parser.parse_args(arguments)
     parts = [part for part in PARTS if part.name in chosen.parts]
     if chosen.device == "cpu" and not _absent(_JOBS):
         _prepare()
-    return Run(chosen.out, chosen.device, chosen.small, 60 * chosen.minutes, parts).go()
+    return Run(
+        chosen.out, chosen.device, chosen.small, 60 * chosen.minutes, parts, chosen.work
+    ).go()
 
 
 if __name__ == "__main__":

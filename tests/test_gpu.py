@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -54,6 +55,8 @@ def test_all_of_it_runs_on_a_cpu(tmp_path: Path) -> None:
         assert all(row["seconds"] >= 0 and row["peak GB (process)"] > 0 for row in phases.values())
         (whole,) = parts[mode]["tables"]["In all"]
         assert whole["blocks"] == 14 and whole["fit, s"] > 0 < whole["score, s"]
+        assert whole["decomposed"] == "ok"
+        assert whole.get("Pearson with float32", 1.0) > 0.99
     rates = parts["throughput"]["tables"]
     assert {row["kind"] for row in rates["Matrix products, the peaks"]} == {
         "bfloat16", "tf32", "float32",
@@ -70,6 +73,35 @@ def test_without_time_every_part_is_left_out_with_the_reason(tmp_path: Path) -> 
     assert gpu.Run(tmp_path, "cpu", True, 0.0).go() == 0
     for found in results(tmp_path).values():
         assert found["outcome"] == "skipped" and "0 s were left, and it takes" in found["reason"]
+
+
+class Kept:
+    """Notes that a test looks at."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def row(self, table: str, **found: Any) -> None:
+        self.rows.append(found)
+
+    def at(self, text: str) -> None:
+        pass
+
+
+def test_results_that_are_too_far_apart_are_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gpu_fits
+
+    def numbers(model: str, settings: dict[str, Any], place: Place) -> dict[str, np.ndarray]:
+        off = 1e-6 if "stages" in settings else 0.0
+        return {"loss": np.ones(3), "scores": np.array([1.0, 2.0 + off])}
+
+    monkeypatch.setattr(gpu_fits, "_numbers", numbers)
+    kept: Any = Kept()
+    with pytest.raises(AssertionError, match=r"scores of network float64, .* stages 3: 5e-07"):
+        gpu_fits.stages(Place("cpu", True, 1.0, str(tmp_path)), kept)
+    assert [row["verdict"] for row in kept.rows] == ["kept"] * 5 + ["MISSED"]
 
 
 def fails(place: Place, notes: Notes) -> None:
