@@ -22,6 +22,7 @@ import raycurv
 from raycurv.driver.settings import IN_MEMORY
 from raycurv.jobs.fit.fitting import fit
 from raycurv.jobs.influence.scoring import influence
+from raycurv.jobs.inputs import Inputs
 from raycurv.progress.phase import PhaseProgress
 from raycurv.progress.reporter import Reporter
 
@@ -257,7 +258,7 @@ def shape(place: Place, notes: Notes) -> None:
         )
         watched = Watched(notes, "fit", device)
         began = time.perf_counter()
-        fit(chosen, data=rows[:count], reporter=watched)
+        fit(chosen, Inputs(data=rows[:count]), watched)
         watched.between()
         fitted = time.perf_counter() - began
         asked = raycurv.InfluenceSettings(
@@ -266,7 +267,7 @@ def shape(place: Place, notes: Notes) -> None:
         )  # fmt: skip
         watched = Watched(notes, "score", device)
         began = time.perf_counter()
-        influence(asked, queries=rows[count:], train=rows[:count], reporter=watched)
+        influence(asked, Inputs(queries=rows[count:], train=rows[:count]), watched)
         watched.between()
         scored = time.perf_counter() - began
         scores, _, columns = raycurv.open_scores(asked.out).matrix()
