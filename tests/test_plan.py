@@ -21,10 +21,9 @@ from raycurv.mathematics.capture import Capture, Record
 from raycurv.mathematics.choice import choose_blocks
 from raycurv.models.model import Outline
 from raycurv.models.opening import open_model, open_outline
+from raycurv.planning import fit_plan, influence_plan
 from raycurv.planning.advice import Bounds, advise, as_sentence
 from raycurv.planning.arrangement import Arrangement, Peak
-from raycurv.planning.fit_plan import plan_fit
-from raycurv.planning.influence_plan import plan_influence
 from raycurv.planning.job import Job
 from raycurv.planning.plan import Phase, Plan
 from raycurv.planning.rates import Rates
@@ -33,6 +32,7 @@ from raycurv.planning.sizes import sizes
 from raycurv.planning.supply import Supply, memory_here
 from raycurv.planning.trace import trace
 from raycurv.stages.dealing import cut_stages
+from raycurv.steps.method_steps import costs_of
 
 # hidden, feed-forward, layers, heads, key-value heads, vocabulary; then sizes worked out by hand:
 # factors and Λ in float32 (GB), factors, widest, covariance and propagation (GFLOP a token).
@@ -88,6 +88,14 @@ def job(outline: Outline, stages: int = 1, **more: Any) -> Job:
     place = {k: more.pop(k) for k in ("homes", "replicas", "ray", "nodes", "gpus") if k in more}
     recipe = Recipe(**more)
     return Job(shapes(outline, recipe, stages), recipe, Arrangement(**place), BASE)
+
+
+def plan_fit(job: Job, data: DataShape) -> Plan:
+    return fit_plan.plan_fit(job, data, costs_of(job.recipe.kind, job.recipe.gradients))
+
+
+def plan_influence(job: Job, queries: DataShape, train: DataShape) -> Plan:
+    return influence_plan.plan_influence(job, queries, train, costs_of(job.recipe.kind, False))
 
 
 DATA = DataShape.uniform(256, 512, 4096)

@@ -24,6 +24,7 @@ from raycurv.mathematics.methods import open_method
 from raycurv.models.model import Outline
 from raycurv.planning.advice import Bounds
 from raycurv.planning.arrangement import Arrangement
+from raycurv.planning.cost import StepCost
 from raycurv.planning.fit_plan import plan_fit
 from raycurv.planning.influence_plan import plan_influence
 from raycurv.planning.job import Job
@@ -33,6 +34,7 @@ from raycurv.planning.shapes import DataShape, Recipe, stage_shapes
 from raycurv.planning.supply import Supply, existing_parent, free_disk, resident
 from raycurv.planning.trace import Trace, trace
 from raycurv.stages.dealing import cut_stages
+from raycurv.steps.method_steps import costs_of
 
 # Microbatches of so many tokens -> the shape of the data.
 ShapeOf = Callable[[int], DataShape]
@@ -68,7 +70,7 @@ class Drafts:
     def fit(self, data: ShapeOf, changes: Mapping[str, Any]) -> Plan:
         """The plan of a fit."""
         shape = data(changes.get("batch_tokens", self.settings.batch_tokens))
-        return plan_fit(self.job(shape, changes), shape)
+        return plan_fit(self.job(shape, changes), shape, self._costs())
 
     def influence(
         self, queries: ShapeOf, train: ShapeOf | None, changes: Mapping[str, Any]
@@ -80,7 +82,10 @@ class Drafts:
         job = self.job(largest, changes)
         # Of the fit alone.
         job = replace(job, recipe=replace(job.recipe, gradients=False, own=False))
-        return plan_influence(job, asked, trained)
+        return plan_influence(job, asked, trained, self._costs())
+
+    def _costs(self) -> list[StepCost]:
+        return costs_of(self.recipe.kind, self.recipe.gradients)
 
     def job(self, data: DataShape, changes: Mapping[str, Any]) -> Job:
         """The job with some settings changed."""

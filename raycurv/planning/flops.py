@@ -10,13 +10,10 @@ Axis letters as in :mod:`raycurv.planning.shapes`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from raycurv.mathematics.gradients import rotate_before
 from raycurv.mathematics.influence.ihvp import kept_rank
 from raycurv.mathematics.influence.scores import score_through_gradients
 from raycurv.planning.shapes import DataShape, Recipe, StageShape, squares
-from raycurv.stages.dealing import eigh_cost
 
 
 def covariance_of_position(stage: StageShape, recipe: Recipe) -> float:
@@ -29,15 +26,6 @@ def propagation_of_position(stage: StageShape) -> float:
     return 4.0 * sum(b.d_in * b.d_out for b in stage.blocks)
 
 
-def covariance(stage: StageShape, recipe: Recipe, data: DataShape) -> float:
-    """A and G of all data."""
-    factors = stage.factors(recipe.max_factor_dim)
-    outputs = {b.output_factor for b in stage.blocks}
-    once = sum(squares(tiles) for name, tiles in factors.items() if name not in outputs)
-    each = sum(squares(tiles) for name, tiles in factors.items() if name in outputs)
-    return 2.0 * data.positions * (once + recipe.draws * each)
-
-
 def forward(stage: StageShape, data: DataShape) -> float:
     """All data forward."""
     return stage.flops * data.positions
@@ -48,7 +36,7 @@ def backward(stage: StageShape, recipe: Recipe, data: DataShape) -> float:
     return recipe.back * stage.flops * data.positions
 
 
-def gradients(stage: StageShape, recipe: Recipe, data: DataShape) -> float:
+def gradient_flops(stage: StageShape, recipe: Recipe, data: DataShape) -> float:
     """Per-example gradients of all data in the eigenbasis."""
     factors = stage.factors(recipe.max_factor_dim)
     sharing: dict[str, int] = {}
@@ -58,7 +46,7 @@ def gradients(stage: StageShape, recipe: Recipe, data: DataShape) -> float:
     length = data.row_length
     for b in stage.blocks:
         outer = 2.0 * length * b.d_in * b.d_out
-        if not recipe.has_factors:
+        if not recipe.kind.factors:
             total += outer
             continue
         # Tiles are as equal as they can be: d t is what a rotation of one row takes.
@@ -71,27 +59,9 @@ def gradients(stage: StageShape, recipe: Recipe, data: DataShape) -> float:
     return total * data.examples * recipe.draws
 
 
-def gradient_statistics(stage: StageShape, recipe: Recipe, data: DataShape) -> float:
-    """Two products of all rows for each set of labels: examples apart, and together."""
-    if not recipe.gradients:
-        return 0.0
-    sets = 1 + (recipe.draws if recipe.own else 0)
-    return 2 * sets * sum(2.0 * b.d_in * b.d_out for b in stage.blocks) * data.positions
-
-
-def decompositions(stages: Sequence[StageShape], recipe: Recipe) -> list[float]:
-    """Every factor's eigendecomposition, largest first."""
-    found = [
-        eigh_cost(tiles)
-        for stage in stages
-        for tiles in stage.factors(recipe.max_factor_dim).values()
-    ]
-    return sorted(found, reverse=True)
-
-
 def query_products(stage: StageShape, recipe: Recipe, queries: DataShape) -> float:
     """IHVPs of all queries: gradients, and their truncated SVD or the way back from the basis."""
-    total = gradients(stage, recipe, queries)
+    total = gradient_flops(stage, recipe, queries)
     factors = stage.factors(recipe.max_factor_dim)
     for b in stage.blocks:
         size = 2.0 * b.d_in * b.d_out
@@ -99,7 +69,7 @@ def query_products(stage: StageShape, recipe: Recipe, queries: DataShape) -> flo
         if kept is not None:
             # The range, two power steps there and back, and the projection on it.
             total += queries.examples * size * min(kept + 8, b.d_in, b.d_out) * 6
-        elif recipe.has_factors:
+        elif recipe.kind.factors:
             tiles = max(factors[b.input_factor]) + max(factors[b.output_factor])
             total += queries.examples * size * tiles
     return total
@@ -120,5 +90,5 @@ def scores(stage: StageShape, recipe: Recipe, train: DataShape, queries: int) ->
             total += size * (length + queries + queries * (rank or 0) / together)
     total *= train.examples
     if recipe.self_influence:
-        total += gradients(stage, recipe, train)
+        total += gradient_flops(stage, recipe, train)
     return total

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from raycurv.planning import disk, flops
 from raycurv.planning import moments as memory
+from raycurv.planning.cost import StepCost
 from raycurv.planning.job import Job
 from raycurv.planning.plan import Phase, Plan
 from raycurv.planning.shapes import DataShape
@@ -11,15 +14,23 @@ from raycurv.planning.shapes import DataShape
 QUERIES, SCORES = "queries: IHVPs", "scores"
 
 
-def plan_influence(job: Job, queries: DataShape, train: DataShape | None) -> Plan:
+def plan_influence(
+    job: Job, queries: DataShape, train: DataShape | None, costs: Sequence[StepCost]
+) -> Plan:
     """What a scoring takes; disk is that of its own directory, the fit's beside it.
 
     Queries that do not fit together take several passes over the training examples.
+
+    Args:
+        job: what decides it.
+        queries: the queries.
+        train: the training examples; ``None`` where IHVPs alone are wanted.
+        costs: of the fit's steps, whose files are read.
     """
     recipe, stages, groups = job.recipe, job.stages, job.groups
     together = min(memory.queries_at_once(stages, recipe), queries.examples)
     passes = -(-queries.examples // together)
-    of_fit = disk.eigenbases(stages, recipe) + disk.corrected(stages, recipe)
+    of_fit = sum(cost.scored(stages, recipe) for cost in costs)
     held = disk.products(stages, recipe, queries.examples if recipe.ihvp else together)
     tokens = disk.TOKEN * (queries.tokens + (0 if train is None else train.tokens))
     spooled = job.most_spooled(queries) + (0 if train is None else job.most_spooled(train))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from raycurv.planning import disk, flops
-from raycurv.planning import moments as memory
+from raycurv.planning import disk
 from raycurv.planning.arrangement import Arrangement, Moments, Peak, process_peak, stage_peaks
+from raycurv.planning.cost import Group, TaskCost
 from raycurv.planning.rates import Rates
 from raycurv.planning.shapes import DataShape, Recipe, StageShape, squares
 from raycurv.stages.dealing import makespan
@@ -16,8 +16,6 @@ from raycurv.stages.dealing import makespan
 RAY_DAEMONS = 450 * 1000**2
 # What a process takes of a GPU before its first tensor: context, and libraries' workspaces.
 GPU_CONTEXT = 1000 * 1000**2
-
-Group = Sequence[StageShape]
 
 
 @dataclass(frozen=True)
@@ -83,14 +81,14 @@ class Job:
         node = self._fullest([p.bytes for p in peaks], here.nodes)
         return Place(max(peaks, key=lambda p: p.bytes), node + beside)
 
-    def decomposing(self) -> Place:
-        """The phase in which factors are decomposed, beside resident stages."""
-        return most(self._decomposing(group) for group in self.groups)
+    def tasks(self, cost: TaskCost) -> Place:
+        """A phase of a task for each factor, beside resident stages."""
+        return most(self._tasks(cost, group) for group in self.groups)
 
-    def _decomposing(self, group: Group) -> Place:
+    def _tasks(self, cost: TaskCost, group: Group) -> Place:
         here, recipe = self.arrangement, self.recipe
         factors = [t for s in group for t in s.factors(recipe.max_factor_dim).values()]
-        tasks = sorted((memory.decomposition(t, recipe.store_dtype) for t in factors), reverse=True)
+        tasks = sorted((cost.memory(t, recipe.store_dtype) for t in factors), reverse=True)
         weights = sum(stage.weights for stage in group)
         # A group may be layers without weights alone, and have nothing to decompose.
         largest = max(tasks, default=0)
@@ -126,7 +124,8 @@ class Job:
         sizes = [
             8 * squares(t) for s in group for t in s.factors(self.recipe.max_factor_dim).values()
         ]
-        written = max(8, self.recipe.computed * self.recipe.gradient_sums)
+        sums = (4 if self.recipe.own else 2) if self.recipe.gradients else 0
+        written = max(8, self.recipe.computed * sums)
         sizes += [written * b.d_in * b.d_out for s in group for b in s.blocks]
         return max(sizes, default=0)
 
@@ -153,17 +152,19 @@ class Job:
         side_by_side = min(here.gpus or (here.nodes if here.ray else 1), most_at_once)
         return computed / side_by_side + stored / min(rates.read, rates.write) / here.nodes
 
-    def decomposition_seconds(self) -> float | None:
-        """Of all eigendecompositions, dealt out longest first."""
+    def task_flops(self, cost: TaskCost, stages: Group) -> list[float]:
+        """FLOPs of every task, largest first."""
+        factors = (t for s in stages for t in s.factors(self.recipe.max_factor_dim).values())
+        return sorted(map(cost.flops, factors), reverse=True)
+
+    def task_seconds(self, cost: TaskCost) -> float | None:
+        """Of all tasks, dealt out longest first."""
         rates, here = self.rates, self.arrangement
         if rates is None:
             return None
         at_once = here.gpus or (here.cores * here.nodes if here.ray else 1)
-        total = 0.0
-        for group in self.groups:
-            costs = flops.decompositions(group, self.recipe)
-            total += makespan(costs, at_once) / rates.eigh
-        return total
+        ends = (makespan(self.task_flops(cost, group), at_once) for group in self.groups)
+        return sum(end / rates.eigh for end in ends)
 
     def spool(self, data: DataShape, group: int) -> int:
         """Bytes of the spool at most while a group is resident on the way back."""

@@ -9,13 +9,11 @@ Axis letters as in :mod:`raycurv.planning.shapes`; R = N·T rows of the largest 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
-from raycurv.files.row_files import RUN
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.gradients import CHUNK, PIECE, rotate_before
 from raycurv.mathematics.influence.ihvp import kept_rank, product_elements
@@ -48,7 +46,7 @@ class Moment:
 def loading(stage: StageShape, recipe: Recipe) -> tuple[Moment, ...]:
     """Weights come one at a time, as they are stored (2 bytes a number, as most are), and are
     cast."""
-    return (Moment("loading", _weights(stage), {"a weight as stored": 2 * stage.largest_weight}),)
+    return (Moment("loading", weights_of(stage), {"a weight as stored": 2 * stage.largest_weight}),)
 
 
 def forward_only(
@@ -67,93 +65,7 @@ def forward_only(
     passing |= _layer(stage, recipe, data)
     if to_end:
         passing |= _head(stage, recipe, data, False)
-    return (Moment("forward", _weights(stage), passing),)
-
-
-def covariance(stage: StageShape, recipe: Recipe, data: DataShape) -> tuple[Moment, ...]:
-    """A and G."""
-    factors = stage.factors(recipe.max_factor_dim)
-    outputs = {block.output_factor for block in stage.blocks}
-    sums = sum(
-        squares(tiles)
-        * sum_bytes(recipe, data.microbatches * (recipe.draws if n in outputs else 1))
-        for n, tiles in factors.items()
-    )
-    held = _weights(stage) | {"sums of A and G": sums} | _gradient_sums(stage, recipe, data)
-    adding = max(
-        (
-            # The product is added to the sum afterwards; one operand is laid out anew for it.
-            recipe.computed
-            * (max(tiles) ** 2 + data.rows * (max(tiles) + _cast(recipe, sum(tiles))))
-            for tiles in factors.values()
-        ),
-        default=0,
-    )
-    # The sum in float64, and as it is written.
-    finishing = (8 + recipe.computed) * max(map(squares, factors.values()), default=0)
-    passing = _larger({"covariance of a factor": adding}, _squared(stage, recipe, data))
-    return (
-        *_running(stage, recipe, data, held, passing),
-        Moment("writing factors", held, {"a factor in float64": finishing}),
-        *_writing_gradients(stage, recipe, held),
-    )
-
-
-def decomposition(tiles: Sequence[int], store_dtype: torch.dtype) -> int:
-    """Bytes of the task that decomposes one factor.
-
-    The sum and the mean of all tiles in float64; of one tile the symmetric matrix, the eigenvectors
-    (numpy has them twice) and LAPACK's workspace of ``2 d²`` (dsyevd); the eigenvectors so far as
-    they are stored.
-    """
-    whole, tile = squares(tiles), max(tiles) ** 2
-    return 16 * whole + 40 * tile + store_dtype.itemsize * (whole - tile)
-
-
-def corrected(stage: StageShape, recipe: Recipe, data: DataShape) -> tuple[Moment, ...]:
-    """Λ in the eigenbases, or in the weights' own for the diagonal."""
-    sums = 0
-    for block, turned in _turned(stage, recipe, data):
-        size = block.d_in * block.d_out
-        together = max(1, (PIECE if turned else CHUNK) // size)
-        additions = data.microbatches * recipe.draws * math.ceil(data.batch_examples / together)
-        sums += size * sum_bytes(recipe, additions)
-    held = _weights(stage) | _bases(stage, recipe) | {"sums of Λ": sums}
-    held |= _gradient_sums(stage, recipe, data)
-    # The sum and the mean in float64, and both as they are written.
-    written = recipe.store_dtype.itemsize + (recipe.computed if recipe.keep_sums else 0)
-    largest = max((b.d_in * b.d_out for b in stage.blocks), default=0)
-    finishing = (8 + 8 + written) * largest
-    passing = _gradients(stage, recipe, data, 1, pieces=True)
-    return (
-        *_running(stage, recipe, data, held, _larger(passing, _squared(stage, recipe, data))),
-        Moment("writing Λ", held, {"a block in float64": finishing}),
-        *_writing_gradients(stage, recipe, held),
-    )
-
-
-def gradient_statistics(stage: StageShape, recipe: Recipe, data: DataShape) -> tuple[Moment, ...]:
-    """Gradient statistics in a pass of their own."""
-    held = _weights(stage) | _gradient_sums(stage, recipe, data)
-    return (
-        *_running(stage, recipe, data, held, _squared(stage, recipe, data)),
-        *_writing_gradients(stage, recipe, held),
-    )
-
-
-def rank_rows(stage: StageShape, recipe: Recipe, data: DataShape) -> tuple[Moment, ...]:
-    """The rows of a rank-m Fisher."""
-    elements = sum(b.d_in * b.d_out for b in stage.blocks)
-    largest = max((b.d_in * b.d_out for b in stage.blocks), default=0)
-    held = _weights(stage) | {"rows": recipe.rows * recipe.computed * elements}
-    held |= _gradient_sums(stage, recipe, data)
-    # As they are written; some outputs' at a time in float64.
-    finishing = recipe.rows * recipe.store_dtype.itemsize * largest + 16 * RUN
-    return (
-        *_running(stage, recipe, data, held, _gradients(stage, recipe, data, 1, pieces=False)),
-        Moment("writing rows", held, {"rows of a block": finishing}),
-        *_writing_gradients(stage, recipe, held),
-    )
+    return (Moment("forward", weights_of(stage), passing),)
 
 
 def query_products(
@@ -163,12 +75,12 @@ def query_products(
     elements = sum(b.d_in * b.d_out for b in stage.blocks)
     largest = max((b.d_in * b.d_out for b in stage.blocks), default=0)
     # The products of M-FAC start as plain gradients.
-    plain = recipe.method in ("identity", "mfac")
+    plain = not recipe.kind.spectral
     inverse = 0 if plain else recipe.computed * elements
-    read = {"kfac": 8, "identity": 0, "mfac": 0}.get(recipe.method, recipe.store_dtype.itemsize)
+    read = recipe.store_dtype.itemsize if recipe.kind.corrected else 8 * (not plain)
     held = (
-        _weights(stage)
-        | _bases(stage, recipe)
+        weights_of(stage)
+        | bases_of(stage, recipe)
         | {
             "1 / (Λ + λ)": inverse,
             "IHVPs": products_bytes(stage, recipe, queries),
@@ -176,35 +88,36 @@ def query_products(
     )
     # The gradient, the same over Λ + λ, and for whole products the way back from the eigenbasis.
     copies = 2 if recipe.rank is not None else 5
+    passing = gradients_of(stage, recipe, data, copies, pieces=False)
     opening = {"Λ as read": read * elements, "a block in float64": 16 * largest if inverse else 0}
     return (
         Moment("reading curvature", held, opening),
-        *_running(stage, recipe, data, held, _gradients(stage, recipe, data, copies, pieces=False)),
+        *running(stage, recipe, data, held, passing),
     )
 
 
 def scores(stage: StageShape, recipe: Recipe, data: DataShape, queries: int) -> tuple[Moment, ...]:
     """Training examples against the IHVPs of so many queries."""
-    held = _weights(stage) | {"IHVPs": products_bytes(stage, recipe, queries)}
+    held = weights_of(stage) | {"IHVPs": products_bytes(stage, recipe, queries)}
     most = max((_scored(block, recipe, data, queries) for block in stage.blocks), default=0)
     passing = {"gradients or projections of some examples": most}
-    if recipe.rank is None and recipe.method != "mfac":
+    if recipe.rank is None and not recipe.kind.ranked:
         # Where examples are few, their rows are turned into the products' basis.
-        held |= _bases(stage, recipe)
+        held |= bases_of(stage, recipe)
     if recipe.self_influence:
         elements = sum(b.d_in * b.d_out for b in stage.blocks)
-        if recipe.method == "mfac":
+        if recipe.kind.ranked:
             held |= {"rows": 8 * recipe.rows * elements}
         else:
-            held |= _bases(stage, recipe) | {"1 / (Λ + λ)": recipe.computed * elements}
-        passing = _gradients(stage, recipe, data, 1, pieces=True)
-    return _running(stage, recipe, data, held, passing)
+            held |= bases_of(stage, recipe) | {"1 / (Λ + λ)": recipe.computed * elements}
+        passing = gradients_of(stage, recipe, data, 1, pieces=True)
+    return running(stage, recipe, data, held, passing)
 
 
 def _scored(block: Block, recipe: Recipe, data: DataShape, queries: int) -> int:
     """What a block's scores pass through: whole gradients and products, or projected rows."""
     item, rows, size = recipe.computed, data.rows, block.d_in * block.d_out
-    cast = item * rows * _cast(recipe, block.d_in + block.d_out)
+    cast = item * rows * cast_elements(recipe, block.d_in + block.d_out)
     examples = min(data.batch_examples, max(1, TOGETHER // size))
     kept = kept_rank(recipe.rank, block.d_out, block.d_in)
     if kept is None:
@@ -239,74 +152,28 @@ def sum_bytes(recipe: Recipe, additions: int) -> int:
     return 12 if additions > FOLD_EVERY else 4
 
 
-def gradient_sum_bytes(stage: StageShape, recipe: Recipe, data: DataShape) -> int:
-    """Bytes of the running sums of gradient statistics: means, squares and, of drawn labels,
-    squares of examples and of whole microbatches."""
-    if not recipe.gradients:
-        return 0
-    total = 0
-    for block in stage.blocks:
-        size = block.d_in * block.d_out
-        together = max(1, PIECE // size)
-        pieces = data.microbatches * math.ceil(data.batch_examples / together)
-        additions = [data.microbatches, pieces]
-        if recipe.own:
-            additions += [recipe.draws * pieces, recipe.draws * data.microbatches]
-        total += size * sum(sum_bytes(recipe, count) for count in additions)
-    return total
-
-
-def _gradient_sums(stage: StageShape, recipe: Recipe, data: DataShape) -> Bytes:
-    return {"sums of gradients": gradient_sum_bytes(stage, recipe, data)}
-
-
-def _squared(stage: StageShape, recipe: Recipe, data: DataShape) -> Bytes:
-    """What passes while gradient statistics are gathered, which are in the weights' own basis."""
-    if not recipe.gradients:
-        return {}
-    pieces = _gradients(stage, replace(recipe, method="diagonal"), data, 1, pieces=True)
-    # A product of all rows is added to the sum afterwards; one operand is laid out anew for it.
-    product = max(
-        (
-            b.d_in * b.d_out + data.rows * (b.d_in + _cast(recipe, b.d_in + b.d_out))
-            for b in stage.blocks
-        ),
-        default=0,
-    )
-    return _larger(pieces, {"sum of some gradients": recipe.computed * product})
-
-
-def _writing_gradients(stage: StageShape, recipe: Recipe, held: Bytes) -> tuple[Moment, ...]:
-    """All sums of a block in float64 and as they are written, and a mean and its square."""
-    if not recipe.gradients:
-        return ()
-    largest = max((b.d_in * b.d_out for b in stage.blocks), default=0)
-    finishing = ((8 + recipe.computed) * recipe.gradient_sums + 16) * largest
-    return (Moment("writing gradients", held, {"a block's gradients in float64": finishing}),)
-
-
-def _larger(one: Bytes, other: Bytes) -> Bytes:
+def larger(one: Bytes, other: Bytes) -> Bytes:
     """What takes more of two that take turns."""
     return max(one, other, key=lambda parts: sum(parts.values()))
 
 
-def _weights(stage: StageShape) -> Bytes:
+def weights_of(stage: StageShape) -> Bytes:
     return {"weights": stage.weights}
 
 
-def _bases(stage: StageShape, recipe: Recipe) -> Bytes:
-    if not recipe.has_factors:
+def bases_of(stage: StageShape, recipe: Recipe) -> Bytes:
+    if not recipe.kind.factors:
         return {}
     factors = stage.factors(recipe.max_factor_dim)
     return {"eigenbases": recipe.store_dtype.itemsize * sum(map(squares, factors.values()))}
 
 
-def _cast(recipe: Recipe, elements: int) -> int:
+def cast_elements(recipe: Recipe, elements: int) -> int:
     """What is copied to compute in float32."""
     return elements if recipe.dtype.itemsize < 4 else 0
 
 
-def _running(
+def running(
     stage: StageShape, recipe: Recipe, data: DataShape, held: Bytes, gathering: Bytes
 ) -> tuple[Moment, ...]:
     """The moments of a microbatch: at the turn or the start of its backward, and when its captured
@@ -362,7 +229,9 @@ def _head(stage: StageShape, recipe: Recipe, data: DataShape, backward: bool) ->
     return {"logits and their gradients": numbers * each}
 
 
-def _turned(stage: StageShape, recipe: Recipe, data: DataShape) -> Iterator[tuple[Block, bool]]:
+def turned_blocks(
+    stage: StageShape, recipe: Recipe, data: DataShape
+) -> Iterator[tuple[Block, bool]]:
     """The blocks, and whether their rows are turned before the outer product."""
     sharing: dict[str, int] = {}
     for block in stage.blocks:
@@ -371,7 +240,7 @@ def _turned(stage: StageShape, recipe: Recipe, data: DataShape) -> Iterator[tupl
     for block in stage.blocks:
         yield (
             block,
-            not recipe.has_factors
+            not recipe.kind.factors
             or rotate_before(
                 data.batch_positions,
                 block.d_in,
@@ -383,7 +252,7 @@ def _turned(stage: StageShape, recipe: Recipe, data: DataShape) -> Iterator[tupl
         )
 
 
-def _gradients(
+def gradients_of(
     stage: StageShape, recipe: Recipe, data: DataShape, copies: int, pieces: bool
 ) -> Bytes:
     """Per-example gradients of a block in the eigenbasis, a few examples at a time.
@@ -396,15 +265,15 @@ def _gradients(
     factors = stage.factors(recipe.max_factor_dim)
     inputs: dict[str, int] = {}
     largest = 0
-    for block, turned in _turned(stage, recipe, data):
+    for block, turned in turned_blocks(stage, recipe, data):
         size = block.d_in * block.d_out
-        here = item * rows * _cast(recipe, block.d_in + block.d_out)
+        here = item * rows * cast_elements(recipe, block.d_in + block.d_out)
         cast = 0
-        if recipe.has_factors and recipe.store_dtype.itemsize != item:
+        if recipe.kind.factors and recipe.store_dtype.itemsize != item:
             # A basis that is stored in another dtype is cast for each product.
             widest = (*factors[block.input_factor], *factors[block.output_factor])
             cast = item * max(widest) ** 2
-        if turned and recipe.has_factors:
+        if turned and recipe.kind.factors:
             inputs[block.input_factor] = item * rows * block.d_in
             here += item * rows * block.d_out
         if turned and pieces:

@@ -14,6 +14,7 @@ import torch
 from raycurv.data.microbatch import Lengths, plan_microbatches
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.factors import factors_of
+from raycurv.mathematics.methods import Method, open_method
 from raycurv.models.model import Outline
 from raycurv.planning.trace import Trace
 
@@ -122,19 +123,9 @@ class Recipe:
         return self.draws + self.own
 
     @property
-    def gradient_sums(self) -> int:
-        """How many sums of a block's shape gradient statistics are."""
-        return (4 if self.own else 2) if self.gradients else 0
-
-    @property
-    def has_factors(self) -> bool:
-        """Whether the method has Kronecker factors."""
-        return self.method in ("ekfac", "kfac")
-
-    @property
-    def has_corrected(self) -> bool:
-        """Whether the method has a second pass for Λ."""
-        return self.method in ("ekfac", "diagonal")
+    def kind(self) -> Method:
+        """What the method has."""
+        return open_method(self.method)
 
 
 @dataclass(frozen=True)
@@ -163,6 +154,11 @@ class StageShape:
     first: bool
     last: bool
     vocabulary: int
+
+    @property
+    def largest_block(self) -> int:
+        """Elements of the largest block."""
+        return max((b.d_in * b.d_out for b in self.blocks), default=0)
 
     def factors(self, max_factor_dim: int | None) -> dict[str, tuple[int, ...]]:
         """Factor -> widths of its tiles, in the order in which they are summed up."""

@@ -40,7 +40,7 @@ def sizes(stages: Sequence[StageShape], recipe: Recipe) -> Sizes:
     return Sizes(
         blocks=sum(len(s.blocks) for s in stages),
         weights=sum(s.weights for s in stages),
-        factors=disk.factor_sums(stages, recipe),
+        factors=recipe.computed * disk.factor_elements(stages, recipe),
         lam=recipe.computed * disk.block_elements(stages),
         matrices=len(tiles),
         widest=max(map(sum, tiles), default=0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -21,8 +22,15 @@ from raycurv.files.tensorfile import whole
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.corrected import CorrectedSum, CorrectedSums
 from raycurv.mathematics.eigen import own_axes
+from raycurv.mathematics.gradients import CHUNK, PIECE
 from raycurv.mathematics.sums import Combine
+from raycurv.planning.cost import Group, PassCost
+from raycurv.planning.disk import block_elements
+from raycurv.planning.flops import gradient_flops
+from raycurv.planning.moments import Bytes, bases_of, gradients_of, sum_bytes, turned_blocks
+from raycurv.planning.shapes import DataShape, Recipe, StageShape
 from raycurv.steps.covariances import undecomposed
+from raycurv.steps.decompositions import basis_bytes
 from raycurv.steps.step import PassStep
 
 
@@ -67,12 +75,54 @@ class CorrectedGatherer:
         write_corrected(self.store, block, result, self.store_dtype, mark, self.sum_dtype)
 
 
+class CorrectionCost(PassCost):
+    """Sums of Λ beside the eigenbases, or alone for the diagonal."""
+
+    phase = "second pass: Λ"
+    writing_name = "writing Λ"
+
+    def held(self, stage: StageShape, recipe: Recipe, data: DataShape) -> Bytes:
+        sums = 0
+        for block, rotated_before in turned_blocks(stage, recipe, data):
+            size = block.d_in * block.d_out
+            together = max(1, (PIECE if rotated_before else CHUNK) // size)
+            additions = data.microbatches * recipe.draws * math.ceil(data.batch_examples / together)
+            sums += size * sum_bytes(recipe, additions)
+        return bases_of(stage, recipe) | {"sums of Λ": sums}
+
+    def passing(self, stage: StageShape, recipe: Recipe, data: DataShape) -> Bytes:
+        return gradients_of(stage, recipe, data, 1, pieces=True)
+
+    def writing(self, stage: StageShape, recipe: Recipe) -> Bytes:
+        # The sum and the mean in float64, and both as they are written.
+        return {"a block in float64": (16 + self._stored(recipe)) * stage.largest_block}
+
+    def flops(self, stage: StageShape, recipe: Recipe, data: DataShape) -> float:
+        return gradient_flops(stage, recipe, data)
+
+    def files(self, group: Group, recipe: Recipe, data: DataShape) -> int:
+        return self.scored(group, recipe)
+
+    def scored(self, group: Group, recipe: Recipe) -> int:
+        return self._stored(recipe) * block_elements(group)
+
+    def read(self, group: Group, recipe: Recipe) -> int:
+        return basis_bytes(group, recipe) if recipe.kind.factors else 0
+
+    def commit(self, group: Group, recipe: Recipe, data: DataShape) -> int:
+        return sum_bytes(recipe, data.microbatches) * block_elements(group)
+
+    def _stored(self, recipe: Recipe) -> int:
+        """Bytes of an element of Λ, and of its sum where sums are kept."""
+        return recipe.store_dtype.itemsize + (recipe.computed if recipe.keep_sums else 0)
+
+
 class Corrections(PassStep):
     """Corrected eigenvalues, and every example's squared gradient norm."""
 
     name = "corrected"
     pass_name = "corrected"
-    label = "second pass: Λ"
+    cost = CorrectionCost()
 
     def ready(self, group: int) -> bool:
         return not self.fit.method.factors or not undecomposed(self.fit, group)

@@ -14,6 +14,10 @@ from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.factors import FactorSum, FactorSums, factors_of
 from raycurv.mathematics.loss.differentiation import DRAWN
 from raycurv.mathematics.sums import Combine
+from raycurv.planning.cost import Group, PassCost
+from raycurv.planning.disk import factor_elements
+from raycurv.planning.moments import Bytes, cast_elements, sum_bytes
+from raycurv.planning.shapes import DataShape, Recipe, StageShape, squares
 from raycurv.steps.step import Fit, PassStep
 
 
@@ -44,12 +48,65 @@ class FactorGatherer:
         write_factor(self.store, result, self.sum_dtype)
 
 
+class CovarianceCost(PassCost):
+    """Sums of A and G, a factor at a time beside them."""
+
+    phase = "first pass: A and G"
+    writing_name = "writing factors"
+
+    def held(self, stage: StageShape, recipe: Recipe, data: DataShape) -> Bytes:
+        sums = 0
+        for name, tiles in stage.factors(recipe.max_factor_dim).items():
+            additions = data.microbatches * (recipe.draws if name in _outputs(stage) else 1)
+            sums += squares(tiles) * sum_bytes(recipe, additions)
+        return {"sums of A and G": sums}
+
+    def passing(self, stage: StageShape, recipe: Recipe, data: DataShape) -> Bytes:
+        # The product is added to the sum afterwards; one operand is laid out anew for it.
+        adding = [
+            max(tiles) ** 2 + data.rows * (max(tiles) + cast_elements(recipe, sum(tiles)))
+            for tiles in stage.factors(recipe.max_factor_dim).values()
+        ]
+        return {"covariance of a factor": recipe.computed * max(adding, default=0)}
+
+    def writing(self, stage: StageShape, recipe: Recipe) -> Bytes:
+        # The sum in float64, and as it is written.
+        largest = max(map(squares, stage.factors(recipe.max_factor_dim).values()), default=0)
+        return {"a factor in float64": (8 + recipe.computed) * largest}
+
+    def flops(self, stage: StageShape, recipe: Recipe, data: DataShape) -> float:
+        # 2 Σ t² a position; inputs once, outputs a draw.
+        outputs = _outputs(stage)
+        return sum(
+            2.0 * data.positions * squares(tiles) * (recipe.draws if name in outputs else 1)
+            for name, tiles in stage.factors(recipe.max_factor_dim).items()
+        )
+
+    def written(self, group: Group, recipe: Recipe, data: DataShape) -> int:
+        return factor_sum_bytes(group, recipe)
+
+    def files(self, group: Group, recipe: Recipe, data: DataShape) -> int:
+        return factor_sum_bytes(group, recipe) if recipe.keep_sums else 0
+
+    def commit(self, group: Group, recipe: Recipe, data: DataShape) -> int:
+        return sum_bytes(recipe, data.microbatches) * factor_elements(group, recipe)
+
+
+def _outputs(stage: StageShape) -> set[str]:
+    return {block.output_factor for block in stage.blocks}
+
+
+def factor_sum_bytes(group: Group, recipe: Recipe) -> int:
+    """Bytes of the sums in ``factors/``."""
+    return recipe.computed * factor_elements(group, recipe)
+
+
 class Covariances(PassStep):
     """Sums of A and G; and the labels that are drawn on the way, which later passes read."""
 
     name = "factors"
     pass_name = "covariance"
-    label = "first pass: A and G"
+    cost = CovarianceCost()
 
     def lacking(self, group: int) -> bool:
         return bool(self.sums(group) or self.columns(group))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from raycurv.errors import DamagedFile
@@ -11,17 +13,58 @@ from raycurv.files.store import Store
 from raycurv.files.tables import read_rows
 from raycurv.mathematics.eigen import decompose
 from raycurv.mathematics.factors import factors_of
-from raycurv.planning.moments import decomposition
+from raycurv.planning.cost import Group, TaskCost
+from raycurv.planning.disk import factor_elements
+from raycurv.planning.shapes import DataShape, Recipe, squares
 from raycurv.stages.dealing import eigh_cost, longest_first
 from raycurv.stages.pool import Need
-from raycurv.steps.covariances import undecomposed
+from raycurv.steps.covariances import factor_sum_bytes, undecomposed
 from raycurv.steps.step import TaskStep
+
+
+class DecompositionCost(TaskCost):
+    """A factor and its decomposition; about 9 d³ FLOPs a tile."""
+
+    phase = "eigendecompositions"
+
+    def memory(self, tiles: Sequence[int], store_dtype: torch.dtype) -> int:
+        # The sum and the mean of all tiles in float64; of one tile the symmetric matrix, the
+        # eigenvectors (numpy has them twice) and LAPACK's workspace of 2 d² (dsyevd); the
+        # eigenvectors so far as they are stored.
+        whole, tile = squares(tiles), max(tiles) ** 2
+        return 16 * whole + 40 * tile + store_dtype.itemsize * (whole - tile)
+
+    def flops(self, tiles: Sequence[int]) -> float:
+        return eigh_cost(tiles)
+
+    def read(self, group: Group, recipe: Recipe) -> int:
+        return factor_sum_bytes(group, recipe)
+
+    def files(self, group: Group, recipe: Recipe, data: DataShape) -> int:
+        return basis_bytes(group, recipe)
+
+    def scored(self, group: Group, recipe: Recipe) -> int:
+        return basis_bytes(group, recipe)
+
+    def most(self, group: Group, recipe: Recipe) -> int:
+        factors = [t for s in group for t in s.factors(recipe.max_factor_dim).values()]
+        largest = recipe.store_dtype.itemsize * max(map(squares, factors), default=0)
+        # A sum goes when its basis is there, unless it is kept with the files of its own step.
+        sums = 0 if recipe.keep_sums else factor_sum_bytes(group, recipe)
+        return max(sums + largest, basis_bytes(group, recipe))
+
+
+def basis_bytes(group: Group, recipe: Recipe) -> int:
+    """Bytes of ``eigen/``: bases in the store's dtype, eigenvalues in float64."""
+    widths = sum(sum(t) for s in group for t in s.factors(recipe.max_factor_dim).values())
+    return recipe.store_dtype.itemsize * factor_elements(group, recipe) + 8 * widths
 
 
 class Decompositions(TaskStep):
     """Eigenbases into ``eigen/``, and their eigenvalues into ``tables/spectrum``."""
 
     name = "eigen"
+    cost = DecompositionCost()
 
     def lacking(self, group: int) -> bool:
         # A run that extends another has taken over its bases.
@@ -33,11 +76,11 @@ class Decompositions(TaskStep):
         tiles = {name: factors[name].tiles(fit.max_factor_dim) for name in undecomposed(fit, group)}
         order = longest_first({name: eigh_cost(widths) for name, widths in tiles.items()})
         needs = [
-            Need(decomposition(tiles[name], fit.store_dtype), eigh_cost(tiles[name]), name)
+            Need(self.cost.memory(tiles[name], fit.store_dtype), eigh_cost(tiles[name]), name)
             for name in order
         ]
         for place, outcome in fit.workers.run_tasks(
-            "eigendecompositions",
+            self.cost.phase,
             decompose_factor,
             [(fit.store, name, fit.store_dtype, fit.workers.device) for name in order],
             needs,

@@ -8,7 +8,16 @@ from raycurv.driver.sinks import write_examples
 from raycurv.files.tables import read_table, write_table
 from raycurv.mathematics.gradients import SQUARED_NORM
 from raycurv.mathematics.loss.differentiation import LOSS
+from raycurv.planning.cost import PassCost
 from raycurv.steps.step import EXAMPLES_TABLE, PassStep
+
+
+class LossCost(PassCost):
+    """A forward, where no other pass gives the losses."""
+
+    phase = "losses"
+    rides = True
+    differentiates = False
 
 
 class ExampleLosses(PassStep):
@@ -19,9 +28,7 @@ class ExampleLosses(PassStep):
     """
 
     pass_name = "losses"
-    label = "losses"
-    rides = True
-    differentiates = False
+    cost = LossCost()
 
     def lacking(self, group: int) -> bool:
         return bool(self.columns(group))

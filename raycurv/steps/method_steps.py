@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from raycurv.mathematics.methods import Method
+from raycurv.planning.cost import StepCost
 from raycurv.steps.corrections import Corrections
 from raycurv.steps.covariances import Covariances
 from raycurv.steps.decompositions import Decompositions
@@ -13,14 +15,28 @@ from raycurv.steps.step import Fit, Step
 
 def steps_of(fit: Fit) -> list[Step]:
     """The steps of a fit, in the order in which a group of stages goes through them."""
-    method = fit.method
+    steps = _steps(fit.method, fit.gradients)
+    # A run that extends another has taken over its bases.
+    return [step(fit) for step in steps if fit.extends is None or step is not Covariances]
+
+
+def costs_of(method: Method, gradients: bool) -> list[StepCost]:
+    """What the steps of a fit take.
+
+    Args:
+        method: of the fit.
+        gradients: whether it gathers gradient statistics.
+    """
+    return [step.cost for step in _steps(method, gradients)]
+
+
+def _steps(method: Method, gradients: bool) -> list[type[Step]]:
     steps: list[tuple[bool, type[Step]]] = [
-        # A run that extends another has taken over its bases.
-        (method.factors and fit.extends is None, Covariances),
+        (method.factors, Covariances),
         (method.factors, Decompositions),
         (method.corrected, Corrections),
         (method.ranked, RankRows),
-        (fit.gradients, Statistics),
+        (gradients, Statistics),
         (True, ExampleLosses),
     ]
-    return [step(fit) for wanted, step in steps if wanted]
+    return [step for wanted, step in steps if wanted]

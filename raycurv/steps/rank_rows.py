@@ -7,12 +7,17 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from raycurv.files.row_files import rows_file, write_rows
+from raycurv.files.row_files import RUN, rows_file, write_rows
 from raycurv.files.store import Store
 from raycurv.files.tensorfile import whole
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.rank.rank_fisher import RowSum, RowSums
 from raycurv.mathematics.sums import Combine
+from raycurv.planning.cost import Group, PassCost
+from raycurv.planning.disk import block_elements
+from raycurv.planning.flops import gradient_flops
+from raycurv.planning.moments import Bytes, gradients_of
+from raycurv.planning.shapes import DataShape, Recipe, StageShape
 from raycurv.steps.step import PassStep
 
 
@@ -44,12 +49,44 @@ class RowGatherer:
         write_rows(self.store, blocks[name], result, self.store_dtype)
 
 
+class RankRowCost(PassCost):
+    """So many copies of a stage's blocks."""
+
+    phase = "gradients"
+    writing_name = "writing rows"
+
+    def held(self, stage: StageShape, recipe: Recipe, data: DataShape) -> Bytes:
+        return {"rows": self.commit([stage], recipe, data)}
+
+    def passing(self, stage: StageShape, recipe: Recipe, data: DataShape) -> Bytes:
+        return gradients_of(stage, recipe, data, 1, pieces=False)
+
+    def writing(self, stage: StageShape, recipe: Recipe) -> Bytes:
+        # As they are written; some outputs' at a time in float64.
+        rows = recipe.rows * recipe.store_dtype.itemsize * stage.largest_block
+        return {"rows of a block": rows + 16 * RUN}
+
+    def flops(self, stage: StageShape, recipe: Recipe, data: DataShape) -> float:
+        return gradient_flops(stage, recipe, data)
+
+    def files(self, group: Group, recipe: Recipe, data: DataShape) -> int:
+        return self.scored(group, recipe)
+
+    def scored(self, group: Group, recipe: Recipe) -> int:
+        blocks = sum(len(stage.blocks) for stage in group)
+        rows = recipe.rows * recipe.store_dtype.itemsize * block_elements(group)
+        return rows + 8 * blocks * recipe.rows**2
+
+    def commit(self, group: Group, recipe: Recipe, data: DataShape) -> int:
+        return recipe.rows * recipe.computed * block_elements(group)
+
+
 class RankRows(PassStep):
     """Rows of gradients, and every example's squared gradient norm."""
 
     name = "rows"
     pass_name = "rows"
-    label = "gradients"
+    cost = RankRowCost()
 
     def lacking(self, group: int) -> bool:
         # Norms come from all groups.

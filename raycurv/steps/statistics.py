@@ -10,8 +10,9 @@ own where no other is due.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,8 +35,19 @@ from raycurv.files.tables import (
 )
 from raycurv.files.tensorfile import whole
 from raycurv.mathematics.blocks import Block
-from raycurv.mathematics.gradient_statistics import BLOCK_NORMS, GradientSum, GradientSums
+from raycurv.mathematics.gradient_statistics import (
+    BLOCK_NORMS,
+    OWN,
+    SAMPLED,
+    GradientSum,
+    GradientSums,
+)
+from raycurv.mathematics.gradients import PIECE
 from raycurv.mathematics.sums import Combine
+from raycurv.planning.cost import Group, PassCost
+from raycurv.planning.disk import block_elements
+from raycurv.planning.moments import Bytes, cast_elements, gradients_of, larger, sum_bytes
+from raycurv.planning.shapes import DataShape, Recipe, StageShape
 from raycurv.steps.step import PassStep
 
 _NORMS = "tables/gradient_norms"
@@ -71,12 +83,67 @@ class GradientGatherer:
         write_gradient(self.store, result, self.dtype)
 
 
+class StatisticsCost(PassCost):
+    """Sums of means and squares: of own labels, and where labels are drawn of those as well."""
+
+    phase = "gradient statistics"
+    writing_name = "writing gradients"
+    rides = True
+
+    def held(self, stage: StageShape, recipe: Recipe, data: DataShape) -> Bytes:
+        total = 0
+        for block in stage.blocks:
+            size = block.d_in * block.d_out
+            together = max(1, PIECE // size)
+            pieces = data.microbatches * math.ceil(data.batch_examples / together)
+            additions = [data.microbatches, pieces]
+            if recipe.own:
+                additions += [recipe.draws * pieces, recipe.draws * data.microbatches]
+            total += size * sum(sum_bytes(recipe, count) for count in additions)
+        return {"sums of gradients": total}
+
+    def passing(self, stage: StageShape, recipe: Recipe, data: DataShape) -> Bytes:
+        # Gradients are in the weights' own axes.
+        pieces = gradients_of(stage, replace(recipe, method="diagonal"), data, 1, pieces=True)
+        # A product of all rows is added to the sum afterwards; one operand is laid out anew for it.
+        product = [
+            b.d_in * b.d_out + data.rows * (b.d_in + cast_elements(recipe, b.d_in + b.d_out))
+            for b in stage.blocks
+        ]
+        total = recipe.computed * max(product, default=0)
+        return larger(pieces, {"sum of some gradients": total})
+
+    def writing(self, stage: StageShape, recipe: Recipe) -> Bytes:
+        # All sums of a block in float64 and as they are written, and a mean and its square.
+        written = (8 + recipe.computed) * self._sums(recipe) + 16
+        return {"a block's gradients in float64": written * stage.largest_block}
+
+    def flops(self, stage: StageShape, recipe: Recipe, data: DataShape) -> float:
+        # Two products of all rows for each set of labels: examples apart, and together.
+        sets = 1 + (recipe.draws if recipe.own else 0)
+        return 4.0 * sets * block_elements([stage]) * data.positions
+
+    def files(self, group: Group, recipe: Recipe, data: DataShape) -> int:
+        norms = data.examples * sum(len(stage.blocks) for stage in group)
+        return recipe.computed * (self._sums(recipe) * block_elements(group) + norms)
+
+    def rows(self, group: Group, recipe: Recipe, data: DataShape) -> int:
+        # The norms as a pass's rows and as they wait for those of other groups, in float64.
+        return 16 * data.examples * sum(len(stage.blocks) for stage in group)
+
+    def commit(self, group: Group, recipe: Recipe, data: DataShape) -> int:
+        return sum(sum(self.held(stage, recipe, data).values()) for stage in group)
+
+    def _sums(self, recipe: Recipe) -> int:
+        """How many sums of a block's shape there are."""
+        return len(OWN) + (len(SAMPLED) if recipe.own else 0)
+
+
 class Statistics(PassStep):
     """Means, squares and noise of every block's gradients, and norms of every example's."""
 
     pass_name = "gradients"
-    label = "gradient statistics"
-    rides = True
+    cost = StatisticsCost()
     own_labels = True
 
     def lacking(self, group: int) -> bool:

@@ -26,6 +26,7 @@ from raycurv.files.tables import read_rows
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.loss.differentiation import Target
 from raycurv.mathematics.methods import Method
+from raycurv.planning.cost import PassCost, StepCost
 from raycurv.progress.reporter import Reporter
 from raycurv.stages.passes import Gatherer
 
@@ -160,9 +161,11 @@ class Step(ABC):
 
     Attributes:
         name: what ``run.json`` lists when all groups have these results; empty for no entry.
+        cost: what the step takes, for plans; its phase is what the progress shows.
     """
 
     name: ClassVar[str] = ""
+    cost: ClassVar[StepCost]
 
     def __init__(self, fit: Fit) -> None:
         self.fit = fit
@@ -196,16 +199,13 @@ class PassStep(Step):
 
     Attributes:
         pass_name: of the pass that it leads, for the names of its commits.
-        label: what the progress calls that pass.
-        rides: whether it shares the passes that other steps lead, where they give what it needs.
-        differentiates: whether the pass that it leads goes back through the stages.
+        cost: says also whether the step rides on the passes that others lead, where they give what
+            it needs, and whether a pass that it leads goes back through the stages.
         own_labels: whether it needs gradients of the data's own labels beside the drawn ones.
     """
 
     pass_name: ClassVar[str]
-    label: ClassVar[str]
-    rides: ClassVar[bool] = False
-    differentiates: ClassVar[bool] = True
+    cost: ClassVar[PassCost]
     own_labels: ClassVar[bool] = False
 
     def gatherers(self, group: int) -> tuple[Gatherer, ...]:

@@ -170,8 +170,8 @@ class FitLoop:
         """Run the pass that a step leads through a group, from its last commit if that is of use;
         with the steps that can ride on it."""
         fit = self._fit
-        together = [leader, *(self._riders(group, leader) if leader.differentiates else ())]
-        target: Target = self._differentiated(together) if leader.differentiates else "nothing"
+        together = [leader, *(self._riders(group, leader) if leader.cost.differentiates else ())]
+        target: Target = self._differentiated(together) if leader.cost.differentiates else "nothing"
         gatherers = tuple(g for step in together for g in step.gatherers(group))
         columns = {step: step.columns(group) for step in together}
         sums = frozenset[str]().union(*(step.sums(group) for step in together))
@@ -183,7 +183,7 @@ class FitLoop:
             again = Pass(leader.pass_name, target, fit.draws, leader.again(group))
         sink: Sink = fit.example_rows() if any(columns.values()) else NoSink()
         task = Task(_STREAM, fit.feed(target), work, again, carries, sink)
-        names = sweep.run(group, task, leader.label, lowest if work.differentiates else group)
+        names = sweep.run(group, task, leader.cost.phase, lowest if work.differentiates else group)
         # Labels come from the model's end, and as far as results are carried.
         if names and work.differentiates and group == (0 if carries else fit.last):
             fit.keep_labels(names)
@@ -194,7 +194,7 @@ class FitLoop:
     def _riders(self, group: int, leader: PassStep) -> list[PassStep]:
         found = []
         for step in self._steps:
-            if step is leader or not isinstance(step, PassStep) or not step.rides:
+            if step is leader or not isinstance(step, PassStep) or not step.cost.rides:
                 continue
             both = (*leader.gatherers(group), *step.gatherers(group))
             given = Pass(leader.pass_name, "labels", 1, both).results
