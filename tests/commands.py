@@ -1,4 +1,8 @@
-"""Jobs as a person runs them, in this process or in one of their own, and what to run them on."""
+"""Jobs as a person runs them, in this process or in one of their own, and what to run them on.
+
+Every actor and every job that works on one of the models below imports this file, and the suite
+starts hundreds: at its top is only what models are made of.
+"""
 
 from __future__ import annotations
 
@@ -13,24 +17,16 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-import pytest
 import torch
 from torch import Tensor, nn
 
-from raycurv.data.sources import fingerprint
-from raycurv.driver.corpus import open_corpus
-from raycurv.driver.workers import Workers
-from raycurv.files.manifest import Manifest
-from raycurv.files.store import Store
-from raycurv.jobs import registry
-from raycurv.jobs.evaluate.evaluate_settings import EvaluateSettings
-from raycurv.jobs.losses import Losses
-from raycurv.progress.reporter import Reporter
+if TYPE_CHECKING:
+    from raycurv.jobs.evaluate.evaluate_settings import EvaluateSettings
+    from raycurv.jobs.losses import Losses
 
 ROOT = Path(__file__).resolve().parent.parent
 # A fit and scores in this process whose numbers are equal bit for bit from run to run.
@@ -63,15 +59,19 @@ class Outcome:
 
 def run_here(job: str, flags: Sequence[Any]) -> Outcome:
     """The job's ``main`` in this process, which is quick."""
+    from raycurv.jobs import registry
+
     out, err = io.StringIO(), io.StringIO()
     code = 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [job, *map(str, flags)])
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                registry.start(job.removesuffix(".py"))
-            except SystemExit as end:
-                code = end.code if isinstance(end.code, int) else 1
+    with (
+        mock.patch.object(sys, "argv", [job, *map(str, flags)]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            registry.start(job.removesuffix(".py"))
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
@@ -134,6 +134,14 @@ def open_losses(
     settings: EvaluateSettings, model: Any, objective: str, rows: Sequence[Any], folder: Path
 ) -> Losses:
     """The losses of models in turn, in float64, as a caller of the driver opens them."""
+    from raycurv.data.sources import fingerprint
+    from raycurv.driver.corpus import open_corpus
+    from raycurv.driver.workers import Workers
+    from raycurv.files.manifest import Manifest
+    from raycurv.files.store import Store
+    from raycurv.jobs.losses import Losses
+    from raycurv.progress.reporter import Reporter
+
     store, quiet = Store(str(folder)), Reporter(quiet=True)
     corpus = open_corpus(store, "data", list(rows), "--data", model, settings, None, 0)
     workers = Workers(settings, model, objective, (), torch.float64, 0, quiet, store)
@@ -355,6 +363,9 @@ class NotFinite:
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Rows as a Parquet file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(list(rows)), path)
     return path

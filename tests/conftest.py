@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from itertools import count
 from pathlib import Path
@@ -18,6 +19,9 @@ import raycurv
 
 torch.set_num_threads(1)
 
+# Ray ends processes that have nothing to do when there are more of them than cores, here two. The
+# next task then waits for another to load its libraries, which takes longer than most tests.
+os.environ.setdefault("RAY_num_workers_soft_limit", "5")
 
 # A cluster is many processes: files that start one take turns, in two lines, but for two that are
 # left to the worker which has none to start until then.
