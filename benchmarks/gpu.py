@@ -321,6 +321,7 @@ class Run:
 def _work(part: Part, place: Place, pipe: Connection) -> None:
     """What a part's process does."""
     os.setpgid(0, 0)
+    os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         module, _, name = part.function.partition(":")
         getattr(importlib.import_module(module), name)(place, Notes(pipe))

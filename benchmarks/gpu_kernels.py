@@ -18,6 +18,7 @@ from torch import Tensor
 from raycurv.mathematics.eigen import decompose, eigh
 from raycurv.mathematics.sums import RunningSum
 
+_CLEAR = Path("/proc/self/clear_refs")
 # Seconds of products that a rate is taken from.
 _RATE_SECONDS = 0.3
 # Share of a part's time that it plans with.
@@ -173,18 +174,19 @@ def start_peak(device: torch.device) -> None:
     """Measure the highest memory from now on."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
+    elif _CLEAR.exists():
+        _CLEAR.write_text("5")
 
 
 def peak(device: torch.device) -> dict[str, float]:
-    """The highest memory since :func:`start_peak`: of the GPU, or of this process."""
+    """The highest memory since :func:`start_peak`: of the GPU, or of this process where its system
+    says so."""
     if device.type == "cuda":
         return {
             "peak GB": torch.cuda.max_memory_allocated(device) / 1e9,
             "reserved GB": torch.cuda.max_memory_reserved(device) / 1e9,
         }
-    return {"peak GB (process)": resident("VmHWM") / 1e9}
+    return {"peak GB (process)": resident("VmHWM") / 1e9} if _CLEAR.exists() else {}
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -56,13 +57,12 @@ def modules_digest() -> str:
 
 def source_state() -> str:
     """Commit of raycurv, whether files differ from it, and the digest of its modules."""
-    said = subprocess.run(
-        ["git", "-C", HERE, "describe", "--always", "--dirty=, with uncommitted changes"],
-        capture_output=True,
-        text=True,
-        check=False,
+    describe = ["git", "-C", HERE, "describe", "--always", "--dirty=, with uncommitted changes"]
+    # A copy may lie on a machine that has no git.
+    said = shutil.which("git") and subprocess.run(
+        describe, capture_output=True, text=True, check=False
     )
-    commit = said.stdout.strip() or "not a git checkout"
+    commit = (said and said.stdout.strip()) or "not a git checkout"
     return f"{commit}; blake2b of its modules {modules_digest()}"
 
 
