@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -105,14 +106,15 @@ def find_anatomy(
         prefix = f"{name}." if name else ""
         if any(other != name and other.startswith(prefix) for other in (*outside, layers_name)):
             raise refuse(f"{name or 'the model'} with weights beside those of its parts")
-    masked = True
-    found = _trace(whole, layers, outside, masked)
-    if isinstance(found, Exception):
-        masked = False
-        found = _trace(whole, layers, outside, masked)
-    if isinstance(found, Exception):
-        raise refuse(f"a forward that fails: {type(found).__name__}: {found}") from found
-    early, late, tuples, problem = found
+    for masked in (True, False):
+        try:
+            early, late, tuples, problem = _watch(whole, layers, outside, masked)
+            break
+        except Exception as error:
+            # Foreign code on a device without values: what it raises becomes the reason to refuse.
+            if not masked:
+                got = f"a forward that fails: {type(error).__name__}: {error}"
+                raise refuse(got) from error
     if problem:
         raise refuse(problem)
     tied = names[id(head)] + ".weight" in whole.all_tied_weights_keys and (
@@ -154,12 +156,9 @@ def run_on_meta(whole: nn.Module, examples: int, tokens: int, masked: bool) -> T
     return cast(Tensor, whole(input_ids=ids, attention_mask=mask, use_cache=False).logits)
 
 
-def _trace(
-    whole: nn.Module,
-    layers: nn.ModuleList,
-    outside: Mapping[str, nn.Module],
-    masked: bool,
-) -> tuple[set[str], set[str], bool, str] | Exception:
+def _watch(
+    whole: nn.Module, layers: nn.ModuleList, outside: Mapping[str, nn.Module], masked: bool
+) -> tuple[set[str], set[str], bool, str]:
     """Run the model once on the meta device and watch what reaches its layers and its head.
 
     Everything is frozen, but what comes out of a weight before the layers, or out of a layer, is
@@ -168,75 +167,63 @@ def _trace(
 
     Returns:
         names that run before and behind the layers, whether layers return tuples, and the first
-        thing that forbids cutting, or ""; or what the forward raised.
+        thing that forbids cutting, or "".
     """
     early: set[str] = set()
     late: set[str] = set()
-    seen: list[int] = []
+    called: list[int] = []
     problems: list[str] = []
     tuples: list[bool] = []
     current: list[Tensor] = []
-    handles = []
+    names = {module: name for name, module in outside.items()}
+    numbers = {layer: number for number, layer in enumerate(layers)}
 
     def mark(tensor: Tensor) -> Tensor:
         # Not a leaf: models may go on in place.
         return tensor.detach().requires_grad_().clone()
 
-    def on_outside(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            (late if seen else early).add(name)
-            return output if seen or not isinstance(output, Tensor) else mark(output)
+    def behind_outside(module: nn.Module, args: Any, output: Any) -> Any:
+        (late if called else early).add(names[module])
+        return output if called or not isinstance(output, Tensor) else mark(output)
 
-        return hook
+    def before_layer(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        index, given = numbers[layer], dict(enumerate(args)) | kwargs
+        hidden = given.pop(0, None)
+        if hidden is None:
+            hidden = given.pop("hidden_states", None)
+        if index != len(called):
+            problems.append(f"layer {index} called as number {len(called)}")
+        elif called and hidden is not current[0]:
+            problems.append(f"layer {index} not called with the output of layer {index - 1}")
+        for key, value in given.items():
+            for tensor in _tensors(value):
+                if tensor.requires_grad:
+                    problems.append(f"layer {index} also called with learned values ({key})")
+                elif tensor.dtype == torch.int64 and key not in POSITIONS:
+                    problems.append(f"layer {index} also called with integers ({key})")
+        called.append(index)
 
-    def before_layer(index: int) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            given = dict(enumerate(args)) | kwargs
-            hidden = given.pop(0, None)
-            if hidden is None:
-                hidden = given.pop("hidden_states", None)
-            if index != len(seen):
-                problems.append(f"layer {index} called as number {len(seen)}")
-            elif seen and hidden is not current[0]:
-                problems.append(f"layer {index} not called with the output of layer {index - 1}")
-            for key, value in given.items():
-                for tensor in _tensors(value):
-                    if tensor.requires_grad:
-                        problems.append(f"layer {index} also called with learned values ({key})")
-                    elif tensor.dtype == torch.int64 and key not in POSITIONS:
-                        problems.append(f"layer {index} also called with integers ({key})")
-            seen.append(index)
+    def behind_layer(layer: nn.Module, args: Any, output: Any) -> Any:
+        tuples.append(isinstance(output, tuple))
+        hidden = hidden_of(output)
+        last = numbers[layer] + 1 == len(layers)
+        current[:] = [hidden.detach() if last else mark(hidden)]
+        return (current[0], *output[1:]) if isinstance(output, tuple) else current[0]
 
-        return hook
-
-    def behind_layer(index: int) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            tuples.append(isinstance(output, tuple))
-            hidden = hidden_of(output)
-            current[:] = [mark(hidden) if index + 1 < len(layers) else hidden.detach()]
-            return (current[0], *output[1:]) if isinstance(output, tuple) else current[0]
-
-        return hook
-
-    frozen = [p for p in whole.parameters() if p.requires_grad]
-    for name, module in outside.items():
-        handles.append(module.register_forward_hook(on_outside(name)))
-    for index, layer in enumerate(layers):
-        handles.append(layer.register_forward_pre_hook(before_layer(index), with_kwargs=True))
-        handles.append(layer.register_forward_hook(behind_layer(index)))
-    try:
+    trained = [p for p in whole.parameters() if p.requires_grad]
+    with ExitStack() as stack:
+        for module in names:
+            stack.callback(module.register_forward_hook(behind_outside).remove)
+        for layer in numbers:
+            hook = layer.register_forward_pre_hook(before_layer, with_kwargs=True)
+            stack.callback(hook.remove)
+            stack.callback(layer.register_forward_hook(behind_layer).remove)
+        for parameter in trained:
+            stack.callback(parameter.requires_grad_, True)
         whole.eval().requires_grad_(False)
         logits = run_on_meta(whole, 1, 2, masked)
-    except Exception as error:
-        # Foreign code on a device without values: what it raises becomes the reason to refuse.
-        return error
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        for handle in handles:
-            handle.remove()
-    if len(seen) != len(layers):
-        problems.append(f"{len(seen)} of {len(layers)} layers called")
+    if len(called) != len(layers):
+        problems.append(f"{len(called)} of {len(layers)} layers called")
     if logits.requires_grad:
         problems.append("logits that depend on more than the last layer's output")
     if len(set(tuples)) > 1:
