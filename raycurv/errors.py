@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class RaycurvError(Exception):
     """Base of every error that raycurv raises on purpose.
@@ -27,6 +30,25 @@ class RaycurvError(Exception):
 
 class UserError(RaycurvError, ValueError):
     """A mistake in what the caller gave (flags, files, data, model): a job exits with code 2."""
+
+
+@contextmanager
+def user_errors(
+    where: str, expected: str, remedy: str, *kinds: type[Exception], got: str = "{kind}: {error}"
+) -> Iterator[None]:
+    """What libraries raise in the body becomes a :class:`UserError`; what is one stays as it is.
+
+    Args:
+        kinds: of exceptions that a mistake of the caller's explains.
+        got: how the error is worded, with the exception's ``kind`` and its text, ``error``.
+    """
+    try:
+        yield
+    except RaycurvError:
+        raise
+    except kinds as error:
+        text = got.format(kind=type(error).__name__, error=error)
+        raise UserError(where, expected, text, remedy) from error
 
 
 class NumericalError(RaycurvError):

@@ -12,7 +12,7 @@ import json
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import count
 from numbers import Integral
@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 
-from raycurv.errors import UserError
+from raycurv.errors import UserError, user_errors
 from raycurv.models.checkpoint import sampled_hash
 
 CHUNK_ROWS = 1024
@@ -456,27 +456,15 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-@contextmanager
-def _unreadable(location: str) -> Iterator[None]:
-    try:
-        yield
-    except READ_ERRORS as error:
-        raise UserError(
-            location, "a file that can be read", str(error), "Check its permissions."
-        ) from error
+def _unreadable(location: str) -> AbstractContextManager[None]:
+    wanted, remedy = "a file that can be read", "Check its permissions."
+    return user_errors(location, wanted, remedy, *READ_ERRORS, got="{error}")
 
 
-@contextmanager
-def _not_what_it_says(location: str, what: str) -> Iterator[None]:
-    try:
-        yield
-    except READ_ERRORS as error:
-        raise UserError(
-            location,
-            f"{what}, as its name says",
-            f"something that pyarrow cannot read ({error})",
-            "Write the file again, or move it out of the data.",
-        ) from error
+def _not_what_it_says(location: str, what: str) -> AbstractContextManager[None]:
+    got = "something that pyarrow cannot read ({error})"
+    remedy = "Write the file again, or move it out of the data."
+    return user_errors(location, f"{what}, as its name says", remedy, *READ_ERRORS, got=got)
 
 
 def _null(place: str, name: str) -> UserError:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from raycurv.errors import UserError
+from raycurv.errors import UserError, user_errors
 from raycurv.models.checkpoint_files import TOKENIZER_FILES
 
 
@@ -73,16 +73,14 @@ def _load(directory: Path) -> Any:
     # Imported here since it takes seconds, which data that is tokenised already need not wait for.
     from transformers import AutoTokenizer
 
-    try:
+    with user_errors(
+        str(directory),
+        "a tokenizer that transformers can load",
+        "Try transformers.AutoTokenizer.from_pretrained on the directory, or give the data as "
+        "`input_ids`.",
+        Exception,  # transformers and its back ends raise whatever they meet
+    ):
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-    except Exception as error:  # transformers and its back ends raise whatever they meet
-        raise UserError(
-            str(directory),
-            "a tokenizer that transformers can load",
-            f"{type(error).__name__}: {error}",
-            "Try transformers.AutoTokenizer.from_pretrained on the directory, or give the data as "
-            "`input_ids`.",
-        ) from error
 
 
 def affixes(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

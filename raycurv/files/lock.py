@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from typing import Any
 
-from raycurv.errors import UserError
+from raycurv.errors import UserError, user_errors
 from raycurv.files.lease import Lease
 from raycurv.files.store import Store
 
@@ -67,14 +67,10 @@ def _leased(
     store: Store, owner: Mapping[str, Any], where: str, say: Callable[[str], None]
 ) -> Iterator[None]:
     lease = Lease(store, NAME, owner, where)
-    try:
+    remedy = "Give another --out, or correct the credentials and their rights."
+    with user_errors(where, "a directory that can be written", remedy, OSError, got="{error}"):
         store.make()
         holder = lease.take(say)
-    except OSError as error:
-        raise UserError(
-            where, "a directory that can be written", str(error),
-            "Give another --out, or correct the credentials and their rights.",
-        ) from error  # fmt: skip
     if holder is not None:
         raise _held(where, holder)
     before, store.guard = store.guard, lease.check

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from raycurv import __version__
-from raycurv.errors import DamagedFile, UserError
+from raycurv.errors import DamagedFile, UserError, user_errors
 from raycurv.files.store import Store
 from raycurv.files.tables import SCHEMA_VERSION
 
@@ -171,13 +171,9 @@ def continue_or_refuse(store: Store, wanted: Manifest) -> Manifest:
 
 
 def _begin(store: Store, wanted: Manifest) -> None:
-    try:
+    out, remedy = f"--out {store.root}", "Give another --out, or correct its permissions."
+    with user_errors(out, "a directory that can be written", remedy, OSError, got="{error}"):
         wanted.write(store)
-    except OSError as error:
-        raise UserError(
-            f"--out {store.root}", "a directory that can be written", str(error),
-            "Give another --out, or correct its permissions.",
-        ) from error  # fmt: skip
 
 
 def _computed(store: Store, there: Manifest) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raycurv.errors import UserError
+from raycurv.errors import UserError, user_errors
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -385,18 +385,11 @@ def _files(directory: Path) -> dict[str, set[str]]:
             "Save the model again with save_pretrained, which writes safetensors.",
         )
     path = directory / INDEX
-    try:
-        placed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        files: dict[str, set[str]] = {}
-        for key, file in placed.items():
+    files: dict[str, set[str]] = {}
+    wanted, remedy = 'JSON with a "weight_map" from tensor to file', "Copy the checkpoint again."
+    with user_errors(str(path), wanted, remedy, ValueError, KeyError, TypeError, AttributeError):
+        for key, file in json.loads(path.read_text(encoding="utf-8"))["weight_map"].items():
             files.setdefault(str(file), set()).add(key)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            str(path),
-            'JSON with a "weight_map" from tensor to file',
-            f"{type(error).__name__}: {error}",
-            "Copy the checkpoint again.",
-        ) from error
     for file in sorted(files):
         if not (directory / file).is_file():
             raise UserError(
@@ -479,19 +472,16 @@ def pieces(file: str, what: str, offset: int, nbytes: int) -> Iterator[memoryvie
 
 def _fill(file: str, key: str, offset: int, into: memoryview) -> None:
     """Read ``len(into)`` bytes from ``offset``."""
-    try:
+    where, remedy = f"{file}, tensor {key}", "Check the path of the model."
+    with user_errors(where, "a readable file", remedy, OSError, got="{error}"):
         descriptor = os.open(file, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(
-            f"{file}, tensor {key}", "a readable file", str(error), "Check the path of the model."
-        ) from error
     try:
         done = 0
         while done < len(into):
             got = os.preadv(descriptor, [into[done : done + PIECE_BYTES]], offset + done)
             if got == 0:
                 raise UserError(
-                    f"{file}, tensor {key}",
+                    where,
                     f"{len(into)} bytes from byte {offset}",
                     f"{done}: the file is truncated",
                     "Copy or download the file again.",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from raycurv.batch import Batch
-from raycurv.errors import UserError
+from raycurv.errors import UserError, user_errors
 from raycurv.mathematics.blocks import Block
 from raycurv.models.checkpoint import check_finite, describe_tensor
 from raycurv.models.checkpoint_files import CheckpointFile, state_file
@@ -142,15 +142,13 @@ class FactoryModel(Model):
 
     def _new(self) -> nn.Module:
         make = self._make or _import(self.name, self._base)
-        try:
+        with user_errors(
+            f"model {self.name}",
+            "a factory that returns an nn.Module when called without arguments",
+            "Call it in Python to see where it fails.",
+            Exception,
+        ):
             whole = make()
-        except Exception as error:
-            raise UserError(
-                f"model {self.name}",
-                "a factory that returns an nn.Module when called without arguments",
-                f"{type(error).__name__}: {error}",
-                "Call it in Python to see where it fails.",
-            ) from error
         if not isinstance(whole, nn.Module):
             raise UserError(
                 f"model {self.name}",
@@ -254,17 +252,12 @@ def _import(name: str, base: Path | None) -> Callable[[], nn.Module]:
     folder = str((base or Path.cwd()).absolute())
     if folder not in sys.path:
         sys.path.append(folder)
-    try:
+    wanted = f"{attribute} in an importable module {module_name}"
+    remedy = f"Check the name; imports also look in {folder}."
+    with user_errors(f"model {name}", wanted, remedy, Exception):
         found: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except Exception as error:
-        raise UserError(
-            f"model {name}",
-            f"{attribute} in an importable module {module_name}",
-            f"{type(error).__name__}: {error}",
-            f"Check the name; imports also look in {folder}.",
-        ) from error
     if not callable(found):
         raise UserError(
             f"model {name}",

@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor, nn
 
 from raycurv.batch import Batch
-from raycurv.errors import UserError
+from raycurv.errors import UserError, user_errors
 from raycurv.mathematics.blocks import Block
 from raycurv.models.anatomy import AS_FACTORY, META, Anatomy, find_anatomy, hidden_of, run_on_meta
 from raycurv.models.checkpoint import Checkpoint, Weights
@@ -182,27 +182,19 @@ class HFModel(HFOutline, Model):
 
         # HF looks key renamings up by the name and module of the class.
         pruned = type(base.__name__, (base,), {"__init__": init, "__module__": base.__module__})
-        try:
-            with _quiet():
-                module, info = cast(Any, pruned).from_pretrained(
-                    None,
-                    config=self.config,
-                    state_dict=weights,
-                    dtype=dtype,
-                    output_loading_info=True,
-                    # Mismatches come back in the loading info, to be named below.
-                    ignore_mismatched_sizes=True,
-                    local_files_only=True,
-                )
-        except UserError:
-            raise
-        except (ImportError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"model {self.directory}",
-                f"a checkpoint for {base.__name__} of transformers {transformers.__version__}",
-                f"{type(error).__name__}: {error}",
-                AS_FACTORY,
-            ) from error
+        wanted = f"a checkpoint for {base.__name__} of transformers {transformers.__version__}"
+        kinds = (ImportError, ValueError, RuntimeError)
+        with user_errors(f"model {self.directory}", wanted, AS_FACTORY, *kinds), _quiet():
+            module, info = cast(Any, pruned).from_pretrained(
+                None,
+                config=self.config,
+                state_dict=weights,
+                dtype=dtype,
+                output_loading_info=True,
+                # Mismatches come back in the loading info, to be named below.
+                ignore_mismatched_sizes=True,
+                local_files_only=True,
+            )
         self._check_loaded(module, info, buffers_may_miss)
         if units is not None and self.anatomy.tied:
             # Either was there for HF to resolve the tie from both names.
@@ -412,16 +404,10 @@ def _read_config(directory: Path) -> Any:
             "no such file",
             "Save the model with save_pretrained, or give package.module:factory.",
         )
-    try:
+    wanted = f"a configuration that transformers {transformers.__version__} knows"
+    # Each architecture checks its own fields, with errors of several libraries.
+    with user_errors(str(path), wanted, AS_FACTORY, Exception):
         config = transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True)
-    except Exception as error:
-        # Each architecture checks its own fields, with errors of several libraries.
-        raise UserError(
-            str(path),
-            f"a configuration that transformers {transformers.__version__} knows",
-            f"{type(error).__name__}: {error}",
-            AS_FACTORY,
-        ) from error
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(
             str(path),
@@ -434,19 +420,11 @@ def _read_config(directory: Path) -> Any:
 
 def _causal_model(config: Any, directory: Path) -> nn.Module:
     """The whole model on the meta device."""
-    try:
-        with META, _quiet():
-            return cast(
-                nn.Module,
-                transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32),
-            )
-    except (ImportError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise UserError(
-            f"{directory / 'config.json'}",
-            "the configuration of a causal language model",
-            f"{type(error).__name__}: {error}",
-            AS_FACTORY,
-        ) from error
+    path, wanted = directory / "config.json", "the configuration of a causal language model"
+    kinds = (ImportError, ValueError, KeyError, TypeError, RuntimeError)
+    with user_errors(str(path), wanted, AS_FACTORY, *kinds), META, _quiet():
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return cast(nn.Module, model)
 
 
 @contextmanager
