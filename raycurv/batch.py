@@ -5,7 +5,8 @@ Axis letters: N examples, T positions (the longest example of the microbatch), p
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +30,11 @@ class Batch:
         loss_mask: ``[N, T]`` bool, so aligned: which tokens are targets. ``None`` for all.
         drawn: labels drawn from the model in an earlier pass, ``[draws, N, ...]``, else ``None``.
         numbers: places of the N examples among those of their data, from 0 on.
+        columns: what the objective asked for of the data, by the column's name: of numbers a tensor
+            ``[N, ...]`` (int64 for whole numbers), of text a list of N strings.
+        start: where an objective is called on a slice of positions, the first of them: ``outputs[:,
+            t]`` is of position ``start + t``; else 0. ``inputs``, ``mask`` and ``columns`` are
+            those of whole examples all the same.
     """
 
     index: int
@@ -39,6 +45,8 @@ class Batch:
     loss_mask: Tensor | None = None
     drawn: Tensor | None = None
     numbers: tuple[int, ...] = ()
+    columns: Mapping[str, Tensor | list[str]] = field(default_factory=dict)
+    start: int = 0
 
     @property
     def size(self) -> int:
@@ -50,6 +58,22 @@ class Batch:
         if self.mask is None:
             return torch.ones(self.size, dtype=torch.int64)
         return self.mask.sum(dim=1)
+
+    def at_last(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """The outputs at each example's last token, for an objective that reads nothing else.
+
+        Args:
+            outputs: ``[N, t, ...]``, of the positions from ``start`` on.
+
+        Returns:
+            ``[N, ...]``, and ``[N]`` bool: whether the example's last token is among these
+            positions. Where it is not, what is given is of another position, and is to be left out:
+            ``torch.where(here, value, 0.0)``. Slices together hold each last token once.
+        """
+        at = self.tokens().to(outputs.device) - 1 - self.start
+        here = (at >= 0) & (at < outputs.shape[1])
+        examples = torch.arange(self.size, device=outputs.device)
+        return outputs[examples, at.clamp(0, outputs.shape[1] - 1)], here
 
     def to(self, device: torch.device) -> Batch:
         """The same microbatch with its tensors on ``device``."""
@@ -64,4 +88,8 @@ class Batch:
             labels=move(self.labels),
             loss_mask=move(self.loss_mask),
             drawn=move(self.drawn),
+            columns={
+                name: value.to(device) if isinstance(value, Tensor) else value
+                for name, value in self.columns.items()
+            },
         )

@@ -318,7 +318,8 @@ class Run:
             queries, train: as ``data`` of :func:`fit`.
             out: where the results go.
             quiet: show no progress.
-            **settings: the fields of :class:`raycurv.InfluenceSettings`.
+            **settings: the fields of :class:`raycurv.InfluenceSettings`; ``objective``, what of a
+                query is measured, may be the object itself (see :class:`raycurv.Objective`).
 
         Raises:
             UserError: a mistake in settings or data.

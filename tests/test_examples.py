@@ -676,6 +676,85 @@ def test_labels_of_minus_100_are_no_loss_terms() -> None:
     assert loss_terms(example) == 0
 
 
+# Further columns, which an objective reads -----------------------------------------------------
+
+FURTHER: list[dict[str, Any]] = [
+    {"id": "a", "input_ids": [1, 2], "right": 3, "answer": "yes", "weights": [0.5, 1.0]},
+    {"id": "b", "input_ids": [1, 2, 3, 4, 5], "right": 4, "answer": "né", "weights": [0.1, 2.0]},
+]
+NAMES = ("right", "answer", "weights")
+
+
+def further(example: Example) -> dict[str, Any]:
+    return {
+        name: value if isinstance(value, str) else (value.dtype.name, value.tolist())
+        for name, value in example.columns.items()
+    }
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_further_columns_are_read_and_kept(tmp_path: Path, format: str) -> None:
+    examples = read(as_source(FURTHER, format, tmp_path), further=NAMES)
+    assert [further(example) for example in examples] == [
+        {"right": ("int64", 3), "answer": "yes", "weights": ("float64", [0.5, 1.0])},
+        {"right": ("int64", 4), "answer": "né", "weights": ("float64", [0.1, 2.0])},
+    ]
+    table = examples_to_table(examples)
+    pq.write_table(table, tmp_path / "part.parquet")
+    chunked = pa.concat_tables([table.slice(0, 1), table.slice(1)])
+    for kept in (table, chunked, pq.read_table(tmp_path / "part.parquet")):
+        back = table_to_examples(kept)
+        assert [plain(e) for e in back] == [plain(e) for e in examples]
+        assert [further(e) for e in back] == [further(e) for e in examples]
+    # Who does not ask for them does not get them.
+    assert not any(e.columns for e in read(as_source(FURTHER, format, tmp_path)))
+
+
+def test_further_columns_stand_beside_numbers_and_may_be_the_text_itself() -> None:
+    rows = [{"inputs": [0.5, n], "labels": n, "favoured": 2 - n} for n in range(3)]
+    assert [further(e) for e in read(rows, further=("favoured",))] == [
+        {"favoured": ("int64", 2 - n)} for n in range(3)
+    ]
+
+
+def test_a_cut_example_keeps_its_further_columns_and_so_does_every_piece() -> None:
+    whole = [further(example) for example in read(FURTHER, further=NAMES)]
+    cut = read(FURTHER, further=NAMES, max_length=2, long="truncate")
+    assert [further(e) for e in cut] == whole
+    pieces = read(FURTHER, further=NAMES, max_length=2, long="split")
+    assert [e.id for e in pieces] == ["a", "b#0", "b#1", "b#2"]
+    assert [further(e) for e in pieces] == [whole[0]] + 3 * [whole[1]]
+
+
+FURTHER_MISTAKES: dict[str, tuple[list[Any], tuple[str, ...]]] = {
+    "missing in all": ([None, None], ("`more`, which the objective reads", "`input_ids`")),
+    "missing in one": ([1, None], ("the column `more`", "row 1")),
+    "of two shapes": ([[1, 2], [3]], ("`more` of one shape", "row 1")),
+    "no numbers": ([{"a": 1}, {"a": 2}], ("numbers or lists of numbers", "struct")),
+    "of two types": ([1, "one"], ("`more` of one type", "'one'")),
+}
+
+
+@pytest.mark.parametrize("name", FURTHER_MISTAKES)
+def test_a_mistake_in_a_further_column_is_named(name: str) -> None:
+    values, says = FURTHER_MISTAKES[name]
+    rows: list[dict[str, Any]] = [{"input_ids": [1, 2]} for _ in values]
+    for row, value in zip(rows, values, strict=True):
+        row |= {} if value is None else {"more": value}
+    text = str(mistake(rows, further=("more",)))
+    assert all(piece in text for piece in says), text
+
+
+def test_a_further_column_is_of_one_kind_in_all_files(tmp_path: Path) -> None:
+    for name, value in (("a", 1), ("b", "one")):
+        write = [{"input_ids": [1, 2], "more": value}]
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(write[0]) + "\n")
+    error = mistake(tmp_path, further=("more",))
+    assert "b.jsonl" in error.where and "numbers in `more`" in error.expected
+    (tmp_path / "b.jsonl").write_text(json.dumps({"input_ids": [1, 2], "more": 0.5}) + "\n")
+    assert "whole numbers in `more`" in mistake(tmp_path, further=("more",)).expected
+
+
 # Keeping --------------------------------------------------------------------------------------
 
 KEPT: dict[str, list[Example]] = {

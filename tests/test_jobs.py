@@ -130,6 +130,7 @@ HELP = {
     },
     "influence.py": {
         "--run": "", "--queries": "", "--train": "", "--out": "", "--damping": "0.1",
+        "--objective": "None",
         "--rank": "32", "--query-memory": "2GiB", "--top-k": "None", "--per-block": "",
         "--per-token": "", "--self": "", "--ihvp": "", "--seed": "0", "--max-examples": "None",
         "--max-length": "None", "--long": "error", "--dtype": "None", "--logits-chunk": "16777216",

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dense import uniform, worst
+from dense import matrix_of, solve, uniform, worst
 from networks import LLAMA, LLAMA_4, MIXER, MLP, VOCAB, Case, sentences
 from test_corrected import recorded_labels
 from test_scores import by_id, own_scores
@@ -254,3 +254,218 @@ def test_an_example_of_one_token_changes_nothing_for_the_others(fits) -> None:
         for x, y in zip(a.blocks().to_pylist(), b.blocks().to_pylist(), strict=True):
             assert abs(x["trace"] * len(rows) - y["trace"] * (len(rows) + 1)) < EXACT * x["trace"]
             assert y["tokens"] == x["tokens"] + 1, "its token is an input all the same"
+
+
+# What queries are measured by
+
+
+class LogitDifference:
+    """How much more likely the right answer is than the wrong one, behind a prompt's last token."""
+
+    per_token = True
+    columns = ("right", "wrong")
+
+    def measurement(self, outputs: Tensor, batch: Batch) -> Tensor:
+        logits, here = batch.at_last(outputs)
+        n = torch.arange(batch.size)
+        right, wrong = batch.columns["right"], batch.columns["wrong"]
+        return torch.where(here, logits[n, right] - logits[n, wrong], 0.0)
+
+
+class WholeDifference(LogitDifference):
+    """The same of whole outputs."""
+
+    per_token = False
+
+    def measurement(self, outputs: Tensor, batch: Batch) -> Tensor:
+        assert batch.start == 0 and outputs.shape[1] == batch.inputs.shape[1]
+        return super().measurement(outputs, batch)
+
+
+class NamedDifference:
+    """The same, the answers being text."""
+
+    per_token = True
+    columns = ("answers",)
+
+    def measurement(self, outputs: Tensor, batch: Batch) -> Tensor:
+        logits, here = batch.at_last(outputs)
+        pairs = torch.tensor(
+            [[int(n) for n in text.split("|")] for text in batch.columns["answers"]]
+        )
+        chosen = logits.gather(1, pairs)
+        return torch.where(here, chosen[:, 0] - chosen[:, 1], 0.0)
+
+
+class LogOdds:
+    """The log-odds of a class that the query names."""
+
+    columns = ("favoured",)
+
+    def measurement(self, outputs: Tensor, batch: Batch) -> Tensor:
+        log_p = outputs.log_softmax(dim=1)[torch.arange(batch.size), batch.columns["favoured"]]
+        return log_p - torch.log1p(-log_p.exp())
+
+
+class PerPosition(LogitDifference):
+    """A measurement that forgets to add up."""
+
+    def measurement(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return outputs.sum(dim=2)
+
+
+class Infinite(LogitDifference):
+    def measurement(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return super().measurement(outputs, batch) / 0.0
+
+
+class Nothing:
+    columns = ("right",)
+
+
+class Reserved(LogitDifference):
+    columns = ("labels",)
+
+
+# Prompts of several lengths, one of them a token alone, in microbatches with padding.
+PROMPTS = tuple(
+    {"id": f"prompt {n}", "input_ids": row["input_ids"], "right": 3 + n, "wrong": 11 - n,
+     "answers": f"{3 + n}|{11 - n}"}
+    for n, row in enumerate(sentences((6, 1, 3, 7), False, seed=5))
+)  # fmt: skip
+FAVOURED = tuple({"id": f"asks {n}", "inputs": MLP.data[n]["inputs"], "favoured": (2 - n) % 3}
+                 for n in range(4))  # fmt: skip
+
+
+def dense_scores(fits: Any, case: Case, measured: Any, queries: Any) -> Tensor:
+    """``∇mᵀ (F + λ)⁻¹ ∇L``, summed over blocks, from autograd and dense matrices."""
+    run, truth = fits.run(case), fits.truth(case)
+    found = torch.zeros(len(queries), len(case.data), dtype=torch.float64)
+    for name, module in truth.blocks(run.block_names()).items():
+        curvature = run.curvature(name).dense()
+        damping = 0.1 * float(curvature.diag().mean())
+        weights = [module.weight] + ([] if module.bias is None else [module.bias])
+        for q, row in enumerate(queries):
+            own, *bias = torch.autograd.grad(
+                measured(truth.outputs(row), row), weights, materialize_grads=True
+            )
+            asked = solve(curvature, damping, matrix_of(module, own, bias[0] if bias else None))
+            for n, gradients in enumerate(truth.own_gradients):
+                found[q, n] += (asked * gradients[name]).sum()
+    return found
+
+
+def measured_by(
+    fits: Any, case: Case, queries: Any, objective: Any, place: Any, **settings: Any
+) -> Any:
+    how = {"address": "none", "rank": "full", "batch_tokens": 14, "quiet": True} | settings
+    return fits.run(case).influence(
+        list(queries), list(case.data), str(place), objective=objective, **how
+    )
+
+
+def matrix(scores: Any, queries: Any, case: Case) -> Tensor:
+    values, asked, trained = scores.matrix()
+    q = [asked.index(row["id"]) for row in queries]
+    n = [trained.index(row["id"]) for row in case.data]
+    return torch.from_numpy(values)[q][:, n]
+
+
+def difference(outputs: Tensor, row: dict[str, Any]) -> Tensor:
+    return outputs[-1, row["right"]] - outputs[-1, row["wrong"]]
+
+
+def log_odds(outputs: Tensor, row: dict[str, Any]) -> Tensor:
+    p = outputs.softmax(dim=0)[row["favoured"]]
+    return (p / (1 - p)).log()
+
+
+def test_queries_are_measured_by_a_function_of_ones_own(fits, tmp_path) -> None:
+    want = dense_scores(fits, LLAMA, difference, PROMPTS)
+    ways = {
+        "whole slices": (LogitDifference(), {}),
+        "a position at a time": (LogitDifference(), {"logits_chunk": 1, "stages": 2}),
+        "two at a time, swept": (
+            LogitDifference(), {"logits_chunk": 4 * VOCAB, "schedule": "swept", "stages": 2},
+        ),
+        "whole outputs": (WholeDifference(), {"logits_chunk": 1}),
+        "by name": ("test_objectives:LogitDifference", {"query_memory": 1}),
+        "answers as text": (NamedDifference(), {}),
+    }  # fmt: skip
+    for name, (objective, settings) in ways.items():
+        scores = measured_by(fits, LLAMA, PROMPTS, objective, tmp_path / name, **settings)
+        assert worst(matrix(scores, PROMPTS, LLAMA), want) < 1e-9, name
+    # Control: the fit's own measurement is another one.
+    plain = measured_by(fits, LLAMA, PROMPTS, None, tmp_path / "the loss")
+    assert worst(matrix(plain, PROMPTS, LLAMA), want) > 1e-2
+
+
+def test_the_log_odds_of_a_class_are_a_measurement(fits, tmp_path) -> None:
+    want = dense_scores(fits, MLP, log_odds, FAVOURED)
+    scores = measured_by(fits, MLP, FAVOURED, LogOdds(), tmp_path, batch_tokens=3)
+    assert worst(matrix(scores, FAVOURED, MLP), want) < 1e-9
+    assert scores.manifest.settings["objective"] == "LogOdds"
+
+
+def test_last_tokens_are_each_in_one_slice() -> None:
+    lengths = torch.tensor([5, 1, 3])
+    mask = torch.arange(5) < lengths[:, None]
+    outputs = torch.arange(15.0).view(3, 5, 1)
+    batch = Batch(0, ("a", "b", "c"), torch.zeros(3, 5, dtype=torch.int64), mask=mask)
+    for width in (1, 2, 5):
+        total, seen = torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64)
+        for start in range(0, 5, width):
+            last, here = replace(batch, start=start).at_last(outputs[:, start : start + width])
+            total += torch.where(here[:, None], last, 0.0)
+            seen += here
+        assert total[:, 0].tolist() == [4.0, 5.0, 12.0] and seen.tolist() == [1, 1, 1]
+
+
+MEASURING_MISTAKES: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
+    "a missing column": (
+        LogitDifference(), [{"id": "a", "input_ids": [1, 2], "right": 1}],
+        ("`wrong`, which the objective reads", "`right`"),
+    ),
+    "no measurement": (Nothing(), PROMPTS, ("--objective Nothing", "the method measurement")),
+    "no such name": ("test_objectives:Nobody", PROMPTS, ("test_objectives:Nobody", "importable")),
+    "another shape": (PerPosition(), PROMPTS, ("the measurement", "one number for each example")),
+    "infinite": (Infinite(), PROMPTS, ("a finite measurement", "prompt")),
+    "a column that there is": (Reserved(), PROMPTS, ("'labels'", "batch.labels")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MEASURING_MISTAKES)
+def test_a_mistake_in_a_measurement_is_named(name: str, fits, tmp_path) -> None:
+    objective, queries, says = MEASURING_MISTAKES[name]
+    with pytest.raises(raycurv.UserError) as caught:
+        measured_by(fits, LLAMA, queries, objective, tmp_path)
+    assert all(piece in str(caught.value) for piece in says), caught.value
+
+
+def test_another_measurement_is_another_result(fits, tmp_path) -> None:
+    measured_by(fits, LLAMA, PROMPTS, LogitDifference(), tmp_path)
+    with pytest.raises(raycurv.UserError, match="--objective was 'LogitDifference'"):
+        measured_by(fits, LLAMA, PROMPTS, None, tmp_path)
+
+
+def test_a_fits_own_objective_may_read_columns(fits, tmp_path) -> None:
+    """Weighted examples: a fit and its scores as those of the weighted loss."""
+    rows = [{**row, "weight": 1.0 + n} for n, row in enumerate(MLP.data)]
+    case = replace(MLP, name="weighted", data=tuple(rows))
+    run = fitted(fits, case, Weighted(), str(tmp_path / "run"), fisher="empirical")
+    plain = fits.run(MLP, fisher="empirical")
+    losses = numbers(run.examples(), "loss") / numbers(plain.examples(), "loss")
+    assert worst(losses, torch.tensor([row["weight"] for row in rows], dtype=torch.float64)) < EXACT
+    scores = run.influence(rows[:2], rows, tmp_path / "scores", address="none", quiet=True)
+    assert scores.table().num_rows == 2 * len(rows)
+    with pytest.raises(raycurv.UserError, match="`weight`, which the objective reads"):
+        run.influence(rows[:2], list(MLP.data), tmp_path / "x", address="none", quiet=True)
+
+
+class Weighted(raycurv.Classification):
+    """Cross-entropy, times a weight that the data has."""
+
+    columns = ("weight",)
+
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return super().loss(outputs, batch) * batch.columns["weight"]

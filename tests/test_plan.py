@@ -275,6 +275,23 @@ def test_queries_share_a_pass_as_far_as_memory_goes(small: Outline) -> None:
     assert little.phases[1].flops > 5 * much.phases[1].flops
 
 
+def test_a_measurement_of_whole_outputs_takes_whole_logits_for_queries_alone(
+    small: Outline,
+) -> None:
+    queries = DataShape.uniform(64, 512, 4096)
+    chunked, whole, at_once = (
+        plan_influence(job(small, **how), queries, DATA)
+        for how in (
+            {"logits_chunk": 2**16},
+            {"logits_chunk": 2**16, "whole_queries": True},
+            {"logits_chunk": 2**40},
+        )
+    )
+    assert chunked.phases[0].peak.bytes < whole.phases[0].peak.bytes
+    assert whole.phases[0].peak.bytes == at_once.phases[0].peak.bytes
+    assert whole.phases[1].peak.bytes == chunked.phases[1].peak.bytes < at_once.phases[1].peak.bytes
+
+
 # Advice
 
 

@@ -31,6 +31,11 @@ def strings(name: str, column: Any, place: Place) -> list[str]:
     return values
 
 
+def is_text(column: Any) -> bool:
+    """Whether a column is of text, whatever its encoding."""
+    return _is_string(_decoded(column).type)
+
+
 def ids(column: Any, place: Place) -> list[str | None]:
     """Ids as strings; ``None`` where the row has none."""
     column = _decoded(column)

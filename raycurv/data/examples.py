@@ -9,8 +9,8 @@ position t-1 predicts. T tokens have T-1 loss terms at most.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,8 @@ class Example:
             (a class) or float64 ``[]`` or ``[D]`` (a regression). ``None`` when the data has none.
         loss_mask: ``[T]`` bool, which tokens are targets, False wherever the label is -100;
             ``None`` for all.
+        columns: further columns that an objective reads, by name: text, or an array of numbers
+            (int64, float32 or float64) of the same shape in all examples.
     """
 
     index: int
@@ -60,6 +62,7 @@ class Example:
     inputs: np.ndarray | None = None
     labels: np.ndarray | None = None
     loss_mask: np.ndarray | None = None
+    columns: Mapping[str, str | np.ndarray] = field(default_factory=dict)
 
     @property
     def length(self) -> int:
@@ -88,7 +91,11 @@ def no_loss_terms(where: str, examples: int) -> UserError:
 
 
 def examples_to_table(examples: Sequence[Example]) -> Any:
-    """Examples as a ``pyarrow.Table`` of ``EXAMPLES_SCHEMA``; nothing is lost, not even dtypes."""
+    """Examples as a ``pyarrow.Table``; nothing is lost, not even dtypes.
+
+    Its columns are those of ``EXAMPLES_SCHEMA``, and of every further column ``column:NAME``, of
+    numbers flattened, with their shape in ``shape:NAME``.
+    """
 
     def of_dtype(arrays: list[np.ndarray | None], dtype: Any) -> list[np.ndarray | None]:
         return [None if a is None or a.dtype != dtype else a for a in arrays]
@@ -114,9 +121,19 @@ def examples_to_table(examples: Sequence[Example]) -> Any:
     }
     for name, values in lists.items():
         arrays[name] = columns.list_column(values, EXAMPLES_SCHEMA.field(name).type.value_type)
-    return pa.Table.from_arrays(
+    table = pa.Table.from_arrays(
         [arrays[name] for name in EXAMPLES_SCHEMA.names], schema=EXAMPLES_SCHEMA
     )
+    for name in examples[0].columns if examples else ():
+        further: list[Any] = [example.columns[name] for example in examples]
+        if isinstance(further[0], str):
+            table = table.append_column(f"column:{name}", pa.array(further, pa.large_string()))
+            continue
+        numbers = pa.from_numpy_dtype(np.result_type(*{value.dtype for value in further}))
+        table = table.append_column(f"column:{name}", columns.list_column(further, numbers))
+        shape = columns.list_column(shapes(further), pa.int64())
+        table = table.append_column(f"shape:{name}", shape)
+    return table
 
 
 def table_to_examples(table: Any) -> list[Example]:
@@ -126,8 +143,13 @@ def table_to_examples(table: Any) -> list[Example]:
         index, id = batch.column("index").to_pylist(), batch.column("id").to_pylist()
         cells = {
             field.name: columns.list_arrays(batch.column(field.name))
-            for field in EXAMPLES_SCHEMA
+            for field in batch.schema
             if pa.types.is_large_list(field.type)
+        }
+        further = {
+            name.removeprefix("column:"): _values(batch, name, cells)
+            for name in batch.schema.names
+            if name.startswith("column:")
         }
 
         def shaped(name: str, wide: str, narrow: str, i: int, cells: Any = cells) -> Any:
@@ -147,6 +169,17 @@ def table_to_examples(table: Any) -> list[Example]:
                     shaped("inputs", "float64", "float32", i),
                     shaped("labels", "float64", "int64", i),
                     cells["loss_mask"][i],
+                    {name: values[i] for name, values in further.items()},
                 )
             )
     return examples
+
+
+def _values(batch: Any, name: str, cells: Mapping[str, list[np.ndarray | None]]) -> list[Any]:
+    """A further column of every example of a record batch."""
+    if name not in cells:
+        values: list[Any] = batch.column(name).to_pylist()
+        return values
+    shapes: list[Any] = cells[name.replace("column:", "shape:", 1)]
+    flat: list[Any] = cells[name]
+    return [array.reshape(shape) for array, shape in zip(flat, shapes, strict=True)]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TypeAlias
+from dataclasses import replace
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -132,6 +133,7 @@ def make_batch(
         others that have them gets its tokens. ``loss_mask`` is ``None`` when no example has one and
         no label is -100; otherwise False at padding and at labels of -100, which become 0.
         Of numbers: no masks; ``labels`` int64 ``[N]`` or ``dtype`` ``[N, ...]``.
+        Of either: ``columns`` of numbers int64 or ``dtype`` ``[N, ...]``, of text lists.
     """
     assert examples, "a microbatch of no examples"
     ids = tuple(example.id for example in examples)
@@ -141,8 +143,16 @@ def make_batch(
         if examples[0].labels is not None:
             labels = _numbers(np.stack([_there(example.labels) for example in examples]), dtype)
         drawn_ = None if drawn is None else _numbers(np.stack(drawn, axis=1), dtype)
-        return Batch(index, ids, torch.from_numpy(inputs).to(dtype), labels=labels, drawn=drawn_)
-    return _token_batch(index, ids, examples, dtype, drawn)
+        batch = Batch(index, ids, torch.from_numpy(inputs).to(dtype), labels=labels, drawn=drawn_)
+    else:
+        batch = _token_batch(index, ids, examples, dtype, drawn)
+    return replace(batch, columns={n: _column(n, examples, dtype) for n in examples[0].columns})
+
+
+def _column(name: str, examples: Sequence[Example], dtype: torch.dtype) -> Tensor | list[str]:
+    """A further column of all examples."""
+    values: list[Any] = [example.columns[name] for example in examples]
+    return values if isinstance(values[0], str) else _numbers(np.stack(values), dtype)
 
 
 def _token_batch(

@@ -440,9 +440,10 @@ def _column(location: str, first: int, name: str, values: list[Any]) -> Any:
     except CONVERSION_ERRORS as error:
         # A prefix that fails fails however it goes on, so the first bad row can be bisected.
         row = bisect_left(range(len(values)), True, key=lambda i: fails(i + 1))
+        wanted = TYPES_WANTED.get(name, "text, or numbers of one shape")
         raise UserError(
             f"{location}, row {first + row}",
-            f"`{name}` of one type in all rows ({TYPES_WANTED[name]})",
+            f"`{name}` of one type in all rows ({wanted})",
             f"{_shown(values[row])} ({error})",
             f"Correct or leave out this value of `{name}`.",
         ) from error

@@ -33,6 +33,7 @@ def read_examples(
     max_examples: int | None = None,
     seed: int = 0,
     token_inputs: bool | None = None,
+    further: Sequence[str] = (),
 ) -> Iterator[Example]:
     """Reads, tokenises, checks and numbers the examples of a source, in its order.
 
@@ -57,6 +58,8 @@ def read_examples(
             does not depend on the data's order. A row that is then split counts once.
         token_inputs: whether the model takes tokens (``True``) or numbers (``False``); ``None``
             when not known.
+        further: columns besides, each of text or of numbers of one shape, that every example must
+            have. A truncated example keeps what it has there, and each piece of a split one.
 
     Raises:
         UserError: for the source, at once; for what is in it, when the iterator gets there.
@@ -76,6 +79,7 @@ def read_examples(
         max_examples,
         seed,
         token_inputs,
+        tuple(further),
     )
     return reader.examples(str(source) if isinstance(source, (str, Path)) else "data")
 
@@ -93,6 +97,7 @@ class _Reader:
     max_examples: int | None
     seed: int
     token_inputs: bool | None
+    further: tuple[str, ...]
 
     seen: Digests = field(default_factory=Digests)
     kind: tuple[str, ...] | None = None
@@ -100,6 +105,8 @@ class _Reader:
     labelled: bool | None = None
     labels_shape: tuple[int, ...] | None = None
     classes: bool | None = None
+    further_as: dict[str, np.ndarray | None] = field(default_factory=dict)
+    """Of each further column the first value, if it is of numbers."""
     affixed: bool = False
     before: list[int] = field(default_factory=list)
     after: list[int] = field(default_factory=list)
@@ -139,7 +146,8 @@ class _Reader:
             if found is None:
                 continue
             kind = self._kind(part, found)
-            for rows in part.read(kind, OPTIONAL_COLUMNS):
+            others = tuple(name for name in self.further if name not in kind)
+            for rows in part.read((*kind, *others), OPTIONAL_COLUMNS):
                 yield part, kind, rows
 
     def _kind(self, part: Part, found: Sequence[str]) -> tuple[str, ...]:
@@ -174,7 +182,16 @@ class _Reader:
                 " + ".join(kind),
                 "Give tokens and numbers as data of their own.",
             )
-        twice = [name for name in (*kind, *OPTIONAL_COLUMNS) if list(found).count(name) > 1]
+        for name in self.further:
+            if name not in found:
+                raise UserError(
+                    part.location,
+                    f"a column `{name}`, which the objective reads",
+                    "the columns " + ", ".join(f"`{name}`" for name in found),
+                    "Add it to the data, or choose another --objective.",
+                )
+        named = (*kind, *OPTIONAL_COLUMNS, *self.further)
+        twice = [name for name in named if list(found).count(name) > 1]
         if twice:
             raise UserError(
                 part.location, f"one column `{twice[0]}`", "several", "Rename all but one."
@@ -238,11 +255,14 @@ class _Reader:
         if "loss_mask" in rows.columns:
             masks = columns.boolean_lists("loss_mask", rows.columns["loss_mask"], place)
             self._check_lengths("loss_mask", masks, tokens, place)
+        further = self._further(rows, place)
         for i, (ids_T, labels_T) in enumerate(zip(tokens, labels, strict=True)):
             targets_T = _both(masks[i], targets[i])
             if labels_T is not None and (labels_T == NOT_A_TARGET).any():
                 targets_T = _both(targets_T, labels_T != NOT_A_TARGET)
-            example = Example(0, ids[i], ids_T.astype(np.int32), None, labels_T, targets_T)
+            example = Example(
+                0, ids[i], ids_T.astype(np.int32), None, labels_T, targets_T, further[i]
+            )
             yield from self._fitted(example, place(i), rows.place(i))
 
     def _tokens(
@@ -364,6 +384,48 @@ class _Reader:
                 raise self._twice(piece.id, f"piece {k} of {place}")
             yield piece
 
+    # Further columns
+
+    def _further(self, rows: Rows, place: columns.Place) -> list[dict[str, str | np.ndarray]]:
+        """What each row has in the further columns."""
+        found: list[dict[str, str | np.ndarray]] = [{} for _ in rows.numbers]
+        for name in self.further:
+            for own, value in zip(found, self._further_column(name, rows, place), strict=True):
+                own[name] = value
+        return found
+
+    def _further_column(
+        self, name: str, rows: Rows, place: columns.Place
+    ) -> Sequence[str | np.ndarray]:
+        column, first = rows.columns[name], self.further_as.get(name)
+        text = columns.is_text(column)
+        if name in self.further_as and text != (first is None):
+            raise UserError(
+                place(0),
+                f"{'text' if first is None else 'numbers'} in `{name}`, as in the examples before",
+                "text" if text else "numbers",
+                f"Write `{name}` as one or the other everywhere.",
+            )
+        if text:
+            self.further_as[name] = None
+            return columns.strings(name, column, place)
+        shape = None if first is None else first.shape
+        values = columns.numbers(name, column, place, shape, exact_integers=True)
+        if first is None:
+            first = self.further_as[name] = np.array(values[0])
+        whole = np.issubdtype(first.dtype, np.integer)
+        if whole and not np.issubdtype(values.dtype, np.integer):
+            raise UserError(
+                place(0),
+                f"whole numbers in `{name}`, as in the examples before it",
+                "a fraction",
+                f"Write every number of `{name}` as a fraction, or as a whole number.",
+            )
+        # Whole numbers after fractions are fractions that JSON wrote without a point.
+        values = values if whole else values.astype(np.promote_types(values.dtype, first.dtype))
+        # A view would keep its whole chunk alive as long as any of its examples.
+        return [np.array(value) for value in values]
+
     # Numbers
 
     def _of_numbers(
@@ -383,10 +445,11 @@ class _Reader:
             )
         self.shape = inputs.shape[1:]
         labels = self._labels(rows, place)
+        further = self._further(rows, place)
         for i, id in enumerate(ids):
             # A view would keep its whole chunk alive as long as any of its examples.
             own = None if labels is None else labels[i].copy()
-            yield Example(0, id, inputs=inputs[i].copy(), labels=own)
+            yield Example(0, id, inputs=inputs[i].copy(), labels=own, columns=further[i])
 
     def _labels(self, rows: Rows, place: columns.Place) -> np.ndarray | None:
         here = "labels" in rows.columns
@@ -449,4 +512,5 @@ def _slice(example: Example, id: str, begin: int, end: int) -> Example:
         None,
         cut(example.labels),
         cut(example.loss_mask),
+        example.columns,
     )

@@ -52,6 +52,7 @@ class Corpus:
         lengths: tokens of every example (1 without a token axis), int32.
         terms: how many examples have a loss term.
         tokenizer: what tokenised them; empty for data without text.
+        columns: names of the further columns that they have.
     """
 
     store: Store
@@ -60,6 +61,7 @@ class Corpus:
     lengths: np.ndarray[Any, Any]
     terms: int
     tokenizer: dict[str, Any]
+    columns: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -123,6 +125,8 @@ def open_corpus(
     reading: Reading,
     max_examples: int | None,
     seed: int,
+    columns: Sequence[str] = (),
+    needs_loss: bool = True,
 ) -> Corpus:
     """The examples of a source, read from it once and from the store ever after.
 
@@ -135,12 +139,14 @@ def open_corpus(
         reading: lengths.
         max_examples: a seeded sample of so many.
         seed: of the sample.
+        columns: further ones, which an objective reads.
+        needs_loss: whether an example needs a loss term, for its loss is what is asked for.
 
     Raises:
-        UserError: see :func:`raycurv.data.examples.read_examples`; or no example has a loss term.
+        UserError: see :func:`raycurv.data.reading.read_examples`; or no example has a loss term.
     """
     found = stored_corpus(store, directory)
-    if found is not None:
+    if found is not None and set(columns) <= set(found.columns):
         return found
     tokenizer = None if model.tokenizer_dir is None else LazyTokenizer(model.tokenizer_dir)
     examples = read_examples(
@@ -153,10 +159,12 @@ def open_corpus(
         max_examples=max_examples,
         seed=seed,
         token_inputs=model.token_inputs,
+        further=columns,
     )
     corpus = store_corpus(
-        store, directory, examples, flag, lambda: {} if tokenizer is None else tokenizer.describe()
-    )
+        store, directory, examples, flag,
+        lambda: {} if tokenizer is None else tokenizer.describe(), needs_loss,
+    )  # fmt: skip
     give_back(collect=False)
     return corpus
 
@@ -167,6 +175,7 @@ def store_corpus(
     examples: Iterable[Example],
     flag: str,
     describe: Callable[[], dict[str, Any]],
+    needs_loss: bool = True,
 ) -> Corpus:
     """Write examples, numbered from 0 on, as a corpus.
 
@@ -176,6 +185,7 @@ def store_corpus(
         examples: in order.
         flag: where they come from, for errors.
         describe: what tokenised them; asked when all have been read.
+        needs_loss: whether an example needs a loss term.
 
     Raises:
         UserError: no example has a loss term.
@@ -184,6 +194,7 @@ def store_corpus(
     ids: list[pa.StringArray] = []
     lengths: list[np.ndarray[Any, Any]] = []
     terms = count = 0
+    columns: tuple[str, ...] = ()
     buffer: list[Example] = []
 
     def flush() -> None:
@@ -195,21 +206,24 @@ def store_corpus(
 
     for example in examples:
         buffer.append(example)
+        columns = tuple(example.columns)
         count += 1
         terms += loss_terms(example) > 0
         if len(buffer) == PART:
             flush()
     flush()
-    if not terms:
+    if needs_loss and not terms:
         raise no_loss_terms(flag, count)
     named, tokens = pa.chunked_array(ids, pa.string()), np.concatenate(lengths)
     index = pa.table({"id": named, "tokens": tokens})
     # A writer takes as much as its row group, several times over.
     write_table(store, f"{directory}/index.parquet", index, row_group_size=_GROUP)
     described = describe()
-    said = {"examples": count, "with_loss": terms, "tokenizer": described}
+    said = {
+        "examples": count, "with_loss": terms, "tokenizer": described, "columns": list(columns),
+    }  # fmt: skip
     store.write_json(f"{directory}/corpus.json", said)
-    return Corpus(store, directory, whole_ids(named), tokens, terms, described)
+    return Corpus(store, directory, whole_ids(named), tokens, terms, described, columns)
 
 
 def stored_corpus(store: Store, directory: str) -> Corpus | None:
@@ -233,6 +247,7 @@ def stored_corpus(store: Store, directory: str) -> Corpus | None:
         index["tokens"].to_numpy(),
         said["with_loss"],
         said["tokenizer"],
+        tuple(said.get("columns", ())),
     )
 
 

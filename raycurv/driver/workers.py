@@ -51,6 +51,8 @@ class Workers:
         seed: of drawn labels.
         reporter: shows the phases, and what actors and tasks do.
         store: of the results, which every node must reach; the timeline goes there.
+        measurement: of queries, where it is not the objective's: the name of another objective, or
+            itself.
 
     Attributes:
         cuts: layers of each stage.
@@ -68,8 +70,9 @@ class Workers:
         seed: int,
         reporter: Reporter,
         store: Store,
+        measurement: Any = None,
     ) -> None:
-        self._reporter, self._store = reporter, store
+        self._reporter, self._store, self._measurement = reporter, store, measurement
         self._settings, self._model, self._objective = settings, model, objective
         self._blocks, self._dtype, self._seed = tuple(blocks), dtype, seed
         self._pool: Pool | None = None
@@ -183,6 +186,7 @@ class Workers:
                 device=self.device,
                 threads=self._threads(),
                 gives_back=SWEPT if len(self.groups) > 1 else RESIDENT,
+                measurement=self._measurement,
             )
             mine = self.groups[group]
             specs = stage_specs(base, self.cuts, self._blocks)[mine.start : mine.stop]

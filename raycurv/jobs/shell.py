@@ -144,6 +144,7 @@ class Shell(Generic[S]):
         blocks: Sequence[Block],
         dtype: torch.dtype,
         seed: int,
+        measurement: str | Objective | None = None,
     ) -> Iterator[Workers]:
         """The processes of the job, which are let go of at the end whatever happens.
 
@@ -153,10 +154,12 @@ class Shell(Generic[S]):
             blocks: all of them.
             dtype: of the model's computation.
             seed: of drawn labels.
+            measurement: of queries, where it is not the objective's.
         """
         found = Workers(
-            self.settings, network, objective, blocks, dtype, seed, self.reporter, self.store
-        )
+            self.settings, network, objective, blocks, dtype, seed, self.reporter, self.store,
+            measurement,
+        )  # fmt: skip
         try:
             yield found
         finally:

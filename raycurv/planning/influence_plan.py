@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from raycurv.planning import disk, flops
 from raycurv.planning import moments as memory
@@ -37,7 +38,10 @@ def plan_influence(
     here = 0 if job.spool_apart else spooled
     weights = sum(stage.weights for stage in stages)
 
-    place = job.resident(lambda s: memory.query_products(s, recipe, queries, together), queries)
+    whole = queries.batch_examples * queries.batch_positions * max(s.vocabulary for s in stages)
+    chunk = max(whole, recipe.logits_chunk) if recipe.whole_queries else recipe.logits_chunk
+    asked = replace(recipe, logits_chunk=chunk)
+    place = job.resident(lambda s: memory.query_products(s, asked, queries, together), queries)
     model = 2 * sum(flops.forward(stage, queries) for stage in stages)
     other = sum(flops.query_products(stage, recipe, queries) for stage in stages)
     stored = passes * (weights * (1 + (len(groups) > 1)) + of_fit) + held + 2 * spooled

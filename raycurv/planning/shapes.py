@@ -90,6 +90,8 @@ class Recipe:
 
     Attributes:
         logits_chunk: logits formed at once (numbers).
+        whole_queries: whether a query's logits are formed all at once instead, for its measurement
+            is not called on slices of positions.
         gradients: whether a pass gathers gradient statistics.
         own: whether a pass differentiates the data's own labels beside drawn ones, for them.
         rank: of IHVPs; ``None`` for full.
@@ -104,6 +106,7 @@ class Recipe:
     store_dtype: torch.dtype = torch.float32
     keep_sums: bool = False
     logits_chunk: int = 2**24
+    whole_queries: bool = False
     gradients: bool = False
     own: bool = False
     rank: int | None = 32

@@ -22,7 +22,7 @@ from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Capture, Record, check_finite
 from raycurv.mathematics.frozen_linear import FrozenLinear
 from raycurv.mathematics.loss.differentiation import differentiate
-from raycurv.mathematics.loss.objective import open_objective
+from raycurv.mathematics.loss.objective import Objective, open_measurement, open_objective
 from raycurv.mathematics.sums import Results
 from raycurv.models.model import Model
 from raycurv.models.patched import repatch
@@ -54,6 +54,8 @@ class StageSpec:
         units: the layers.
         blocks: the blocks in those layers.
         objective: name, or the objective itself.
+        measurement: whose measurement queries have, if not the objective's: the name of another
+            objective, or itself.
         dtype: of the model's computation.
         seed: of drawn labels.
         logits_chunk: logits formed at once.
@@ -73,6 +75,7 @@ class StageSpec:
     device: str = "cpu"
     threads: int | None = None
     gives_back: int = RESIDENT
+    measurement: Any = None
 
 
 # Among a commit's tensors: the microbatches that its sums contain.
@@ -106,7 +109,9 @@ class Stage:
         self.blocks = spec.blocks
         self._device = torch.device(spec.device)
         self._segment = spec.model.build(spec.units, spec.dtype, self._device)
-        self._objective = open_objective(spec.objective)
+        self._objective = self._measured = open_objective(spec.objective)
+        if spec.measurement is not None:
+            self._measured = open_measurement(spec.measurement)
         self._capture = Capture(self._segment.module, spec.blocks)
         self._open: dict[int, _Open] = {}
         self._pass: Pass | None = None
@@ -128,7 +133,7 @@ class Stage:
         with self._graph(False, record):
             out = self._segment.forward(record.batch, _own(self._entering(hidden, False)))
             if self._segment.last:
-                self._head(record, out[0][:, :1] if out[0].ndim > 2 else out[0], 0)
+                self._head(self._objective, record, out[0][:, :1] if out[0].ndim > 2 else out[0], 0)
         return out, self._capture.discover(record)
 
     def assign(self, blocks: tuple[Block, ...]) -> None:
@@ -212,17 +217,19 @@ class Stage:
             return self.backward(batch.index, gradients)
         batch = batch.to(self._device)
         record = Record(batch) if opened is None else opened.record
+        target = self._pass.target
+        objective = self._measured if target == "measurement" else self._objective
 
         def begin_draw(draw: int) -> None:
             record.draw = draw
 
         with self._graph(opened is not None, record):
             found = differentiate(
-                self._objective,
-                lambda part, start: self._head(record, part, start),
+                objective,
+                lambda part, start: self._head(objective, record, part, start),
                 left[0],
                 batch,
-                self._pass.target,
+                target,
                 self._pass.draws,
                 self.spec.seed,
                 self._slice_positions(batch, left[0]),
@@ -327,9 +334,9 @@ class Stage:
             entered.append(arrived)
         return tuple(entered)
 
-    def _head(self, record: Record, part: Tensor, start: int) -> Tensor:
+    def _head(self, objective: Objective, record: Record, part: Tensor, start: int) -> Tensor:
         # Only a per-token objective slices positions; otherwise rows are whole examples.
-        if self._objective.per_token:
+        if objective.per_token:
             with record.positions(start, part.shape[1]):
                 return self._segment.head(part)
         return self._segment.head(part)

@@ -72,7 +72,8 @@ def _evaluate(shell: Shell[EvaluateSettings]) -> Numbers:
     network = inputs.open_model(settings.model)
     objective = inputs.or_named("objective", settings)
     source = inputs.or_named("data", settings)
-    per_token = open_objective(objective).per_token
+    opened = open_objective(objective)
+    per_token = opened.per_token
     manifest = shell.begin(
         {"model": network.fingerprint(), "data": fingerprint(source)},
         {"model": shown(settings.model), "data": shown(settings.data)},
@@ -83,10 +84,9 @@ def _evaluate(shell: Shell[EvaluateSettings]) -> Numbers:
         "the table of examples is gone or damaged: making it again",
     ):
         return _numbers(manifest)
+    most, seed, columns = settings.max_examples, settings.seed, opened.columns
     (corpus,) = shell.examples(
-        lambda: open_corpus(
-            store, "data", source, "--data", network, settings, settings.max_examples, settings.seed
-        )
+        lambda: open_corpus(store, "data", source, "--data", network, settings, most, seed, columns)
     )
     if not per_token:
         _refuse_unlabelled(corpus)

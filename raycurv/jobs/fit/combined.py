@@ -50,6 +50,7 @@ def open_examples(
     source: Source,
     network: Model,
     settings: FitSettings,
+    columns: Sequence[str],
     facts: dict[str, Any],
     reporter: Reporter,
 ) -> Corpus:
@@ -57,6 +58,7 @@ def open_examples(
 
     Args:
         store: of the new run.
+        columns: further ones of the source, which the objective reads.
         facts: of the new run; is told how many examples were subtracted with other labels.
 
     Raises:
@@ -68,8 +70,9 @@ def open_examples(
     if parents.combined:
         return _combined(store, parents, settings.fisher == "sampled", facts, reporter)
     corpus = open_corpus(
-        store, "data", source, "--data", network, settings, settings.max_examples, settings.seed
-    )
+        store, "data", source, "--data", network, settings, settings.max_examples, settings.seed,
+        columns,
+    )  # fmt: skip
     check_new(parents, corpus)
     return corpus
 
@@ -252,7 +255,10 @@ def _digests(run: Parent, sampled: bool, only: Array | None = None) -> Iterator[
     for example in run.corpus.examples():
         labels = None if drawn is None else next(drawn)
         if only is None or only[example.index]:
-            content = _hash(example.input_ids, example.inputs, example.labels, example.loss_mask)
+            further = (np.asarray(value) for _, value in sorted(example.columns.items()))
+            content = _hash(
+                example.input_ids, example.inputs, example.labels, example.loss_mask, *further
+            )
             yield content + _hash(labels)
 
 

@@ -70,7 +70,7 @@ def _fit(shell: Shell[FitSettings]) -> None:
     network = inputs.open_model(settings.model)
     objective = inputs.or_named("objective", settings)
     data = inputs.or_named("data", settings)
-    per_token = open_objective(objective).per_token
+    opened = open_objective(objective)
     blocks = choose_blocks(
         network.skeleton(), settings.blocks, network.default_scope, network.tied_head
     )
@@ -94,8 +94,9 @@ def _fit(shell: Shell[FitSettings]) -> None:
             if isinstance(data, Corpus):
                 return data
             return open_examples(
-                store, parents, data, network, settings, manifest.facts, shell.reporter
-            )
+                store, parents, data, network, settings, opened.columns, manifest.facts,
+                shell.reporter,
+            )  # fmt: skip
 
         (corpus,) = shell.examples(examples)
         if settings.rows is not None and settings.rows > len(corpus):
@@ -118,7 +119,7 @@ def _fit(shell: Shell[FitSettings]) -> None:
             max_factor_dim=settings.max_factor_dim,
             keep_sums=settings.keep_sums,
             gradients=settings.gradients,
-            per_token=per_token,
+            per_token=opened.per_token,
             batch_tokens=settings.batch_tokens,
             extends=None if parents.extended is None else parents.extended.store,
             notes=footer(identity(settings)),

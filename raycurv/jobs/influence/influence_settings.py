@@ -33,6 +33,10 @@ class InfluenceSettings(Execution, Reading):
     """Queries: file, directory or glob, as for the fit's data."""
     train: InputPath = ""
     """Training examples, likewise."""
+    objective: Identity[str | None] = None
+    """What of a query is measured: the `measurement` of your own `package.module:Name`, which may
+    read further columns of the queries (see raycurv.Objective). Default: the fit's objective, whose
+    loss training examples have in any case."""
     out: Required[str] = ""
     """Where scores go: an absolute path, or a URI that pyarrow.fs understands."""
     damping: Identity[DampingText] = "0.1"

@@ -47,7 +47,7 @@ from raycurv.jobs.shell import Shell, open_shell
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.curvature import Damping
 from raycurv.mathematics.influence.ihvp import BlockProducts, product_elements
-from raycurv.mathematics.loss.objective import open_objective
+from raycurv.mathematics.loss.objective import Objective, open_measurement, open_objective
 from raycurv.mathematics.rank.rank_inverse import RankInverses
 from raycurv.progress.reporter import Reporter
 from raycurv.stages.passes import Pass
@@ -80,7 +80,11 @@ def _score(shell: Shell[InfluenceSettings]) -> None:
     train = shell.inputs.or_named("train", settings) if settings.train else None
     fitted = open_fitted(settings.run, shell.inputs)
     blocks = read_blocks(fitted.store)
-    if settings.per_token and not open_objective(fitted.objective).per_token:
+    objective = open_objective(fitted.objective)
+    # Of the queries; in memory, or by name, or the fit's own.
+    named = shell.inputs.or_named("objective", settings)
+    measured = objective if named is None else open_measurement(named)
+    if settings.per_token and not objective.per_token:
         raise UserError(
             "--per-token",
             "an objective that is called on positions (causal-lm)",
@@ -96,16 +100,19 @@ def _score(shell: Shell[InfluenceSettings]) -> None:
     products = blocks if settings.ihvp else ()
     if shell.is_complete("scores", lambda: _forget_damaged(store, manifest, products)):
         return
-    corpora = _Corpora(store, fitted, settings)
-    sources = [lambda: corpora.open("queries", queries, "--queries", prints["queries"], None)]
+    corpora = _Corpora(store, fitted, settings, objective)
+    sources = [lambda: corpora.open("queries", queries, prints["queries"], None, measured)]
     if train is not None:
         most = settings.max_examples
-        sources.append(lambda: corpora.open("train", train, "--train", prints["train"], most))
+        sources.append(lambda: corpora.open("train", train, prints["train"], most, objective))
     asked, *others = shell.examples(*sources)
     training = others[0] if others else None
     seed: int = fitted.settings["seed"]
-    with shell.workers(fitted.network, fitted.objective, blocks, DTYPES[dtype], seed) as workers:
+    with shell.workers(
+        fitted.network, fitted.objective, blocks, DTYPES[dtype], seed, named
+    ) as workers:
         recipe = recipe_of(fitted.settings | {"dtype": dtype}, settings.logits_chunk, settings)
+        recipe = replace(recipe, whole_queries=not measured.per_token)
         lengths = None if training is None else training.lengths
         shell.check_plan(fitted.network, blocks, recipe, lengths, asked.lengths)
         curvature = CurvatureFiles.of(fitted.store, fitted.manifest)
@@ -149,28 +156,39 @@ class _Corpora:
     store: Store
     fitted: Fitted
     settings: InfluenceSettings
+    objective: Objective
 
     def open(
-        self, name: str, source: Source, flag: str, mark: Any, max_examples: int | None
+        self, name: str, source: Source, mark: Any, max_examples: int | None, asks: Objective
     ) -> Corpus:
+        """The examples of a source.
+
+        Args:
+            name: ``queries`` or ``train``.
+            source: where they come from.
+            mark: tells it from other sources.
+            max_examples: a seeded sample of so many.
+            asks: the objective that looks at them.
+        """
         settings, fit, network = self.settings, self.fitted.manifest, self.fitted.network
-        same = mark == fit.fingerprints["data"] and all(
-            getattr(settings, key) == fit.settings[key] for key in ("max_length", "long")
-        )
+        flag, columns, of_fit = f"--{name}", asks.columns, self.objective.columns
+        same = mark == fit.fingerprints["data"] and set(columns) <= set(of_fit)
+        same &= all(getattr(settings, key) == fit.settings[key] for key in ("max_length", "long"))
         if same and max_examples is None and fit.settings["max_examples"] is None:
             # Reading beside another job needs no lock: files are whole. Making them again does.
-            of_fit = self.fitted.store
-            there = stored_corpus(of_fit, "data")
+            there = stored_corpus(self.fitted.store, "data")
             if there is not None:
                 return there
-            with hold(of_fit, "influence.py", flag="--run"):
+            with hold(self.fitted.store, "influence.py", flag="--run"):
                 return open_corpus(
-                    of_fit, "data", source, flag, network, settings, None, settings.seed
-                )
-        directory, seed = f"work/{name}", settings.seed
+                    self.fitted.store, "data", source, flag, network, settings, None,
+                    settings.seed, of_fit,
+                )  # fmt: skip
+        # A measurement of one's own may look at what is no target.
         return open_corpus(
-            self.store, directory, source, flag, network, settings, max_examples, seed
-        )
+            self.store, f"work/{name}", source, flag, network, settings, max_examples,
+            settings.seed, columns, needs_loss=asks is self.objective,
+        )  # fmt: skip
 
 
 @dataclass

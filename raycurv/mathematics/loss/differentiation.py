@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -93,7 +93,8 @@ def differentiate(
         begin_draw: called before the backward of each draw, so that hooks can tell them apart.
 
     Raises:
-        UserError: a loss is not finite (names the example), or labels are missing.
+        UserError: a loss or a measurement is not finite (names the example) or not one number an
+            example, or labels are missing.
     """
     samples = draws if target in ("sampled", "both") else 0
     count = 0 if target == "nothing" else samples + (target != "sampled")
@@ -103,6 +104,7 @@ def differentiate(
     correct: Tensor | None = None
     drawn: list[list[Tensor]] = [[] for _ in range(samples)]
     keys = id_keys(batch.ids)
+    what = "measurement" if target == "measurement" else "loss"
     for part in _slices(objective, hidden, batch, slice_positions):
         own = part.batch
         leaf = hidden[part.at].detach().requires_grad_(count > 0)
@@ -130,15 +132,16 @@ def differentiate(
                     y = objective.sample(outputs.detach(), own, uniform)
                     drawn[draw].append(y)
                 value = objective.loss(outputs, replace(own, labels=y))
+            _check_shape(value, batch, what)
             values[draw] += value.detach().double()
-            _check_losses(values[draw], batch)
+            _check_finite(values[draw], batch, what)
             begin_draw(draw)
             gradients[draw][part.at] = _gradient(value.sum(), leaf, draw + 1 < count)
     if target == "labels" or (target == "both" and _labelled(objective, batch)):
         loss = values[-1]
     results: Results = {}
     if loss is not None:
-        _check_losses(loss, batch)
+        _check_finite(loss, batch, what)
         results[LOSS] = loss
     if samples and drawn[0]:
         results[DRAWN] = torch.stack([_behind(parts, objective.per_token) for parts in drawn])
@@ -174,7 +177,7 @@ def _slices(
         yield _Slice(
             (slice(None), part),
             start,
-            replace(batch, labels=labels_NT[:, part], loss_mask=counts_NT[:, part]),
+            replace(batch, labels=labels_NT[:, part], loss_mask=counts_NT[:, part], start=start),
             # Position of the target: one behind the position that predicts it.
             torch.arange(part.start + 1, part.stop + 1, device=hidden.device),
             None if ahead is None else [y[:, part] for y in ahead],
@@ -212,13 +215,26 @@ def _ahead(values_NT: Tensor) -> Tensor:
     return moved
 
 
-def _check_losses(losses: Tensor, batch: Batch) -> None:
-    finite = torch.isfinite(losses)
+def _check_shape(value: Any, batch: Batch, what: str) -> None:
+    """Refuse what an objective gives if it is not one number an example."""
+    if isinstance(value, Tensor) and value.shape == (batch.size,):
+        return
+    got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    raise UserError(
+        f"the {what} of the objective",
+        f"one number for each example, a tensor of shape [{batch.size}]",
+        got,
+        "Sum over an example's tokens and outputs, and over nothing else.",
+    )
+
+
+def _check_finite(values: Tensor, batch: Batch, what: str) -> None:
+    finite = torch.isfinite(values)
     if not finite.all():
         n = int((~finite).nonzero()[0])
         raise UserError(
             f"example {batch.ids[n]!r}",
-            "a finite loss",
-            str(float(losses[n])),
+            f"a finite {what}",
+            str(float(values[n])),
             "Leave the example out, or run the model in a wider --dtype.",
         )

@@ -26,15 +26,41 @@ Uniform = Callable[[int], Tensor]
 
 @runtime_checkable
 class Objective(Protocol):
-    """A loss, a measurement and a way to draw labels.
+    """What is differentiated: a loss, a way to draw labels from the model, and a measurement.
 
-    An objective with ``per_token = True`` is called on slices of positions, so that a long
-    vocabulary never makes whole logits. It then sees ``batch.labels[n, t]`` as the target that
-    ``outputs[n, t]`` predicts (already shifted by one from the data's alignment) and
-    ``batch.loss_mask[n, t]`` as whether that target counts; padding never counts.
+    An object of your own needs no base class. A fit takes ``loss`` and ``sample``; the queries of a
+    scoring take ``measurement``, or where there is none ``loss``. For example, how much more likely
+    the right answer is than the wrong one, behind the last token of a prompt::
+
+        class LogitDifference:
+            per_token = True
+            columns = ("right", "wrong")        # token ids, columns of the queries' data
+
+            def measurement(self, outputs, batch):
+                logits, here = batch.at_last(outputs)          # [N, V], [N]
+                n = torch.arange(batch.size)
+                right, wrong = batch.columns["right"], batch.columns["wrong"]
+                return torch.where(here, logits[n, right] - logits[n, wrong], 0.0)
+
+    Every method gives one number for each example, ``[N]``, summed over its tokens and never
+    averaged.
+
+    Attributes:
+        per_token: whether the methods are called on slices of positions, so that a long vocabulary
+            never makes whole logits; what slices give is added up. They then see
+            ``batch.labels[n, t]`` as the target that ``outputs[n, t]`` predicts (already shifted by
+            one from the data's alignment) and ``batch.loss_mask[n, t]`` as whether that target
+            counts; padding never counts. ``batch.start`` is the slice's first position, and
+            ``batch.at_last`` finds last tokens. With ``False`` the methods are called once, on
+            whole outputs ``[N, T, V]``: ``--batch-tokens`` times the vocabulary of memory.
+        columns: names of further columns of the data that the methods read, as
+            ``batch.columns[name]``: numbers as a tensor ``[N, ...]``, of one shape in all examples,
+            text as a list of strings. They speak of an example, not of its tokens: with ``--long
+            truncate`` it keeps them, with ``--long split`` each of its pieces has them.
     """
 
     per_token: bool = False
+    columns: tuple[str, ...] = ()
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """The loss of each example, summed over its tokens, ``[N]``."""
@@ -65,6 +91,7 @@ class CausalLM:
     """Next-token cross-entropy in nats, summed over an example's targets."""
 
     per_token = True
+    columns: tuple[str, ...] = ()
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         labels, counts = batch.labels, batch.loss_mask
@@ -90,6 +117,7 @@ class Classification:
     """Cross-entropy in nats over ``outputs [N, V]`` with class labels ``[N]``."""
 
     per_token = False
+    columns: tuple[str, ...] = ()
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         labels = _labels(batch, "a class number an example")
@@ -127,6 +155,7 @@ class Regression:
     """``½‖y − f‖²`` with ``outputs`` and labels ``[N, D]``: a Gaussian of unit variance."""
 
     per_token = False
+    columns: tuple[str, ...] = ()
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         labels = _labels(batch, "a number or a list of numbers an example")
@@ -162,6 +191,12 @@ def _labels(batch: Batch, wanted: str) -> Tensor:
     return batch.labels
 
 
+# Columns of the data that every microbatch has, and what it calls them.
+BATCHED = {
+    "id": "ids", "input_ids": "inputs", "inputs": "inputs", "labels": "labels",
+    "loss_mask": "loss_mask",
+}  # fmt: skip
+
 _SHIPPED: dict[str, Callable[[], Objective]] = {
     "causal-lm": CausalLM,
     "classification": Classification,
@@ -173,12 +208,43 @@ def open_objective(name: str | Objective) -> Objective:
     """The objective of that name: one that ships with raycurv, or ``package.module:Name``.
 
     Raises:
-        UserError: no such name, it cannot be imported, or it lacks one of the three methods.
+        UserError: no such name, it cannot be imported, or it lacks loss or sample.
     """
+    named, own = _found(name)
+    missing = [method for method in ("loss", "sample") if not hasattr(own, method)]
+    if missing:
+        raise UserError(
+            f"--objective {named}",
+            "an object with the methods loss and sample",
+            f"no {' and no '.join(missing)}",
+            "See raycurv.Objective for what each takes and gives.",
+        )
+    return _complete(named, own)
+
+
+def open_measurement(name: str | Objective) -> Objective:
+    """The objective whose measurement queries are measured by; only that may be asked of it.
+
+    Raises:
+        UserError: no such name, it cannot be imported, or it has neither a measurement nor a loss.
+    """
+    named, own = _found(name)
+    if not (hasattr(own, "measurement") or hasattr(own, "loss")):
+        raise UserError(
+            f"--objective {named}",
+            "an object with the method measurement, for the queries",
+            "no measurement, and no loss that could stand for it",
+            "See raycurv.Objective for what it takes and gives.",
+        )
+    return _complete(named, own)
+
+
+def _found(name: str | Objective) -> tuple[str, Any]:
+    """An objective as its author made it, and what messages call it."""
     if not isinstance(name, str):
-        return _checked(type(name).__name__, name)
+        return type(name).__name__, name
     if name in _SHIPPED:
-        return _SHIPPED[name]()
+        return name, _SHIPPED[name]()
     module, colon, attribute = name.partition(":")
     if not colon:
         raise UserError(
@@ -201,22 +267,24 @@ def open_objective(name: str | Objective) -> Objective:
             f"{type(error).__name__}: {error}",
             "Check the spelling, and that the module is on the Python path of every worker.",
         ) from error
-    return _checked(name, made)
+    return name, made
 
 
-def _checked(name: str, objective: object) -> Objective:
-    missing = [method for method in ("loss", "sample") if not hasattr(objective, method)]
-    if missing:
+def _complete(name: str, own: Any) -> Objective:
+    """An objective with the defaults for what its author left out."""
+    columns = getattr(own, "columns", ())
+    if isinstance(columns, str) or not all(isinstance(column, str) for column in columns):
         raise UserError(
-            f"--objective {name}",
-            "an object with the methods loss and sample",
-            f"no {' and no '.join(missing)}",
-            "See raycurv.Objective for what each takes and gives.",
-        )
-    if not (hasattr(objective, "measurement") and hasattr(objective, "per_token")):
-        return _Completed(objective)
-    assert isinstance(objective, Objective)
-    return objective
+            f"--objective {name}", "columns: a tuple of names", repr(columns),
+            f"Give ({columns!r},)." if isinstance(columns, str) else "Give their names.",
+        )  # fmt: skip
+    taken = [column for column in columns if column in BATCHED]
+    if taken:
+        raise UserError(
+            f"--objective {name}", "columns beside those that every microbatch has",
+            f"{taken[0]!r}", f"Leave it out: batch.{BATCHED[taken[0]]} is it.",
+        )  # fmt: skip
+    return own if isinstance(own, Objective) else _Completed(own)
 
 
 class _Completed:
@@ -224,8 +292,13 @@ class _Completed:
 
     def __init__(self, own: Any) -> None:
         self.per_token: bool = getattr(own, "per_token", False)
-        self.loss = own.loss
-        self.sample = own.sample
-        self.measurement = getattr(own, "measurement", own.loss)
+        self.columns: tuple[str, ...] = tuple(getattr(own, "columns", ()))
+        self.loss = getattr(own, "loss", _not_asked_for)
+        self.sample = getattr(own, "sample", _not_asked_for)
+        self.measurement = getattr(own, "measurement", self.loss)
         if isinstance(own, Judging):
             self.correct = own.correct
+
+
+def _not_asked_for(*_: Any) -> Tensor:
+    raise AssertionError("only the measurement of this objective may be asked for")
