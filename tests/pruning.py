@@ -18,6 +18,7 @@ from raycurv.mathematics.curvature import BlockCurvature, Damping, IdentityCurva
 from raycurv.mathematics.eigen import Eigenbasis
 from raycurv.mathematics.pruning.rank_surgeon import RankSurgeon
 from raycurv.mathematics.pruning.surgeon import BlockSurgeon
+from raycurv.mathematics.pruning.update import Solver, Update
 from raycurv.mathematics.rank.rank_inverse import rank_inverse
 
 # Four outputs, eight inputs and the bias.
@@ -119,6 +120,30 @@ def surgeon(
 ) -> BlockSurgeon:
     """What :func:`curvature` says of these weights."""
     return BlockSurgeon(curvature(method), w, damping, gradient)
+
+
+def joint_update(
+    curvature: BlockCurvature,
+    w: Tensor,
+    keep: Tensor,
+    damping: Damping,
+    gradient: Tensor | None = None,
+    solver: Solver | None = None,
+) -> Update:
+    """What is left of a block after the joint step."""
+    return BlockSurgeon(curvature, w, damping, gradient).remaining(keep, solver or Solver())
+
+
+def predicted_increase(
+    curvature: BlockCurvature,
+    step: Tensor,
+    gradient: Tensor | None = None,
+    damping: Damping | None = None,
+) -> float:
+    """What a surgeon predicts for a step, and of the damped model ``½ λ |δ|²`` more."""
+    found = BlockSurgeon(curvature, step, DAMPING, gradient).increase(step).alone
+    lam = 0.0 if damping is None else curvature.damping(damping)
+    return found + 0.5 * lam * float(step.square().sum())
 
 
 def rank_surgeons(

@@ -16,7 +16,9 @@ from pruning import (
     Quadratic,
     basis,
     curvature,
+    joint_update,
     numbers,
+    predicted_increase,
     quadratic,
     rank_quadratic,
     rank_surgeons,
@@ -29,7 +31,7 @@ from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.curvature import BlockCurvature, Damping
 from raycurv.mathematics.eigen import Eigenbasis
 from raycurv.mathematics.pruning.rank_surgeon import RankSurgeon, rank_increase, solve_kept
-from raycurv.mathematics.pruning.update import Solver, joint_update, predicted_increase
+from raycurv.mathematics.pruning.update import Solver
 from raycurv.mathematics.rank.rank_inverse import rank_inverse
 
 # Solves with condition numbers of at most some thousands, in float64.

@@ -8,7 +8,7 @@ lie in runs of outputs, which are read one at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,14 @@ from raycurv.errors import DamagedFile
 from raycurv.files.store import Store
 from raycurv.files.tensorfile import TensorFile, open_tensors, write_tensors
 from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.curvature import Damping
 from raycurv.mathematics.rank.rank_fisher import RowSum, gram_of
+from raycurv.mathematics.rank.rank_inverse import (
+    RankInverse,
+    RankInverses,
+    rank_damping,
+    rank_inverse,
+)
 
 # Elements of a run of outputs: in float64, as they are computed with, 64 MiB.
 RUN = 2**23
@@ -62,6 +69,22 @@ class BlockRows:
         """``[M, O, I]``, of a small block."""
         return torch.cat([rows for _, rows in self.runs()], dim=1)
 
+    def parts(self, inverse: RankInverse) -> Iterator[tuple[slice, Tensor, RankInverse]]:
+        """Runs of outputs, their columns of G ``[M, N]``, and an inverse at these columns.
+
+        Args:
+            inverse: at the block's first column.
+        """
+        for outputs, rows in self.runs():
+            yield outputs, rows.flatten(1), inverse.at(outputs.start * self.block.d_in)
+
+    def project(self, values_QOI: Tensor, inverse: RankInverse) -> Tensor:
+        """The block's share ``[Q, width]`` of what an inverse needs to know of matrices."""
+        total = torch.zeros(len(values_QOI), inverse.width, dtype=torch.float64)
+        for outputs, rows_MN, here in self.parts(inverse):
+            total += here.project(rows_MN, values_QOI[:, outputs].flatten(1))
+        return total
+
 
 def rows_file(block: str) -> str:
     """Where a block's rows lie."""
@@ -104,3 +127,44 @@ def open_rows(store: Store, block: Block) -> BlockRows:
             f"{store.root}, block {block.name}", "the rows of its Fisher", str(error),
             "Run the fit again: it makes what is missing.",
         ) from error  # fmt: skip
+
+
+def open_inverses(
+    store: Store, blocks: Sequence[Block], damping: Damping, whole: bool
+) -> RankInverses:
+    """The inverses of a fit's rank-m Fisher.
+
+    Args:
+        store: of the run.
+        blocks: all of the fit, or those that are looked at.
+        damping: λ, or the factor that makes it.
+        whole: one of all these blocks together, instead of each block's own.
+
+    Raises:
+        UserError: λ is zero.
+        NumericalError: λ is too small.
+    """
+    if not whole:
+        return RankInverses({b.name: _inverse(store, (b,), damping) for b in blocks}, False)
+    inverse = _inverse(store, blocks, damping)
+    found: dict[str, RankInverse | None] = {}
+    start = 0
+    for block in blocks:
+        found[block.name] = None if inverse is None else inverse.at(start)
+        start += block.d_out * block.d_in
+    return RankInverses(found, True)
+
+
+def _inverse(store: Store, blocks: Sequence[Block], damping: Damping) -> RankInverse | None:
+    opened = [open_rows(store, block) for block in blocks]
+    gram, size = opened[0].gram(), sum(rows.size for rows in opened)
+    for rows in opened[1:]:
+        gram += rows.gram()
+    where = f"block {blocks[0].name}" if len(blocks) == 1 else "the model's Fisher"
+    lam = rank_damping(damping, gram, size, where)
+    if lam == 0.0:
+        return None
+    # The rows themselves are needed where they are no larger than the Gram.
+    small = size <= len(gram)
+    matrix = torch.cat([r.whole().flatten(1) for r in opened], dim=1) if small else None
+    return rank_inverse(gram, size, lam, where, matrix)

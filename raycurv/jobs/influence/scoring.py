@@ -28,12 +28,13 @@ from raycurv.driver.pipeline import NoSink, Sink
 from raycurv.driver.settings import DTYPES, identity, parse_bytes
 from raycurv.driver.sinks import ScoreRows, merge_top
 from raycurv.driver.sweep import Sweep, Task, commit_place, open_spool
-from raycurv.driver.workers import Workers
+from raycurv.driver.workers import Workers, in_order
 from raycurv.errors import DamagedFile, UserError
 from raycurv.files.artifacts import ihvp_file, read_blocks, read_products, write_products
 from raycurv.files.curvature_files import CurvatureFiles
 from raycurv.files.lock import hold
 from raycurv.files.manifest import Manifest
+from raycurv.files.row_files import open_inverses
 from raycurv.files.store import Store
 from raycurv.files.tables import footer, read_rows
 from raycurv.files.tensorfile import whole
@@ -42,7 +43,7 @@ from raycurv.jobs.fitted import Fitted, open_fitted
 from raycurv.jobs.influence.gatherers import GradientsGatherer, ProductsGatherer, ScoreGatherer
 from raycurv.jobs.influence.influence_settings import InfluenceSettings
 from raycurv.jobs.inputs import Inputs
-from raycurv.jobs.rank_products import make_rank_products, rank_inverses
+from raycurv.jobs.rank_products import RankProducts
 from raycurv.jobs.shell import Shell, open_shell
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.curvature import Damping
@@ -191,6 +192,28 @@ class _Corpora:
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """Queries whose IHVPs fit into memory together: they share a pass over the examples.
+
+    Attributes:
+        numbers: which of all queries.
+        ids: their names, in order.
+        place: where their IHVPs lie.
+        label: which pass it is, for the progress, where there are several.
+    """
+
+    numbers: range
+    ids: tuple[str, ...]
+    place: Store
+    label: str
+
+    @property
+    def span(self) -> str:
+        """Names the pass by its queries: a name never means others after a restart."""
+        return f"{self.numbers.start:06d}-{self.numbers.stop:06d}"
+
+
 @dataclass
 class _Influence:
     """One scoring under way."""
@@ -216,33 +239,26 @@ class _Influence:
         return f"scored {len(self.queries):,} queries against {len(self.train):,} examples"
 
     def run(self) -> None:
-        groups = self._groups()
-        rank = self.settings.rank
+        passes, examples = self._passes(), 0 if self.train is None else len(self.train)
         self.manifest.facts |= {
-            "queries_scored": len(self.queries),
-            "examples": 0 if self.train is None else len(self.train),
-            "passes": len(groups),
-        }
+            "queries_scored": len(self.queries), "examples": examples, "passes": len(passes),
+        }  # fmt: skip
         self.reporter.say(
-            f"{len(self.queries):,} queries in {len(groups)} "
-            f"pass{'es' if len(groups) > 1 else ''} over "
-            f"{0 if self.train is None else len(self.train):,} training examples, "
-            f"rank {rank}, damping {self.damping}"
+            f"{len(self.queries):,} queries in {len(passes)} "
+            f"pass{'es' if len(passes) > 1 else ''} over {examples:,} training examples, "
+            f"rank {self.settings.rank}, damping {self.damping}"
         )
-        self._sweep_leftovers(groups)
-        for number, group in enumerate(groups):
-            if _span(group) in self._finished:
+        self._sweep_leftovers(passes)
+        for asked in passes:
+            if asked.span in self._finished:
                 continue
-            label = "" if len(groups) == 1 else f", pass {number + 1} of {len(groups)}"
-            self._make_rank_products(group, label)
-            gatherer = self._products_gatherer(group)
-            files = self._sweep(group, gatherer, label, score=self.train is not None)
-            self._finished[_span(group)] = self._sizes(files)
+            files = self._products(asked, score=self.train is not None)
+            self._finished[asked.span] = self._sizes(files)
             self.manifest.write(self.store)
             if not self.settings.ihvp:
-                self.store.delete_directory(f"work/pass-{_span(group)}")
+                self.store.delete_directory(f"work/pass-{asked.span}")
         if self.settings.ihvp:
-            self._collect_products(groups)
+            self._collect_products(passes)
         self.store.delete_directory("work")
         self.manifest.complete.append("scores")
         self.manifest.write(self.store)
@@ -262,198 +278,176 @@ class _Influence:
             sizes[name] = size
         return sizes
 
-    def _groups(self) -> list[range]:
+    def _passes(self) -> list[_Asked]:
         """Queries by pass: as many as keep every stage's products within ``--query-memory``."""
-        # Products of M-FAC start as whole gradients.
-        rank = None if self._ranked else self.settings.rank_number()
+        # Those of a ranked method start as whole gradients.
+        rank = None if self.curvature.method.ranked else self.settings.rank_number()
         item = 8 if self.dtype == torch.float64 else 4
-        largest = 0
-        for stage in range(len(self.workers.cuts)):
-            mine = self.workers.blocks_of(range(stage, stage + 1))
-            largest = max(largest, sum(product_elements(rank, b.d_out, b.d_in) for b in mine))
+        stages = range(len(self.workers.cuts))
+        largest = max(
+            sum(product_elements(rank, b.d_out, b.d_in) for b in self._blocks_of(stage))
+            for stage in stages
+        )
         memory = parse_bytes("--query-memory", self.settings.query_memory)
         size = max(1, memory // (largest * item))
         # What is finished stays; the rest is dealt out anew, for stages or memory may have changed.
         finished = [tuple(map(int, name.split("-"))) for name in sorted(self._finished)]
-        groups, at = [], 0
+        spans, at = [], 0
         for start, stop in [*finished, (len(self.queries), len(self.queries))]:
-            groups += [range(i, min(i + size, start)) for i in range(at, start, size)]
-            groups += [range(start, stop)] if start < stop else []
+            spans += [range(i, min(i + size, start)) for i in range(at, start, size)]
+            spans += [range(start, stop)] if start < stop else []
             at = stop
-        return groups
+        return [self._asked(numbers, n + 1, len(spans)) for n, numbers in enumerate(spans)]
 
-    @property
-    def _ranked(self) -> bool:
-        """Whether IHVPs take all blocks together, so that stages make the gradients alone."""
-        return self.curvature.method.ranked
+    def _blocks_of(self, stage: int) -> tuple[Block, ...]:
+        return self.workers.blocks_of(range(stage, stage + 1))
+
+    def _asked(self, numbers: range, which: int, of: int) -> _Asked:
+        label = "" if of == 1 else f", pass {which} of {of}"
+        asked = _Asked(numbers, tuple(self.queries.named(numbers).to_pylist()), self.store, label)
+        return replace(asked, place=self.store.inside(f"work/pass-{asked.span}"))
 
     @cached_property
-    def _rank_inverses(self) -> RankInverses:
-        """The inverses of M-FAC."""
+    def _inverses(self) -> RankInverses:
+        """Of a ranked method."""
         whole = self.settings.inverse != "block"
-        return rank_inverses(self.curvature.store, self.blocks, self.damping, whole)
+        return open_inverses(self.curvature.store, self.blocks, self.damping, whole)
 
-    def _make_rank_products(self, group: range, label: str) -> None:
-        """With M-FAC, the IHVPs of a group of queries, which no stage can make alone."""
-        place = self._place(group)
-        missing = [b for b in self.blocks if self._without_products(place, [b])]
-        if not (self._ranked and missing):
-            return
-        inverses, gradients = self._rank_inverses, place.inside("gradients")
-        gatherer = GradientsGatherer(self._named(group), gradients)
-        self._sweep(group, gatherer, f"{label}, gradients", score=False)
-        residual = make_rank_products(
-            gradients,
-            place,
-            self.curvature.store,
-            self.blocks,
-            inverses,
-            self.settings.rank_number(),
-            self.settings.seed,
-            self.dtype,
-            self.workers,
-        )
-        facts = self.manifest.facts
-        facts["residual"] = max(residual, facts.get("residual", 0.0))
-        place.delete_directory("gradients")
-
-    def _place(self, group: range) -> Store:
-        """Where the products of a group of queries lie."""
-        return self.store.inside(f"work/pass-{_span(group)}")
-
-    def _named(self, group: range) -> tuple[str, ...]:
-        """The ids of a group of queries."""
-        return tuple(self.queries.named(group).to_pylist())
-
-    def _products_gatherer(self, group: range) -> ProductsGatherer:
-        """What gathers the IHVPs of a group of queries."""
-        train = None if self.settings.ihvp else self.train
-        rank = self.settings.rank_number()
-        holds = train is not None and self.workers.in_process and rank is None
-        return ProductsGatherer(
-            self._named(group),
-            self._place(group),
+    def _products(self, asked: _Asked, score: bool) -> list[str]:
+        """The IHVPs of some queries, and with ``score`` the training examples' scores on them;
+        gives the files of these."""
+        settings, rank = self.settings, self.settings.rank_number()
+        ranked = self.curvature.method.ranked
+        if ranked and self._without_products(asked.place, self.blocks):
+            self._rank_products(asked)
+        train = None if settings.ihvp else self.train
+        holds = train is not None and self.workers.in_process and rank is None and not ranked
+        gatherer = ProductsGatherer(
+            asked.ids,
+            asked.place,
             self.curvature,
             self.damping,
             rank,
-            self.settings.seed,
+            settings.seed,
             scored=None if train is None else train.tokens,
-            held=self.held if holds and not self._ranked else None,
+            held=self.held if holds else None,
         )
+        return self._sweep(asked, gatherer, asked.label, score)
+
+    def _rank_products(self, asked: _Asked) -> None:
+        """The IHVPs of a ranked method, which no stage can make alone."""
+        gradients = asked.place.inside("gradients")
+        gatherer = GradientsGatherer(asked.ids, gradients)
+        self._sweep(asked, gatherer, f"{asked.label}, gradients", score=False)
+        job = RankProducts(
+            gradients,
+            asked.place,
+            self.curvature.store,
+            self.settings.rank_number(),
+            self.settings.seed,
+            self.dtype,
+        )
+        residual = job.make(self.blocks, self._inverses, self.workers)
+        facts = self.manifest.facts
+        facts["residual"] = max(residual, facts.get("residual", 0.0))
+        asked.place.delete_directory("gradients")
 
     def _sweep(
         self,
-        group: range,
+        asked: _Asked,
         gatherer: ProductsGatherer | GradientsGatherer,
         label: str,
         score: bool,
     ) -> list[str]:
-        """A pass over a group of queries, and with ``score`` the training examples' scores on their
+        """A pass over some queries, and with ``score`` the training examples' scores on their
         IHVPs; gives the files of these."""
-        place = gatherer.out
-        work = Pass(f"{gatherer.name}-{_span(group)}", "measurement", 1, (gatherer,))
-        feeds = {"queries": self._query_feed(group)}
+        settings, place = self.settings, gatherer.out
+        feeds = {"queries": self._feed(self.queries, asked.numbers)}
         if score:
             assert self.train is not None
-            feeds["train"] = Feed(
-                self.train.plan(self.settings.batch_tokens),
-                self.train.reader(self.dtype),
-                self.train.lengths,
-            )
+            feeds["train"] = self._feed(self.train)
         # What waits in the spool is of use whether or not all products have been made by now.
         spool = open_spool(
-            self.store, self.settings.spool_dir, self.manifest, self.workers, list(feeds.values())
+            self.store, settings.spool_dir, self.manifest, self.workers, list(feeds.values())
         )
         if not self._without_products(place, self.blocks):
             del feeds["queries"]
         if not feeds:
             return []
         sweep = Sweep(
-            self.workers,
-            self.store,
-            spool,
-            feeds,
-            self.reporter,
-            self.settings.commit_seconds,
+            self.workers, self.store, spool, feeds, self.reporter, settings.commit_seconds
         )
-        lowest = 0 if score else min(self._unasked(sweep, place))
+        work = Pass(f"{gatherer.name}-{asked.span}", "measurement", 1, (gatherer,))
+        lowest = 0 if score else min(self._unasked(place))
         sweep.forward()
         files: list[str] = []
-        for stages in range(sweep.level, lowest - 1, -1):
+        for group in range(sweep.level, lowest - 1, -1):
             if "queries" in feeds:
-                self._query(sweep, stages, work, place, feeds["queries"], label)
+                self._query(sweep, group, work, place, feeds["queries"], label)
             if score:
-                files = self._score(sweep, stages, group, feeds["train"], label)
+                files = self._score(sweep, group, asked, feeds["train"])
             self.held.clear()
-            sweep.descend(stages)
+            sweep.descend(group)
         sweep.end()
         return files
+
+    def _feed(self, corpus: Corpus, only: range | None = None) -> Feed:
+        plan = corpus.plan(self.settings.batch_tokens)
+        if only is not None:
+            plan = plan.only(only)
+        return Feed(plan, corpus.reader(self.dtype), corpus.lengths)
 
     def _without_products(self, place: Store, blocks: Sequence[Block]) -> bool:
         return not all(
             block.name in self.held or whole(place, ihvp_file(block.name)) for block in blocks
         )
 
-    def _unasked(self, sweep: Sweep, place: Store) -> list[int]:
+    def _unasked(self, place: Store) -> list[int]:
         """Groups of stages that have products still to make."""
-        groups = self.workers.groups
-        mine = {g: self.workers.blocks_of(groups[g]) for g in range(sweep.last + 1)}
-        return [g for g, blocks in mine.items() if self._without_products(place, blocks)]
-
-    def _query_feed(self, group: range) -> Feed:
-        return Feed(
-            self.queries.plan(self.settings.batch_tokens).only(group),
-            self.queries.reader(self.dtype),
-            self.queries.lengths,
-        )
+        mine = [self.workers.blocks_of(stages) for stages in self.workers.groups]
+        return [g for g, blocks in enumerate(mine) if self._without_products(place, blocks)]
 
     def _query(
-        self,
-        sweep: Sweep,
-        stages: int,
-        work: Pass,
-        place: Store,
-        feed: Feed,
-        label: str,
+        self, sweep: Sweep, group: int, work: Pass, place: Store, feed: Feed, label: str
     ) -> None:
         """The pass over a group of stages, and the gradients for those before that lack theirs."""
-        unasked = self._unasked(sweep, place)
-        lowest = min(unasked, default=stages)
+        unasked = self._unasked(place)
+        lowest = min(unasked, default=group)
         task = Task("queries", feed, work, work.replay(), carries=False)
-        if stages in unasked:
-            commits = sweep.place(work.name, stages)
+        if group in unasked:
+            commits = sweep.place(work.name, group)
             commit = self.store.read_json(f"{commits}/commit.json")
             if commit is not None and commit["finished"]:
                 # A product of a finished pass has gone since: it has to run again.
                 self.store.delete_directory(commits)
-            sweep.run(stages, task, f"queries: IHVPs{label}", lowest)
-        if lowest < stages:
-            sweep.replay(stages, replace(task, work=task.again))
+            sweep.run(group, task, f"queries: IHVPs{label}", lowest)
+        if lowest < group:
+            sweep.replay(group, replace(task, work=task.again))
 
-    def _score(self, sweep: Sweep, stages: int, group: range, feed: Feed, label: str) -> list[str]:
+    def _score(self, sweep: Sweep, group: int, asked: _Asked, feed: Feed) -> list[str]:
         """Partial scores of a group of stages, added to what those behind it found."""
         assert self.train is not None
         settings = self.settings
-        ids = self._named(group)
-        inverses = self._rank_inverses if self._ranked and settings.self_influence else None
+        ranked = self.curvature.method.ranked and settings.self_influence
+        inverses = self._inverses if ranked else None
         gatherer = ScoreGatherer(
             self.curvature,
             self.damping,
-            self._place(group),
-            len(group),
+            asked.place,
+            len(asked.ids),
             settings.per_block,
             settings.per_token,
-            settings.self_influence and group.start == 0,
+            settings.self_influence and asked.numbers.start == 0,
             inverses,
             self.held,
         )
-        work = Pass(self._work(group), "labels", 1, (gatherer,))
+        work = Pass(_scoring(asked), "labels", 1, (gatherer,))
         sink: Sink = NoSink()
-        if stages == 0:
+        if group == 0:
             sink = ScoreRows(
                 self.store,
-                f"part-{_span(group)}",
-                ids,
+                f"part-{asked.span}",
+                asked.ids,
                 self.train,
                 self.dtype == torch.float64,
                 settings.per_block,
@@ -463,31 +457,22 @@ class _Influence:
                 inverses,
             )
         task = Task("train", feed, work, work, carries=True, sink=sink)
-        names = sweep.run(stages, task, f"scores{label}", 0)
-        if settings.top_k is None or stages > 0:
+        names = sweep.run(group, task, f"scores{asked.label}", 0)
+        if settings.top_k is None or group > 0:
             return names
-        top = f"scores/part-{_span(group)}-top.parquet"
-        merge_top(
-            self.store,
-            [n for n in names if n.startswith("work/top/")],
-            ids,
-            settings.top_k,
-            self._notes(),
-            top,
-        )
-        return [*(n for n in names if not n.startswith("work/top/")), top]
+        best = [name for name in names if name.startswith("work/top/")]
+        top = f"scores/part-{asked.span}-top.parquet"
+        merge_top(self.store, best, asked.ids, settings.top_k, self._notes(), top)
+        return [*(name for name in names if name not in best), top]
 
-    def _work(self, group: range) -> str:
-        return f"scores-{_span(group)}"
-
-    def _sweep_leftovers(self, groups: Sequence[range]) -> None:
+    def _sweep_leftovers(self, passes: Sequence[_Asked]) -> None:
         """Files that no commit speaks of were written by a run that then died: forget them."""
         if self.train is None:
             return
         known = {name for files in self._finished.values() for name in files}
         mark = plan_mark(self.train.plan(self.settings.batch_tokens))
-        for group in groups:
-            place = commit_place(self._work(group), 0, len(self.workers.groups))
+        for asked in passes:
+            place = commit_place(_scoring(asked), 0, len(self.workers.groups))
             commit = last_commit(self.store, place, mark)
             known |= set() if commit is None else set(commit.rows)
         for directory in ("scores", "self", "work/top"):
@@ -495,32 +480,26 @@ class _Influence:
                 if name not in known:
                     self.store.delete(name)
 
-    def _collect_products(self, groups: Sequence[range]) -> None:
+    def _collect_products(self, passes: Sequence[_Asked]) -> None:
         """``ihvp/``: every block's products of all passes in one file."""
         missing = [b.name for b in self.blocks if not whole(self.store, ihvp_file(b.name))]
         if not missing:
             return
-        for number, group in enumerate(groups):
-            label = "" if len(groups) == 1 else f", pass {number + 1}"
-            self._make_rank_products(group, label)
-            self._sweep(group, self._products_gatherer(group), label, score=False)
-        places = [self._place(group) for group in groups]
-        arguments = [(places, self.store, name) for name in missing]
-        for _ in self.workers.run_tasks("IHVPs", join_products, arguments):
-            pass
+        for asked in passes:
+            self._products(asked, score=False)
+        arguments = [([asked.place for asked in passes], self.store, name) for name in missing]
+        in_order(self.workers.run_tasks("IHVPs", join_products, arguments))
 
     def _notes(self) -> dict[str, str]:
+        """The footer of the scores, with the blocks in the order in which stages give them."""
         said = identity(self.settings) | {"fit": self.curvature.store.root}
-        return footer(said, blocks=self._block_order())
-
-    def _block_order(self) -> list[str]:
-        """The blocks as stages give their scores: stage by stage."""
-        return [b.name for b in self.workers.blocks_of(range(len(self.workers.cuts)))]
+        blocks = self.workers.blocks_of(range(len(self.workers.cuts)))
+        return footer(said, blocks=[b.name for b in blocks])
 
 
-def _span(group: range) -> str:
-    """Names a pass by the queries it serves: a name never means others after a restart."""
-    return f"{group.start:06d}-{group.stop:06d}"
+def _scoring(asked: _Asked) -> str:
+    """The name of the pass over the training examples."""
+    return f"scores-{asked.span}"
 
 
 def join_products(places: Sequence[Store], out: Store, block: str) -> None:

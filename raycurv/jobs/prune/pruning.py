@@ -31,6 +31,7 @@ from raycurv.driver.workers import Workers, in_order
 from raycurv.errors import DamagedFile
 from raycurv.files.curvature_files import CurvatureFiles
 from raycurv.files.manifest import Manifest
+from raycurv.files.row_files import open_inverses
 from raycurv.files.store import Store
 from raycurv.files.tables import HEADS, PRUNED, footer, write_table
 from raycurv.files.weights import stored_patch, write_checkpoint
@@ -58,7 +59,6 @@ from raycurv.jobs.prune.surgery import (
     updated,
 )
 from raycurv.jobs.prune.totals import Total
-from raycurv.jobs.rank_products import rank_inverses
 from raycurv.jobs.shell import Shell, open_shell
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.loss.objective import Objective
@@ -296,7 +296,7 @@ class _Prune:
         if not self._joint:
             return operations
         first = operations[0]
-        inverses = rank_inverses(first.curvature.store, self.blocks, first.damping, whole=True)
+        inverses = open_inverses(first.curvature.store, self.blocks, first.damping, whole=True)
         found = [replace(o, rank=JointRank(inverses.by_block[o.block.name])) for o in operations]
         if not self.settings.first_order:
             return found

@@ -26,13 +26,12 @@ from torch import Tensor
 from raycurv.errors import DamagedFile, NumericalError
 from raycurv.files.artifacts import read_gradient
 from raycurv.files.curvature_files import CurvatureFiles
-from raycurv.files.row_files import open_rows
+from raycurv.files.row_files import open_inverses, open_rows
 from raycurv.files.store import Store
 from raycurv.files.tables import SALIENCY, as_lists, read_rows, write_table
 from raycurv.files.tensorfile import TensorFile, open_tensors, whole, write_tensors
 from raycurv.files.weights import write_weight
 from raycurv.jobs.prune.prune_settings import PruneSettings
-from raycurv.jobs.rank_products import projected, rank_inverses
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.curvature import Damping
 from raycurv.mathematics.pruning.masks import (
@@ -177,11 +176,11 @@ class Surgery:
     def _own_rank(self) -> JointRank:
         """The Fisher of the block alone."""
         fitted, gradient = self.curvature.store, self.gradient()
-        inverses = rank_inverses(fitted, (self.block,), self.damping, whole=False)
+        inverses = open_inverses(fitted, (self.block,), self.damping, whole=False)
         inverse = inverses.by_block[self.block.name]
         if gradient is None or inverse is None:
             return JointRank(inverse)
-        return JointRank(inverse, projected(gradient[None], fitted, self.block, inverse))
+        return JointRank(inverse, open_rows(fitted, self.block).project(gradient[None], inverse))
 
     def solver(self) -> Solver:
         """How the equations of what remains are solved."""
@@ -206,7 +205,8 @@ def project_mean_gradient(op: Surgery) -> Tensor | None:
     if gradient is None or op.rank.inverse is None:
         return None
     if not op.has("gradient"):
-        share = projected(gradient[None], op.curvature.store, op.block, op.rank.inverse)
+        rows = open_rows(op.curvature.store, op.block)
+        share = rows.project(gradient[None], op.rank.inverse)
         op.write("gradient", {"share": share})
     return op.open("gradient").read("share")
 
