@@ -33,6 +33,7 @@ from local_cluster import cluster  # noqa: E402
 from results import assert_same  # noqa: E402
 
 import raycurv  # noqa: E402
+from raycurv.jobs.inputs import Inputs  # noqa: E402
 
 HANG_SECONDS = 6.0
 SHAPE: dict[str, Any] = {"replicas": 2, "stages": 2}
@@ -99,7 +100,7 @@ def main(settings: Settings) -> None:
 
         def score(name: str, address: str = "") -> Path:
             run = raycurv.open(reference)
-            run._model = classifier
+            run._inputs = Inputs(model=classifier)
             run.influence(queries, rows, place / name, address=address or made.address, **SCORE)
             return place / name
 

@@ -30,6 +30,7 @@ from test_resume import (
 import raycurv
 from raycurv.files.spool import KINDS, LostSpool, Spool, spool_directory
 from raycurv.files.store import Store
+from raycurv.jobs.inputs import Inputs
 from raycurv.stages.dealing import group_stages
 from raycurv.stages.stage import Stage
 
@@ -209,7 +210,7 @@ def test_swept_scores_that_stopped_anywhere_end_as_if_they_had_not(
     point: str, after: bool, step: int, whole: tuple[Path, Path], tmp_path: Path
 ) -> None:
     run = raycurv.open(whole[0])
-    run._model, run._objective = classifier, None
+    run._inputs = Inputs(model=classifier)
 
     count = 0
     for out in each_stop(point, after, step, lambda out: score(run, out), tmp_path):
@@ -246,7 +247,7 @@ def test_a_finished_operation_is_not_done_again(
     done: list[int] = []
     backward = Stage.backward
     fitted = raycurv.open(whole[0])
-    fitted._model = classifier
+    fitted._inputs = Inputs(model=classifier)
 
     def count(self: Stage, index: int, *args: Any) -> Any:
         result = backward(self, index, *args)
@@ -329,7 +330,7 @@ def test_what_the_spool_loses_of_scores_is_made_again(
     kind: str, whole: tuple[Path, Path], tmp_path: Path
 ) -> None:
     run = raycurv.open(whole[0])
-    run._model = classifier
+    run._inputs = Inputs(model=classifier)
     damaged = 0
     for at in (9, 17):
         out = tmp_path / str(at)
