@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.fs
 
 from raycurv.data.parts import FORMATS, READ_ERRORS, Part, RowsPart, TablePart
-from raycurv.data.uri import check_answers, is_uri, redacted, shown
+from raycurv.data.uri import check_endpoint, is_uri, redacted, shown
 from raycurv.errors import UserError
 
 Source: TypeAlias = "str | Path | pa.Table | Sequence[Mapping[str, Any]]"
@@ -119,7 +119,7 @@ def _find_remote(source: str) -> tuple[Any, str, list[str]]:
     address, mark, options = source.partition("?")
     magic = re.search(r"[*\[]", address) is not None
     root = _glob_root(address) if magic else address
-    check_answers(source, shown(source))
+    check_endpoint(source, shown(source))
     try:
         filesystem, path = pyarrow.fs.FileSystem.from_uri(root + mark + options)
         info = filesystem.get_file_info(path)

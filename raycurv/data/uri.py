@@ -66,7 +66,7 @@ def below(uri: str, name: str) -> str:
     return f"{address.rstrip('/')}/{quote(name)}{mark}{options}"
 
 
-def check_answers(uri: str, where: str) -> None:
+def check_endpoint(uri: str, where: str) -> None:
     """Refuse a URI at whose endpoint nothing answers, within seconds.
 
     File systems try for minutes; only an endpoint that the URI names can be probed.

@@ -38,7 +38,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs
 
-from raycurv.data.uri import below, check_answers, is_uri, redacted, shown
+from raycurv.data.uri import below, check_endpoint, is_uri, redacted, shown
 from raycurv.errors import DamagedFile, NoSpace, UserError
 
 # Bytes held at once while a file is copied.
@@ -131,7 +131,7 @@ class Store:
         """
         if self.local:
             return
-        check_answers(self.uri, where)
+        check_endpoint(self.uri, where)
         if self._opened[0].type_name != "s3":
             return
         try:
