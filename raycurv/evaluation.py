@@ -29,7 +29,7 @@ def evaluate(
     Args:
         model, data: as for :func:`raycurv.fit`.
         out: where the results go.
-        objective: its name, or an object with its three methods.
+        objective: its name, or the object itself (see :class:`raycurv.Objective`).
         quiet: show no progress.
         **settings: the fields of :class:`raycurv.EvaluateSettings`; ``address="none"`` runs without
             Ray.
@@ -77,5 +77,5 @@ class Evaluation:
         return self._store.root
 
     def examples(self) -> pa.Table:
-        """One row an example: ``id``, ``tokens``, ``targets``, ``loss``, ``correct``."""
+        """A row for each example: ``id``, ``tokens``, ``targets``, ``loss``, ``correct``."""
         return read_directory(self._store, "tables/examples")

@@ -56,15 +56,15 @@ class Pruned:
         return None if found is None else float(found)
 
     def blocks(self) -> pa.Table:
-        """One row a block: what went, predicted and measured rises of the loss, how it went."""
+        """A row for each block: what was removed, predicted and measured rises of the loss."""
         return read_table(self._store, PRUNED_FILE)
 
     def heads(self) -> pa.Table:
-        """One row a head, where heads went: its columns, its saliency, whether it stays."""
+        """A row for each head, where heads went: its columns, its saliency, whether it stays."""
         return read_directory(self._store, "tables/heads")
 
     def saliency(self, block: str | None = None) -> pa.Table:
-        """One row an output: ``saliency`` and ``keep``, lists over its inputs.
+        """A row for each output: ``saliency`` and ``keep``, lists over its inputs.
 
         Args:
             block: of which; of all blocks by default.

@@ -60,7 +60,7 @@ def fit(
         data: path or glob of Parquet, JSONL or Arrow, a ``pyarrow.Table``, or a list of dicts;
             ``None`` with ``merge`` and ``subtract``, whose data is that of the runs.
         out: the run directory.
-        objective: its name, or an object with its three methods.
+        objective: its name, or the object itself (see :class:`raycurv.Objective`).
         quiet: show no progress.
         **settings: the fields of :class:`raycurv.FitSettings`; ``address="none"`` runs without Ray.
 
@@ -112,7 +112,7 @@ class Run:
         return self._store.uri
 
     def blocks(self) -> pa.Table:
-        """One row a block: shape, trace, mean eigenvalue, effective ranks, outcome."""
+        """A row for each block: shape, trace, mean eigenvalue, effective ranks, outcome."""
         return read_directory(self._store, "tables/blocks")
 
     def spectrum(self) -> pa.Table:
@@ -120,11 +120,11 @@ class Run:
         return read_directory(self._store, "tables/spectrum")
 
     def examples(self) -> pa.Table:
-        """One row a training example: tokens, loss, squared gradient norm."""
+        """A row for each training example: tokens, loss, squared gradient norm."""
         return read_directory(self._store, "tables/examples")
 
     def gradients(self) -> pa.Table:
-        """One row a block: norms, noise and signal of its gradients, traces of their squares.
+        """A row for each block: norms, noise and signal of gradients, traces of their squares.
 
         Those of all blocks together are ``manifest.facts["gradients"]``.
 
@@ -135,10 +135,11 @@ class Run:
         return read_directory(self._store, "tables/gradients")
 
     def gradient_norms(self) -> pa.Table:
-        """One row a training example: its squared gradient norm, in all and by block.
+        """A row for each training example: its squared gradient norm, that of all
+        blocks together and that of each.
 
-        The data's own labels; the order of the blocks is ``raycurv.blocks`` of the schema's
-        metadata.
+        Gradients are those of the loss with the data's own labels; the order of the blocks is
+        ``raycurv.blocks`` of the schema's metadata.
 
         Raises:
             UserError: the fit was without ``gradients``.
@@ -314,6 +315,8 @@ class Run:
     ) -> Scores:
         """Score every query against every training example.
 
+        A score is positive where training on the example lowers the query's measurement.
+
         Args:
             queries, train: as ``data`` of :func:`fit`.
             out: where the results go.
@@ -334,7 +337,17 @@ class Run:
         quiet: bool = False,
         **settings: Any,
     ) -> Products:
-        """Make the queries' inverse-Hessian-vector products, a file a block in ``out/ihvp``."""
+        """Make the queries' inverse-Hessian-vector products, a file for each block in ``out/ihvp``.
+
+        Args:
+            queries: as ``data`` of :func:`fit`.
+            out: where the results go.
+            quiet: show no progress.
+            **settings: as for :meth:`influence`.
+
+        Raises:
+            UserError: a mistake in settings or data.
+        """
         store = self._influence(queries, None, out, quiet, settings | {"ihvp": True})
         return Products(store)
 

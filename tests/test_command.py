@@ -8,13 +8,16 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import ROOT, Outcome, environment, run_here
 
 import raycurv
 from raycurv import __main__ as command
+from raycurv.driver.settings import Execution, identity
 from raycurv.jobs.registry import JOBS
 
 
@@ -152,3 +155,51 @@ def test_the_help_of_the_command_waits_for_no_library() -> None:
         "assert not {'torch', 'pyarrow', 'tyro'} & sys.modules.keys()"
     )
     assert "usage: raycurv" in python(code)
+
+
+# Settings that may change between a run and its continuation, beside how it is run.
+FREE = {
+    "fit": {"out", "keep_sums", "gradients"},
+    "influence": {"out", "query_memory"},
+    "prune": {"out"},
+    "evaluate": {"out"},
+}
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_a_result_depends_on_every_setting_but_how_it_is_run(name: str) -> None:
+    settings, _ = JOBS[name].load()
+    how = {field.name for field in fields(Execution)}
+    every = {field.name for field in fields(settings)}
+    assert every - identity(settings()).keys() == how | FREE[name]
+    assert not how & identity(settings()).keys()
+    # Where inputs lie is recorded, and not compared.
+    lie = identity(settings()).keys() - identity(settings(), inputs=False).keys()
+    assert lie == every & {"model", "data", "run", "queries", "train"}
+
+
+MISUSED: dict[str, tuple[str, Any, str]] = {
+    "a count": ("batch_tokens", 0, "--batch-tokens: expected a number of at least 1, got 0"),
+    "a fraction": ("stages", 1.5, "--stages: expected a whole number, got 1.5"),
+    "a truth": ("stages", True, "--stages: expected a whole number, got True"),
+    "a time": ("hang_seconds", 0.0, "--hang-seconds: expected above 0, got 0"),
+    "failures": ("max_failures", -1, "--max-failures: expected a number of at least 0, got -1"),
+    "a choice": ("long", "drop", "--long: expected one of error, truncate, split, got 'drop'"),
+    "a list": ("blocks", "*.mlp.*", "--blocks: expected a list of globs, got '*.mlp.*'"),
+    "what is not given": ("model", "", "--model: expected a value, got nothing"),
+}
+
+
+@pytest.mark.parametrize("name", MISUSED)
+def test_what_a_field_declares_is_checked_of_values_from_python_too(name: str) -> None:
+    field, value, says = MISUSED[name]
+    settings = raycurv.FitSettings(model="m", data="d", out="/o")
+    settings.check()
+    with pytest.raises(raycurv.UserError) as caught:
+        replace(settings, **{field: value}).check()
+    assert str(caught.value).startswith(says)
+
+
+def test_all_that_is_missing_is_named_at_once() -> None:
+    with pytest.raises(raycurv.UserError, match="--run, --queries, --out: expected a value"):
+        raycurv.InfluenceSettings().check()

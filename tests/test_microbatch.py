@@ -10,6 +10,7 @@ import torch
 from raycurv.data.examples import Example
 from raycurv.data.microbatch import Microbatches, make_batch, padding_share, plan_microbatches
 from raycurv.errors import UserError
+from raycurv.stages.transport import pack, unpack
 
 SEEDS = range(20)
 
@@ -178,3 +179,16 @@ def test_a_batch_shares_no_memory_with_its_examples() -> None:
     batch = make_batch(0, [numbers], torch.float32)
     batch.inputs.zero_()
     assert numbers.inputs is not None and numbers.inputs.tolist() == [1.0, 1.0]
+
+
+def test_further_columns_are_packed_and_travel() -> None:
+    examples = [
+        tokens("a", [1, 2, 3], columns={"right": np.array(3), "answer": "yes", "w": np.ones(2)}),
+        tokens("b", [4], columns={"right": np.array(5), "answer": "no", "w": np.zeros(2)}),
+    ]
+    batch = make_batch(0, examples, torch.float32)
+    for found in (batch, batch.to(torch.device("cpu")), unpack(pack(batch))):
+        assert found.columns["right"].dtype == torch.int64
+        assert found.columns["right"].tolist() == [3, 5]
+        assert found.columns["answer"] == ["yes", "no"]
+        assert found.columns["w"].dtype == torch.float32 and found.columns["w"].shape == (2, 2)

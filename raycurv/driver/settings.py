@@ -181,7 +181,7 @@ class Execution:
     max_failures: FromZero = 20
     """Actors and tasks that a run may lose; they are built or run again, from the last commit."""
     max_actor_failures: FromZero = 5
-    """Times that one actor may be lost."""
+    """How often one and the same actor may be lost."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where stages compute; `auto` takes a GPU when there is one."""
     log: Literal["text", "json"] = "text"

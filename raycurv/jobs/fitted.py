@@ -122,7 +122,7 @@ def fit_command(fit: Manifest, out: str, **other: Any) -> str:
     Args:
         fit: which.
         out: its run directory, or another one.
-        **other: settings that are to be other ones.
+        **other: settings that the new fit has instead of this one's.
     """
     said = fit.settings | {"model": fit.facts["model"], "data": fit.facts["data"]} | other
     # Runs that it started from are recorded by what they are of; where they lay is a fact.

@@ -22,7 +22,7 @@ class EvaluateSettings(Execution, Reading):
     model: Required[InputPath] = ""
     """Directory with an HF config.json and safetensors weights, or `package.module:factory`."""
     data: Required[InputPath] = ""
-    """File, directory or glob of Parquet, JSONL or Arrow, as fit.py takes it."""
+    """Examples, as a fit takes them: file, directory or glob of Parquet, JSONL or Arrow."""
     out: Required[str] = ""
     """Where results go: an absolute path, or a URI that pyarrow.fs understands."""
     objective: Identity[str] = "causal-lm"
@@ -30,6 +30,6 @@ class EvaluateSettings(Execution, Reading):
     max_examples: Identity[Count | None] = None
     """Evaluate a seeded sample of so many examples."""
     seed: Identity[int] = 0
-    """Of the sample."""
+    """Seed of the sample of `--max-examples`."""
     dtype: Identity[DtypeName] = "float32"
-    """Of the model's computation."""
+    """Number type that the model computes in."""

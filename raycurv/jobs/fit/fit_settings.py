@@ -46,7 +46,7 @@ class FitSettings(Execution, Reading):
     fisher: Identity[Literal["sampled", "empirical"]] = "sampled"
     """Labels drawn from the model (the true Fisher), or the data's own."""
     draws: Identity[Count] = 1
-    """Labels drawn for every target."""
+    """How many labels are drawn from the model for every target."""
     objective: Identity[str] = "causal-lm"
     """`causal-lm`, `classification`, `regression`, or your own as `package.module:Name`."""
     blocks: Identity[Globs] = ()
@@ -58,15 +58,15 @@ class FitSettings(Execution, Reading):
     max_examples: Identity[Count | None] = None
     """Curvature from a seeded sample of so many examples."""
     seed: Identity[int] = 0
-    """Of the drawn labels and of the sample."""
+    """Seed of the labels that are drawn, and of the sample of `--max-examples`."""
     dtype: Identity[DtypeName] = "float32"
-    """Of the model's computation."""
+    """Number type that the model computes in."""
     store_dtype: Identity[DtypeName | None] = None
-    """Of the stored eigenbases and corrected eigenvalues; by default float32, float64 with
-    `--dtype float64`."""
+    """Number type of the stored eigenbases and corrected eigenvalues. Default: float32, or float64
+    with `--dtype float64`."""
     keep_sums: bool = False
-    """Keep the sums of A and G, under factors/, once they are decomposed, and those of Λ. To merge
-    or subtract runs takes the first, to extend one that is stored in bfloat16 the second."""
+    """Keep the sums of A and G, under factors/, once they are decomposed, and those of Λ: runs can
+    then be merged and subtracted, and one that is stored in bfloat16 be extended."""
     gradients: bool = False
     """Also gather gradient statistics, in the same pass: means, squares and noise of each block's
     gradients, norms of each example's. Makes what is missing of a finished run."""
@@ -76,7 +76,8 @@ class FitSettings(Execution, Reading):
     """Two or more run directories with kept sums: the curvature of all their data, without
     --data."""
     subtract: Identity[Runs] = ()
-    """Likewise: the curvature of the first run's data without those of the others."""
+    """Two or more run directories with kept sums: the curvature of the first run's data without
+    that of the others, without --data."""
 
     def check(self) -> None:
         super().check()

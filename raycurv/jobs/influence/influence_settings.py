@@ -32,7 +32,7 @@ class InfluenceSettings(Execution, Reading):
     queries: Required[InputPath] = ""
     """Queries: file, directory or glob, as for the fit's data."""
     train: InputPath = ""
-    """Training examples, likewise."""
+    """Training examples that are scored: file, directory or glob, as for the fit's data."""
     objective: Identity[str | None] = None
     """What of a query is measured: the `measurement` of your own `package.module:Name`, which may
     read further columns of the queries (see raycurv.Objective). Default: the fit's objective, whose
@@ -40,14 +40,16 @@ class InfluenceSettings(Execution, Reading):
     out: Required[str] = ""
     """Where scores go: an absolute path, or a URI that pyarrow.fs understands."""
     damping: Identity[DampingText] = "0.1"
-    """A factor of each block's mean eigenvalue, or `abs:1e-6` for one number."""
+    """What is added to eigenvalues: this factor times each block's mean eigenvalue, or the same
+    number for all as `abs:1e-6`."""
     rank: Identity[Rank] = "32"
     """Rank that IHVPs are truncated to, or `full`."""
     query_memory: Size = "2GiB"
-    """Memory of a stage for IHVPs; as many queries share a pass over the training data as fit."""
+    """Memory of a stage for IHVPs; as many queries share a pass over the training data as fit into
+    it."""
     inverse: Identity[Literal["model", "block"] | None] = None
-    """Of a fit with `--method mfac`: the inverse of the whole model's Fisher, or of each block's
-    own. Default: model."""
+    """With a fit of `--method mfac`, what is inverted: the Fisher of the whole model, or each
+    block's own. Default: model."""
     top_k: Identity[Count | None] = None
     """Keep only each query's k highest and k lowest scores."""
     per_block: Identity[bool] = False
@@ -59,11 +61,12 @@ class InfluenceSettings(Execution, Reading):
     ihvp: Identity[bool] = False
     """Also write the queries' IHVPs, one safetensors file a block, to `ihvp/`."""
     seed: Identity[int] = 0
-    """Of the truncated SVD's test matrices."""
+    """Seed of the random matrices that IHVPs are truncated with, and of the sample of
+    `--max-examples`."""
     max_examples: Identity[Count | None] = None
     """Score a seeded sample of so many training examples."""
     dtype: Identity[DtypeName | None] = None
-    """Of the model's computation; by default the fit's."""
+    """Number type that the model computes in. Default: the fit's."""
 
     def check(self) -> None:
         super().check()

@@ -31,7 +31,7 @@ class PlanSettings(FitSettings):
     rank: Rank = "32"
     """Rank that IHVPs are truncated to, or `full`."""
     query_memory: Size = "2GiB"
-    """Memory of a stage for IHVPs."""
+    """Memory of a stage for IHVPs in the scoring, as --query-memory of influence."""
     self_influence: Annotated[bool, tyro.conf.arg(name="self")] = False
     """Also score every training example against itself."""
     ihvp: bool = False

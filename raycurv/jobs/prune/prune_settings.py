@@ -52,10 +52,11 @@ class PruneSettings(Execution):
     no_update: Identity[bool] = False
     """Leave the remaining weights where they are."""
     damping: Identity[DampingText] = "0.1"
-    """A factor of each block's mean eigenvalue, or `abs:1e-6` for one number."""
+    """What is added to eigenvalues: this factor times each block's mean eigenvalue, or the same
+    number for all as `abs:1e-6`."""
     inverse: Identity[Literal["model", "block"] | None] = None
-    """Of a fit with `--method mfac`: the inverse of the whole model's Fisher, or of each block's
-    own. Default: model."""
+    """With a fit of `--method mfac`, what is inverted: the Fisher of the whole model, or each
+    block's own. Default: model."""
     first_order: Identity[bool] = False
     """Count the mean gradient in, too, for a model that has not converged. Takes a fit with
     `--gradients`."""
@@ -65,16 +66,17 @@ class PruneSettings(Execution):
     blocks: Identity[Globs] = ()
     """Glob on the names of the fit's blocks, repeatable; `!GLOB` leaves out. Default: all."""
     tolerance: Identity[Tolerance] = 1e-4
-    """Relative residual of the equations for the remaining weights."""
+    """How exactly the equations for the remaining weights are solved: the relative residual at the
+    end."""
     iterations: Identity[Count] = 300
-    """Conjugate gradients for these at most."""
+    """Steps of conjugate gradients for these equations, at most."""
     measure: Identity[Literal["total", "blocks", "none"]] = "total"
     """What rise of the loss is measured: of the pruned model, of each block alone as well, or
     none."""
     measure_examples: Identity[Count] = 512
-    """On a seeded sample of so many of the fit's examples."""
+    """How many of the fit's examples, a seeded sample, the rise is measured on."""
     seed: Identity[int] = 0
-    """Of that sample."""
+    """Seed of the sample of `--measure-examples`."""
 
     def check(self) -> None:
         """Refuse what cannot work.

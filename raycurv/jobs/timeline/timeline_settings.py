@@ -24,11 +24,11 @@ class TimelineSettings:
     """Where a small picture goes, a .png or .svg: an actor a lane, an operation a bar, waiting
     empty. Takes matplotlib (`pip install -e '.[plots]'`)."""
     phase: Names = ()
-    """Only this phase, repeatable; by default all."""
+    """Show this phase alone; repeatable. Default: all phases."""
     start: Annotated[float | None, tyro.conf.arg(name="from")] = None
-    """Only from this second on, counted from the first operation."""
+    """Show what happened from this second on, counted from the first operation."""
     to: float | None = None
-    """Only to this second."""
+    """Show what happened until this second."""
 
     def check(self) -> None:
         """Refuse what cannot work.
