@@ -16,6 +16,7 @@ import pytest
 from raycurv.files.store import Store
 from raycurv.files.tables import read_directory
 from raycurv.onray.ray_pool import OnRay
+from raycurv.stages.pool import StageCalls
 
 
 @dataclass
@@ -56,18 +57,22 @@ class Strike:
 @contextmanager
 def striking(*strikes: Strike) -> Iterator[None]:
     """Strike while the driver in this process works; each must have struck in the end."""
-    called = OnRay.call
+    at = OnRay.at
 
-    def call(pool: OnRay, stage: int, method: str, *args: Any, **how: Any) -> Any:
-        replica, microbatch = how.get("replica", 0), how.get("microbatch", -1)
-        for strike in strikes:
-            if strike.meets(method, microbatch, replica, stage):
-                strike.done = True
-                strike.act(pool._actors[replica][stage])
-        return called(pool, stage, method, *args, **how)
+    def watched(pool: OnRay, stage: int, replica: int = 0) -> StageCalls:
+        inner = at(pool, stage, replica)._call
+
+        def call(method: str, *args: Any, **how: Any) -> Any:
+            for strike in strikes:
+                if strike.meets(method, how.get("microbatch", -1), replica, stage):
+                    strike.done = True
+                    strike.act(pool._actors[replica][stage])
+            return inner(method, *args, **how)
+
+        return StageCalls(call)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(OnRay, "call", call)
+        patch.setattr(OnRay, "at", watched)
         yield
     assert all(strike.done for strike in strikes), "a strike found no moment"
 

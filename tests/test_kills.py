@@ -162,7 +162,7 @@ def test_too_many_failures_end_the_run_and_keep_its_commits(
     assert "turn of microbatch 4" in caught.value.got and "--max-failures" in str(caught.value)
     commit = json.loads((tmp_path / "run" / "work" / "covariance" / "commit.json").read_text())
     assert 2 <= commit["done"] <= 4
-    fit(tmp_path / "run", cluster.address, stages=2)
+    fit(tmp_path / "run", "none", stages=2)
     assert_same(tmp_path / "run", single)
 
 
@@ -195,8 +195,8 @@ def test_a_driver_killed_within_and_between_phases_goes_on(
         assert finished.items() <= eigen.items()
         finished = eigen
     assert finished
-    raycurv.fit("commands:classifier", str(settings["data"]), out, address=cluster.address,
-                stages=2, **FIT)  # fmt: skip
+    # The second job went on on the cluster; where it ends is free to change.
+    raycurv.fit("commands:classifier", str(settings["data"]), out, address="none", stages=2, **FIT)
     assert not changed(finished, out) & finished.keys()
     assert_same(out, single)
 
@@ -211,45 +211,34 @@ def removing(cluster: Cluster) -> Callable[[Any], None]:
     return remove
 
 
-# 25 s: a node that goes is missed only after some health checks.
-def test_a_node_that_goes_is_replaced_by_a_spare(
+# 40 s: two nodes go, and each is missed only after some health checks.
+def test_a_node_that_goes_is_replaced_by_a_spare_and_without_one_ends_in_demand_and_supply(
     cluster: Cluster, undisturbed: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    spare = cluster.add_node(num_cpus=2)
+    cluster.add_node(num_cpus=2)
+    first = Strike("turn", 4, replica=0, stage=1, act=removing(cluster))
+    second = Strike("backward", 3, replica=1, stage=0, act=removing(cluster), after=first)
     try:
-        with striking(Strike("turn", 4, replica=0, stage=1, act=removing(cluster))):
-            fit(tmp_path / "run", cluster.address, place_seconds=60, **TWO_BY_TWO)
+        with (
+            striking(first, second),
+            pytest.raises(RaycurvError, match="room for 2 x 2 stages of 1 CPU each") as caught,
+        ):
+            fit(tmp_path / "run", cluster.address, place_seconds=12, **TWO_BY_TWO)
+        assert "of 2 nodes" in caught.value.got and "Add nodes" in caught.value.remedy
     finally:
         while len(cluster.worker_nodes) < 2:
             cluster.add_node(num_cpus=2)
-    assert spare is not None
-    assert_same(tmp_path / "run", undisturbed[0])
-    # Both stages of the replica were there.
-    names = {row["actor"] for row in lost(timeline(tmp_path / "run"))}
-    assert names == {"replica 0, stage 0", "replica 0, stage 1"}
-
-
-def test_a_node_without_a_spare_ends_in_demand_and_supply(
-    cluster: Cluster, undisturbed: tuple[Path, Path], tmp_path: Path
-) -> None:
-    try:
-        with (
-            striking(Strike("turn", 4, replica=0, stage=1, act=removing(cluster))),
-            pytest.raises(RaycurvError, match="room for 2 x 2 stages of 1 CPU each") as caught,
-        ):
-            fit(tmp_path / "run", cluster.address, place_seconds=4, **TWO_BY_TWO)
-        assert "of 2 nodes" in caught.value.got and "Add nodes" in caught.value.remedy
-    finally:
-        cluster.add_node(num_cpus=2)
     fit(tmp_path / "run", cluster.address, **TWO_BY_TWO)
     assert_same(tmp_path / "run", undisturbed[0])
+    # Both stages of the first replica were on the node that went first.
+    names = {row["actor"] for row in lost(timeline(tmp_path / "run"))}
+    assert names >= {"replica 0, stage 0", "replica 0, stage 1"}
 
 
 # The same numbers
 
 
-# 20 s: nine actors start.
-@pytest.mark.parametrize(("replicas", "stages"), [(3, 2), (1, 3)])
+@pytest.mark.parametrize(("replicas", "stages"), [(3, 1), (1, 3)])
 def test_replicas_of_actors_give_the_numbers_of_one_process(
     replicas: int, stages: int, cluster: Cluster, single: Path, tmp_path: Path
 ) -> None:
