@@ -122,7 +122,10 @@ class FitLoop:
             return
         missing: list[str] = []
         for group in fit.groups:
-            missing += Covariances(fit).sums(group) if combined else undecomposed(fit, group)
+            # In one order from run to run.
+            missing += sorted(
+                Covariances(fit).sums(group) if combined else undecomposed(fit, group)
+            )
         if missing:
             fit.mending()
         take_over_factors(fit.store, self._parents, missing, fit.workers)
