@@ -16,7 +16,7 @@ Every arrow leaves finished files, and a phase makes only those that are missing
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -58,7 +58,6 @@ from raycurv.jobs.prune.surgery import (
     update_block,
     updated,
 )
-from raycurv.jobs.prune.totals import Total
 from raycurv.jobs.shell import Shell, open_shell
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.loss.objective import Objective
@@ -254,24 +253,19 @@ class _Prune:
         """Make what is missing of a step; gives what became of the blocks, for the tables."""
         settings = self.settings
         label = "" if settings.steps == 1 else f", step {step} of {settings.steps}"
-        operations = self._operations(step, self.fitted)
-        there: list[Updated] = []
-        for op in operations:
-            found = updated(op)
-            if found is None:
-                break
-            there.append(found)
-        else:
+        there = [done for op in self._operations(step, self.fitted) if (done := updated(op))]
+        if len(there) == len(self.blocks):
             return self._outcome(there)
-        operations = self._operations(step, self._curvature(step))
-        operations = self._with_rank(operations)
-        cuts = self._cuts(operations, label)
-        shares = Total()
-        self._each(f"masks{label}", mask_block, list(zip(operations, cuts, strict=True)), shares)
-        z = self._solution(operations, shares)
-        notes = footer(identity(settings) | {"run": self.fitted.root})
-        made = self._each(f"update{label}", update_block, [(op, z, notes) for op in operations])
-        return self._outcome(made)
+        operations = self._with_rank(self._operations(step, self._curvature(step)))
+        cuts = list(zip(operations, self._cuts(operations, label), strict=True))
+        shares = self._added_up(f"masks{label}", mask_block, cuts)
+        rank, z = operations[0].rank, None
+        if shares and rank is not None and rank.inverse is not None:
+            # The whole model's equations of what remains.
+            gram, bracket = shares
+            z = solve_kept(gram, bracket, rank.inverse.damping)
+        updates = [(op, z, self._notes()) for op in operations]
+        return self._outcome(self._each(f"update{label}", update_block, updates))
 
     def _operations(self, step: int, fitted: Store) -> list[Surgery]:
         patches, base = parts(self._network(step))
@@ -300,11 +294,8 @@ class _Prune:
         found = [replace(o, rank=JointRank(inverses.by_block[o.block.name])) for o in operations]
         if not self.settings.first_order:
             return found
-        total = Total()
-        self._each("mean gradient", project_mean_gradient, [(op,) for op in found], total)
-        if total.sums is None:
-            return found
-        (gradient,) = total.sums
+        sums = self._added_up("mean gradient", project_mean_gradient, [(op,) for op in found])
+        gradient = sums[0] if sums else None
         ranks = [replace(op.rank, gradient=gradient) for op in found if op.rank is not None]
         return [replace(op, rank=rank) for op, rank in zip(found, ranks, strict=True)]
 
@@ -315,28 +306,21 @@ class _Prune:
 
     def _cuts(self, operations: list[Surgery], label: str) -> list[Cut]:
         """Make the saliencies; gives what goes of every block."""
-        settings, share = self.settings, operations[0].share
-        each: list[tuple[Surgery]] = [(op,) for op in operations]
-        histograms = settings.structure == "unstructured" and settings.scope == "global"
-        upper = Total() if histograms else None
-        found = self._each(f"saliencies{label}", score_block, each, upper)
-        known = all(op.has("keep") for op in operations)
-        if known or settings.pattern() is not None:
-            return [Cut() for _ in operations]
-        if settings.structure in ("rows", "heads"):
-            return self._unit_cuts(share, found)
-        if upper is None or upper.sums is None:
-            return [Cut() for _ in operations]
+        settings, share, each = self.settings, operations[0].share, [(op,) for op in operations]
+        saliencies, nothing = f"saliencies{label}", [Cut() for _ in operations]
+        if settings.structure != "unstructured" or settings.scope == "block":
+            found = self._each(saliencies, score_block, each)
+            units = settings.structure in ("rows", "heads") and not _masked(operations)
+            return self._unit_cuts(share, found) if units else nothing
+        (coarse,) = self._added_up(saliencies, score_block, each)
+        if _masked(operations):
+            return nothing
         total = sum(b.d_out * inputs_of(b) for b in self.blocks)
-        (coarse,) = upper.sums
         gone_before = total - int(coarse.sum())
-        count = max(0, count_gone(share, total) - gone_before)
-        prefix = find_prefix(coarse, count)
-        lower = Total()
+        prefix = find_prefix(coarse, max(0, count_gone(share, total) - gone_before))
         again = [(op, prefix) for op in operations]
-        self._each(f"threshold{label}", refine_histogram, again, lower)
-        assert lower.sums is not None
-        threshold = find_threshold(lower.sums[0], prefix)
+        (fine,) = self._added_up(f"threshold{label}", refine_histogram, again)
+        threshold = find_threshold(fine, prefix)
         equal = self._each(f"ties{label}", count_equal, [(o, threshold) for o in operations])
         return [Cut(threshold, ties) for ties in share_ties(threshold, equal)]
 
@@ -348,33 +332,36 @@ class _Prune:
         keep = sets_kept(both[0], share, both[1] > 0)
         return [Cut(units=part) for part in keep.split([f.shape[1] for f in found])]
 
-    def _solution(self, operations: Sequence[Surgery], shares: Total) -> Tensor | None:
-        """The solution of the whole model's equations of what remains, of M-FAC."""
-        rank = operations[0].rank
-        if shares.sums is None or rank is None or rank.inverse is None:
-            return None
-        gram, removed = shares.sums
-        return solve_kept(gram, removed, rank.inverse.damping)
-
     def _each(
-        self,
-        label: str,
-        function: Callable[..., Any],
-        arguments: Sequence[tuple[Any, ...]],
-        total: Total | None = None,
+        self, label: str, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]
     ) -> list[Any]:
-        """Run a task for every block; gives what they found, in the order of the blocks.
+        """Run a task for every block; gives what they found, in the order of the blocks."""
+        return in_order(self._run(label, function, arguments))
 
-        Args:
-            total: adds up what they found, of which nothing is then given.
-        """
+    def _added_up(
+        self, label: str, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]
+    ) -> tuple[Tensor, ...]:
+        """The sums of the tensors that the tasks give, so that those of all blocks are never there
+        together; empty where none gives any."""
+        sums: tuple[Tensor, ...] = ()
+        early: dict[int, Any] = {}
+        following = 0
+        for place, value in self._run(label, function, arguments):
+            early[place] = value
+            # In the order of the blocks, whichever ends first: the sum would depend on chance.
+            while following in early:
+                found = early.pop(following)
+                following += 1
+                if found is not None:
+                    given = found if isinstance(found, tuple) else (found,)
+                    sums = tuple(map(torch.add, sums, given)) if sums else given
+        return sums
+
+    def _run(
+        self, label: str, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]
+    ) -> Iterator[tuple[int, Any]]:
         needs = [self._need(args[0]) for args in arguments]
-        ended = self.workers.run_tasks(label, function, arguments, needs)
-        if total is None:
-            return in_order(ended)
-        for place, value in ended:
-            total.add(place, value)
-        return []
+        return self.workers.run_tasks(label, function, arguments, needs)
 
     def _need(self, operation: Surgery) -> Need:
         block = operation.block
@@ -389,6 +376,9 @@ class _Prune:
         return Need(memory, flops, block.name)
 
     # Tables
+
+    def _notes(self) -> dict[str, str]:
+        return footer(identity(self.settings) | {"run": self.fitted.root})
 
     def _outcome(self, made: Sequence[Updated]) -> dict[str, Any]:
         """What became of the blocks in a step, for the tables at the end."""
@@ -425,12 +415,12 @@ class _Prune:
                 values = [said[key] for said in each]
                 row[key] = None if None in values else sum(values)
         facts["correlation"] = _correlation(rows)
-        notes = footer(identity(self.settings) | {"run": self.fitted.root})
-        write_table(self.store, PRUNED_FILE, pa.Table.from_pylist(rows, schema=PRUNED), notes)
+        table = pa.Table.from_pylist(rows, schema=PRUNED)
+        write_table(self.store, PRUNED_FILE, table, self._notes())
         if self.settings.structure == "heads":
-            self._write_heads(notes)
+            self._write_heads()
 
-    def _write_heads(self, notes: dict[str, str]) -> None:
+    def _write_heads(self) -> None:
         rows = []
         for op in self._operations(self.settings.steps, self.fitted):
             saliency = op.open("saliency").read("units").tolist()
@@ -439,7 +429,7 @@ class _Prune:
                 stays = bool(keep[:, run.start : run.stop].any())
                 said = (op.block.name, head, run.start, run.stop, value, stays)
                 rows.append(dict(zip(HEADS.names, said, strict=True)))
-        write_table(self.store, HEADS_FILE, pa.Table.from_pylist(rows, schema=HEADS), notes)
+        write_table(self.store, HEADS_FILE, pa.Table.from_pylist(rows, schema=HEADS), self._notes())
 
     def _measured(self, pruned: Model) -> dict[str, float]:
         """The rise of the mean loss per example that each block alone makes; that of all goes to
@@ -486,6 +476,11 @@ class _Prune:
         chosen = set(generator.choice(len(there), count, replace=False).tolist())
         examples = (e for n, e in enumerate(there.examples()) if n in chosen)
         return store_corpus(self.store, "work/sample", examples, "--run", lambda: there.tokenizer)
+
+
+def _masked(operations: Sequence[Surgery]) -> bool:
+    """Whether an earlier run has decided what goes of every block."""
+    return all(op.has("keep") for op in operations)
 
 
 def _correlation(rows: Sequence[dict[str, Any]]) -> float | None:
