@@ -45,7 +45,7 @@ class BlockRows:
 
     @property
     def count(self) -> int:
-        """M."""
+        """How many rows there are, M."""
         return int(self.file.metadata["count"])
 
     @property

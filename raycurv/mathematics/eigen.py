@@ -49,7 +49,7 @@ class Eigenbasis:
 
     @property
     def tiles(self) -> tuple[int, ...]:
-        """Widths of the tiles."""
+        """The width of each tile, in the order of the axis."""
         return tuple(int(q.shape[0]) for q in self.vectors)
 
     @property

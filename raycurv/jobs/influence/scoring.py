@@ -216,7 +216,7 @@ class _Asked:
 
 @dataclass
 class _Influence:
-    """One scoring under way."""
+    """A scoring under way, from the queries and the examples to the tables of scores."""
 
     settings: InfluenceSettings
     store: Store
@@ -309,7 +309,7 @@ class _Influence:
 
     @cached_property
     def _inverses(self) -> RankInverses:
-        """Of a ranked method."""
+        """The inverses of a ranked method's Fisher."""
         whole = self.settings.inverse != "block"
         return open_inverses(self.curvature.store, self.blocks, self.damping, whole)
 

@@ -147,7 +147,7 @@ def _begin_again(store: Store, manifest: Manifest) -> bool:
 
 @dataclass
 class _Prune:
-    """One pruning under way."""
+    """A pruning under way, from the fit to the tables of what became of its model."""
 
     settings: PruneSettings
     store: Store
@@ -454,7 +454,7 @@ class _Prune:
         return found
 
     def _examples(self) -> Corpus:
-        """The fit's examples."""
+        """The examples of the fit, from its directory."""
         there = stored_corpus(self.fitted, "data")
         if there is None:
             raise DamagedFile(
@@ -464,7 +464,7 @@ class _Prune:
         return there
 
     def _sample(self) -> Corpus:
-        """Some of them."""
+        """The seeded sample of them that losses are measured on."""
         there = self._examples()
         count = self.settings.measure_examples
         if len(there) <= count:

@@ -170,7 +170,7 @@ class Surgery:
 
     @property
     def damping(self) -> Damping:
-        """Of the settings."""
+        """λ, or the factor that makes it, as the settings say."""
         return Damping.parse(self.settings.damping)
 
     def _own_rank(self) -> JointRank:

@@ -64,7 +64,7 @@ class BlockProducts:
             yield BlockProducts(**{k: t[start : start + count] for k, t in held.items()}).dense()
 
     def to(self, device: torch.device) -> BlockProducts:
-        """The same on ``device``."""
+        """The same products, their tensors on ``device``."""
         return BlockProducts(**{name: t.to(device) for name, t in self.tensors().items()})
 
     def plus(self, other: BlockProducts) -> BlockProducts:

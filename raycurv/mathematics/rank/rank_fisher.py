@@ -53,7 +53,7 @@ class RowSum:
         return self.total_MOI[:, outputs] / roots[:, None, None]
 
     def plus(self, other: RowSum) -> RowSum:
-        """The rows of both data."""
+        """The rows over the examples of both, which have no example in common."""
         assert self.block == other.block
         return RowSum(
             self.block,
@@ -150,7 +150,7 @@ class RankFisher:
         )
 
     def __len__(self) -> int:
-        """M."""
+        """How many rows there are, M."""
         return len(self.gram)
 
     @property

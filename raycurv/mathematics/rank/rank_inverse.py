@@ -99,7 +99,7 @@ class GramInverse:
 
     @property
     def width(self) -> int:
-        """M."""
+        """M: a product with G travels, whatever the number of columns."""
         return len(self.gram)
 
     def at(self, offset: int) -> GramInverse:
@@ -123,6 +123,14 @@ class GramInverse:
         # G(Fy − x) = λGy + GGᵀ(Gy)/m − Gx: numbers of rows alone.
         seen = self.damping * applied + applied @ self.gram / len(self.gram)
         return _relative(seen - projection, projection)
+
+    def own_residual(self) -> float:
+        """The residual for an x in the span of the rows, where the two terms cancel most."""
+        # x = Gᵀr: its projection is GGᵀr, and F⁻¹x = Gᵀ(r/λ − C⁻¹GGᵀr/λ²).
+        ones = torch.ones(1, len(self.gram), dtype=torch.float64)
+        projection = ones @ self.gram
+        inner = ones / self.damping - self._solve(projection) / self.damping**2
+        return self.residual(projection, inner @ self.gram)
 
     def diagonal(self, rows_MN: Tensor) -> Tensor:
         squares = self._whitened(rows_MN).square().sum(dim=0)
@@ -257,12 +265,16 @@ def rank_inverse(
         fisher.diagonal().add_(damping)
         lower = _cholesky(fisher, damping, where)
         inverse = torch.cholesky_inverse(lower)
-        _check_inverse(fisher @ inverse, damping, float(fisher.trace()), where)
-        return DenseInverse(gram, inverse, fisher, damping)
-    matrix = gram / damping
-    matrix.diagonal().add_(len(gram))
-    found = GramInverse(gram, damping, _cholesky(matrix, damping, where))
-    _check_gram(found, where)
+        product = fisher @ inverse
+        residual = float((product - torch.eye(size, dtype=product.dtype)).abs().max())
+        found: RankInverse = DenseInverse(gram, inverse, fisher, damping)
+    else:
+        matrix = gram / damping
+        matrix.diagonal().add_(len(gram))
+        by_gram = GramInverse(gram, damping, _cholesky(matrix, damping, where))
+        found, residual = by_gram, by_gram.own_residual()
+    if not residual <= LARGEST_RESIDUAL:
+        raise _too_small(where, damping, f"a residual of {residual:.2g}")
     return found
 
 
@@ -288,24 +300,6 @@ def _cholesky(matrix: Tensor, damping: float, where: str) -> Tensor:
     if int(info) or not torch.isfinite(lower).all():
         raise _too_small(where, damping, "no Cholesky factor")
     return lower
-
-
-def _check_inverse(product: Tensor, damping: float, trace: float, where: str) -> None:
-    residual = float((product - torch.eye(len(product), dtype=product.dtype)).abs().max())
-    if not residual <= LARGEST_RESIDUAL:
-        raise _too_small(where, damping, f"a residual of {residual:.2g} beside a trace {trace:.2g}")
-
-
-def _check_gram(inverse: GramInverse, where: str) -> None:
-    """Apply F to F⁻¹x for an x in the span of the rows, where the two terms cancel most."""
-    rows = len(inverse.gram)
-    ones = torch.ones(1, rows, dtype=torch.float64)
-    # x = Gᵀr: its projection is GGᵀr, and F⁻¹x = Gᵀ(r/λ − C⁻¹GGᵀr/λ²).
-    projection = ones @ inverse.gram
-    inner = ones / inverse.damping - inverse._solve(projection) / inverse.damping**2
-    residual = inverse.residual(projection, inner @ inverse.gram)
-    if not residual <= LARGEST_RESIDUAL:
-        raise _too_small(where, inverse.damping, f"a residual of {residual:.2g}")
 
 
 def _too_small(where: str, damping: float, got: str) -> NumericalError:
