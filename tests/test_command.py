@@ -125,19 +125,18 @@ def test_importing_the_package_loads_no_library() -> None:
 
 
 def test_every_name_of_the_package_is_there_and_known_to_type_checkers() -> None:
-    for name in raycurv._PLACES:
+    for name in (*raycurv.__all__, "open"):
         assert getattr(raycurv, name) is not None and name in dir(raycurv)
+    assert {*raycurv._PLACES} == {*raycurv.__all__, "open_run"}
     tree = ast.parse(Path(raycurv.__file__).read_text())
     (typed,) = (node for node in tree.body if isinstance(node, ast.If))
     known = {
-        f"{node.module.removeprefix('raycurv.')}:{alias.name}": alias.asname
+        alias.name: node.module.removeprefix("raycurv.")
         for node in typed.body
         if isinstance(node, ast.ImportFrom) and node.module
         for alias in node.names
     }
-    assert known.keys() == set(raycurv._PLACES.values())
-    for name, place in raycurv._PLACES.items():
-        assert known[place] == (None if name == "open" else name)
+    assert known == raycurv._PLACES
     with pytest.raises(AttributeError, match="no attribute 'fits'"):
         _ = raycurv.fits
 

@@ -47,45 +47,33 @@ JOBS = {
     job.name: job
     for job in (
         Job(
-            "fit",
-            "the curvature of a model on a data set",
-            "jobs.fit.fit_settings:FitSettings",
-            "jobs.fit.fitting:fit",
+            "fit", "the curvature of a model on a data set",
+            "jobs.fit.fit_settings:FitSettings", "jobs.fit.fitting:fit",
         ),
         Job(
-            "influence",
-            "scores of queries against training examples, and IHVPs",
+            "influence", "scores of queries against training examples, and IHVPs",
             "jobs.influence.influence_settings:InfluenceSettings",
             "jobs.influence.scoring:influence",
         ),
         Job(
-            "plan",
-            "what a fit and a scoring would take: memory, disk, time",
-            "jobs.plan.plan_settings:PlanSettings",
-            "jobs.plan.estimating:plan",
-            leaves=False,
+            "plan", "what a fit and a scoring would take: memory, disk, time",
+            "jobs.plan.plan_settings:PlanSettings", "jobs.plan.estimating:plan", leaves=False,
         ),
         Job(
-            "prune",
-            "weights removed where the loss needs them least, the others moved",
-            "jobs.prune.prune_settings:PruneSettings",
-            "jobs.prune.pruning:prune",
+            "prune", "weights removed where the loss needs them least, the others moved",
+            "jobs.prune.prune_settings:PruneSettings", "jobs.prune.pruning:prune",
         ),
         Job(
-            "evaluate",
-            "loss, perplexity and accuracy of a model on a data set",
-            "jobs.evaluate.evaluate_settings:EvaluateSettings",
-            "jobs.evaluate.evaluating:evaluate",
+            "evaluate", "loss, perplexity and accuracy of a model on a data set",
+            "jobs.evaluate.evaluate_settings:EvaluateSettings", "jobs.evaluate.evaluating:evaluate",
         ),
         Job(
-            "timeline",
-            "what the actors of a run did, and how busy they were",
+            "timeline", "what the actors of a run did, and how busy they were",
             "jobs.timeline.timeline_settings:TimelineSettings",
-            "jobs.timeline.watching:show_timeline",
-            leaves=False,
+            "jobs.timeline.watching:show_timeline", leaves=False,
         ),
     )
-}
+}  # fmt: skip
 
 
 def start(name: str, arguments: Sequence[str] | None = None, program: str = "") -> None:
