@@ -314,3 +314,28 @@ def test_a_fit_that_lost_rows_makes_them_again_and_no_others(fits) -> None:
     name = f"rows/{lost.name}"
     assert changed(before, folder) == {name, "tables/blocks/part-00000.parquet"}
     assert snapshot(folder)[name][1] == before[name][1]
+
+
+@pytest.mark.parametrize("inverse", ["model", "block"])
+def test_a_fisher_of_gradients_that_are_all_zero_has_products_and_scores_of_zero(
+    inverse: str, tmp_path: Path
+) -> None:
+    def still() -> nn.Module:
+        layer = nn.Linear(3, 2)
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+        return nn.Sequential(layer).eval()
+
+    here: dict[str, Any] = {"quiet": True, "address": "none"}
+    rows = [{"inputs": [1.0, 2.0, float(n)], "labels": [0.0, 0.0]} for n in range(4)]
+    run = raycurv.fit(
+        still, rows, tmp_path / "run", objective="regression", method="mfac", rows=2,
+        fisher="empirical", **here,
+    )  # fmt: skip
+    queries = [{"inputs": [1.0, 1.0, 1.0], "labels": [1.0, 2.0]}]
+    how = here | {"inverse": inverse, "rank": "full", "self_influence": True, "ihvp": True}
+    scores = run.influence(queries, rows, tmp_path / "scores", **how)
+    products, _ = raycurv.Products(scores._store).block("0")
+    assert products.shape == (1, 2, 4) and not products.any()
+    assert not any(scores.table()["score"].to_pylist())
+    assert not any(scores.self_influence()["score"].to_pylist())
