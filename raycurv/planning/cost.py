@@ -13,9 +13,7 @@ from typing import ClassVar
 import torch
 
 from raycurv.planning.moments import Bytes, Moment, larger, running, weights_of
-from raycurv.planning.shapes import DataShape, Recipe, StageShape
-
-Group = Sequence[StageShape]
+from raycurv.planning.shapes import DataShape, Group, Recipe, StageShape
 
 
 class StepCost:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from raycurv.planning import disk, flops
 from raycurv.planning import moments as memory
-from raycurv.planning.cost import Group, PassPlan, StepCost, TaskCost, phases_of
-from raycurv.planning.job import Job, Place
+from raycurv.planning.cost import PassPlan, StepCost, TaskCost, phases_of
+from raycurv.planning.job import TOKEN, Job, Place
 from raycurv.planning.plan import Phase, Plan
-from raycurv.planning.shapes import DataShape
+from raycurv.planning.shapes import DataShape, Group
 
 _LOADING, _FORWARD = "loading", "forward"
 
@@ -26,8 +25,8 @@ def plan_fit(job: Job, data: DataShape, costs: Sequence[StepCost]) -> Plan:
     recipe, stages = job.recipe, job.stages
     on_disk, kept = _disk(job, data, costs)
     weights = sum(stage.weights for stage in stages)
-    through = sum(flops.forward(stage, data) for stage in stages)
-    spooled = _spooled(job, data)
+    through = sum(stage.forward_flops(data) for stage in stages)
+    spooled = (len(job.groups) - 1) * job.boundary(data)
     place = job.resident(lambda s: memory.loading(s, recipe), data)
     phases = [_phase(_LOADING, place, stored=weights, seconds=job.seconds(0.0, 0.0, weights))]
     if len(job.groups) > 1:
@@ -49,7 +48,7 @@ def plan_fit(job: Job, data: DataShape, costs: Sequence[StepCost]) -> Plan:
             )
         elif each.leader.differentiates:
             work = replace(job, recipe=each.recipe)
-            model = through + sum(flops.backward(s, each.recipe, data) for s in stages)
+            model = through + sum(each.recipe.back * s.forward_flops(data) for s in stages)
             gathered = sum(each.flops(stage, data) for stage in stages)
             stored = each.read(stages) + each.written(stages, data)
             stored += spooled * (1 + each.recipe.back)
@@ -87,12 +86,6 @@ def _phase(
     )
 
 
-def _spooled(job: Job, data: DataShape) -> int:
-    """Bytes of hidden states that a sweep writes, once."""
-    width = max(stage.width for stage in job.stages)
-    return (len(job.groups) - 1) * data.positions * width * job.recipe.dtype.itemsize
-
-
 def _disk(job: Job, data: DataShape, costs: Sequence[StepCost]) -> tuple[dict[str, int], int]:
     """Phase -> bytes of the run's files at most; and bytes at the end.
 
@@ -104,9 +97,9 @@ def _disk(job: Job, data: DataShape, costs: Sequence[StepCost]) -> tuple[dict[st
     def at(phase: str, size: int) -> None:
         most[phase] = max(most.get(phase, 0), size)
 
-    kept = 2 * disk.TOKEN * data.tokens
+    kept = 2 * TOKEN * data.tokens
     at(_LOADING, kept)
-    at(_FORWARD, kept + (0 if job.spool_apart else _spooled(job, data)))
+    at(_FORWARD, kept + (0 if job.spool_apart else (len(job.groups) - 1) * job.boundary(data)))
     for number in range(len(groups) - 1, -1, -1):
         group = groups[number]
         beside = 0 if job.spool_apart else job.spool(data, number)
@@ -126,7 +119,7 @@ def _disk(job: Job, data: DataShape, costs: Sequence[StepCost]) -> tuple[dict[st
 
 def _commit(job: Job, data: DataShape, group: Group, each: PassPlan) -> int:
     """Bytes of a commit of a pass over a group; 0 for a pass too short to write one."""
-    model = sum(flops.forward(s, data) + flops.backward(s, each.recipe, data) for s in group)
+    model = sum(s.forward_flops(data) + each.recipe.back * s.forward_flops(data) for s in group)
     seconds = job.seconds(model, sum(each.leader.flops(s, each.recipe, data) for s in group))
     if seconds is None or seconds <= job.commit_seconds:
         return 0

@@ -5,14 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from raycurv.planning import disk, flops
-from raycurv.planning import moments as memory
+from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.gradients import PIECE
+from raycurv.mathematics.influence.ihvp import kept_rank, product_elements
+from raycurv.mathematics.influence.scores import TOGETHER, score_through_gradients
 from raycurv.planning.cost import StepCost
-from raycurv.planning.job import Job
+from raycurv.planning.job import TOKEN, Job
+from raycurv.planning.moments import (
+    Moment,
+    bases_of,
+    cast_elements,
+    gradient_flops,
+    gradients_of,
+    running,
+    weights_of,
+)
 from raycurv.planning.plan import Phase, Plan
-from raycurv.planning.shapes import DataShape
+from raycurv.planning.shapes import DataShape, Recipe, StageShape
 
 QUERIES, SCORES = "queries: IHVPs", "scores"
+# Bytes of a score with its two ids (dictionary-coded) in Parquet.
+_SCORE = 6
 
 
 def plan_influence(
@@ -29,11 +42,14 @@ def plan_influence(
         costs: of the fit's steps, whose files are read.
     """
     recipe, stages, groups = job.recipe, job.stages, job.groups
-    together = min(memory.queries_at_once(stages, recipe), queries.examples)
+    together = min(queries_at_once(stages, recipe), queries.examples)
     passes = -(-queries.examples // together)
     of_fit = sum(cost.scored(stages, recipe) for cost in costs)
-    held = disk.products(stages, recipe, queries.examples if recipe.ihvp else together)
-    tokens = disk.TOKEN * (queries.tokens + (0 if train is None else train.tokens))
+    held = sum(
+        products_bytes(stage, recipe, queries.examples if recipe.ihvp else together)
+        for stage in stages
+    )
+    tokens = TOKEN * (queries.tokens + (0 if train is None else train.tokens))
     spooled = job.most_spooled(queries) + (0 if train is None else job.most_spooled(train))
     here = 0 if job.spool_apart else spooled
     weights = sum(stage.weights for stage in stages)
@@ -41,9 +57,9 @@ def plan_influence(
     whole = queries.batch_examples * queries.batch_positions * max(s.vocabulary for s in stages)
     chunk = max(whole, recipe.logits_chunk) if recipe.whole_queries else recipe.logits_chunk
     asked = replace(recipe, logits_chunk=chunk)
-    place = job.resident(lambda s: memory.query_products(s, asked, queries, together), queries)
-    model = 2 * sum(flops.forward(stage, queries) for stage in stages)
-    other = sum(flops.query_products(stage, recipe, queries) for stage in stages)
+    place = job.resident(lambda s: _query_moments(s, asked, queries, together), queries)
+    model = 2 * sum(stage.forward_flops(queries) for stage in stages)
+    other = sum(_query_flops(stage, recipe, queries) for stage in stages)
     stored = passes * (weights * (1 + (len(groups) > 1)) + of_fit) + held + 2 * spooled
     phases = [
         Phase(
@@ -60,10 +76,10 @@ def plan_influence(
     ]
     kept = held if recipe.ihvp else 0
     if train is not None:
-        rows = disk.SCORE * queries.examples * train.examples
-        place = job.resident(lambda s: memory.scores(s, recipe, train, together), train)
-        model = passes * 2 * sum(flops.forward(stage, train) for stage in stages)
-        other = passes * sum(flops.scores(stage, recipe, train, together) for stage in stages)
+        rows = _SCORE * queries.examples * train.examples
+        place = job.resident(lambda s: _score_moments(s, recipe, train, together), train)
+        model = passes * 2 * sum(stage.forward_flops(train) for stage in stages)
+        other = passes * sum(_score_flops(stage, recipe, train, together) for stage in stages)
         stored = passes * held + rows + 2 * passes * job.most_spooled(train)
         phases.append(
             Phase(
@@ -81,3 +97,117 @@ def plan_influence(
         )
         kept += rows
     return Plan("influence", tuple(phases), kept, spooled if job.spool_apart else 0)
+
+
+def _query_moments(
+    stage: StageShape, recipe: Recipe, data: DataShape, queries: int
+) -> tuple[Moment, ...]:
+    """IHVPs of so many queries at once."""
+    elements = sum(b.d_in * b.d_out for b in stage.blocks)
+    largest = max((b.d_in * b.d_out for b in stage.blocks), default=0)
+    # The products of M-FAC start as plain gradients.
+    plain = not recipe.kind.spectral
+    inverse = 0 if plain else recipe.computed * elements
+    read = recipe.store_dtype.itemsize if recipe.kind.corrected else 8 * (not plain)
+    held = (
+        weights_of(stage)
+        | bases_of(stage, recipe)
+        | {
+            "1 / (Λ + λ)": inverse,
+            "IHVPs": products_bytes(stage, recipe, queries),
+        }
+    )
+    # The gradient, the same over Λ + λ, and for whole products the way back from the eigenbasis.
+    copies = 2 if recipe.rank is not None else 5
+    passing = gradients_of(stage, recipe, data, copies, pieces=False)
+    opening = {"Λ as read": read * elements, "a block in float64": 16 * largest if inverse else 0}
+    return (
+        Moment("reading curvature", held, opening),
+        *running(stage, recipe, data, held, passing),
+    )
+
+
+def _score_moments(
+    stage: StageShape, recipe: Recipe, data: DataShape, queries: int
+) -> tuple[Moment, ...]:
+    """Training examples against the IHVPs of so many queries."""
+    held = weights_of(stage) | {"IHVPs": products_bytes(stage, recipe, queries)}
+    most = max((_scored(block, recipe, data, queries) for block in stage.blocks), default=0)
+    passing = {"gradients or projections of some examples": most}
+    if recipe.rank is None and not recipe.kind.ranked:
+        # Where examples are few, their rows are turned into the products' basis.
+        held |= bases_of(stage, recipe)
+    if recipe.self_influence:
+        elements = sum(b.d_in * b.d_out for b in stage.blocks)
+        if recipe.kind.ranked:
+            held |= {"rows": 8 * recipe.rows * elements}
+        else:
+            held |= bases_of(stage, recipe) | {"1 / (Λ + λ)": recipe.computed * elements}
+        passing = gradients_of(stage, recipe, data, 1, pieces=True)
+    return running(stage, recipe, data, held, passing)
+
+
+def _scored(block: Block, recipe: Recipe, data: DataShape, queries: int) -> int:
+    """What a block's scores pass through: whole gradients and products, or projected rows."""
+    item, rows, size = recipe.computed, data.rows, block.d_in * block.d_out
+    cast = item * rows * cast_elements(recipe, block.d_in + block.d_out)
+    examples = min(data.batch_examples, max(1, TOGETHER // size))
+    kept = kept_rank(recipe.rank, block.d_out, block.d_in)
+    if kept is None:
+        # Some outputs' gradients of all examples.
+        return cast + item * max(PIECE, data.batch_examples * block.d_in)
+    if not score_through_gradients(
+        data.batch_positions, block.d_out, block.d_in, queries, kept, examples
+    ):
+        # The left and the right projection, and their product.
+        return cast + 3 * item * rows * kept * min(queries, max(1, TOGETHER // (rows * kept)))
+    # Low-rank products are made whole, as many at a time as examples.
+    whole = min(queries, max(1, TOGETHER // size))
+    return cast + item * size * (examples + whole)
+
+
+def products_bytes(stage: StageShape, recipe: Recipe, queries: int) -> int:
+    """Bytes of the IHVPs of so many queries."""
+    one = sum(product_elements(recipe.rank, b.d_out, b.d_in) for b in stage.blocks)
+    return queries * one * recipe.computed
+
+
+def queries_at_once(stages: Sequence[StageShape], recipe: Recipe) -> int:
+    """How many queries' IHVPs fit the memory that is set aside for them, in every stage."""
+    largest = max(products_bytes(stage, recipe, 1) for stage in stages)
+    return max(1, recipe.query_memory // max(1, largest))
+
+
+def _query_flops(stage: StageShape, recipe: Recipe, queries: DataShape) -> float:
+    """IHVPs of all queries: gradients, and their truncated SVD or the way back from the basis."""
+    total = gradient_flops(stage, recipe, queries)
+    factors = stage.factors(recipe.max_factor_dim)
+    for b in stage.blocks:
+        size = 2.0 * b.d_in * b.d_out
+        kept = kept_rank(recipe.rank, b.d_out, b.d_in)
+        if kept is not None:
+            # The range, two power steps there and back, and the projection on it.
+            total += queries.examples * size * min(kept + 8, b.d_in, b.d_out) * 6
+        elif recipe.kind.factors:
+            tiles = max(factors[b.input_factor]) + max(factors[b.output_factor])
+            total += queries.examples * size * tiles
+    return total
+
+
+def _score_flops(stage: StageShape, recipe: Recipe, train: DataShape, queries: int) -> float:
+    """All training examples against so many queries."""
+    total = 0.0
+    length, together = train.row_length, train.batch_examples
+    for b in stage.blocks:
+        rank = kept_rank(recipe.rank, b.d_out, b.d_in)
+        size = 2.0 * b.d_in * b.d_out
+        if rank is not None and not score_through_gradients(
+            length, b.d_out, b.d_in, queries, rank, together
+        ):
+            total += 2.0 * length * queries * rank * (b.d_in + b.d_out)
+        else:
+            total += size * (length + queries + queries * (rank or 0) / together)
+    total *= train.examples
+    if recipe.self_influence:
+        total += gradient_flops(stage, recipe, train)
+    return total

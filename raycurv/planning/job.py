@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from raycurv.planning import disk
 from raycurv.planning.arrangement import Arrangement, Moments, Peak, process_peak, stage_peaks
-from raycurv.planning.cost import Group, TaskCost
+from raycurv.planning.cost import TaskCost
 from raycurv.planning.rates import Rates
-from raycurv.planning.shapes import DataShape, Recipe, StageShape, squares
+from raycurv.planning.shapes import DataShape, Group, Recipe, StageShape, squares
 from raycurv.stages.dealing import makespan
 
+# Bytes of a token in Parquet, int32, which zstd makes smaller; a drawn label likewise.
+TOKEN = 4
 # The head's daemons and the workers that Ray starts before there is work.
 RAY_DAEMONS = 450 * 1000**2
 # What a process takes of a GPU before its first tensor: context, and libraries' workspaces.
@@ -136,10 +137,17 @@ class Job:
 
     # Bytes and time
 
+    def boundary(self, data: DataShape) -> int:
+        """Bytes of the hidden states of all data between two stages."""
+        return data.positions * self.recipe.dtype.itemsize * max(s.width for s in self.stages)
+
     def moved(self, data: DataShape, backward: bool) -> int:
         """Bytes between stages in a pass: hidden states forward, their gradients backward."""
-        one = data.positions * self.recipe.dtype.itemsize * max(s.width for s in self.stages)
-        return (len(self.stages) - 1) * one * (1 + (self.recipe.back if backward else 0))
+        return (
+            (len(self.stages) - 1)
+            * self.boundary(data)
+            * (1 + (self.recipe.back if backward else 0))
+        )
 
     def seconds(self, model: float, other: float = 0.0, stored: int = 0) -> float | None:
         """Of a pass with so many FLOPs of the model's products and of others."""
@@ -171,8 +179,10 @@ class Job:
         groups = len(self.groups)
         if groups == 1:
             return 0
-        width = max(stage.width for stage in self.stages)
-        return disk.spool(group, groups, self.recipe, data, width)
+        # Hidden states that enter the group and those before it, the gradient that it reads, and
+        # the one that it writes.
+        kept = group + self.recipe.back * ((group < groups - 1) + (group > 0))
+        return kept * self.boundary(data)
 
     def most_spooled(self, data: DataShape) -> int:
         """Bytes of the spool at most."""

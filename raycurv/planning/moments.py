@@ -1,4 +1,4 @@
-"""Bytes of a stage at the moments of each phase at which they may be most.
+"""Bytes of a stage at the moments of each phase at which they may be most; FLOPs of gradients.
 
 A moment is a snapshot of the code: which tensors are alive then, by name. What is held stays from
 one call of the stage to the next; what passes exists within a call, so that stages in one process
@@ -9,15 +9,13 @@ Axis letters as in :mod:`raycurv.planning.shapes`; R = N·T rows of the largest 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.gradients import CHUNK, PIECE, rotate_before
-from raycurv.mathematics.influence.ihvp import kept_rank, product_elements
-from raycurv.mathematics.influence.scores import TOGETHER, score_through_gradients
 from raycurv.mathematics.sums import FOLD_EVERY
 from raycurv.planning.shapes import DataShape, Recipe, StageShape, squares
 
@@ -66,83 +64,6 @@ def forward_only(
     if to_end:
         passing |= _head(stage, recipe, data, False)
     return (Moment("forward", weights_of(stage), passing),)
-
-
-def query_products(
-    stage: StageShape, recipe: Recipe, data: DataShape, queries: int
-) -> tuple[Moment, ...]:
-    """IHVPs of so many queries at once."""
-    elements = sum(b.d_in * b.d_out for b in stage.blocks)
-    largest = max((b.d_in * b.d_out for b in stage.blocks), default=0)
-    # The products of M-FAC start as plain gradients.
-    plain = not recipe.kind.spectral
-    inverse = 0 if plain else recipe.computed * elements
-    read = recipe.store_dtype.itemsize if recipe.kind.corrected else 8 * (not plain)
-    held = (
-        weights_of(stage)
-        | bases_of(stage, recipe)
-        | {
-            "1 / (Λ + λ)": inverse,
-            "IHVPs": products_bytes(stage, recipe, queries),
-        }
-    )
-    # The gradient, the same over Λ + λ, and for whole products the way back from the eigenbasis.
-    copies = 2 if recipe.rank is not None else 5
-    passing = gradients_of(stage, recipe, data, copies, pieces=False)
-    opening = {"Λ as read": read * elements, "a block in float64": 16 * largest if inverse else 0}
-    return (
-        Moment("reading curvature", held, opening),
-        *running(stage, recipe, data, held, passing),
-    )
-
-
-def scores(stage: StageShape, recipe: Recipe, data: DataShape, queries: int) -> tuple[Moment, ...]:
-    """Training examples against the IHVPs of so many queries."""
-    held = weights_of(stage) | {"IHVPs": products_bytes(stage, recipe, queries)}
-    most = max((_scored(block, recipe, data, queries) for block in stage.blocks), default=0)
-    passing = {"gradients or projections of some examples": most}
-    if recipe.rank is None and not recipe.kind.ranked:
-        # Where examples are few, their rows are turned into the products' basis.
-        held |= bases_of(stage, recipe)
-    if recipe.self_influence:
-        elements = sum(b.d_in * b.d_out for b in stage.blocks)
-        if recipe.kind.ranked:
-            held |= {"rows": 8 * recipe.rows * elements}
-        else:
-            held |= bases_of(stage, recipe) | {"1 / (Λ + λ)": recipe.computed * elements}
-        passing = gradients_of(stage, recipe, data, 1, pieces=True)
-    return running(stage, recipe, data, held, passing)
-
-
-def _scored(block: Block, recipe: Recipe, data: DataShape, queries: int) -> int:
-    """What a block's scores pass through: whole gradients and products, or projected rows."""
-    item, rows, size = recipe.computed, data.rows, block.d_in * block.d_out
-    cast = item * rows * cast_elements(recipe, block.d_in + block.d_out)
-    examples = min(data.batch_examples, max(1, TOGETHER // size))
-    kept = kept_rank(recipe.rank, block.d_out, block.d_in)
-    if kept is None:
-        # Some outputs' gradients of all examples.
-        return cast + item * max(PIECE, data.batch_examples * block.d_in)
-    if not score_through_gradients(
-        data.batch_positions, block.d_out, block.d_in, queries, kept, examples
-    ):
-        # The left and the right projection, and their product.
-        return cast + 3 * item * rows * kept * min(queries, max(1, TOGETHER // (rows * kept)))
-    # Low-rank products are made whole, as many at a time as examples.
-    whole = min(queries, max(1, TOGETHER // size))
-    return cast + item * size * (examples + whole)
-
-
-def products_bytes(stage: StageShape, recipe: Recipe, queries: int) -> int:
-    """Bytes of the IHVPs of so many queries."""
-    one = sum(product_elements(recipe.rank, b.d_out, b.d_in) for b in stage.blocks)
-    return queries * one * recipe.computed
-
-
-def queries_at_once(stages: Sequence[StageShape], recipe: Recipe) -> int:
-    """How many queries' IHVPs fit the memory that is set aside for them, in every stage."""
-    largest = max(products_bytes(stage, recipe, 1) for stage in stages)
-    return max(1, recipe.query_memory // max(1, largest))
 
 
 def sum_bytes(recipe: Recipe, additions: int) -> int:
@@ -233,10 +154,7 @@ def turned_blocks(
     stage: StageShape, recipe: Recipe, data: DataShape
 ) -> Iterator[tuple[Block, bool]]:
     """The blocks, and whether their rows are turned before the outer product."""
-    sharing: dict[str, int] = {}
-    for block in stage.blocks:
-        sharing[block.input_factor] = sharing.get(block.input_factor, 0) + 1
-    factors = stage.factors(recipe.max_factor_dim)
+    sharing, factors = stage.sharing(), stage.factors(recipe.max_factor_dim)
     for block in stage.blocks:
         yield (
             block,
@@ -287,3 +205,22 @@ def gradients_of(
             here += item * size * (examples * alive + 1) + cast
         largest = max(largest, here)
     return {"turned inputs": sum(inputs.values()), "gradients of some examples": largest}
+
+
+def gradient_flops(stage: StageShape, recipe: Recipe, data: DataShape) -> float:
+    """FLOPs of per-example gradients of all data in the eigenbasis."""
+    sharing, factors = stage.sharing(), stage.factors(recipe.max_factor_dim)
+    total, length = 0.0, data.row_length
+    for b in stage.blocks:
+        outer = 2.0 * length * b.d_in * b.d_out
+        if not recipe.kind.factors:
+            total += outer
+            continue
+        # Tiles are as equal as they can be: d t is what a rotation of one row takes.
+        t_in, t_out = max(factors[b.input_factor]), max(factors[b.output_factor])
+        shared = sharing[b.input_factor]
+        if rotate_before(length, b.d_in, b.d_out, t_in, t_out, shared):
+            total += outer + 2.0 * length * (b.d_in * t_in / shared + b.d_out * t_out)
+        else:
+            total += outer + 2.0 * b.d_in * b.d_out * (t_in + t_out)
+    return total * data.examples * recipe.draws

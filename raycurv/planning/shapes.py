@@ -5,6 +5,7 @@ Axis letters: N examples of a microbatch, T positions, I and O a block's axes, t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -159,6 +160,11 @@ class StageShape:
     vocabulary: int
 
     @property
+    def elements(self) -> int:
+        """Elements of all blocks: of Λ, and of one dense gradient."""
+        return sum(b.d_in * b.d_out for b in self.blocks)
+
+    @property
     def largest_block(self) -> int:
         """Elements of the largest block."""
         return max((b.d_in * b.d_out for b in self.blocks), default=0)
@@ -166,6 +172,22 @@ class StageShape:
     def factors(self, max_factor_dim: int | None) -> dict[str, tuple[int, ...]]:
         """Factor -> widths of its tiles, in the order in which they are summed up."""
         return {n: f.tiles(max_factor_dim) for n, f in factors_of(self.blocks).items()}
+
+    def sharing(self) -> Counter[str]:
+        """Input factor -> how many blocks read it."""
+        return Counter(block.input_factor for block in self.blocks)
+
+    def forward_flops(self, data: DataShape) -> float:
+        """FLOPs of all data forward."""
+        return self.flops * data.positions
+
+
+Group = Sequence[StageShape]
+
+
+def factor_elements(group: Group, recipe: Recipe) -> int:
+    """Elements of all factors of some stages."""
+    return sum(squares(t) for s in group for t in s.factors(recipe.max_factor_dim).values())
 
 
 def squares(tiles: Sequence[int]) -> int:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from raycurv.planning import disk, flops
-from raycurv.planning.shapes import Recipe, StageShape
+from raycurv.planning.shapes import Group, Recipe, factor_elements
 
 
 @dataclass(frozen=True)
@@ -34,16 +32,17 @@ class Sizes:
     propagation: float
 
 
-def sizes(stages: Sequence[StageShape], recipe: Recipe) -> Sizes:
+def sizes(stages: Group, recipe: Recipe) -> Sizes:
     """Of all stages together."""
     tiles = [t for s in stages for t in s.factors(recipe.max_factor_dim).values()]
+    elements = sum(stage.elements for stage in stages)
     return Sizes(
         blocks=sum(len(s.blocks) for s in stages),
         weights=sum(s.weights for s in stages),
-        factors=recipe.computed * disk.factor_elements(stages, recipe),
-        lam=recipe.computed * disk.block_elements(stages),
+        factors=recipe.computed * factor_elements(stages, recipe),
+        lam=recipe.computed * elements,
         matrices=len(tiles),
         widest=max(map(sum, tiles), default=0),
-        covariance=sum(flops.covariance_of_position(s, recipe) for s in stages),
-        propagation=sum(flops.propagation_of_position(s) for s in stages),
+        covariance=2.0 * factor_elements(stages, recipe),
+        propagation=4.0 * elements,
     )

@@ -24,11 +24,16 @@ from raycurv.mathematics.corrected import CorrectedSum, CorrectedSums
 from raycurv.mathematics.eigen import own_axes
 from raycurv.mathematics.gradients import CHUNK, PIECE
 from raycurv.mathematics.sums import Combine
-from raycurv.planning.cost import Group, PassCost
-from raycurv.planning.disk import block_elements
-from raycurv.planning.flops import gradient_flops
-from raycurv.planning.moments import Bytes, bases_of, gradients_of, sum_bytes, turned_blocks
-from raycurv.planning.shapes import DataShape, Recipe, StageShape
+from raycurv.planning.cost import PassCost
+from raycurv.planning.moments import (
+    Bytes,
+    bases_of,
+    gradient_flops,
+    gradients_of,
+    sum_bytes,
+    turned_blocks,
+)
+from raycurv.planning.shapes import DataShape, Group, Recipe, StageShape
 from raycurv.steps.covariances import undecomposed
 from raycurv.steps.decompositions import basis_bytes
 from raycurv.steps.step import PassStep
@@ -104,13 +109,13 @@ class CorrectionCost(PassCost):
         return self.scored(group, recipe)
 
     def scored(self, group: Group, recipe: Recipe) -> int:
-        return self._stored(recipe) * block_elements(group)
+        return self._stored(recipe) * sum(s.elements for s in group)
 
     def read(self, group: Group, recipe: Recipe) -> int:
         return basis_bytes(group, recipe) if recipe.kind.factors else 0
 
     def commit(self, group: Group, recipe: Recipe, data: DataShape) -> int:
-        return sum_bytes(recipe, data.microbatches) * block_elements(group)
+        return sum_bytes(recipe, data.microbatches) * sum(s.elements for s in group)
 
     def _stored(self, recipe: Recipe) -> int:
         """Bytes of an element of Λ, and of its sum where sums are kept."""

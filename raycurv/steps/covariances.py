@@ -14,10 +14,9 @@ from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.factors import FactorSum, FactorSums, factors_of
 from raycurv.mathematics.loss.differentiation import DRAWN
 from raycurv.mathematics.sums import Combine
-from raycurv.planning.cost import Group, PassCost
-from raycurv.planning.disk import factor_elements
+from raycurv.planning.cost import PassCost
 from raycurv.planning.moments import Bytes, cast_elements, sum_bytes
-from raycurv.planning.shapes import DataShape, Recipe, StageShape, squares
+from raycurv.planning.shapes import DataShape, Group, Recipe, StageShape, factor_elements, squares
 from raycurv.steps.step import Fit, PassStep
 
 

@@ -13,9 +13,8 @@ from raycurv.files.store import Store
 from raycurv.files.tables import read_rows
 from raycurv.mathematics.eigen import decompose
 from raycurv.mathematics.factors import factors_of
-from raycurv.planning.cost import Group, TaskCost
-from raycurv.planning.disk import factor_elements
-from raycurv.planning.shapes import DataShape, Recipe, squares
+from raycurv.planning.cost import TaskCost
+from raycurv.planning.shapes import DataShape, Group, Recipe, factor_elements, squares
 from raycurv.stages.dealing import eigh_cost, longest_first
 from raycurv.stages.pool import Need
 from raycurv.steps.covariances import factor_sum_bytes, undecomposed

@@ -13,11 +13,9 @@ from raycurv.files.tensorfile import whole
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.rank.rank_fisher import RowSum, RowSums
 from raycurv.mathematics.sums import Combine
-from raycurv.planning.cost import Group, PassCost
-from raycurv.planning.disk import block_elements
-from raycurv.planning.flops import gradient_flops
-from raycurv.planning.moments import Bytes, gradients_of
-from raycurv.planning.shapes import DataShape, Recipe, StageShape
+from raycurv.planning.cost import PassCost
+from raycurv.planning.moments import Bytes, gradient_flops, gradients_of
+from raycurv.planning.shapes import DataShape, Group, Recipe, StageShape
 from raycurv.steps.step import PassStep
 
 
@@ -74,11 +72,11 @@ class RankRowCost(PassCost):
 
     def scored(self, group: Group, recipe: Recipe) -> int:
         blocks = sum(len(stage.blocks) for stage in group)
-        rows = recipe.rows * recipe.store_dtype.itemsize * block_elements(group)
+        rows = recipe.rows * recipe.store_dtype.itemsize * sum(s.elements for s in group)
         return rows + 8 * blocks * recipe.rows**2
 
     def commit(self, group: Group, recipe: Recipe, data: DataShape) -> int:
-        return recipe.rows * recipe.computed * block_elements(group)
+        return recipe.rows * recipe.computed * sum(s.elements for s in group)
 
 
 class RankRows(PassStep):

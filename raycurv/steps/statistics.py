@@ -44,10 +44,9 @@ from raycurv.mathematics.gradient_statistics import (
 )
 from raycurv.mathematics.gradients import PIECE
 from raycurv.mathematics.sums import Combine
-from raycurv.planning.cost import Group, PassCost
-from raycurv.planning.disk import block_elements
+from raycurv.planning.cost import PassCost
 from raycurv.planning.moments import Bytes, cast_elements, gradients_of, larger, sum_bytes
-from raycurv.planning.shapes import DataShape, Recipe, StageShape
+from raycurv.planning.shapes import DataShape, Group, Recipe, StageShape
 from raycurv.steps.step import PassStep
 
 _NORMS = "tables/gradient_norms"
@@ -121,11 +120,11 @@ class StatisticsCost(PassCost):
     def flops(self, stage: StageShape, recipe: Recipe, data: DataShape) -> float:
         # Two products of all rows for each set of labels: examples apart, and together.
         sets = 1 + (recipe.draws if recipe.own else 0)
-        return 4.0 * sets * block_elements([stage]) * data.positions
+        return 4.0 * sets * stage.elements * data.positions
 
     def files(self, group: Group, recipe: Recipe, data: DataShape) -> int:
         norms = data.examples * sum(len(stage.blocks) for stage in group)
-        return recipe.computed * (self._sums(recipe) * block_elements(group) + norms)
+        return recipe.computed * (self._sums(recipe) * sum(s.elements for s in group) + norms)
 
     def rows(self, group: Group, recipe: Recipe, data: DataShape) -> int:
         # The norms as a pass's rows and as they wait for those of other groups, in float64.
