@@ -17,7 +17,6 @@ def digest(text: str) -> bytes:
 
 
 def digests(texts: Iterable[str]) -> np.ndarray:
-    """The hash of each text."""
     return np.array([digest(text) for text in texts], DTYPE)
 
 
@@ -36,7 +35,6 @@ class Digests:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the digests take."""
         return sum(run.nbytes for run in self._runs)
 
     def add(self, texts: Sequence[str]) -> int | None:
@@ -65,11 +63,7 @@ class Digests:
 
 
 class Smallest:
-    """The texts with the smallest digests of all that are shown, by their numbers.
-
-    Args:
-        size: how many.
-    """
+    """The ``size`` texts with the smallest digests of all that are shown, by their numbers."""
 
     def __init__(self, size: int) -> None:
         self._size = size

@@ -41,7 +41,6 @@ class Microbatches:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the plan takes."""
         return self._order.nbytes + self._starts.nbytes
 
     @property
@@ -121,7 +120,6 @@ def make_batch(
     """Packs examples into one microbatch.
 
     Args:
-        index: number of the microbatch in its plan.
         examples: all of tokens, or all of numbers of one shape; at least one.
         dtype: floating-point type of inputs and labels that are numbers.
         drawn: labels drawn from the model, per example ``[draws, T_n]`` where each token has one,
@@ -150,7 +148,6 @@ def make_batch(
 
 
 def _column(name: str, examples: Sequence[Example], dtype: torch.dtype) -> Tensor | list[str]:
-    """A further column of all examples."""
     values: list[Any] = [example.columns[name] for example in examples]
     return values if isinstance(values[0], str) else _numbers(np.stack(values), dtype)
 

@@ -54,7 +54,6 @@ class Rows:
     """A chunk of rows of one part, as Arrow columns.
 
     Attributes:
-        location: the part's own, for messages.
         numbers: the rows' 0-based numbers within the part, ascending int64.
         columns: one Arrow array a column, as long as ``numbers``; null where a row does not have
             an optional column (an explicit null in the data has been refused by then).
@@ -163,12 +162,7 @@ class _Records(Part):
 
 @dataclass(frozen=True)
 class FilePart(Part):
-    """A file.
-
-    Attributes:
-        path: what its file system calls it.
-        filesystem: of ``pyarrow.fs``.
-    """
+    """A file that its ``filesystem`` (of ``pyarrow.fs``) calls ``path``."""
 
     name: str
     location: str
@@ -190,8 +184,6 @@ class FilePart(Part):
 
 @dataclass(frozen=True)
 class ParquetPart(FilePart):
-    """A Parquet file."""
-
     def columns(self) -> tuple[str, ...] | None:
         with self._open() as file:
             return tuple(file.schema_arrow.names) if file.metadata.num_rows else None

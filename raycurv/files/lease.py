@@ -54,10 +54,7 @@ class Lease:
     """A lease under one name of a store, held or about to be.
 
     Args:
-        store: where it lies.
-        name: of the object.
         owner: what it says of its holder, as JSON.
-        where: the directory, for errors.
     """
 
     def __init__(self, store: Store, name: str, owner: Mapping[str, Any], where: str) -> None:

@@ -46,9 +46,7 @@ def hold(
     Args:
         store: of the run. On an object store it is guarded: once the lease is lost, it refuses to
             write.
-        job: what is run, for whoever is refused.
         say: tells the person why this waits (on an object store, for a lease that may be dead).
-        flag: what named the store, for errors.
 
     Raises:
         UserError: another job holds it; says who.

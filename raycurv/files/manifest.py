@@ -30,7 +30,6 @@ class Manifest:
     """What ``run.json`` says.
 
     Attributes:
-        job: which job made the directory.
         settings: those that the result depends on.
         fingerprints: of model and data.
         facts: counts and the like, filled in as they are known.
@@ -65,11 +64,10 @@ class Manifest:
         """The manifest of a directory in which a job has finished.
 
         Args:
-            phase: the last one of the job.
             what: the job's results, as an error names them.
 
         Raises:
-            UserError: there is no such manifest, or the phase is not complete.
+            UserError: there is no such manifest, or ``phase``, the job's last, is not complete.
         """
         found = cls.read(store)
         if found is None or found.job != job or phase not in found.complete:

@@ -40,7 +40,6 @@ class Spool:
     Args:
         directory: a local one, made when it is first written to.
         mark: of the run, its plans and its groups: files of another mark are of no use.
-        groups: how many groups of stages the sweep goes through.
     """
 
     def __init__(self, directory: str, mark: str, groups: int) -> None:
@@ -56,7 +55,6 @@ class Spool:
 
     @property
     def directory(self) -> str:
-        """Where the files lie."""
         return self._store.root
 
     def write(
@@ -89,7 +87,6 @@ class Spool:
         return whole(self._store, _name(stream, kind, boundary, microbatch))
 
     def forget(self, stream: str, kind: Kind, boundary: int, microbatch: int) -> None:
-        """Delete one file."""
         self._store.delete(_name(stream, kind, boundary, microbatch))
 
     def descend(self, level: int) -> None:
@@ -99,7 +96,6 @@ class Spool:
         self._forget_above()
 
     def delete(self) -> None:
-        """Delete everything."""
         self._store.delete_directory("")
 
     def _forget_above(self) -> None:

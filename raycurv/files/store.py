@@ -228,7 +228,6 @@ class Store:
         return self._opened[0].get_file_info(self.path(name))
 
     def exists(self, name: str) -> bool:
-        """Whether the file is there."""
         return bool(self._info(name).is_file)
 
     def there(self, name: str) -> bool:
@@ -281,7 +280,6 @@ class Store:
         )
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write a JSON file, atomically."""
         self.write(name, [json.dumps(value, indent=2, sort_keys=True).encode() + b"\n"])
 
     def read_json(self, name: str) -> Any:

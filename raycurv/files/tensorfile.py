@@ -31,12 +31,7 @@ def _header_checksum(entries: Mapping[str, Any], metadata: Mapping[str, str]) ->
 def write_tensors(
     store: Store, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write a safetensors file, atomically.
-
-    Args:
-        tensors: by name.
-        metadata: strings that the header carries along.
-    """
+    """Write a safetensors file, atomically, whose header carries ``metadata`` along."""
     header = header_entries(tensors)
     chunks = [tensor_bytes(tensor) for tensor in tensors.values()]
     checksums = {key: hashed(data) for key, data in zip(tensors, chunks, strict=True)}
@@ -47,12 +42,7 @@ def write_tensors(
 
 @dataclass(frozen=True)
 class TensorFile:
-    """An opened file: its metadata, and its tensors when asked for.
-
-    Attributes:
-        name: in its store.
-        metadata: what the writer gave.
-    """
+    """An opened file: its metadata, and its tensors when asked for."""
 
     store: Store
     name: str
@@ -68,7 +58,6 @@ class TensorFile:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the tensors."""
         return tuple(self._entries)
 
     def read(self, key: str) -> Tensor:
@@ -91,7 +80,6 @@ class TensorFile:
         return buffer.view(DTYPES[entry["dtype"]]).view(entry["shape"])
 
     def read_all(self) -> dict[str, Tensor]:
-        """All tensors."""
         return {key: self.read(key) for key in self._entries}
 
 

@@ -56,10 +56,8 @@ def write_checkpoint(store: Store, model: Model) -> None:
     Each file is there whole or not at all, and the one without which nobody takes the others for a
     model comes last: what was interrupted is no model, and is written anew.
 
-    Args:
-        store: of the directory.
-        model: an HF checkpoint becomes one that transformers load by itself; another model one
-            ``model.safetensors`` of its state dict.
+    An HF checkpoint becomes one that transformers load by itself; another model one
+    ``model.safetensors`` of its state dict.
 
     Raises:
         UserError: the directory holds other files, or is the model's own; a weight that cannot be

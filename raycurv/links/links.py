@@ -48,12 +48,7 @@ class Ticket:
     """Travels in a sent tensor's place.
 
     Attributes:
-        epoch: of the links that it was sent through.
-        source: rank of the sender.
-        target: rank of the receiver.
         number: of the tensor in its direction, from 0.
-        dtype: of the tensor.
-        shape: of the tensor.
     """
 
     epoch: str
@@ -65,7 +60,6 @@ class Ticket:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -77,7 +71,6 @@ class Links:
 
     Args:
         rank: this process's place in the chain.
-        size: how many processes the chain has.
         address: HOST:PORT of a store (see :meth:`host`).
         epoch: names this chain: the same in all ranks, and never one that was used before.
         device: where received tensors go, and sent ones come from.

@@ -59,7 +59,6 @@ class NcclCarrier:
     Args:
         store: that only these two use.
         place: 0 for the end that sends, 1 for the one that receives.
-        device: the GPU that tensors are on.
         check: raises ``OSError`` when the other process is gone; called now and then in a transfer.
         timeout_seconds: for anything that waits for the other end.
 

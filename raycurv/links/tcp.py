@@ -59,11 +59,9 @@ class Connection:
             data = data[count:]
 
     def send_number(self, number: int) -> None:
-        """Send a number."""
         self.send(_NUMBER.pack(number))
 
     def receive_number(self, however_long: bool = False) -> int:
-        """The number that comes next."""
         data = bytearray(_NUMBER.size)
         self._socket.settimeout(None if however_long else self._timeout)
         self.receive_into(memoryview(data))
@@ -122,11 +120,7 @@ class TcpCarrier:
 def accept(
     server: socket.socket, names: Iterable[str], timeout_seconds: float
 ) -> dict[str, Connection]:
-    """The connections with these names (see :func:`connect`), as far as they came in time.
-
-    Args:
-        server: where the other processes open them.
-    """
+    """The connections with these names (see :func:`connect`), as far as they came in time."""
     wanted = {_hello(name): name for name in names}
     found: dict[str, Connection] = {}
     until = time.monotonic() + timeout_seconds

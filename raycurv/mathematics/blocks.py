@@ -26,13 +26,11 @@ class Block:
         name: unique, see :func:`block_name`.
         kind: name of its kind, see :mod:`raycurv.mathematics.kinds.catalogue`.
         d_in: width of the input factor, bias column included.
-        d_out: width of the output factor.
         bias: whether the last input column is the bias.
         groups: of a grouped convolution; ``d_in`` is one group's width.
         input_factor: name of the input factor; blocks that read the same tensor share it. Empty
             until the first microbatch has shown which do.
         module: dotted name of the module that holds the weight; the block's own when not given.
-        parameter: name of the weight in its module.
         index: which part of the parameter along its first axis; ``None`` for all of it.
     """
 

@@ -31,7 +31,6 @@ class Captured:
     """What one microbatch leaves for curvature, for one draw of labels.
 
     Attributes:
-        batch: the microbatch.
         inputs: input factor -> ``a [N, T, I]`` (``[N, T, S, I]`` when grouped), zero at padding.
         gradients: block -> ``g [N, T, O]``, zero at padding, or ``None`` where no gradient arrived.
         rows: input factor -> how many rows were not padding.
@@ -97,7 +96,6 @@ class Capture:
             self._ends.append(self._kinds[first.name].catch(owner, (first, *others), note))
 
     def close(self) -> None:
-        """Stop watching the modules."""
         for end in self._ends:
             end()
 
@@ -130,9 +128,6 @@ class Capture:
 
     def captured(self, record: Record, draw: int = 0, own: bool = False) -> Captured:
         """Rows of inputs and gradients of a microbatch whose backward has run for a draw.
-
-        Args:
-            own: whether the draw's labels are the data's own.
 
         Raises:
             RaycurvError: an input was changed in place after its capture, or blocks that shared an

@@ -20,8 +20,8 @@ class Globs:
     A pattern that names a container takes what is inside it, too.
 
     Attributes:
-        include: of which one must match; without any, all that is there by default.
-        exclude: of which none may match.
+        include: one of these must match; without any, all that is there by default is chosen.
+        exclude: none of these may match.
     """
 
     include: tuple[str, ...]
@@ -36,10 +36,7 @@ class Globs:
         )
 
     def refuse_strangers(self, names: Collection[str], expected: str, remedy: str) -> None:
-        """Refuse patterns that match nothing.
-
-        Args:
-            names: of all that may be meant.
+        """Refuse patterns that match none of the ``names`` that may be meant.
 
         Raises:
             UserError: with what was ``expected`` and the ``remedy``.

@@ -9,14 +9,10 @@ from raycurv.errors import NumericalError
 
 
 def cholesky(matrix: Tensor, what: str) -> Tensor:
-    """The lower root of one symmetric matrix or a batch of them ``[..., K, K]``.
-
-    Args:
-        matrix: positive definite.
-        what: it is, for the error.
+    """The lower root of one positive definite matrix or a batch of them ``[..., K, K]``.
 
     Raises:
-        NumericalError: it is not positive definite, or not finite.
+        NumericalError: ``what`` is not positive definite, or not finite.
     """
     root: Tensor
     root, info = torch.linalg.cholesky_ex(matrix)

@@ -28,10 +28,8 @@ class CorrectedSum:
     """Λ of one block as a sum.
 
     Attributes:
-        block: its name.
         total: float64 sum of the squared rotated gradients, ``[O, I]``.
         count: examples x draws.
-        examples: examples.
     """
 
     block: str
@@ -60,8 +58,6 @@ class CorrectedSums(Sums):
     Args:
         blocks: with their input factors known.
         bases: factor -> eigenbasis, as stored (rounded): Λ is fitted in what is multiplied later.
-        dtype: of the model's computation.
-        device: where the sums live.
         only: the blocks whose Λ to gather; the norms are over all of ``blocks``.
     """
 

@@ -39,7 +39,6 @@ class Eigenbasis:
         vectors: one ``[t, t]`` a tile, eigenvectors in its columns; empty for the identity.
         values: one float64 ``[t]`` a tile, ascending, of the *mean* factor; empty for the identity.
         outcome: ``ok``, ``jittered``, ``cpu``, ``clamped n``, ``zero``, or several joined by ``+``.
-        seconds: what the decomposition took.
     """
 
     vectors: tuple[Tensor, ...] = ()
@@ -118,7 +117,6 @@ def decompose(
     """Eigenvectors and eigenvalues of a factor.
 
     Args:
-        name: the factor, for errors.
         tiles: float64 symmetric ``[t, t]`` means, one a tile.
         store_dtype: of the eigenvectors; eigenvalues stay float64.
         device: where to try first.

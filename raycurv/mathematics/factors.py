@@ -36,11 +36,9 @@ class Factor:
 
     @property
     def width(self) -> int:
-        """Rows and columns of the factor."""
         return self.block.d_in if self.side == "input" else self.block.d_out
 
     def tiles(self, max_factor_dim: int | None) -> tuple[int, ...]:
-        """Widths of its tiles, none above ``max_factor_dim``."""
         return tile_widths(self.width, max_factor_dim)
 
 
@@ -58,7 +56,6 @@ class FactorSum:
     """One factor: its sum, tile by tile, and what to divide it by.
 
     Attributes:
-        name: the factor.
         tiles: float64 sums of ``a aᵀ`` or ``g gᵀ``, one ``[t, t]`` a tile.
         count: how many rows (times groups) were summed.
         rows: rows of one draw that were not padding: tokens x calls, or output positions.
@@ -102,7 +99,6 @@ class FactorSums(Sums):
     Args:
         blocks: with their input factors known.
         dtype: of the model's computation; float64 sums in float64, all else in float32.
-        device: where the sums live.
         max_factor_dim: widest tile.
         only: the factors to gather; all by default.
     """

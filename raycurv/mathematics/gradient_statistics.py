@@ -117,11 +117,9 @@ class GradientSum:
     """Gradient statistics of one block as sums.
 
     Attributes:
-        block: its name.
         totals: of :data:`OWN`, and of :data:`SAMPLED` where labels were drawn; float64 ``[O, I]``.
         examples: N.
         draws: labels drawn for each; 0 for none.
-        batches: how many microbatches.
     """
 
     block: str
@@ -162,8 +160,6 @@ class GradientSums(Sums):
     Args:
         blocks: with their input factors known.
         draws: of labels for every example, beside the data's own; 0 for none.
-        dtype: of the model's computation.
-        device: where the sums live.
         only: the blocks whose sums to gather; the norms are of all of ``blocks``.
     """
 

@@ -53,7 +53,6 @@ class Rotations:
     """One microbatch's rows for many blocks; an input that several blocks share is turned once.
 
     Args:
-        captured: the microbatch.
         bases: factor -> eigenbasis.
         blocks: the blocks that will be asked for.
         dtype: to compute in: float64 for float64 models, otherwise float32.
@@ -85,7 +84,6 @@ class Rotations:
 
     @property
     def device(self) -> torch.device:
-        """Where they are computed."""
         return self._captured.batch.inputs.device
 
     def rows(self, block: Block) -> tuple[Tensor, Tensor] | None:
@@ -176,8 +174,6 @@ def add_squares(running: RunningSum | None, rotations: Rotations, block: Block) 
 
     Args:
         running: ``[O, I]``; ``None`` for the norms alone.
-        rotations: of the microbatch.
-        block: whose gradients.
     """
     turned = rotations.turned_rows(block)
     if turned is not None and turned[0].shape[1] == 1:

@@ -28,7 +28,6 @@ class Method:
     """How the curvature of a block is approximated.
 
     Attributes:
-        name: as a person gives it.
         factors: it has Kronecker factors A and G, which are summed up and decomposed.
         corrected: it has eigenvalues Λ that are means of squared per-example gradients: in the
             factors' eigenbases, or where there are no factors, weight by weight.

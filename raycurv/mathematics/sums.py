@@ -60,7 +60,6 @@ class PlainSum:
     Args:
         shape: of the tensor, which starts as zeros.
         dtype: of the model's computation, see :func:`working_dtype`.
-        device: where the tensor lives.
     """
 
     def __init__(
@@ -161,7 +160,6 @@ class Sums(ABC):
     Args:
         names: of what is gathered; each gives a result.
         dtype: of the model's computation.
-        device: where the sums live.
 
     Attributes:
         results: what :meth:`add` gives of each example, and how stages combine it.
@@ -191,7 +189,6 @@ class Sums(ABC):
         raise AssertionError(f"nothing is gathered under the name {name}")
 
     def count(self, key: str, *numbers: int) -> None:
-        """Add to counts."""
         self.counts[key] = [a + b for a, b in zip(self.counts[key], numbers, strict=True)]
 
     def state(self) -> dict[str, Tensor]:

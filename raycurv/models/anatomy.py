@@ -52,7 +52,6 @@ class Anatomy:
     numel: Mapping[str, int]
 
     def layer(self, index: int) -> str:
-        """Name of one layer."""
         return f"{self.layers}.{index}"
 
     def outside(self, units: range) -> set[str]:

@@ -101,15 +101,12 @@ class Checkpoint:
         return key in self._entries
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of a tensor, from its header."""
         return self._entries[key].shape
 
     def dtype(self, key: str) -> torch.dtype:
-        """Stored dtype of a tensor, from its header."""
         return self._entries[key].dtype
 
     def file(self, key: str) -> Path:
-        """The file that holds a tensor."""
         return Path(self._entries[key].file)
 
     def read(self, key: str) -> Tensor:
@@ -162,11 +159,8 @@ class Checkpoint:
             del tensor
 
     def fingerprint(self, keys: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
-        """Per tensor ``{"dtype", "shape", "hash"}``, the hash being of 64 KiB sampled from it.
-
-        Args:
-            keys: which tensors; all when ``None``.
-        """
+        """Per tensor, of ``keys`` or of all, ``{"dtype", "shape", "hash"}``: a hash of 64 KiB
+        sampled from it."""
 
         def one(key: str) -> dict[str, Any]:
             entry = self._entries[key]
@@ -459,11 +453,7 @@ def _order(named: tuple[str, Entry]) -> tuple[int, int]:
 
 
 def pieces(file: str, what: str, offset: int, nbytes: int) -> Iterator[memoryview]:
-    """``nbytes`` bytes of a file from ``offset``, piece by piece, each in memory of its own.
-
-    Args:
-        what: is read, for errors.
-    """
+    """``nbytes`` bytes of a file from ``offset``, piece by piece, each in memory of its own."""
     for start in range(offset, offset + nbytes, COPIED_BYTES):
         piece = memoryview(bytearray(min(COPIED_BYTES, offset + nbytes - start)))
         _fill(file, what, start, piece)

@@ -46,7 +46,6 @@ class CheckpointFile:
 
     Attributes:
         name: below the checkpoint's directory.
-        chunks: gives its bytes, piece by piece.
         source: the file that it is made from, if there is one.
     """
 
@@ -80,9 +79,6 @@ def state_file(
     name: str, state: Mapping[str, Tensor], replaced: Mapping[str, Callable[[], Tensor]]
 ) -> CheckpointFile:
     """One safetensors file of a state dict, under its own names, with other tensors for some.
-
-    Args:
-        name: of the model, for errors.
 
     Raises:
         UserError: an entry that a safetensors file cannot hold.

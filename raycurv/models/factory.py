@@ -36,7 +36,6 @@ class FactoryModel(Model):
     is refused, since stages of different models would look like one.
 
     Args:
-        name: what the user gave.
         make: the callable, or ``None`` when it is imported by ``name``.
         base: directory that an import may also look in.
 
@@ -184,9 +183,6 @@ class FactorySegment(Segment):
     Args:
         module: the whole network, or an ``nn.Sequential`` of the children under their own names.
         children: the children in the order of their calls; ``None`` for a whole network.
-        first: holds the first unit.
-        last: holds the last unit.
-        name: of the model, for errors.
         dtype: that floating-point inputs are cast to.
     """
 

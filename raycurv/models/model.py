@@ -21,8 +21,6 @@ class Segment(ABC):
     Attributes:
         module: its ``named_modules`` have the names of the whole model; what other segments hold
             is replaced by stubs without weights, or left out.
-        first: holds the first unit.
-        last: holds the last unit.
     """
 
     module: nn.Module
@@ -34,7 +32,6 @@ class Segment(ABC):
         """What travels to the next segment: the output of the last unit held.
 
         Args:
-            batch: the microbatch.
             hidden: what the segment before returned; ``None`` for the first segment alone.
 
         Returns:
@@ -68,9 +65,6 @@ class Outline(ABC):
             ``()`` for everywhere.
         tied_head: name of the output embedding if its weight is the input embedding's.
         max_positions: longest sequence, in tokens, if the model says so.
-        vocab_size: number of token ids, if the model says so.
-        tokenizer_dir: directory of the model's tokenizer, if there is one.
-        token_inputs: whether inputs are token ids.
     """
 
     name: str

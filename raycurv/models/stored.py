@@ -33,7 +33,6 @@ class Patch:
     """Another weight of one block. Picklable.
 
     Attributes:
-        block: the block that it is for.
         read: gives the matrix ``[O, I]`` (the bias its last column), in the dtype in which the
             model stores the block; picklable.
         mark: tells this weight from every other one, such as a checksum of all its bytes.
@@ -62,11 +61,10 @@ class StoredWeight:
     """Where a model keeps the weight of a block.
 
     Attributes:
-        block: the block.
         weight: key of the tensor that holds the weight among the model's tensors.
         bias: key of the tensor that holds the bias, if there is one.
-        shape: of the block's part of the first.
-        dtypes: of the two tensors.
+        shape: of the block's part of the weight's tensor.
+        dtypes: as stored, of the weight and of the bias, if there is one.
     """
 
     block: Block
@@ -87,12 +85,12 @@ class StoredWeight:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Of all tensors that hold the block."""
+        """Keys of the tensors that hold the block."""
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the block's matrix: the wider one of weight and bias."""
+        """Dtype of the block's matrix: the wider one of weight and bias."""
         return reduce(torch.promote_types, self.dtypes)
 
     def matrix(self, read: Read) -> Tensor:
@@ -154,7 +152,6 @@ def replacements(
     """By key what makes the tensor with patches in it; one patch is in memory at a time.
 
     Args:
-        stored: gives where the model keeps a block.
         read: gives a tensor as it is stored, in memory of its own.
     """
 

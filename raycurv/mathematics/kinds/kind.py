@@ -32,7 +32,6 @@ class ModuleCall:
     Attributes:
         x: what entered, detached.
         version: of ``x`` when it entered: another one later means that it was changed in place.
-        examples: N.
         start: first position of a slice; ``None`` when the whole microbatch went through.
         positions: how many positions went through (P); ``None`` without a token axis.
         detail: what else the kind has to know of the call. Blocks that are given one tensor share
@@ -87,7 +86,7 @@ class Kind(ABC):
             blocks: those of the module that have curvature; not always all that it holds.
 
         Returns:
-            what ends it.
+            what ends the watching.
         """
         (block,) = blocks
 
@@ -136,14 +135,9 @@ class Kind(ABC):
         return rows_OI.reshape(*shape)
 
     def to_matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """A block's weight and bias as its matrix ``[O, I]``.
+        """The matrix ``[O, I]`` of a block's part of its parameter and of its bias ``[O]``.
 
-        Args:
-            weight: the block's part of its parameter.
-            bias: ``[O]``, if the block has one.
-
-        Returns:
-            The matrix, of the wider of both dtypes; a view of the weight where there is no bias.
+        Of the wider of both dtypes; a view of the weight where there is no bias.
         """
         rows = self.to_rows(weight)
         if bias is None:
@@ -154,16 +148,12 @@ class Kind(ABC):
     def from_matrix(
         self, block: Block, matrix_OI: Tensor, shape: Sequence[int]
     ) -> tuple[Tensor, Tensor | None]:
-        """The reverse of :meth:`to_matrix`: the weight in the parameter's shape, the bias ``[O]``.
-
-        Args:
-            shape: of the block's part of its parameter.
-        """
+        """The reverse of :meth:`to_matrix`: the weight in its parameter's shape, and the bias."""
         weight = self.from_rows(matrix_OI[:, : block.d_in - block.bias], shape)
         return weight.contiguous(), matrix_OI[:, -1].contiguous() if block.bias else None
 
     def flops(self, module: nn.Module, x: Tensor) -> int:
-        """Of a forward of the module (a multiplication and an addition are two)."""
+        """FLOPs of a forward of the module (a multiplication and an addition are two)."""
         return 2 * (x.numel() // x.shape[-1]) * _weight_of(module).numel()
 
 

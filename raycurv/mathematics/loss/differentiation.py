@@ -55,7 +55,6 @@ class _Slice:
 
     Attributes:
         at: which part of the hidden states.
-        start: the first position.
         batch: with the labels that its outputs are held against.
         places: positions of its targets, for the draws.
         drawn: labels that were drawn earlier, a draw each; ``None`` where they are drawn here.
@@ -85,10 +84,7 @@ def differentiate(
         objective: summed over an example's tokens.
         head: ``(hidden slice, first position) -> outputs``.
         hidden: what the last layer put out; its graph is not entered.
-        batch: the microbatch.
-        target: what to differentiate.
         draws: of labels, for ``sampled`` and ``both``.
-        seed: of the draws.
         slice_positions: positions at once, for a per-token objective.
         begin_draw: called before the backward of each draw, so that hooks can tell them apart.
 

@@ -54,7 +54,6 @@ def uniforms(seed: int, keys_N: Tensor, positions_T: Tensor, draw: int, componen
     """Uniform numbers in (0, 1), float64 ``[N, T, components]``.
 
     Args:
-        seed: the run's seed.
         keys_N: from :func:`id_keys`.
         positions_T: position of each target in its example (``zeros(1)`` without a token axis).
         draw: which of the ``--draws`` this is.
