@@ -146,7 +146,7 @@ def open_losses(
     corpus = open_corpus(store, "data", list(rows), "--data", model, settings, None, 0)
     workers = Workers(settings, model, objective, (), torch.float64, 0, quiet, store)
     manifest = Manifest("evaluate", {}, {"data": fingerprint(list(rows))})
-    return Losses(settings, store, manifest, corpus, torch.float64, workers, quiet)
+    return Losses(workers, manifest, corpus)
 
 
 # Models and data

@@ -19,14 +19,16 @@ import torch
 from raycurv.data.digests import BYTES, Digests, Smallest, digest
 from raycurv.data.examples import Example
 from raycurv.data.microbatch import plan_microbatches
-from raycurv.driver import sinks as rows
 from raycurv.driver import timeline_table as timeline
 from raycurv.driver.commits import plan_mark
 from raycurv.driver.corpus import Corpus, store_corpus, stored_corpus, whole_ids
 from raycurv.driver.feed import Feed
-from raycurv.driver.sinks import ExampleRows, Pile, ScoreRows
+from raycurv.driver.sinks import ExampleRows, Pile
 from raycurv.files.store import Store
 from raycurv.jobs.fit import fitting
+from raycurv.jobs.influence import score_rows as rows
+from raycurv.jobs.influence.influence_settings import InfluenceSettings
+from raycurv.jobs.influence.score_rows import ScoreRows
 from raycurv.planning.shapes import DataShape
 from raycurv.stages.seen import Seen
 from raycurv.stages.spans import Span, SpanLog
@@ -205,14 +207,13 @@ def test_rows_of_scores_do_not_depend_on_how_many_are_written_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, top_k: int | None, all_kinds: bool
 ) -> None:
     corpus = corpus_of(Store(str(tmp_path)), 300)
+    settings = InfluenceSettings(top_k=top_k, per_block=all_kinds, per_token=all_kinds)
     tables = {}
     for at_a_time in (7, 1 << 15):
         monkeypatch.setattr(rows, "ROWS", at_a_time)
         store = Store(str(tmp_path / str(at_a_time)), lasting=False)
         queries = [f"query {q}" for q in range(3)]
-        sink = ScoreRows(
-            store, "part-0", queries, corpus, True, all_kinds, all_kinds, top_k, {"a note": "b"}
-        )
+        sink = ScoreRows(store, "part-0", queries, corpus, settings, True, {"a note": "b"})
         Found(corpus).into(sink)
         own, scores = sink.commit("work/x/0000009")
         assert sink.commit("work/x/0000009") == []
@@ -240,7 +241,7 @@ def test_what_waits_for_a_commit_is_arrays(tmp_path: Path) -> None:
     count, queries = 50_000, 4
     corpus = corpus_of(Store(str(tmp_path)), count)
     store = Store(str(tmp_path / "out"), lasting=False)
-    sink = ScoreRows(store, "p", list("abcd"), corpus, False, False, False, None, {})
+    sink = ScoreRows(store, "p", list("abcd"), corpus, InfluenceSettings(), False, {})
     found = torch.zeros(16, queries, dtype=torch.float64)
 
     def take() -> None:

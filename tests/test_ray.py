@@ -221,7 +221,7 @@ def test_patched_models_take_turns_on_the_same_actors(cluster: None, tmp_path: P
         EvaluateSettings(address="local", **how), model, "classification", ROWS, tmp_path / "ray"
     )
     assert relative(mine.of(model), expected.of(model)) < CLOSE
-    pool = mine.workers.tasks()
+    pool = mine.workers.pool
     assert isinstance(pool, OnRay)
     before = pool.pids()
     assert relative(mine.of(models[0]), expected.of(models[0])) < CLOSE

@@ -38,6 +38,10 @@ PART = 1024
 WINDOW = 1024
 _GROUP = 1 << 14  # rows of a row group of the index
 
+Array = np.ndarray[Any, Any]
+# Gives the labels that were drawn for some examples, all of one part.
+Drawn = Callable[[Sequence[int]], Sequence[Array]]
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -58,7 +62,7 @@ class Corpus:
     store: Store
     directory: str
     ids: pa.LargeStringArray
-    lengths: np.ndarray[Any, Any]
+    lengths: Array
     terms: int
     tokenizer: dict[str, Any]
     columns: tuple[str, ...] = ()
@@ -71,7 +75,7 @@ class Corpus:
         """Tokens in all."""
         return int(self.lengths.sum(dtype=np.int64))
 
-    def named(self, numbers: Sequence[int] | np.ndarray[Any, Any]) -> pa.StringArray:
+    def named(self, numbers: Sequence[int] | Array) -> pa.StringArray:
         """The ids of some examples."""
         return self.ids.take(pa.array(numbers, pa.int64())).cast(pa.string())
 
@@ -84,9 +88,7 @@ class Corpus:
         return padding_share(self.lengths, self.plan(batch_tokens))
 
     def reader(
-        self,
-        dtype: torch.dtype,
-        drawn: Callable[[Sequence[int]], Sequence[np.ndarray[Any, Any]]] | None = None,
+        self, dtype: torch.dtype, drawn: Drawn | None = None
     ) -> Callable[[int, Sequence[int]], Batch]:
         """A function that packs a microbatch, holding one part of the data at a time.
 
@@ -109,11 +111,11 @@ class Corpus:
 
     def examples(self) -> Iterator[Example]:
         """All examples in order, a part of them in memory at a time."""
-        for part in range(-(-len(self) // PART)):
+        for part in range(parts_of(len(self))):
             yield from self._part(part)
 
     def _part(self, part: int) -> list[Example]:
-        return table_to_examples(read_table(self.store, _part_name(self.directory, part)))
+        return table_to_examples(read_table(self.store, part_file(self.directory, part)))
 
 
 def open_corpus(
@@ -192,14 +194,14 @@ def store_corpus(
     """
     store.delete_directory(directory)
     ids: list[pa.StringArray] = []
-    lengths: list[np.ndarray[Any, Any]] = []
+    lengths: list[Array] = []
     terms = count = 0
     columns: tuple[str, ...] = ()
     buffer: list[Example] = []
 
     def flush() -> None:
         if buffer:
-            write_table(store, _part_name(directory, len(ids)), examples_to_table(buffer))
+            write_table(store, part_file(directory, len(ids)), examples_to_table(buffer))
             ids.append(pa.array([example.id for example in buffer], pa.string()))
             lengths.append(np.array([example.length for example in buffer], np.int32))
             buffer.clear()
@@ -233,22 +235,28 @@ def stored_corpus(store: Store, directory: str) -> Corpus | None:
         return None
     try:
         index = read_table(store, f"{directory}/index.parquet")
-        rows = sum(
-            read_rows(store, _part_name(directory, part)) for part in range(-(-len(index) // PART))
-        )
     except (DamagedFile, FileNotFoundError):
         return None
-    if rows != len(index) or rows != said["examples"]:
+    if len(index) != said["examples"] or not parts_there(store, directory, len(index)):
         return None
-    return Corpus(
-        store,
-        directory,
-        whole_ids(index["id"]),
-        index["tokens"].to_numpy(),
-        said["with_loss"],
-        said["tokenizer"],
-        tuple(said.get("columns", ())),
-    )
+    ids, lengths = whole_ids(index["id"]), index["tokens"].to_numpy()
+    terms, tokenizer, columns = said["with_loss"], said["tokenizer"], said.get("columns", ())
+    return Corpus(store, directory, ids, lengths, terms, tokenizer, tuple(columns))
+
+
+def corpus_of_run(store: Store) -> Corpus:
+    """The examples of a finished fit; of one that extends another those that it added.
+
+    Raises:
+        DamagedFile: they are not there whole.
+    """
+    found = stored_corpus(store, "data")
+    if found is None:
+        raise DamagedFile(
+            store.path("data"), "the examples of a run", "some of them at most",
+            "Run its fit again: it makes what is missing.",
+        )  # fmt: skip
+    return found
 
 
 def whole_ids(column: pa.ChunkedArray) -> pa.LargeStringArray:
@@ -256,8 +264,23 @@ def whole_ids(column: pa.ChunkedArray) -> pa.LargeStringArray:
     return column.cast(pa.large_string()).combine_chunks()
 
 
-def _part_name(directory: str, part: int) -> str:
+def part_file(directory: str, part: int) -> str:
+    """Where a directory has the rows of a part of the examples."""
     return f"{directory}/part-{part:05d}.parquet"
+
+
+def parts_of(examples: int) -> int:
+    """How many parts so many examples have."""
+    return -(-examples // PART)
+
+
+def parts_there(store: Store, directory: str, examples: int) -> bool:
+    """Whether a directory has a row of each of so many examples, in files by part."""
+    names = [part_file(directory, part) for part in range(parts_of(examples))]
+    try:
+        return sum(read_rows(store, name) for name in names) == examples
+    except (DamagedFile, FileNotFoundError):
+        return False
 
 
 class DrawnLabels:
@@ -269,39 +292,32 @@ class DrawnLabels:
 
     def __init__(self, store: Store, directory: str = "labels") -> None:
         self._store, self._directory = store, directory
-        self._held: tuple[int, list[np.ndarray[Any, Any]]] = (-1, [])
+        self._held: tuple[int, list[Array]] = (-1, [])
 
     def complete(self, examples: int) -> bool:
         """Whether the labels of all examples are there."""
-        try:
-            rows = sum(
-                read_rows(self._store, _part_name(self._directory, part))
-                for part in range(-(-examples // PART))
-            )
-        except (DamagedFile, FileNotFoundError):
-            return False
-        return rows == examples
+        return parts_there(self._store, self._directory, examples)
 
-    def write(self, part: int, labels: Sequence[np.ndarray[Any, Any]]) -> None:
+    def write(self, part: int, labels: Sequence[Array]) -> None:
         """Write the labels of a whole part."""
-        table = pa.table(
-            {
-                "drawn": pa.array([y.reshape(-1) for y in labels]),
-                "shape": pa.array([list(y.shape) for y in labels], pa.list_(pa.int32())),
-            }
-        )
-        write_table(self._store, _part_name(self._directory, part), table)
+        drawn = pa.array([y.reshape(-1) for y in labels])
+        shape = pa.array([list(y.shape) for y in labels], pa.list_(pa.int32()))
+        table = pa.table({"drawn": drawn, "shape": shape})
+        write_table(self._store, part_file(self._directory, part), table)
 
-    def read(self, members: Sequence[int]) -> list[np.ndarray[Any, Any]]:
+    def read(self, members: Sequence[int]) -> list[Array]:
         """The labels of some examples of one part, ``[draws, ...]`` each."""
         part = members[0] // PART
         if self._held[0] != part:
-            table = read_table(self._store, _part_name(self._directory, part))
-            flat = table["drawn"].combine_chunks()
-            shapes = table["shape"].to_pylist()
-            arrays = [
-                flat[i].values.to_numpy(zero_copy_only=False).reshape(shapes[i])
-                for i in range(len(flat))
-            ]
-            self._held = (part, arrays)
+            table = read_table(self._store, part_file(self._directory, part))
+            self._held = (part, drawn_labels(table))
         return [self._held[1][n - part * PART] for n in members]
+
+
+def drawn_labels(table: pa.Table) -> list[Array]:
+    """The labels in a table of their ``drawn`` and ``shape``, ``[draws, ...]`` an example."""
+    flat = table["drawn"].combine_chunks()
+    return [
+        labels.values.to_numpy(zero_copy_only=False).reshape(shape)
+        for labels, shape in zip(flat, table["shape"].to_pylist(), strict=True)
+    ]

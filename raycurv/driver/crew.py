@@ -15,12 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from raycurv.driver.commits import Committed, sums_name
-from raycurv.driver.feed import Ends, Feed, Given
-from raycurv.driver.line import Arrived, Line
-from raycurv.files.store import Store
+from raycurv.driver.feed import Given
+from raycurv.driver.line import Arrived, Line, Passage
 from raycurv.stages.dealing import tree
-from raycurv.stages.passes import Pass
-from raycurv.stages.pool import Handle, Pool, StageCalls, StageLost
+from raycurv.stages.pool import Handle, StageCalls, StageLost
 from raycurv.stages.stage import Commit
 
 # A replica and a stage.
@@ -29,19 +27,12 @@ T = TypeVar("T")
 
 
 class Crew:
-    """Takes microbatches through all replicas, and their sums to the end of the pass.
+    """Takes microbatches through all replicas, and their sums to the end of the pass."""
 
-    Args:
-        pool: with its stages started.
-        work: the pass.
-        feed: its microbatches.
-        ends: of the stages.
-        store: of the run.
-    """
-
-    def __init__(self, pool: Pool, work: Pass, feed: Feed, ends: Ends, store: Store) -> None:
-        self._pool, self._work, self._ends, self._store = pool, work, ends, store
-        self._lines = [Line(pool, r, work, feed, ends.keeps) for r in range(pool.replicas)]
+    def __init__(self, passage: Passage) -> None:
+        self._pool, self._store = passage.workers.pool, passage.workers.store
+        self._work, self._ends = passage.work, passage.ends
+        self._lines = [Line(passage, replica) for replica in range(self._pool.replicas)]
         self._sums: list[list[str]] = []
         self._collected = -1
         self._next: Callable[[int], tuple[int, Given] | None] = lambda replica: None

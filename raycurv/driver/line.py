@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from raycurv.batch import Batch, Hidden
-from raycurv.driver.feed import Feed, Given
+from raycurv.driver.feed import Ends, Feed, Given
+from raycurv.driver.workers import Workers
 from raycurv.mathematics.sums import Results
 from raycurv.stages.passes import Pass
-from raycurv.stages.pool import Handle, Pool
+from raycurv.stages.pool import Handle
 from raycurv.stages.schedule import Operation, pipelined
 
 # Gives the next microbatch of a replica, and what enters with it; None when there is none for now.
@@ -46,23 +47,26 @@ class Arrived:
     results: list[Results]
 
 
+@dataclass(frozen=True)
+class Passage:
+    """A pass on its way through the resident stages, with what lies before and behind them."""
+
+    workers: Workers
+    work: Pass
+    feed: Feed
+    ends: Ends
+
+
 class Line:
     """Submits the operations of one replica as the schedule says.
-
-    Args:
-        pool: holds the stages.
-        replica: which.
-        work: the pass.
-        feed: its microbatches.
-        keeps: whether what leaves the stages is wanted.
 
     Attributes:
         since: microbatches that entered since the last commit, ascending.
     """
 
-    def __init__(self, pool: Pool, replica: int, work: Pass, feed: Feed, keeps: bool) -> None:
-        self._pool, self.replica, self._work = pool, replica, work
-        self._feed, self._keeps = feed, keeps
+    def __init__(self, passage: Passage, replica: int) -> None:
+        self._pool, self.replica = passage.workers.pool, replica
+        self._work, self._feed, self._keeps = passage.work, passage.feed, passage.ends.keeps
         self.since = array("q")
         self._under: dict[int, _Under] = {}
         self._ended: deque[int] = deque()

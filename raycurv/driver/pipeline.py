@@ -8,23 +8,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from raycurv.driver.commits import Committed, last_commit, plan_mark, write_commit
 from raycurv.driver.crew import Crew
-from raycurv.driver.feed import Ends, Feed, Given
+from raycurv.driver.feed import Given
+from raycurv.driver.line import Passage
 from raycurv.driver.timeline_table import write_long_timeline, write_timeline
 from raycurv.files.spool import LostSpool
-from raycurv.files.store import Store
 from raycurv.mathematics.sums import Combine, Results
 from raycurv.progress import stopping
 from raycurv.progress.phase import PhaseProgress
-from raycurv.progress.reporter import Reporter
-from raycurv.stages.passes import Pass
-from raycurv.stages.pool import Pool
 
 # Between two commits, unless the settings say otherwise: seconds, and times what one takes.
 COMMIT_SECONDS, _COMMIT_TIMES = 60.0, 10.0
@@ -66,43 +62,25 @@ class NoSink:
         pass
 
 
-@dataclass
-class Passage:
-    """A pass on its way through the resident stages.
+class Pipeline:
+    """Runs a pass through the resident stages.
 
-    Attributes:
-        pool: with its stages started.
-        work: the pass.
-        feed: its microbatches.
-        ends: of the stages.
-        store: of the run.
-        reporter: shows progress.
+    Args:
         label: what the progress calls the pass.
-        where: which stages, for the progress, if only some.
-        lost: what of the spool is gone, so that no further microbatch could enter.
     """
 
-    pool: Pool
-    work: Pass
-    feed: Feed
-    ends: Ends
-    store: Store
-    reporter: Reporter
-    label: str
-    where: str = ""
-    lost: LostSpool | None = None
+    def __init__(self, passage: Passage, label: str) -> None:
+        self._workers, self._passage, self._label = passage.workers, passage, label
+        self._crew = Crew(passage)
+        # What of the spool is gone, so that no further microbatch could enter.
+        self._lost: LostSpool | None = None
 
-    def __post_init__(self) -> None:
-        self._crew = Crew(self.pool, self.work, self.feed, self.ends, self.store)
-
-    def run(self, sink: Sink, place: str, commit_seconds: float | None) -> list[str]:
+    def run(self, sink: Sink, place: str) -> list[str]:
         """Run the pass to its end, from its last commit if there is one.
 
         Args:
             sink: takes what stages give back.
             place: below the store, where commits go.
-            commit_seconds: time between commits; ``None`` for a minute, or ten times what one
-                takes.
 
         Returns:
             The names of all files that the sink wrote, in order.
@@ -111,7 +89,7 @@ class Passage:
             LostSpool: of a microbatch; what was committed before is kept.
             Stopped: the job was asked to stop; what was done is committed.
         """
-        plan, store, crew = self.feed.plan, self.store, self._crew
+        plan, store, crew = self._passage.feed.plan, self._workers.store, self._crew
         mark = plan_mark(plan)
         before = last_commit(store, place, mark)
         if before is not None and before.finished:
@@ -120,13 +98,14 @@ class Passage:
         crew.begin(before)
         writing = 0.0
         with (
-            self.reporter.phase(self.label, len(plan), "microbatches") as phase,
+            self._workers.phase(self._label, len(plan), "microbatches") as phase,
             stopping.deferred(),
         ):
             phase.skip(at.done)
             done = at.done
             while done < len(plan):
-                wait = commit_seconds or max(COMMIT_SECONDS, _COMMIT_TIMES * writing)
+                wait = self._workers.settings.commit_seconds
+                wait = wait or max(COMMIT_SECONDS, _COMMIT_TIMES * writing)
                 until = time.monotonic() + wait
 
                 def enough(until: float = until) -> bool:
@@ -147,18 +126,18 @@ class Passage:
                     stale, at = at, Committed(done, mark, rows, sums)
                     write_commit(store, place, at)
                     crew.committed(sums)
-                    write_timeline(store, self.pool, self.label)
+                    write_timeline(store, self._workers.pool, self._label)
                     for name in set(stale.files) - set(at.files):
                         store.delete(name)
                 writing = time.monotonic() - started
-                if self.lost is not None:
-                    raise self.lost
+                if self._lost is not None:
+                    raise self._lost
                 if done < len(plan):
                     stopping.stop_if_asked()
             # Results first, then the word that they are there.
             crew.finish()
             write_commit(store, place, Committed(done, mark, rows, finished=True))
-            write_timeline(store, self.pool, self.label)
+            write_timeline(store, self._workers.pool, self._label)
             for name in at.files:
                 store.delete(name)
         return rows
@@ -170,23 +149,24 @@ class Passage:
             LostSpool: of one of them; those before it have been through.
             Stopped: the job was asked to stop.
         """
+        workers, count = self._workers, len(microbatches)
+        assert workers.resident is not None
+        where = workers.named(workers.resident)
         self._crew.begin()
-        with self.reporter.phase(
-            self.label, len(microbatches), "microbatches", self.where
-        ) as phase:
+        with workers.phase(self._label, count, "microbatches", where) as phase:
             with stopping.deferred():
                 for _ in self._through(microbatches, phase, lambda: False):
                     pass
                 stopping.stop_if_asked()
             self._crew.finish()
-            write_timeline(self.store, self.pool, self.label)
-        if self.lost is not None:
-            raise self.lost
+        if self._lost is not None:
+            raise self._lost
 
     def _through(
         self, microbatches: Iterable[int], phase: PhaseProgress, enough: Callable[[], bool]
     ) -> Iterator[tuple[int, Results]]:
         """Take microbatches through until there are enough, the job is to stop, or one is lost."""
+        workers, ends = self._workers, self._passage.ends
 
         def entering() -> Iterator[tuple[int, Given]]:
             for number, m in enumerate(microbatches):
@@ -194,20 +174,20 @@ class Passage:
                 if stopping.asked() or (number > 0 and enough()):
                     return
                 try:
-                    given = self.ends.load(m)
+                    given = ends.load(m)
                 except LostSpool as found:
                     # What is under way comes to its end before it is made again.
-                    self.lost = found
+                    self._lost = found
                     return
                 yield m, given
 
-        combines = self.work.results
+        combines = self._passage.work.results
         for arrived in self._crew.through(entering()):
             m = arrived.microbatch
             results = combine(combines, [*arrived.results, dict(arrived.given.carried)])
-            self.ends.leave(m, arrived.leaving, results)
-            phase.advance(1, self.feed.tokens(m))
-            write_long_timeline(self.store, self.pool, self.label)
+            ends.leave(m, arrived.leaving, results)
+            phase.advance(1, self._passage.feed.tokens(m))
+            write_long_timeline(workers.store, workers.pool, self._label)
             yield m, results
 
 

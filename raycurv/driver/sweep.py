@@ -25,17 +25,14 @@ from torch import Tensor
 from raycurv.batch import Hidden
 from raycurv.driver.commits import plan_mark
 from raycurv.driver.feed import Ends, Feed, Given, ModelEnds
-from raycurv.driver.pipeline import NoSink, Passage, Sink
-from raycurv.driver.timeline_table import write_timeline
+from raycurv.driver.line import Passage
+from raycurv.driver.pipeline import NoSink, Pipeline, Sink
 from raycurv.driver.workers import Workers
 from raycurv.files.manifest import Manifest
 from raycurv.files.spool import LostSpool, Spool, spool_directory
-from raycurv.files.store import Store
 from raycurv.mathematics.loss.differentiation import Target
 from raycurv.mathematics.sums import Results
-from raycurv.progress.reporter import Reporter
 from raycurv.stages.passes import Pass, loss_pass
-from raycurv.stages.pool import Pool
 
 # Of the files in a spool: those of another format are of no use.
 _FORMAT = 2
@@ -46,9 +43,7 @@ class Task:
     """A pass over a stream, as a sweep runs it through one group.
 
     Attributes:
-        stream: whose microbatches.
-        feed: the microbatches as this pass reads them.
-        work: the pass.
+        feed: the microbatches of the stream as this pass reads them.
         again: the same pass adding nothing to any sum, for microbatches whose gradients or results
             have to be made again.
         carries: whether results are added up from group to group.
@@ -63,35 +58,44 @@ class Task:
     sink: Sink = field(default_factory=NoSink)
 
 
-# Is shown a group, its resident stages, and what enters them.
-Meeting = Callable[[int, Pool, Given], None]
+# Is shown a group, whose stages are resident, and what enters them.
+Meeting = Callable[[int, Given], None]
 
 
 class Sweep:
     """Takes streams through the groups, the resident one at a time.
 
+    What waits in the spool is of use to the same run with the same microbatches and groups alone.
+
     Args:
-        workers: hold the stages.
-        store: of the run; commits go below ``work/``.
-        spool: ``None`` with one group.
+        manifest: tells the run from others.
         streams: name -> microbatches.
-        reporter: shows progress.
-        commit_seconds: time between commits, see :func:`raycurv.driver.pipeline.run_pass`.
+        target: of the passes, where a run may choose it.
+
+    Attributes:
+        streams: those that go forward; one that is taken away does not.
+
+    Raises:
+        UserError: there is no local directory for the spool.
     """
 
     def __init__(
         self,
         workers: Workers,
-        store: Store,
-        spool: Spool | None,
-        streams: dict[str, Feed],
-        reporter: Reporter,
-        commit_seconds: float | None,
+        manifest: Manifest,
+        streams: Mapping[str, Feed],
+        target: Target | None = None,
     ) -> None:
-        self._workers, self._store, self._spool = workers, store, spool
-        self._streams, self._reporter = streams, reporter
-        self._commit_seconds = commit_seconds
-        assert (spool is None) == (len(workers.groups) == 1)
+        self._workers, self.streams = workers, dict(streams)
+        self._spool: Spool | None = None
+        if self.last > 0:
+            units = [[workers.cuts[stage].stop for stage in group] for group in workers.groups]
+            plans = [plan_mark(feed.plan) for feed in streams.values()]
+            said = [_FORMAT, manifest.settings, manifest.fingerprints, units, plans, target]
+            text = json.dumps(said, sort_keys=True).encode()
+            mark = hashlib.blake2b(text, digest_size=16).hexdigest()
+            directory = spool_directory(workers.store, workers.settings.spool_dir)
+            self._spool = Spool(directory, mark, len(workers.groups))
 
     @property
     def last(self) -> int:
@@ -118,7 +122,7 @@ class Sweep:
             if meet is not None:
                 self._meet(group, meet)
             if group < self.level:
-                for name, feed in self._streams.items():
+                for name, feed in self.streams.items():
                     self._forward(group, name, feed)
 
     def run(self, group: int, task: Task, label: str, lowest: int) -> list[str]:
@@ -130,9 +134,8 @@ class Sweep:
         while True:
             ends = self._back(group, task, lowest)
             try:
-                passage = self._passage(group, task, ends, label)
-                place = self.place(task.work.name, group)
-                return passage.run(task.sink, place, self._commit_seconds)
+                pipeline = self._pipeline(group, task, ends, label)
+                return pipeline.run(task.sink, self.place(task.work.name, group))
             except LostSpool as lost:
                 self._remake(lost, task)
 
@@ -160,18 +163,6 @@ class Sweep:
 
     # Parts
 
-    def _resident(self, group: int) -> Pool:
-        if self._workers.resident == group:
-            return self._workers.stages(group)
-        stages = self._workers.groups[group]
-        with self._reporter.phase(
-            "loading", len(stages), "stages", self._workers.named(group)
-        ) as p:
-            pool = self._workers.stages(group)
-            p.advance(len(stages))
-        write_timeline(self._store, pool, "loading")
-        return pool
-
     def _missing(
         self, name: str, kind: Literal["hidden", "gradient"], boundary: int, feed: Feed
     ) -> Sequence[int]:
@@ -181,7 +172,7 @@ class Sweep:
         return array("q", (m for m in range(len(feed.plan)) if not has(name, kind, boundary, m)))
 
     def _meet(self, group: int, meet: Meeting) -> None:
-        name, feed = next(iter(self._streams.items()))
+        name, feed = next(iter(self.streams.items()))
         ends = ModelEnds() if self._spool is None else _Forward(self._spool, name, group)
         while True:
             try:
@@ -189,7 +180,8 @@ class Sweep:
                 break
             except LostSpool as lost:
                 self._remake(lost, _forward_task(name, feed))
-        meet(group, self._resident(group), given)
+        self._workers.load(group)
+        meet(group, given)
 
     def _back(self, group: int, task: Task, lowest: int) -> Ends:
         if self._spool is None:
@@ -218,18 +210,17 @@ class Sweep:
         label: str = "again, what the spool lost",
     ) -> None:
         """Take some microbatches through a group, gathering nothing."""
-        self._passage(group, task, ends, label).take(microbatches)
+        self._pipeline(group, task, ends, label).take(microbatches)
 
-    def _passage(self, group: int, task: Task, ends: Ends, label: str) -> Passage:
-        where = self._workers.named(group)
-        pool = self._resident(group)
-        return Passage(pool, task.work, task.feed, ends, self._store, self._reporter, label, where)
+    def _pipeline(self, group: int, task: Task, ends: Ends, label: str) -> Pipeline:
+        self._workers.load(group)
+        return Pipeline(Passage(self._workers, task.work, task.feed, ends), label)
 
     def _remake(self, lost: LostSpool, task: Task) -> None:
         """Make one microbatch's file again, and with it everything that it is made from."""
         assert self._spool is not None
         spool, m, boundary = self._spool, lost.microbatch, lost.boundary
-        self._reporter.say(
+        self._workers.reporter.say(
             f"spool: {lost.stream}, {lost.kind} of microbatch {m} before group {boundary} is gone "
             "or damaged; making it again"
         )
@@ -330,32 +321,3 @@ def _hidden(read: Mapping[str, Tensor]) -> Hidden:
 def commit_place(name: str, group: int, groups: int) -> str:
     """Where the commits of a pass through a group of so many lie."""
     return f"work/{name}" if groups == 1 else f"work/{name}/group-{group:04d}"
-
-
-def open_spool(
-    run: Store,
-    directory: str | None,
-    manifest: Manifest,
-    workers: Workers,
-    feeds: Sequence[Feed],
-    target: Target | None = None,
-) -> Spool | None:
-    """The spool of a run whose stages are not all resident at once.
-
-    What it holds is of use to the same run with the same microbatches and groups alone.
-
-    Args:
-        run: where results go.
-        directory: what ``--spool-dir`` says.
-        target: of the passes, where a run may choose it.
-
-    Raises:
-        UserError: there is no local directory for it.
-    """
-    if len(workers.groups) == 1:
-        return None
-    units = [[workers.cuts[stage].stop for stage in group] for group in workers.groups]
-    plans = [plan_mark(f.plan) for f in feeds]
-    said = [_FORMAT, manifest.settings, manifest.fingerprints, units, plans, target]
-    mark = hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=16).hexdigest()
-    return Spool(spool_directory(run, directory), mark, len(workers.groups))

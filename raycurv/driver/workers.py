@@ -4,10 +4,13 @@ them."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 
+from raycurv.driver.corpus import Corpus, Drawn
+from raycurv.driver.feed import Feed
 from raycurv.driver.settings import Execution
 from raycurv.driver.timeline_table import write_timeline
 from raycurv.errors import UserError
@@ -15,6 +18,7 @@ from raycurv.files.store import Store
 from raycurv.mathematics.blocks import Block
 from raycurv.models.model import Model
 from raycurv.models.patched import parts
+from raycurv.progress.phase import PhaseProgress
 from raycurv.progress.reporter import Reporter
 from raycurv.stages.dealing import cut_stages, group_stages
 from raycurv.stages.heap import RESIDENT, SWEPT
@@ -37,24 +41,21 @@ def check_address(settings: Execution) -> None:
 
 
 class Workers:
-    """Holds the pool of one job, and one group of stages in it at a time.
+    """How one job computes: its pool, with one group of stages in it at a time, and what all of its
+    phases share: settings, store and reporter.
 
     A rerun of a finished job never starts Ray, and one that lacks a single decomposition never
     loads the model.
 
     Args:
-        settings: address, device, logits chunk, and how many stages are resident.
-        model: what the stages build.
         objective: name, or the objective itself.
-        blocks: the blocks of the whole model that the job is about.
-        dtype: of the model's computation.
-        seed: of drawn labels.
-        reporter: shows the phases, and what actors and tasks do.
-        store: of the results, which every node must reach; the timeline goes there.
         measurement: of queries, where it is not the objective's: the name of another objective, or
             itself.
+        seed: of drawn labels.
 
     Attributes:
+        store: of the results, which every node must reach; the timeline goes there.
+        blocks: those of the whole model that the job is about.
         cuts: layers of each stage.
         groups: stages that are resident together, as ranges of their numbers.
         resident: number of the group whose stages are loaded, if any is.
@@ -72,9 +73,9 @@ class Workers:
         store: Store,
         measurement: Any = None,
     ) -> None:
-        self._reporter, self._store, self._measurement = reporter, store, measurement
-        self._settings, self._model, self._objective = settings, model, objective
-        self._blocks, self._dtype, self._seed = tuple(blocks), dtype, seed
+        self.settings, self.reporter, self.store = settings, reporter, store
+        self.blocks, self.dtype, self._seed = tuple(blocks), dtype, seed
+        self._model, self._objective, self._measurement = model, objective, measurement
         self._pool: Pool | None = None
         stages = settings.stage_count(model.units)
         self.cuts = cut_stages(model.unit_costs, stages)
@@ -85,7 +86,7 @@ class Workers:
     @property
     def device(self) -> str:
         """Where stages and decompositions compute."""
-        wanted = self._settings.device
+        wanted = self.settings.device
         if wanted == "cpu":
             return wanted
         there = "cuda" if self._gpus() else "cpu"
@@ -99,22 +100,23 @@ class Workers:
     @property
     def own(self) -> bool:
         """Whether the Ray cluster is the job's own."""
-        return self._settings.cluster == "local"
+        return self.settings.cluster == "local"
 
     @property
     def in_process(self) -> bool:
         """Whether everything runs in this process, without Ray."""
-        return self._settings.address == "none"
+        return self.settings.address == "none"
 
     def _gpus(self) -> int:
         if self.in_process:
             return torch.cuda.device_count()
-        self.tasks()
+        _ = self.pool
         from raycurv.onray.connection import cluster_gpus
 
         return cluster_gpus()
 
-    def tasks(self) -> Pool:
+    @property
+    def pool(self) -> Pool:
         """The pool, made now if nothing has needed it so far; with or without stages."""
         if self._pool is None:
             if self.in_process:
@@ -125,16 +127,22 @@ class Workers:
                 from raycurv.onray.ray_pool import OnRay
 
                 self._pool = OnRay(
-                    self._settings.cluster,
-                    self._settings.cpus_per_stage,
+                    self.settings.cluster,
+                    self.settings.cpus_per_stage,
                     self.own,
-                    self._settings.limits(),
-                    self._settings.transport,
-                    self._reporter.say,
+                    self.settings.limits(),
+                    self.settings.transport,
+                    self.reporter.say,
                 )
-                preflight(self._store, self.own)
-            self._pool.spans.watch = self._reporter.watch
+                preflight(self.store, self.own)
+            self._pool.spans.watch = self.reporter.watch
         return self._pool
+
+    def feed(self, corpus: Corpus, drawn: Drawn | None = None) -> Feed:
+        """The microbatches of a corpus, with the labels that were drawn for it if a pass reads
+        them."""
+        plan = corpus.plan(self.settings.batch_tokens)
+        return Feed(plan, corpus.reader(self.dtype, drawn), corpus.lengths)
 
     def run_tasks(
         self,
@@ -162,17 +170,26 @@ class Workers:
             The place of a task in ``arguments`` and what it gave, as tasks end; :func:`in_order`
             makes a list of them.
         """
-        pool = self.tasks()
-        with self._reporter.phase(label, len(arguments), unit, where) as phase:
+        pool = self.pool
+        with self.phase(label, len(arguments), unit, where) as phase:
             for place, value in pool.map(function, arguments, needs):
                 phase.advance(1)
                 yield place, value
-        write_timeline(self._store, pool, label)
 
-    def stages(self, group: int) -> Pool:
-        """The pool with the stages of a group built, in place of those of another."""
-        pool = self.tasks()
-        if self.resident != group:
+    @contextmanager
+    def phase(self, label: str, total: int, unit: str, where: str = "") -> Iterator[PhaseProgress]:
+        """A phase of the job, see :meth:`raycurv.progress.reporter.Reporter.phase`; its part of the
+        timeline is written at the end."""
+        with self.reporter.phase(label, total, unit, where) as phase:
+            yield phase
+        write_timeline(self.store, self.pool, label)
+
+    def load(self, group: int) -> None:
+        """Build the stages of a group in the pool, in place of those of another."""
+        if self.resident == group:
+            return
+        mine = self.groups[group]
+        with self.phase("loading", len(mine), "stages", self.named(group)) as phase:
             self.resident = None
             base = StageSpec(
                 index=0,
@@ -180,19 +197,18 @@ class Workers:
                 units=range(0),
                 blocks=(),
                 objective=self._objective,
-                dtype=self._dtype,
+                dtype=self.dtype,
                 seed=self._seed,
-                logits_chunk=self._settings.logits_chunk,
+                logits_chunk=self.settings.logits_chunk,
                 device=self.device,
                 threads=self._threads(),
                 gives_back=SWEPT if len(self.groups) > 1 else RESIDENT,
                 measurement=self._measurement,
             )
-            mine = self.groups[group]
-            specs = stage_specs(base, self.cuts, self._blocks)[mine.start : mine.stop]
-            pool.start(specs, self._settings.replicas)
+            specs = stage_specs(base, self.cuts, self.blocks)[mine.start : mine.stop]
+            self.pool.start(specs, self.settings.replicas)
             self.resident = group
-        return pool
+            phase.advance(len(mine))
 
     def become(self, model: Model) -> None:
         """Go on with another model that differs from the one there was in patches alone.
@@ -207,19 +223,19 @@ class Workers:
         assert parts(model)[1] is parts(self._model)[1], "patches of another model"
         self._model = model
         if self.resident is not None:
-            self.tasks().become(model)
+            self.pool.become(model)
 
     def assign(self, blocks: tuple[Block, ...]) -> None:
         """Tell stages, now and when they are built, which blocks share input factors."""
-        self._blocks = blocks
+        self.blocks = blocks
         if self.resident is not None:
             mine = self.groups[self.resident]
-            self.tasks().assign([self.blocks_of(range(stage, stage + 1)) for stage in mine])
+            self.pool.assign([self.blocks_of(range(stage, stage + 1)) for stage in mine])
 
     def blocks_of(self, stages: range) -> tuple[Block, ...]:
         """The blocks of consecutive stages."""
         units = range(self.cuts[stages.start].start, self.cuts[stages.stop - 1].stop)
-        return tuple(b for b in self._blocks if self._model.unit_of(b.module) in units)
+        return tuple(b for b in self.blocks if self._model.unit_of(b.module) in units)
 
     def named(self, group: int) -> str:
         """The stages of a group in words, ``stages 3 to 4 of 8``; empty when it has all of them."""
@@ -230,15 +246,10 @@ class Workers:
             return f"stage {mine.start + 1} of {stages}"
         return f"stages {mine.start + 1} to {mine.stop} of {stages}"
 
-    def close(self, store: Store | None = None) -> None:
-        """Let the pool go, with its actors.
-
-        Args:
-            store: where what is left of the timeline is written, if anywhere.
-        """
+    def close(self) -> None:
+        """Let the pool go, with its actors; what is left of the timeline is written."""
         if self._pool is not None:
-            if store is not None:
-                write_timeline(store, self._pool, "")
+            write_timeline(self.store, self._pool, "")
             self._pool.close()
             self._pool = self.resident = None
 
@@ -248,7 +259,7 @@ class Workers:
         from raycurv.onray.connection import cluster_cores, smallest_node_cores
 
         # All actors together never have more threads than there are cores.
-        resident = max(len(group) for group in self.groups) * self._settings.replicas
+        resident = max(len(group) for group in self.groups) * self.settings.replicas
         return max(1, min(cluster_cores() // resident, smallest_node_cores()))
 
 

@@ -21,15 +21,12 @@ from torch import Tensor
 from raycurv.driver.commits import last_commit, plan_mark
 from raycurv.driver.corpus import Corpus
 from raycurv.driver.feed import Feed
-from raycurv.driver.settings import Execution
 from raycurv.driver.sinks import ExampleRows, rows_by_part
-from raycurv.driver.sweep import Sweep, Task, commit_place, open_spool
+from raycurv.driver.sweep import Sweep, Task, commit_place
 from raycurv.driver.workers import Workers
 from raycurv.files.manifest import Manifest
-from raycurv.files.store import Store
 from raycurv.models.model import Model
 from raycurv.models.patched import parts
-from raycurv.progress.reporter import Reporter
 from raycurv.stages.passes import Pass, loss_pass
 
 _STREAM = "examples"
@@ -43,22 +40,13 @@ class Losses:
     goes on within a pass, and does not repeat one that is finished.
 
     Attributes:
-        settings: how it is run.
-        store: of the run.
-        manifest: of the run; tells its data and model from others.
-        corpus: the examples.
-        dtype: of the models' computation.
         workers: hold the stages, of a model that the others are patched from or are.
-        reporter: shows progress.
+        manifest: of the run; tells its data and model from others.
     """
 
-    settings: Execution
-    store: Store
+    workers: Workers
     manifest: Manifest
     corpus: Corpus
-    dtype: torch.dtype
-    workers: Workers
-    reporter: Reporter
 
     def of(self, model: Model, label: str = "losses") -> Tensor:
         """Every example's loss under a model, summed over its targets, in nats; ``[N]`` float64.
@@ -84,36 +72,26 @@ class Losses:
         """
         mark = _mark(model)
         work = loss_pass(f"losses-{mark}" if mark else "losses")
-        return rows_by_part(self.store, self._finished(work) or self._run(model, work, mark, label))
+        names = self._finished(work) or self._run(model, work, mark, label)
+        return rows_by_part(self.workers.store, names)
 
     def _finished(self, work: Pass) -> list[str]:
         """The files of a pass that has come to its end; none of another."""
         groups = len(self.workers.groups)
         place = commit_place(work.name, groups - 1, groups)
-        commit = last_commit(self.store, place, plan_mark(self._feed.plan))
+        commit = last_commit(self.workers.store, place, plan_mark(self._feed.plan))
         return commit.rows if commit is not None and commit.finished else []
 
     def _run(self, model: Model, work: Pass, mark: str, label: str) -> list[str]:
         """Take the corpus through a model; gives the files of what was found."""
         self.workers.become(model)
-        spool = None
-        if len(self.workers.groups) > 1:
-            # Hidden states of one model are of no use to another.
-            prints = self.manifest.fingerprints | {"patches": mark}
-            of_model = replace(self.manifest, fingerprints=prints)
-            spool = open_spool(
-                self.store, self.settings.spool_dir, of_model, self.workers, [self._feed]
-            )
-        sweep = Sweep(
-            self.workers,
-            self.store,
-            spool,
-            {_STREAM: self._feed},
-            self.reporter,
-            self.settings.commit_seconds,
-        )
+        # Hidden states of one model are of no use to another.
+        prints = self.manifest.fingerprints | {"patches": mark}
+        of_model = replace(self.manifest, fingerprints=prints)
+        sweep = Sweep(self.workers, of_model, {_STREAM: self._feed})
         sweep.forward()
-        task = Task(_STREAM, self._feed, work, work, False, ExampleRows(self.store, None))
+        sink = ExampleRows(self.workers.store, None)
+        task = Task(_STREAM, self._feed, work, work, False, sink)
         names = sweep.run(sweep.last, task, label, sweep.last)
         sweep.end()
         return names
@@ -121,11 +99,7 @@ class Losses:
     @cached_property
     def _feed(self) -> Feed:
         # One for all models: it keeps the examples that it has read last.
-        return Feed(
-            self.corpus.plan(self.settings.batch_tokens),
-            self.corpus.reader(self.dtype),
-            self.corpus.lengths,
-        )
+        return self.workers.feed(self.corpus)
 
 
 def _mark(model: Model) -> str:

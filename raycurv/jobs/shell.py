@@ -163,7 +163,7 @@ class Shell(Generic[S]):
         try:
             yield found
         finally:
-            found.close(self.store)
+            found.close()
 
     def end(self, sentence: str, **places: str) -> None:
         """Record the seconds of each phase, and say what was done.

@@ -90,7 +90,7 @@ class Decompositions(TaskStep):
                 # Not in the task: Ray may run that twice.
                 fit.store.delete(factor_file(order[place]))
             if outcome != "ok":
-                fit.reporter.say(f"factor {order[place]}: {outcome}")
+                fit.workers.reporter.say(f"factor {order[place]}: {outcome}")
 
     def tables_there(self) -> bool:
         try:
@@ -99,7 +99,7 @@ class Decompositions(TaskStep):
             return False
 
     def write_tables(self) -> None:
-        write_spectrum(self.fit.store, factors_of(self.fit.blocks), self.fit.notes)
+        write_spectrum(self.fit.store, factors_of(self.fit.workers.blocks), self.fit.notes)
 
 
 def decompose_factor(store: Store, name: str, store_dtype: torch.dtype, device: str) -> str:

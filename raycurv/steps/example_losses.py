@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from raycurv.driver.corpus import part_file
 from raycurv.driver.sinks import write_examples
 from raycurv.files.tables import read_table, write_table
 from raycurv.mathematics.gradients import SQUARED_NORM
@@ -45,11 +46,6 @@ class ExampleLosses(PassStep):
         if fit.extends is not None:
             for name in fit.extends.names(EXAMPLES_TABLE, ".parquet"):
                 table = read_table(fit.extends, name)
-                write_table(fit.store, examples_file(before), table, fit.notes)
+                write_table(fit.store, part_file(EXAMPLES_TABLE, before), table, fit.notes)
                 before += 1
         write_examples(fit.store, names, fit.corpus, fit.double, fit.notes, before)
-
-
-def examples_file(part: int) -> str:
-    """Where the rows of a part of the data lie."""
-    return f"{EXAMPLES_TABLE}/part-{part:05d}.parquet"

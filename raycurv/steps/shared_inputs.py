@@ -8,46 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
-
 from raycurv.batch import Batch, Hidden
-from raycurv.driver.corpus import Corpus
-from raycurv.driver.feed import Given
-from raycurv.driver.timeline_table import write_timeline
+from raycurv.driver.feed import Feed, Given
 from raycurv.driver.workers import Workers
 from raycurv.errors import DamagedFile
 from raycurv.files.artifacts import read_blocks
-from raycurv.files.store import Store
 from raycurv.mathematics.blocks import Block
-from raycurv.progress.reporter import Reporter
 from raycurv.stages.pool import Handle, Pool, StageLost
 
 _FILE = "blocks.json"
 
 
 class SharedInputs:
-    """Looks at one group of stages after the other.
+    """Looks at one group of stages after the other, by the first example of a feed."""
 
-    Args:
-        store: of the run.
-        workers: hold the stages.
-        corpus: whose first microbatch is looked at.
-        dtype: of inputs that are numbers.
-        batch_tokens: of the microbatches.
-        reporter: shows progress.
-    """
-
-    def __init__(
-        self,
-        store: Store,
-        workers: Workers,
-        corpus: Corpus,
-        dtype: torch.dtype,
-        batch_tokens: int,
-        reporter: Reporter,
-    ) -> None:
-        self._store, self._workers, self._corpus = store, workers, corpus
-        self._dtype, self._batch_tokens, self._reporter = dtype, batch_tokens, reporter
+    def __init__(self, workers: Workers, feed: Feed) -> None:
+        self._store, self._workers, self._feed = workers.store, workers, feed
 
     @property
     def known(self) -> bool:
@@ -68,16 +44,15 @@ class SharedInputs:
             )  # fmt: skip
         return there
 
-    def meet(self, group: int, pool: Pool, given: Given) -> None:
+    def meet(self, group: int, given: Given) -> None:
         """Look at a resident group, by the first example that enters it."""
         name = self._part(group)
         if self._store.exists(name):
             return
-        where = self._workers.named(group)
-        with self._reporter.phase("layout", pool.stages, "stages", where) as phase:
+        pool, where = self._workers.pool, self._workers.named(group)
+        with self._workers.phase("layout", pool.stages, "stages", where) as phase:
             # The first of a microbatch is its longest: alone, it is as long as all of them.
-            first = self._corpus.plan(self._batch_tokens)[0][:1]
-            batch = pool.put(self._corpus.reader(self._dtype)(0, first))
+            batch = pool.put(self._feed.read(0, self._feed.plan[0][:1]))
             first_hidden = None
             if given.hidden is not None:
                 first_hidden = pool.put(tuple(tensor[:1] for tensor in given.hidden))
@@ -88,7 +63,6 @@ class SharedInputs:
                 except StageLost as lost:
                     pool.repair(0, lost)
             phase.advance(pool.stages)
-        write_timeline(self._store, pool, "layout")
         self._store.write_json(name, [dataclasses.asdict(b) for b in mine])
 
     def write(self) -> tuple[Block, ...]:

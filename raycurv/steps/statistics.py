@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from raycurv.driver.corpus import PART
+from raycurv.driver.corpus import part_file, parts_of, parts_there
 from raycurv.driver.sinks import rows_by_part
 from raycurv.errors import DamagedFile
 from raycurv.files.artifacts import gradient_file, write_gradient
@@ -166,7 +166,7 @@ class Statistics(PassStep):
         store, place = self.fit.store, _place(group)
         store.delete_directory(place)
         for part, table in rows_by_part(store, names):
-            write_table(store, _part_file(place, part), table.select(["index", BLOCK_NORMS]))
+            write_table(store, part_file(place, part), table.select(["index", BLOCK_NORMS]))
         store.write_json(_blocks_file(group), [block.name for block in self.fit.blocks_of(group)])
 
     def tables_there(self) -> bool:
@@ -195,8 +195,8 @@ class Statistics(PassStep):
         order = [block.name for blocks in groups for block in blocks]
         notes = footer({}, blocks=order) | self.fit.notes
         store.delete_directory(_NORMS)
-        for part in range(-(-len(corpus) // PART)):
-            tables = {g: read_table(store, _part_file(_place(g), part)) for g in widths}
+        for part in range(parts_of(len(corpus))):
+            tables = {g: read_table(store, part_file(_place(g), part)) for g in widths}
             index = next(iter(tables.values()))["index"].to_numpy()
             norms_NB = np.concatenate([_matrix(tables[g], widths[g]) for g in widths], axis=1)
             rows = pa.table(
@@ -207,7 +207,7 @@ class Statistics(PassStep):
                 },
                 schema=schema,
             )
-            write_table(store, _part_file(_NORMS, part), rows, notes)
+            write_table(store, part_file(_NORMS, part), rows, notes)
 
     def _missing(self, group: int) -> frozenset[str]:
         """Names of the blocks that lack a file."""
@@ -219,10 +219,10 @@ class Statistics(PassStep):
         said = self.fit.store.read_json(_blocks_file(group))
         if said != [block.name for block in self.fit.blocks_of(group)]:
             return False
-        return self.fit.rows_there(_place(group), len(self.fit.corpus))
+        return parts_there(self.fit.store, _place(group), len(self.fit.corpus))
 
     def _norms_there(self) -> bool:
-        return self.fit.rows_there(_NORMS, len(self.fit.corpus))
+        return parts_there(self.fit.store, _NORMS, len(self.fit.corpus))
 
 
 def _place(group: int) -> str:
@@ -231,10 +231,6 @@ def _place(group: int) -> str:
 
 def _blocks_file(group: int) -> str:
     return f"{_place(group)}/blocks.json"
-
-
-def _part_file(place: str, part: int) -> str:
-    return f"{place}/part-{part:05d}.parquet"
 
 
 def _matrix(table: pa.Table, width: int) -> np.ndarray[Any, Any]:

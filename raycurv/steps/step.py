@@ -27,7 +27,6 @@ from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.loss.differentiation import Target
 from raycurv.mathematics.methods import Method
 from raycurv.planning.cost import PassCost, StepCost
-from raycurv.progress.reporter import Reporter
 from raycurv.stages.passes import Gatherer
 
 EXAMPLES_TABLE = "tables/examples"
@@ -38,51 +37,42 @@ class Fit:
     """A fit under way, as its steps see it.
 
     Attributes:
-        store: of the run.
-        method: of the curvature.
         fisher: which labels the curvature is fitted to: ``sampled``, or ``labels``, the data's own.
         draws: how many sets of drawn labels.
         rows: of a rank-m Fisher; 0 for other methods.
-        dtype: of the model's computation.
         store_dtype: of stored bases and Λ.
         max_factor_dim: widest tile of a factor.
         keep_sums: whether sums stay once what is made of them is there.
         gradients: whether gradient statistics are wanted.
         per_token: whether the objective has a label for each token.
-        batch_tokens: of a microbatch.
         extends: the run whose bases stay and whose Λ is added to, if there is one.
         notes: footer of every table.
-        corpus: the examples.
-        manifest: of the run.
-        workers: hold the stages.
-        reporter: shows progress.
-        blocks: all of them.
     """
 
-    store: Store
     method: Method
     fisher: Target
     draws: int
     rows: int
-    dtype: torch.dtype
     store_dtype: torch.dtype
     max_factor_dim: int | None
     keep_sums: bool
     gradients: bool
     per_token: bool
-    batch_tokens: int
     extends: Store | None
     notes: dict[str, str]
     corpus: Corpus
     manifest: Manifest
     workers: Workers
-    reporter: Reporter
-    blocks: tuple[Block, ...]
+
+    @property
+    def store(self) -> Store:
+        """Where the results go."""
+        return self.workers.store
 
     @property
     def double(self) -> bool:
         """Whether results are kept in float64."""
-        return self.dtype == torch.float64
+        return self.workers.dtype == torch.float64
 
     @property
     def sum_dtype(self) -> torch.dtype:
@@ -113,11 +103,7 @@ class Fit:
         drawn = None
         if target in ("sampled", "both") and self.labels_there():
             drawn = DrawnLabels(self.store).read
-        return Feed(
-            self.corpus.plan(self.batch_tokens),
-            self.corpus.reader(self.dtype, drawn),
-            self.corpus.lengths,
-        )
+        return self.workers.feed(self.corpus, drawn)
 
     def example_rows(self) -> ExampleRows:
         """A sink of what a pass finds of the examples."""
@@ -129,17 +115,14 @@ class Fit:
             return True
         return DrawnLabels(self.store).complete(len(self.corpus))
 
-    def rows_there(self, directory: str, count: int) -> bool:
-        """Whether the Parquet files of a directory have so many rows together."""
-        names = self.store.names(directory, ".parquet")
+    def examples_there(self) -> bool:
+        """Whether the table of the examples is there; of an extended run it has more files than
+        the corpus has parts."""
+        names = self.store.names(EXAMPLES_TABLE, ".parquet")
         try:
-            return sum(read_rows(self.store, name) for name in names) == count
+            return sum(read_rows(self.store, name) for name in names) == self.examples
         except DamagedFile:
             return False
-
-    def examples_there(self) -> bool:
-        """Whether the table of the examples is there."""
-        return self.rows_there(EXAMPLES_TABLE, self.examples)
 
     def keep_labels(self, names: Sequence[str]) -> None:
         """Put the labels that a pass drew, among its rows, where later passes read them."""

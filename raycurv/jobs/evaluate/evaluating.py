@@ -18,7 +18,7 @@ import torch
 from raycurv.data.examples import loss_terms
 from raycurv.data.sources import fingerprint
 from raycurv.data.uri import shown
-from raycurv.driver.corpus import Corpus, open_corpus
+from raycurv.driver.corpus import Corpus, open_corpus, part_file
 from raycurv.driver.settings import DTYPES, identity
 from raycurv.errors import DamagedFile, UserError
 from raycurv.files.manifest import Manifest
@@ -95,7 +95,7 @@ def _evaluate(shell: Shell[EvaluateSettings]) -> Numbers:
     fit = {"method": "identity", "dtype": settings.dtype, "store_dtype": settings.dtype}
     shell.check_plan(network, (), recipe_of(fit, settings.logits_chunk), corpus.lengths)
     with shell.workers(network, objective, (), dtype, settings.seed) as workers:
-        losses = Losses(settings, store, manifest, corpus, dtype, workers, shell.reporter)
+        losses = Losses(workers, manifest, corpus)
         manifest.facts |= _write_tables(losses, network, footer(identity(settings)), per_token)
     for directory in ("work", "data"):
         store.delete_directory(directory)
@@ -131,10 +131,10 @@ def _write_tables(
     losses: Losses, network: Model, notes: dict[str, str], per_token: bool
 ) -> Numbers:
     """``tables/examples``, one file a part of the data; gives the numbers."""
-    store, corpus = losses.store, losses.corpus
+    store, corpus = losses.workers.store, losses.corpus
     found = losses.tables(network)
     store.delete_directory("tables/examples")
-    schema = evaluation_schema(losses.dtype == torch.float64)
+    schema = evaluation_schema(losses.workers.dtype == torch.float64)
     examples = corpus.examples()
     all_losses: list[Array] = []
     targets = correct = 0
@@ -152,7 +152,7 @@ def _write_tables(
             },
             schema=schema,
         )
-        write_table(store, f"tables/examples/part-{part:05d}.parquet", rows, notes)
+        write_table(store, part_file("tables/examples", part), rows, notes)
         all_losses.append(table["loss"].to_numpy())
         known = known and not table["correct"].null_count
         correct += pc.sum(table["correct"]).as_py() or 0

@@ -24,6 +24,7 @@ from raycurv.driver.corpus import (
     Corpus,
     DrawnLabels,
     open_corpus,
+    part_file,
     store_corpus,
     stored_corpus,
 )
@@ -37,7 +38,6 @@ from raycurv.jobs.fit.fit_settings import FitSettings
 from raycurv.jobs.fit.parents import How, Parent, Parents, check_new, places
 from raycurv.models.model import Model
 from raycurv.progress.reporter import Reporter
-from raycurv.steps.example_losses import examples_file
 from raycurv.steps.step import EXAMPLES_TABLE
 
 Array = np.ndarray[Any, Any]
@@ -167,7 +167,7 @@ def combine_examples(store: Store, parents: Parents, notes: dict[str, str]) -> N
     )
     store.delete_directory(EXAMPLES_TABLE)
     for part, start in enumerate(range(0, len(rows), PART)):
-        write_table(store, examples_file(part), rows.slice(start, PART), notes)
+        write_table(store, part_file(EXAMPLES_TABLE, part), rows.slice(start, PART), notes)
 
 
 # Examples and labels

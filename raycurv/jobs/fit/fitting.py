@@ -109,27 +109,22 @@ def _fit(shell: Shell[FitSettings]) -> None:
             shell.check_plan(network, blocks, recipe, corpus.lengths)
         assert settings.store_dtype is not None
         under_way = Fit(
-            store=store,
             method=open_method(settings.method),
             fisher="sampled" if settings.fisher == "sampled" else "labels",
             draws=settings.draws,
             rows=settings.rows or 0,
-            dtype=dtype,
             store_dtype=DTYPES[settings.store_dtype],
             max_factor_dim=settings.max_factor_dim,
             keep_sums=settings.keep_sums,
             gradients=settings.gradients,
             per_token=opened.per_token,
-            batch_tokens=settings.batch_tokens,
             extends=None if parents.extended is None else parents.extended.store,
             notes=footer(identity(settings)),
             corpus=corpus,
             manifest=manifest,
             workers=workers,
-            reporter=shell.reporter,
-            blocks=blocks,
         )
-        FitLoop(under_way, parents, settings).run()
+        FitLoop(under_way, parents).run()
     shell.end(
         f"fitted {settings.method} of {len(blocks)} blocks on {manifest.facts['examples']:,} "
         f"examples, {manifest.facts['tokens']:,} tokens"

@@ -21,9 +21,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raycurv.driver.corpus import Corpus, stored_corpus, whole_ids
+from raycurv.driver.corpus import Corpus, corpus_of_run, whole_ids
 from raycurv.driver.settings import identity
-from raycurv.errors import DamagedFile, UserError
+from raycurv.errors import UserError
 from raycurv.files.artifacts import factor_file, keeps_sum, read_blocks
 from raycurv.files.manifest import Manifest
 from raycurv.files.store import Store, open_store
@@ -81,13 +81,7 @@ class Parent:
         Raises:
             DamagedFile: they are not there whole.
         """
-        found = stored_corpus(self.store, "data")
-        if found is None:
-            raise DamagedFile(
-                self.store.path("data"), "the examples of a run", "some of them at most",
-                "Run its fit again: it makes what is missing.",
-            )  # fmt: skip
-        return found
+        return corpus_of_run(self.store)
 
     @cached_property
     def ids(self) -> pa.LargeStringArray:

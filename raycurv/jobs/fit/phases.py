@@ -10,14 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from raycurv.driver.pipeline import NoSink, Sink
-from raycurv.driver.settings import Execution
-from raycurv.driver.sweep import Sweep, Task, open_spool
+from raycurv.driver.sweep import Sweep, Task
 from raycurv.errors import DamagedFile
 from raycurv.files.block_rows import BLOCKS_FILE, write_blocks
 from raycurv.files.tables import read_rows
 from raycurv.jobs.fit.combined import combine_examples, take_over_blocks, take_over_factors
 from raycurv.jobs.fit.parents import Parents
-from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.loss.differentiation import Target
 from raycurv.stages.passes import Pass
 from raycurv.steps.covariances import Covariances, undecomposed
@@ -30,52 +28,33 @@ _STREAM = "examples"
 
 
 class FitLoop:
-    """One fit under way.
+    """One fit under way, and the runs that it starts from."""
 
-    Args:
-        fit: what its steps see of it.
-        parents: the runs that it starts from.
-        settings: how it is run.
-    """
-
-    def __init__(self, fit: Fit, parents: Parents, settings: Execution) -> None:
-        self._fit, self._parents, self._settings = fit, parents, settings
+    def __init__(self, fit: Fit, parents: Parents) -> None:
+        self._fit, self._parents = fit, parents
         self._steps = steps_of(fit)
 
     def run(self) -> None:
         """Make everything that is missing."""
-        fit = self._fit
+        fit, workers = self._fit, self._fit.workers
         self._announce()
         fit.manifest.facts |= self._parents.facts(fit.corpus)
         take_over_blocks(fit.store, self._parents)
-        shared = SharedInputs(
-            fit.store, fit.workers, fit.corpus, fit.dtype, fit.batch_tokens, fit.reporter
-        )
-        if shared.known:
-            self._learn(shared.read(fit.blocks))
-        if self._parents.how is not None:
-            fit.reporter.say(str(self._parents))
-            self._take_over()
         feed = fit.feed("nothing")
-        spool = open_spool(
-            fit.store,
-            self._settings.spool_dir,
-            fit.manifest,
-            fit.workers,
-            [feed],
-            self._differentiated(()),
-        )
-        sweep = Sweep(
-            fit.workers, fit.store, spool, {_STREAM: feed}, fit.reporter,
-            self._settings.commit_seconds,
-        )  # fmt: skip
+        shared = SharedInputs(workers, feed)
+        if shared.known:
+            workers.assign(shared.read(workers.blocks))
+        if self._parents.how is not None:
+            workers.reporter.say(str(self._parents))
+            self._take_over()
+        sweep = Sweep(workers, fit.manifest, {_STREAM: feed}, self._differentiated(()))
         if not shared.known:
             fit.mending()
             if sweep.level < sweep.last:
                 # Which inputs are shared was forgotten after the sweep had come past it.
                 sweep.end()
             sweep.forward(shared.meet)
-            self._learn(shared.write())
+            workers.assign(shared.write())
             self._done("layout")
         before: set[int] = set()
         # A file that goes while others are made is found in the next round.
@@ -92,22 +71,18 @@ class FitLoop:
         self._done("tables")
 
     def _announce(self) -> None:
-        fit = self._fit
-        stages, groups = len(fit.workers.cuts), fit.workers.groups
+        fit, workers = self._fit, self._fit.workers
+        stages, groups = len(workers.cuts), workers.groups
+        padding = fit.corpus.padding(workers.settings.batch_tokens)
         resident = "" if len(groups) == 1 else f", {len(groups[0])} resident at a time"
-        fit.reporter.say(
-            f"{fit.method} of {len(fit.blocks)} blocks in {stages} "
+        workers.reporter.say(
+            f"{fit.method} of {len(workers.blocks)} blocks in {stages} "
             f"stage{'s' if stages > 1 else ''}{resident}; {len(fit.corpus):,} examples, "
-            f"{fit.corpus.tokens:,} tokens, {fit.corpus.padding(fit.batch_tokens):.1%} padding"
+            f"{fit.corpus.tokens:,} tokens, {padding:.1%} padding"
         )
         without = len(fit.corpus) - fit.corpus.terms
         if without:
-            fit.reporter.say(f"{without:,} examples have no loss term: loss 0, gradient 0")
-
-    def _learn(self, blocks: tuple[Block, ...]) -> None:
-        """Take the blocks with the input factors that they share."""
-        self._fit.blocks = blocks
-        self._fit.workers.assign(blocks)
+            workers.reporter.say(f"{without:,} examples have no loss term: loss 0, gradient 0")
 
     def _done(self, name: str) -> None:
         manifest = self._fit.manifest
@@ -236,6 +211,6 @@ class FitLoop:
             for stage in range(len(fit.workers.cuts))
             for block in fit.workers.blocks_of(range(stage, stage + 1))
         }
-        write_blocks(fit.store, fit.blocks, stages, fit.method, fit.examples, fit.notes)
+        write_blocks(fit.store, fit.workers.blocks, stages, fit.method, fit.examples, fit.notes)
         for step in self._steps:
             step.write_tables()

@@ -23,11 +23,9 @@ from raycurv.data.sources import Source, fingerprint
 from raycurv.data.uri import shown
 from raycurv.driver.commits import last_commit, plan_mark
 from raycurv.driver.corpus import Corpus, open_corpus, stored_corpus
-from raycurv.driver.feed import Feed
-from raycurv.driver.pipeline import NoSink, Sink
+from raycurv.driver.pipeline import NoSink
 from raycurv.driver.settings import DTYPES, identity, parse_bytes
-from raycurv.driver.sinks import ScoreRows, merge_top
-from raycurv.driver.sweep import Sweep, Task, commit_place, open_spool
+from raycurv.driver.sweep import Sweep, Task, commit_place
 from raycurv.driver.workers import Workers, in_order
 from raycurv.errors import DamagedFile, UserError
 from raycurv.files.artifacts import ihvp_file, read_blocks, read_products, write_products
@@ -42,6 +40,7 @@ from raycurv.jobs.drafts import recipe_of
 from raycurv.jobs.fitted import Fitted, open_fitted
 from raycurv.jobs.influence.gatherers import GradientsGatherer, ProductsGatherer, ScoreGatherer
 from raycurv.jobs.influence.influence_settings import InfluenceSettings
+from raycurv.jobs.influence.score_rows import ScoreRows
 from raycurv.jobs.inputs import Inputs
 from raycurv.jobs.rank_products import RankProducts
 from raycurv.jobs.shell import Shell, open_shell
@@ -122,10 +121,8 @@ def _score(shell: Shell[InfluenceSettings]) -> None:
                 "--inverse", "a fit with --method mfac", f"one with {curvature.method}",
                 "Leave --inverse out: the other methods have each block's own inverse.",
             )  # fmt: skip
-        job = _Influence(
-            settings, store, blocks, asked, training, curvature, Damping.parse(settings.damping),
-            DTYPES[dtype], manifest, workers, shell.reporter,
-        )  # fmt: skip
+        damping = Damping.parse(settings.damping)
+        job = _Influence(settings, workers, manifest, asked, training, curvature, damping)
         job.run()
     shell.end(job.said())
 
@@ -219,18 +216,19 @@ class _Influence:
     """A scoring under way, from the queries and the examples to the tables of scores."""
 
     settings: InfluenceSettings
-    store: Store
-    blocks: tuple[Block, ...]
+    workers: Workers
+    manifest: Manifest
     queries: Corpus
     train: Corpus | None
     curvature: CurvatureFiles
     damping: Damping
-    dtype: torch.dtype
-    manifest: Manifest
-    workers: Workers
-    reporter: Reporter
     held: dict[str, BlockProducts] = field(default_factory=dict)
     """Products that stay in memory, of the queries and stages under way; by block."""
+
+    @property
+    def store(self) -> Store:
+        """Where the results go."""
+        return self.workers.store
 
     def said(self) -> str:
         """What was done, in one line."""
@@ -243,7 +241,7 @@ class _Influence:
         self.manifest.facts |= {
             "queries_scored": len(self.queries), "examples": examples, "passes": len(passes),
         }  # fmt: skip
-        self.reporter.say(
+        self.workers.reporter.say(
             f"{len(self.queries):,} queries in {len(passes)} "
             f"pass{'es' if len(passes) > 1 else ''} over {examples:,} training examples, "
             f"rank {self.settings.rank}, damping {self.damping}"
@@ -282,7 +280,7 @@ class _Influence:
         """Queries by pass: as many as keep every stage's products within ``--query-memory``."""
         # Those of a ranked method start as whole gradients.
         rank = None if self.curvature.method.ranked else self.settings.rank_number()
-        item = 8 if self.dtype == torch.float64 else 4
+        item = 8 if self.workers.dtype == torch.float64 else 4
         stages = range(len(self.workers.cuts))
         largest = max(
             sum(product_elements(rank, b.d_out, b.d_in) for b in self._blocks_of(stage))
@@ -311,14 +309,14 @@ class _Influence:
     def _inverses(self) -> RankInverses:
         """The inverses of a ranked method's Fisher."""
         whole = self.settings.inverse != "block"
-        return open_inverses(self.curvature.store, self.blocks, self.damping, whole)
+        return open_inverses(self.curvature.store, self.workers.blocks, self.damping, whole)
 
     def _products(self, asked: _Asked, score: bool) -> list[str]:
         """The IHVPs of some queries, and with ``score`` the training examples' scores on them;
         gives the files of these."""
         settings, rank = self.settings, self.settings.rank_number()
         ranked = self.curvature.method.ranked
-        if ranked and self._without_products(asked.place, self.blocks):
+        if ranked and self._without_products(asked.place, self.workers.blocks):
             self._rank_products(asked)
         train = None if settings.ihvp else self.train
         holds = train is not None and self.workers.in_process and rank is None and not ranked
@@ -345,9 +343,9 @@ class _Influence:
             self.curvature.store,
             self.settings.rank_number(),
             self.settings.seed,
-            self.dtype,
+            self.workers.dtype,
         )
-        residual = job.make(self.blocks, self._inverses, self.workers)
+        residual = job.make(self.workers.blocks, self._inverses, self.workers)
         facts = self.manifest.facts
         facts["residual"] = max(residual, facts.get("residual", 0.0))
         asked.place.delete_directory("gradients")
@@ -361,41 +359,30 @@ class _Influence:
     ) -> list[str]:
         """A pass over some queries, and with ``score`` the training examples' scores on their
         IHVPs; gives the files of these."""
-        settings, place = self.settings, gatherer.out
-        feeds = {"queries": self._feed(self.queries, asked.numbers)}
+        place, feed = gatherer.out, self.workers.feed(self.queries)
+        feeds = {"queries": replace(feed, plan=feed.plan.only(asked.numbers))}
         if score:
             assert self.train is not None
-            feeds["train"] = self._feed(self.train)
+            feeds["train"] = self.workers.feed(self.train)
         # What waits in the spool is of use whether or not all products have been made by now.
-        spool = open_spool(
-            self.store, settings.spool_dir, self.manifest, self.workers, list(feeds.values())
-        )
-        if not self._without_products(place, self.blocks):
-            del feeds["queries"]
-        if not feeds:
+        sweep = Sweep(self.workers, self.manifest, feeds)
+        if not self._without_products(place, self.workers.blocks):
+            del sweep.streams["queries"]
+        if not sweep.streams:
             return []
-        sweep = Sweep(
-            self.workers, self.store, spool, feeds, self.reporter, settings.commit_seconds
-        )
         work = Pass(f"{gatherer.name}-{asked.span}", "measurement", 1, (gatherer,))
         lowest = 0 if score else min(self._unasked(place))
         sweep.forward()
         files: list[str] = []
         for group in range(sweep.level, lowest - 1, -1):
-            if "queries" in feeds:
-                self._query(sweep, group, work, place, feeds["queries"], label)
+            if "queries" in sweep.streams:
+                self._query(sweep, group, work, place, label)
             if score:
-                files = self._score(sweep, group, asked, feeds["train"])
+                files = self._score(sweep, group, asked)
             self.held.clear()
             sweep.descend(group)
         sweep.end()
         return files
-
-    def _feed(self, corpus: Corpus, only: range | None = None) -> Feed:
-        plan = corpus.plan(self.settings.batch_tokens)
-        if only is not None:
-            plan = plan.only(only)
-        return Feed(plan, corpus.reader(self.dtype), corpus.lengths)
 
     def _without_products(self, place: Store, blocks: Sequence[Block]) -> bool:
         return not all(
@@ -407,13 +394,11 @@ class _Influence:
         mine = [self.workers.blocks_of(stages) for stages in self.workers.groups]
         return [g for g, blocks in enumerate(mine) if self._without_products(place, blocks)]
 
-    def _query(
-        self, sweep: Sweep, group: int, work: Pass, place: Store, feed: Feed, label: str
-    ) -> None:
+    def _query(self, sweep: Sweep, group: int, work: Pass, place: Store, label: str) -> None:
         """The pass over a group of stages, and the gradients for those before that lack theirs."""
         unasked = self._unasked(place)
         lowest = min(unasked, default=group)
-        task = Task("queries", feed, work, work.replay(), carries=False)
+        task = Task("queries", sweep.streams["queries"], work, work.replay(), carries=False)
         if group in unasked:
             commits = sweep.place(work.name, group)
             commit = self.store.read_json(f"{commits}/commit.json")
@@ -424,7 +409,7 @@ class _Influence:
         if lowest < group:
             sweep.replay(group, replace(task, work=task.again))
 
-    def _score(self, sweep: Sweep, group: int, asked: _Asked, feed: Feed) -> list[str]:
+    def _score(self, sweep: Sweep, group: int, asked: _Asked) -> list[str]:
         """Partial scores of a group of stages, added to what those behind it found."""
         assert self.train is not None
         settings = self.settings
@@ -442,28 +427,20 @@ class _Influence:
             self.held,
         )
         work = Pass(_scoring(asked), "labels", 1, (gatherer,))
-        sink: Sink = NoSink()
-        if group == 0:
-            sink = ScoreRows(
-                self.store,
-                f"part-{asked.span}",
-                asked.ids,
-                self.train,
-                self.dtype == torch.float64,
-                settings.per_block,
-                settings.per_token,
-                settings.top_k,
-                self._notes(),
-                inverses,
-            )
-        task = Task("train", feed, work, work, carries=True, sink=sink)
+        rows = ScoreRows(
+            self.store,
+            f"part-{asked.span}",
+            asked.ids,
+            self.train,
+            settings,
+            self.workers.dtype == torch.float64,
+            self._notes(),
+            inverses,
+        )
+        sink = rows if group == 0 else NoSink()
+        task = Task("train", sweep.streams["train"], work, work, carries=True, sink=sink)
         names = sweep.run(group, task, f"scores{asked.label}", 0)
-        if settings.top_k is None or group > 0:
-            return names
-        best = [name for name in names if name.startswith("work/top/")]
-        top = f"scores/part-{asked.span}-top.parquet"
-        merge_top(self.store, best, asked.ids, settings.top_k, self._notes(), top)
-        return [*(name for name in names if name not in best), top]
+        return rows.finished(names) if group == 0 else names
 
     def _sweep_leftovers(self, passes: Sequence[_Asked]) -> None:
         """Files that no commit speaks of were written by a run that then died: forget them."""
@@ -482,7 +459,7 @@ class _Influence:
 
     def _collect_products(self, passes: Sequence[_Asked]) -> None:
         """``ihvp/``: every block's products of all passes in one file."""
-        missing = [b.name for b in self.blocks if not whole(self.store, ihvp_file(b.name))]
+        missing = [b.name for b in self.workers.blocks if not whole(self.store, ihvp_file(b.name))]
         if not missing:
             return
         for asked in passes:

@@ -25,10 +25,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from raycurv.driver.corpus import Corpus, store_corpus, stored_corpus
+from raycurv.driver.corpus import Corpus, corpus_of_run, store_corpus, stored_corpus
 from raycurv.driver.settings import DTYPES, IN_MEMORY, Execution, identity
 from raycurv.driver.workers import Workers, in_order
-from raycurv.errors import DamagedFile
 from raycurv.files.curvature_files import CurvatureFiles
 from raycurv.files.manifest import Manifest
 from raycurv.files.row_files import open_inverses
@@ -232,7 +231,7 @@ class _Prune:
             return self.fitted
         place = self.store.inside(f"{step_place(step)}/run")
         # Its stages take the place of these.
-        self.workers.close(self.store)
+        self.workers.close()
         network = self._network(step)
         inputs = Inputs(network=network, data=self._examples(), objective=self.objective)
         return run_fit(self._again(place), inputs, self.reporter)
@@ -437,10 +436,7 @@ class _Prune:
         settings, facts = self.settings, self.manifest.facts
         if settings.measure == "none":
             return {}
-        dtype = DTYPES[self.fit.settings["dtype"]]
-        losses = Losses(
-            settings, self.store, self.manifest, self._sample(), dtype, self.workers, self.reporter
-        )
+        losses = Losses(self.workers, self.manifest, self._sample())
         base = float(losses.of(self.network, "loss").mean())
         after = float(losses.of(pruned, "loss, pruned").mean())
         facts |= {"loss": base, "pruned_loss": after, "measured": after - base}
@@ -455,13 +451,7 @@ class _Prune:
 
     def _examples(self) -> Corpus:
         """The examples of the fit, from its directory."""
-        there = stored_corpus(self.fitted, "data")
-        if there is None:
-            raise DamagedFile(
-                self.fitted.path("data"), "the examples of the fit", "some of them at most",
-                "Run the fit again: it makes what is missing.",
-            )  # fmt: skip
-        return there
+        return corpus_of_run(self.fitted)
 
     def _sample(self) -> Corpus:
         """The seeded sample of them that losses are measured on."""
