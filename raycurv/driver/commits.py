@@ -29,7 +29,6 @@ class Committed:
         plan: mark of the plan that they are counted in.
         rows: files of the sink.
         sums: files of the stages, for each replica that there was.
-        finished: whether the pass has come to its end.
         format: of the stages' files; sums of another format begin anew.
     """
 

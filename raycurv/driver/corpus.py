@@ -50,13 +50,11 @@ class Corpus:
     In memory an example is its id's text and 12 bytes, and 8 or up to 16 in a plan.
 
     Attributes:
-        store: of the run.
         directory: below it, where the parts lie.
         ids: of every example, in order, as Arrow's large strings: no Python object an example.
         lengths: tokens of every example (1 without a token axis), int32.
         terms: how many examples have a loss term.
         tokenizer: what tokenised them; empty for data without text.
-        columns: names of the further columns that they have.
     """
 
     store: Store
@@ -94,7 +92,6 @@ class Corpus:
 
         Args:
             dtype: of inputs that are numbers.
-            drawn: gives the recorded labels of some examples.
         """
         held: tuple[int, list[Example]] = (-1, [])
 
@@ -133,14 +130,8 @@ def open_corpus(
     """The examples of a source, read from it once and from the store ever after.
 
     Args:
-        store: of the run.
-        directory: below it.
-        source: the user's data.
         flag: the flag that named it, for errors.
-        model: says what tokens there are, and how long an example may be.
-        reading: lengths.
         max_examples: a seeded sample of so many.
-        seed: of the sample.
         columns: further ones, which an objective reads.
         needs_loss: whether an example needs a loss term, for its loss is what is asked for.
 
@@ -182,9 +173,6 @@ def store_corpus(
     """Write examples, numbered from 0 on, as a corpus.
 
     Args:
-        store: of the run.
-        directory: below it.
-        examples: in order.
         flag: where they come from, for errors.
         describe: what tokenised them; asked when all have been read.
         needs_loss: whether an example needs a loss term.

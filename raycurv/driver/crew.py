@@ -148,11 +148,7 @@ class Crew:
         return calls[0].write(name, parts[0])
 
     def _everywhere(self, call: Callable[[StageCalls, int, int], Handle[T]]) -> dict[Place, T]:
-        """Call every stage of every replica, again where one was lost.
-
-        Args:
-            call: takes the calls of a stage, the replica and the stage.
-        """
+        """Call every stage of every replica, again where one was lost."""
         left = [(r, s) for r in range(self._pool.replicas) for s in range(self._pool.stages)]
         found: dict[Place, T] = {}
         while left:

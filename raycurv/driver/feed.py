@@ -54,7 +54,6 @@ class Ends(Protocol):
     @property
     def keeps(self) -> bool:
         """Whether the tensors that leave are wanted."""
-        ...
 
     def load(self, microbatch: int) -> Given:
         """What enters.
@@ -62,11 +61,9 @@ class Ends(Protocol):
         Raises:
             LostSpool: it has to be made again.
         """
-        ...
 
     def leave(self, microbatch: int, leaving: Hidden | None, results: Results) -> None:
         """Take what leaves: hidden states, or gradients; and all that was found so far."""
-        ...
 
 
 class ModelEnds:

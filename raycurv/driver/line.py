@@ -35,8 +35,6 @@ class Arrived:
     """A microbatch that has been through.
 
     Attributes:
-        microbatch: which.
-        given: what entered with it.
         leaving: hidden states, or gradients ``[draws, ...]``, where they are wanted.
         results: what every stage found, in their order.
     """
@@ -81,7 +79,6 @@ class Line:
         """Take microbatches in from now on; what was under way is forgotten.
 
         Args:
-            following: gives one after the other.
             again: those that come before, which have entered already.
         """
         self._under, self._ended = {}, deque()

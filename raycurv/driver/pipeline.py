@@ -32,19 +32,15 @@ class Sink(Protocol):
     @property
     def full(self) -> bool:
         """Whether so much waits that it should be committed now."""
-        ...
 
     def take(self, members: Sequence[int], results: Results) -> None:
         """What all stages found of the examples ``members`` (see :func:`combine`)."""
-        ...
 
     def commit(self, name: str) -> list[str]:
         """Write what was taken since the last commit; gives the files' names."""
-        ...
 
     def forget(self) -> None:
         """Drop what was taken since the last commit: it will be given again."""
-        ...
 
 
 class NoSink:
@@ -63,11 +59,7 @@ class NoSink:
 
 
 class Pipeline:
-    """Runs a pass through the resident stages.
-
-    Args:
-        label: what the progress calls the pass.
-    """
+    """Runs a pass through the resident stages."""
 
     def __init__(self, passage: Passage, label: str) -> None:
         self._workers, self._passage, self._label = passage.workers, passage, label
@@ -79,7 +71,6 @@ class Pipeline:
         """Run the pass to its end, from its last commit if there is one.
 
         Args:
-            sink: takes what stages give back.
             place: below the store, where commits go.
 
         Returns:

@@ -68,8 +68,6 @@ class Sweep:
     What waits in the spool is of use to the same run with the same microbatches and groups alone.
 
     Args:
-        manifest: tells the run from others.
-        streams: name -> microbatches.
         target: of the passes, where a run may choose it.
 
     Attributes:

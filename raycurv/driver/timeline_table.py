@@ -26,13 +26,7 @@ def write_long_timeline(store: Store, pool: Pool, phase: str) -> None:
 
 
 def write_timeline(store: Store, pool: Pool, phase: str) -> None:
-    """Write down what a pool has done since the last time.
-
-    Args:
-        store: of the run.
-        pool: who has the spans.
-        phase: what the phase is called in which it was done.
-    """
+    """Write down what a pool has done since the last time."""
     spans = pool.spans.take()
     if not spans:
         return

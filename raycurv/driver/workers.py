@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -74,14 +75,26 @@ class Workers:
         measurement: Any = None,
     ) -> None:
         self.settings, self.reporter, self.store = settings, reporter, store
-        self.blocks, self.dtype, self._seed = tuple(blocks), dtype, seed
-        self._model, self._objective, self._measurement = model, objective, measurement
+        self.blocks, self.dtype, self._model = tuple(blocks), dtype, model
         self._pool: Pool | None = None
         stages = settings.stage_count(model.units)
         self.cuts = cut_stages(model.unit_costs, stages)
         homes = settings.homes if settings.schedule == "swept" else stages
         self.groups = group_stages(stages, homes)
         self.resident: int | None = None
+        # What all stages have in common.
+        self._spec = StageSpec(
+            index=0,
+            model=model,
+            units=range(0),
+            blocks=(),
+            objective=objective,
+            dtype=dtype,
+            seed=seed,
+            logits_chunk=settings.logits_chunk,
+            gives_back=SWEPT if len(self.groups) > 1 else RESIDENT,
+            measurement=measurement,
+        )
 
     @property
     def device(self) -> str:
@@ -159,10 +172,7 @@ class Workers:
         Nothing runs before the first result is asked for.
 
         Args:
-            label: what a person calls the phase.
             function: of a module, since another process may run it, or run it again.
-            arguments: in the order in which the tasks are begun.
-            needs: memory and time of each task.
             unit: what one task is about.
             where: the part of the model that the phase is about, if only a part.
 
@@ -191,19 +201,8 @@ class Workers:
         mine = self.groups[group]
         with self.phase("loading", len(mine), "stages", self.named(group)) as phase:
             self.resident = None
-            base = StageSpec(
-                index=0,
-                model=self._model,
-                units=range(0),
-                blocks=(),
-                objective=self._objective,
-                dtype=self.dtype,
-                seed=self._seed,
-                logits_chunk=self.settings.logits_chunk,
-                device=self.device,
-                threads=self._threads(),
-                gives_back=SWEPT if len(self.groups) > 1 else RESIDENT,
-                measurement=self._measurement,
+            base = replace(
+                self._spec, model=self._model, device=self.device, threads=self._threads()
             )
             specs = stage_specs(base, self.cuts, self.blocks)[mine.start : mine.stop]
             self.pool.start(specs, self.settings.replicas)

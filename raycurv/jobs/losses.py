@@ -53,7 +53,6 @@ class Losses:
 
         Args:
             model: the workers' own, or one that differs from it in patches alone.
-            label: what the progress calls it.
 
         Raises:
             UserError: a loss is not finite (names the example), or a patch does not fit.

@@ -31,11 +31,7 @@ class Answer:
 
 
 class StageActor:
-    """A stage behind the transport.
-
-    Args:
-        replica, stage: its place.
-    """
+    """A stage behind the transport."""
 
     def __init__(self, replica: int, stage: int) -> None:
         self._name = actor_name(replica, stage)
@@ -68,7 +64,6 @@ class StageActor:
 
         Args:
             rank, size: its place among the replica's resident stages, and how many they are.
-            address: see :meth:`host`.
             epoch: never used before.
             timeout: seconds without an answer after which a neighbour counts as lost.
         """

@@ -94,8 +94,6 @@ class Node:
     """A node that is alive.
 
     Attributes:
-        id: Ray's name of it.
-        host: its machine's name.
         cpus: cores that Ray gives out, whether or not they are in use.
         gpus: the same of GPUs.
         memory: the same of memory, in bytes.

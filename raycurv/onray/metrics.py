@@ -19,11 +19,7 @@ _NAMED = {"decompose_factor": "eigendecompositions"}
 
 
 class ActorMetrics:
-    """The metrics of one stage's actor.
-
-    Args:
-        name: of the actor, the metrics' tag.
-    """
+    """The metrics of one stage's actor."""
 
     def __init__(self, name: str) -> None:
         self._tags = {"actor": name}

@@ -68,8 +68,6 @@ class Places:
     where they have not.
 
     Args:
-        replicas, stages: how many.
-        demand: of one actor.
         wait_seconds: for room, before it is an error.
         say: is told when there is none yet.
     """

@@ -42,11 +42,6 @@ class NodeReport:
 def preflight(store: Store, own: bool, patience_seconds: float = PATIENCE_SECONDS) -> None:
     """Ask every node that can hold a stage, all at once; a cluster of the job's own is not asked.
 
-    Args:
-        store: of the results.
-        own: whether the job started the cluster.
-        patience_seconds: for answers.
-
     Raises:
         UserError: a node has another raycurv or torch, or none; or it does not reach the results.
         RaycurvError: a node does not answer.

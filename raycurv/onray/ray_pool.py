@@ -85,8 +85,6 @@ class OnRay:
     Args:
         address: see :func:`raycurv.onray.connection.connect`.
         cpus: cores that a stage's actor reserves, see :func:`raycurv.onray.places.demand_of`.
-        own: whether the cluster is the job's own.
-        limits: what is borne.
         say: is told of what is no span: that there is no room, that an actor hangs.
         transport: how hidden states and gradients go from stage to stage: through Ray's object
             store, from process to process, or ``auto``, which is the latter on GPUs.

@@ -57,11 +57,7 @@ class Tasks:
 
     Attributes:
         places: of the actors, whose cores are idle; ``None`` without actors.
-        limits: what is borne.
-        failures: counts them.
-        metrics: shows what is left.
         say: is told of those that hang.
-        spans: has those that were lost.
     """
 
     places: Places | None

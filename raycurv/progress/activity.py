@@ -25,10 +25,8 @@ class Doing:
 
     Attributes:
         actor: its name; ``task`` for all tasks together.
-        last: its last span.
         memory: bytes of its process at the end of that span.
         busy: share of the last seconds, compute and transport; of tasks, how many ran at a time.
-        recent: when it was busy in these seconds.
     """
 
     actor: str

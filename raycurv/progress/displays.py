@@ -34,9 +34,7 @@ class Event:
     """Something that a person is told once.
 
     Attributes:
-        text: what happened, in words.
         name: what kind of event, for machines.
-        level: how bad it is.
         facts: the same as values by name, for machines.
     """
 
@@ -63,12 +61,7 @@ class Display:
 
 
 class Terminal(Display):
-    """One live display: a bar a phase, beneath them a line an actor; events scroll by above.
-
-    Args:
-        console: the terminal.
-        activity: of the actors.
-    """
+    """One live display: a bar a phase, beneath them a line an actor; events scroll by above."""
 
     def __init__(self, console: Console, activity: Activity) -> None:
         self._console, self._activity = console, activity
@@ -130,11 +123,7 @@ class Terminal(Display):
 
 
 class Paced(Display):
-    """Shows how far a phase is every ten seconds, where there is nothing to redraw.
-
-    Args:
-        activity: of the actors.
-    """
+    """Shows how far a phase is every ten seconds, where there is nothing to redraw."""
 
     def __init__(self, activity: Activity) -> None:
         self._activity = activity
@@ -159,12 +148,7 @@ class Paced(Display):
 
 
 class Lines(Paced):
-    """Lines of text.
-
-    Args:
-        console: where they go.
-        activity: of the actors.
-    """
+    """Lines of text."""
 
     def __init__(self, console: Console, activity: Activity) -> None:
         super().__init__(activity)

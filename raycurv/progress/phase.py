@@ -12,14 +12,12 @@ class PhaseProgress:
     """How far one phase under way is.
 
     Attributes:
-        name: what a person calls it.
         total: how many ``unit`` there are to do.
         unit: what is counted.
         where: the part of the model that it is about, if only a part.
         done: how many are done so far.
         before: how many of those an earlier run has done.
         tokens: how many tokens they had, for the rate; 0 where there are none.
-        changed: is called with this when more are done.
     """
 
     name: str

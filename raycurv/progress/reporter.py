@@ -22,13 +22,11 @@ class Reporter:
     """Shows phases as they run and remembers what each took.
 
     Args:
-        quiet: show nothing.
         log: for a person, or one JSON object a line.
         console: the terminal or what there is in its place; by default stderr.
 
     Attributes:
         seconds: phase -> how long it took, all its parts together.
-        activity: how busy the actors are.
     """
 
     def __init__(
@@ -63,9 +61,7 @@ class Reporter:
         """Show a phase as long as this lasts; its seconds are kept even when it fails.
 
         Args:
-            name: what a person calls it.
             total: how many ``unit`` there are to do.
-            unit: what is counted.
             where: the part of the model that it is about, if only a part.
 
         Raises:
@@ -90,7 +86,6 @@ class Reporter:
         """Show what the job has done, phases with their seconds, and where the results lie.
 
         Args:
-            title: what was done, in one line.
             places: result -> where it lies.
         """
         lines = [title]

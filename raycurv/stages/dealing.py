@@ -14,7 +14,6 @@ def cut_stages(costs: Sequence[float], stages: int) -> tuple[range, ...]:
     """Consecutive runs of units whose largest cost is as small as it can be.
 
     Args:
-        costs: of each unit.
         stages: how many runs; each holds at least one unit.
 
     Raises:
@@ -86,12 +85,7 @@ def longest_first(costs: Mapping[str, float]) -> list[str]:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one task at a time can run.
-
-    Attributes:
-        node: its name.
-        number: among the node's.
-    """
+    """Where one task at a time can run."""
 
     node: str
     number: int
@@ -112,7 +106,6 @@ def next_task(
 
     Args:
         waiting: tasks by number, the most urgent first.
-        slots: all of them.
         busy: those that are taken, each with the bytes of its task.
         sizes: bytes of every task.
         memory: bytes of every node.

@@ -40,12 +40,7 @@ class Limits:
 
 @dataclass
 class Failures:
-    """Counts failures against the limits.
-
-    Attributes:
-        limits: of the run.
-        total: so far.
-    """
+    """Counts failures against the limits."""
 
     limits: Limits
     total: int = 0
@@ -56,9 +51,7 @@ class Failures:
         """An actor, or a task, was lost.
 
         Args:
-            actor: which.
             operation: that it was at, and the ``microbatch`` (-1 for none).
-            cause: as far as it is known.
 
         Raises:
             RaycurvError: it is one too many.

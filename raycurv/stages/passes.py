@@ -7,9 +7,10 @@ committed, loaded, joined over replicas and written under the gatherer's name.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,27 +21,24 @@ from raycurv.mathematics.loss.differentiation import RESULTS, Target
 from raycurv.mathematics.sums import Combine, Results, Sums
 
 
-class Gatherer(Protocol):
-    """What every stage gathers in a pass. Frozen, picklable.
+class Gatherer(ABC):
+    """What every stage gathers in a pass: a dataclass, frozen, picklable.
 
     Attributes:
         name: tells it from the other gatherers of a pass, without a slash.
         results: what its sums give of each example, and how stages combine it.
     """
 
-    @property
-    def name(self) -> str: ...
+    name: ClassVar[str]
+    results: ClassVar[Mapping[str, Combine]] = {}
 
-    @property
-    def results(self) -> Mapping[str, Combine]: ...
-
+    @abstractmethod
     def open(self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device) -> Sums:
         """The sums of a stage with these blocks, at zero."""
-        ...
 
+    @abstractmethod
     def write(self, name: str, result: Any, blocks: Mapping[str, Block]) -> None:
         """Write what was gathered under a name, added up over replicas, to where results go."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,6 @@ class Pass:
 
     Attributes:
         name: for the names of its commits.
-        target: what is differentiated.
         draws: how many sets of drawn labels.
         gatherers: what is gathered; none for a pass whose losses, or gradients, alone are wanted.
     """
@@ -83,14 +80,7 @@ def loss_pass(name: str = "losses") -> Pass:
 
 
 class Gathered:
-    """What one stage has gathered so far in a pass; names are ``GATHERER/NAME``.
-
-    Args:
-        work: the pass.
-        blocks: of the stage.
-        dtype: of the model's computation.
-        device: where the stage computes.
-    """
+    """What one stage has gathered so far in a pass; names are ``GATHERER/NAME``."""
 
     def __init__(
         self, work: Pass, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device

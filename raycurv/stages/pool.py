@@ -41,7 +41,6 @@ class Need:
     Attributes:
         memory: bytes.
         flops: floating-point operations, for the time that it may take.
-        name: what it is about.
     """
 
     memory: int = 0
@@ -77,9 +76,6 @@ class StageCalls:
 
     What a microbatch is made of is given as handles. ``to`` is the stage of the same replica that
     takes the tensors of the result, if only one does; ``microbatch`` is for those who look on.
-
-    Args:
-        call: of a pool, for this stage.
     """
 
     def __init__(self, call: Call) -> None:
@@ -163,12 +159,10 @@ class Pool(Protocol):
     @property
     def stages(self) -> int:
         """How many stages there are."""
-        ...
 
     @property
     def replicas(self) -> int:
         """How many copies of each."""
-        ...
 
     def start(self, specs: Sequence[StageSpec], replicas: int = 1) -> None:
         """Build the stages, in place of those that were there.
@@ -177,11 +171,9 @@ class Pool(Protocol):
             UserError: a stage cannot load its weights.
             RaycurvError: there is no place for them.
         """
-        ...
 
     def assign(self, blocks: Sequence[tuple[Block, ...]]) -> None:
         """Tell every stage, now and whenever it is built again, its blocks with their factors."""
-        ...
 
     def become(self, model: Model) -> None:
         """Have every stage, now and whenever it is built again, be of another model that differs
@@ -190,15 +182,12 @@ class Pool(Protocol):
         Raises:
             UserError: a patch that does not fit its block, or is not finite.
         """
-        ...
 
     def at(self, stage: int, replica: int = 0) -> StageCalls:
         """The calls of a stage."""
-        ...
 
     def put(self, value: T) -> Handle[T]:
         """A handle of a value that many calls take."""
-        ...
 
     def get(self, handle: Handle[T]) -> T:
         """The value of a handle; raises what the call raised.
@@ -206,7 +195,6 @@ class Pool(Protocol):
         Raises:
             StageLost: it will never come.
         """
-        ...
 
     def repair(self, replica: int, lost: StageLost | None) -> tuple[int, ...]:
         """Build again the stages of a replica whose actors are gone; gives their numbers.
@@ -220,7 +208,6 @@ class Pool(Protocol):
             RaycurvError: too many actors were lost, one microbatch kills them, or there is no place
                 for a new one.
         """
-        ...
 
     def map(
         self,
@@ -230,15 +217,12 @@ class Pool(Protocol):
     ) -> Iterator[tuple[int, Any]]:
         """Run a function on each tuple of arguments, in the order given; yields (place, result) as
         they end. A function may be run again elsewhere when its process dies."""
-        ...
 
     def stop(self) -> None:
         """Let the stages go."""
-        ...
 
     def close(self) -> None:
         """Let go of everything."""
-        ...
 
 
 class InProcess:

@@ -19,8 +19,6 @@ class Operation:
     Attributes:
         kind: ``forward``; ``turn``, the last stage's forward, loss and backward in one; or
             ``backward``.
-        stage: which stage.
-        microbatch: which microbatch.
     """
 
     kind: Literal["forward", "turn", "backward"]

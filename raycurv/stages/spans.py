@@ -27,7 +27,6 @@ class Span:
         transport: seconds of it that went into taking in and giving out tensors.
         note: more about it: a factor; of a death, what it was at and the cause, ``turn: …``.
         node: host name.
-        pid: of the process.
         memory: anonymous resident bytes of the process at the end.
     """
 
@@ -93,10 +92,7 @@ def timed(
     """Make a call; gives what it gave, and its span.
 
     Args:
-        actor, operation: for the span.
-        call: the call.
-        args: its arguments.
-        enter: takes in each of them.
+        enter: takes in each of the arguments.
         leave: gives out the value.
     """
     start = time.time()

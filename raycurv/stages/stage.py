@@ -36,7 +36,6 @@ class Commit:
     """Where the last commit of a pass lies.
 
     Attributes:
-        store: of the run.
         files: names of the files of all stages, for each replica whose sums are wanted.
     """
 
@@ -49,17 +48,11 @@ class StageSpec:
     """What a stage is made from.
 
     Attributes:
-        index: its place in the chain.
-        model: the description that it builds its layers from.
-        units: the layers.
-        blocks: the blocks in those layers.
         objective: name, or the objective itself.
         measurement: whose measurement queries have, if not the objective's: the name of another
             objective, or itself.
-        dtype: of the model's computation.
         seed: of drawn labels.
         logits_chunk: logits formed at once.
-        device: where it computes.
         threads: for CPU kernels; ``None`` leaves them alone.
         gives_back: bytes from which a freed tensor goes back to the system at once.
     """
@@ -199,7 +192,6 @@ class Stage:
         successor left when it was resident, and without them no further than its forward.
 
         Args:
-            batch: the microbatch.
             hidden: what the stage before gives; ``None`` for the model's first.
             gradients: with respect to what ``forward`` gives, ``[draws, ...]`` each.
 
@@ -248,7 +240,6 @@ class Stage:
         """Take a microbatch's gradients through this stage and gather what was captured.
 
         Args:
-            index: of the microbatch.
             gradients: with respect to the floating-point tensors that ``forward`` gave,
                 ``[draws, ...]`` each.
         """

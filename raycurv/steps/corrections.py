@@ -23,7 +23,6 @@ from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.corrected import CorrectedSum, CorrectedSums
 from raycurv.mathematics.eigen import own_axes
 from raycurv.mathematics.gradients import CHUNK, PIECE
-from raycurv.mathematics.sums import Combine
 from raycurv.planning.cost import PassCost
 from raycurv.planning.moments import (
     Bytes,
@@ -34,19 +33,18 @@ from raycurv.planning.moments import (
     turned_blocks,
 )
 from raycurv.planning.shapes import DataShape, Group, Recipe, StageShape
+from raycurv.stages.passes import Gatherer
 from raycurv.steps.covariances import undecomposed
 from raycurv.steps.decompositions import basis_bytes
 from raycurv.steps.step import PassStep
 
 
 @dataclass(frozen=True)
-class CorrectedGatherer:
+class CorrectedGatherer(Gatherer):
     """Gathers Λ into ``corrected/``, in the eigenbases or, for the diagonal, in the weights' own.
 
     Attributes:
-        store: of the run.
         only: the blocks to gather; squared gradient norms are over all blocks regardless.
-        draws: how many sets of drawn labels.
         rotated: in the eigenbases.
         store_dtype: of the written Λ.
         sum_dtype: also keep sums, in this dtype.
@@ -60,11 +58,9 @@ class CorrectedGatherer:
     store_dtype: torch.dtype
     sum_dtype: torch.dtype | None = None
     extends: Store | None = None
-    name: str = "corrected"
 
-    @property
-    def results(self) -> Mapping[str, Combine]:
-        return CorrectedSums.results
+    name = "corrected"
+    results = CorrectedSums.results
 
     def open(
         self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -13,20 +13,18 @@ from raycurv.files.tensorfile import whole
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.factors import FactorSum, FactorSums, factors_of
 from raycurv.mathematics.loss.differentiation import DRAWN
-from raycurv.mathematics.sums import Combine
 from raycurv.planning.cost import PassCost
 from raycurv.planning.moments import Bytes, cast_elements, sum_bytes
 from raycurv.planning.shapes import DataShape, Group, Recipe, StageShape, factor_elements, squares
+from raycurv.stages.passes import Gatherer
 from raycurv.steps.step import Fit, PassStep
 
 
 @dataclass(frozen=True)
-class FactorGatherer:
+class FactorGatherer(Gatherer):
     """Gathers A and G into ``factors/``.
 
     Attributes:
-        store: of the run.
-        factors: the factors to gather.
         max_factor_dim: widest tile.
         sum_dtype: of the written sums.
     """
@@ -35,8 +33,8 @@ class FactorGatherer:
     factors: frozenset[str]
     max_factor_dim: int | None
     sum_dtype: torch.dtype
-    name: str = "factors"
-    results: Mapping[str, Combine] = field(default_factory=dict)
+
+    name = "factors"
 
     def open(
         self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device

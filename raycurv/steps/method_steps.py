@@ -21,12 +21,7 @@ def steps_of(fit: Fit) -> list[Step]:
 
 
 def costs_of(method: Method, gradients: bool) -> list[StepCost]:
-    """What the steps of a fit take.
-
-    Args:
-        method: of the fit.
-        gradients: whether it gathers gradient statistics.
-    """
+    """What the steps of a fit take."""
     return [step.cost for step in _steps(method, gradients)]
 
 

@@ -12,21 +12,19 @@ from raycurv.files.store import Store
 from raycurv.files.tensorfile import whole
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.rank.rank_fisher import RowSum, RowSums
-from raycurv.mathematics.sums import Combine
 from raycurv.planning.cost import PassCost
 from raycurv.planning.moments import Bytes, gradient_flops, gradients_of
 from raycurv.planning.shapes import DataShape, Group, Recipe, StageShape
+from raycurv.stages.passes import Gatherer
 from raycurv.steps.step import PassStep
 
 
 @dataclass(frozen=True)
-class RowGatherer:
+class RowGatherer(Gatherer):
     """Gathers the rows of rank-m Fishers into ``rows/``.
 
     Attributes:
-        store: of the run.
         only: the blocks to gather; squared gradient norms are over all blocks regardless.
-        count: how many rows.
         store_dtype: of the written rows.
     """
 
@@ -34,11 +32,9 @@ class RowGatherer:
     only: frozenset[str]
     count: int
     store_dtype: torch.dtype
-    name: str = "rows"
 
-    @property
-    def results(self) -> Mapping[str, Combine]:
-        return RowSums.results
+    name = "rows"
+    results = RowSums.results
 
     def open(self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device) -> RowSums:
         return RowSums(blocks, self.count, dtype, device, self.only)

@@ -43,21 +43,20 @@ from raycurv.mathematics.gradient_statistics import (
     GradientSums,
 )
 from raycurv.mathematics.gradients import PIECE
-from raycurv.mathematics.sums import Combine
 from raycurv.planning.cost import PassCost
 from raycurv.planning.moments import Bytes, cast_elements, gradients_of, larger, sum_bytes
 from raycurv.planning.shapes import DataShape, Group, Recipe, StageShape
+from raycurv.stages.passes import Gatherer
 from raycurv.steps.step import PassStep
 
 _NORMS = "tables/gradient_norms"
 
 
 @dataclass(frozen=True)
-class GradientGatherer:
+class GradientGatherer(Gatherer):
     """Gathers gradient statistics into ``gradients/``, of own labels and of drawn ones.
 
     Attributes:
-        store: of the run.
         only: the blocks to gather; squared gradient norms are of all blocks regardless.
         draws: of labels that the pass differentiates beside the data's own; 0 for none.
         dtype: of the written means.
@@ -67,11 +66,9 @@ class GradientGatherer:
     only: frozenset[str]
     draws: int
     dtype: torch.dtype
-    name: str = "gradients"
 
-    @property
-    def results(self) -> Mapping[str, Combine]:
-        return GradientSums.results
+    name = "gradients"
+    results = GradientSums.results
 
     def open(
         self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device

@@ -43,7 +43,6 @@ class Fit:
         store_dtype: of stored bases and Λ.
         max_factor_dim: widest tile of a factor.
         keep_sums: whether sums stay once what is made of them is there.
-        gradients: whether gradient statistics are wanted.
         per_token: whether the objective has a label for each token.
         extends: the run whose bases stay and whose Λ is added to, if there is one.
         notes: footer of every table.
@@ -138,9 +137,6 @@ class Fit:
 
 class Step(ABC):
     """One family of results of a fit.
-
-    Args:
-        fit: that it is a step of.
 
     Attributes:
         name: what ``run.json`` lists when all groups have these results; empty for no entry.

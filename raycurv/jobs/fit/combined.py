@@ -57,7 +57,6 @@ def open_examples(
     """The examples of a fit: of its own source, or of the runs that it puts together.
 
     Args:
-        store: of the new run.
         columns: further ones of the source, which the objective reads.
         facts: of the new run; is told how many examples were subtracted with other labels.
 
@@ -125,8 +124,6 @@ def take_over_factors(
     """Combine the sums of these factors, or copy their bases; a task for each.
 
     Args:
-        store: of the new run.
-        factors: what is missing.
         workers: run the tasks; asked only when something is missing.
     """
     if not factors:

@@ -53,8 +53,6 @@ class Parent:
 
     Attributes:
         flag: how it was asked for, for errors.
-        store: its directory.
-        fit: its manifest.
         blocks: with their input factors.
     """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -20,22 +20,19 @@ from raycurv.mathematics.rank import rank_scores
 from raycurv.mathematics.rank.rank_inverse import RankInverses
 from raycurv.mathematics.rank.rank_scores import RankSelfScores
 from raycurv.mathematics.sums import Combine
+from raycurv.stages.passes import Gatherer
 
 
 @dataclass(frozen=True)
-class GradientsGatherer:
+class GradientsGatherer(Gatherer):
     """Gathers plain gradients of queries into ``ihvp/`` of a store of their own, for IHVPs that no
     stage can make alone.
-
-    Attributes:
-        queries: ids, in order.
-        out: where the gradients go.
     """
 
     queries: tuple[str, ...]
     out: Store
-    name: str = "gradients"
-    results: Mapping[str, Combine] = field(default_factory=dict)
+
+    name = "gradients"
 
     def open(
         self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device
@@ -47,14 +44,10 @@ class GradientsGatherer:
 
 
 @dataclass(frozen=True)
-class ProductsGatherer:
+class ProductsGatherer(Gatherer):
     """Gathers IHVPs of queries into ``ihvp/`` of a store of their own.
 
     Attributes:
-        queries: ids, in order.
-        out: where the products go.
-        curvature: of the fit.
-        damping: of every block.
         rank: to truncate to; ``None`` for whole.
         seed: of the test matrices.
         scored: rows of the examples that alone the products are for; ``None`` when they are
@@ -70,8 +63,8 @@ class ProductsGatherer:
     seed: int
     scored: int | None = None
     held: dict[str, BlockProducts] | None = None
-    name: str = "queries"
-    results: Mapping[str, Combine] = field(default_factory=dict)
+
+    name = "queries"
 
     def open(
         self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device
@@ -90,17 +83,13 @@ class ProductsGatherer:
 
 
 @dataclass(frozen=True)
-class ScoreGatherer:
+class ScoreGatherer(Gatherer):
     """Scores training examples on the queries of one pass, and on themselves.
 
     Attributes:
         curvature: of the fit, needed for self-influence, and where products stayed in its bases.
-        damping: of every block.
         products: where the pass over the queries left its IHVPs.
-        queries: how many.
-        per_block: also give every block's own scores.
         per_token: also give every token's.
-        self_influence: whether to score examples on themselves, too.
         inverses: of a ranked method, for self-influence.
         held: products that the pass over the queries left in this process instead, by block.
     """
@@ -114,11 +103,12 @@ class ScoreGatherer:
     self_influence: bool
     inverses: RankInverses | None = None
     held: Mapping[str, BlockProducts] = field(default_factory=dict)
-    name: str = "scores"
 
-    @property
-    def results(self) -> Mapping[str, Combine]:
-        return {**PairwiseScores.results, **rank_scores.RESULTS}
+    name = "scores"
+    results: ClassVar[Mapping[str, Combine]] = {
+        **PairwiseScores.results,
+        **rank_scores.RESULTS,
+    }
 
     def open(
         self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device

@@ -37,8 +37,6 @@ class ScoreRows(Rows):
         queries: ids.
         settings: which scores are written; with ``top_k`` only each query's k highest and k lowest
             of a file, of which :meth:`finished` makes one.
-        double: float64 scores.
-        notes: footers of the scores, and of self-influence.
         inverses: of M-FAC, to make self-influence of what the stages gave.
     """
 

@@ -28,7 +28,6 @@ class Lane:
 
     Attributes:
         name: of the actor; ``task 1`` and so on of tasks.
-        task: whether these are tasks.
         work: what it did, in the order of time.
         failures: where it was lost and rebuilt, likewise.
     """
@@ -117,7 +116,6 @@ def read_lanes(
     """The lanes of a run directory's timeline.
 
     Args:
-        store: of the run.
         phases: only these; all by default.
         start, end: only what goes on between these seconds.
 
