@@ -16,7 +16,6 @@ import pytest
 from raycurv.files.store import Store
 from raycurv.files.tables import read_directory
 from raycurv.onray.ray_pool import OnRay
-from raycurv.stages.pool import StageCalls
 
 
 @dataclass
@@ -57,22 +56,18 @@ class Strike:
 @contextmanager
 def striking(*strikes: Strike) -> Iterator[None]:
     """Strike while the driver in this process works; each must have struck in the end."""
-    at = OnRay.at
+    called = OnRay.call
 
-    def watched(pool: OnRay, stage: int, replica: int = 0) -> StageCalls:
-        inner = at(pool, stage, replica)._call
-
-        def call(method: str, *args: Any, **how: Any) -> Any:
-            for strike in strikes:
-                if strike.meets(method, how.get("microbatch", -1), replica, stage):
-                    strike.done = True
-                    strike.act(pool._actors[replica][stage])
-            return inner(method, *args, **how)
-
-        return StageCalls(call)
+    def call(pool: OnRay, stage: int, replica: int, method: str, *args: Any, **how: Any) -> Any:
+        microbatch = how.get("microbatch", -1)
+        for strike in strikes:
+            if strike.meets(method, microbatch, replica, stage):
+                strike.done = True
+                strike.act(pool._actors[replica][stage])
+        return called(pool, stage, replica, method, *args, **how)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(OnRay, "at", watched)
+        patch.setattr(OnRay, "call", call)
         yield
     assert all(strike.done for strike in strikes), "a strike found no moment"
 

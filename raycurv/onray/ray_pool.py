@@ -20,14 +20,9 @@ import ray
 from ray.exceptions import (
     ActorUnavailableError,
     GetTimeoutError,
-    NodeDiedError,
-    ObjectLostError,
-    OutOfMemoryError,
     RayActorError,
     RayError,
     RayTaskError,
-    TaskCancelledError,
-    WorkerCrashedError,
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -38,9 +33,9 @@ from raycurv.onray.actor import Answer, StageActor
 from raycurv.onray.connection import connect
 from raycurv.onray.metrics import DriverMetrics
 from raycurv.onray.places import Places, demand_of
-from raycurv.onray.tasks import Tasks
+from raycurv.onray.tasks import TASK_LOST, Tasks, cause_of
 from raycurv.stages.failures import Failures, Limits
-from raycurv.stages.pool import Handle, Need, Say, StageCalls, StageLost
+from raycurv.stages.pool import Handle, Need, Pool, Say, StageCalls, StageLost
 from raycurv.stages.spans import Span, SpanLog, actor_name
 from raycurv.stages.stage import StageSpec
 from raycurv.stages.transport import pack, unpack
@@ -49,10 +44,7 @@ T = TypeVar("T")
 Transport = Literal["auto", "object-store", "distributed"]
 
 # What says that a process or what it held is gone, and not that it went wrong.
-LOST = (
-    RayActorError, ActorUnavailableError, ObjectLostError, OutOfMemoryError, NodeDiedError,
-    WorkerCrashedError, TaskCancelledError,
-)  # fmt: skip
+LOST = (*TASK_LOST, RayActorError, ActorUnavailableError)
 # The part of Ray's message that says how a process ended.
 _DETAIL = re.compile(r"Worker exit detail: (.*?\.)(?: Some common causes|$)", re.MULTILINE)
 # For a process that was killed to be seen to be gone.
@@ -79,7 +71,7 @@ class _Pending:
     microbatch: int
 
 
-class OnRay:
+class OnRay(Pool):
     """Stages as actors and functions as tasks of a Ray cluster.
 
     Args:
@@ -99,11 +91,11 @@ class OnRay:
         transport: Transport = "auto",
         say: Say = lambda text: None,
     ) -> None:
+        self.spans = SpanLog()
         self._owner = connect(address)
         self._cpus, self._own, self._say, self._transport = cpus, own, say, transport
         self._limits = limits or Limits()
         self.failures = Failures(self._limits)
-        self.spans = SpanLog()
         self._places: Places | None = None
         self._actors: list[list[_Actor]] = []
         self._specs: list[StageSpec] = []
@@ -158,19 +150,23 @@ class OnRay:
                     # What is built again is built as the spec says.
                     self.repair(replica, lost)
 
-    def at(self, stage: int, replica: int = 0) -> StageCalls:
-        def call(
-            method: str, *args: Any, returns: int = 1, to: int | None = None, microbatch: int = -1
-        ) -> Any:
-            packed = tuple(a if isinstance(a, ray.ObjectRef) else pack(a) for a in args)
-            actor = self._actors[replica][stage].handle
-            handle = actor.call.options(num_returns=returns).remote(method, returns, to, *packed)
-            last = handle[-1] if returns > 1 else handle
-            number = next(self._numbers)
-            self._under[replica][last.task_id()] = _Pending(number, last, stage, method, microbatch)
-            return tuple(handle) if returns > 1 else handle
-
-        return StageCalls(call)
+    def call(
+        self,
+        stage: int,
+        replica: int,
+        method: str,
+        *args: Any,
+        returns: int = 1,
+        to: int | None = None,
+        microbatch: int = -1,
+    ) -> Any:
+        packed = tuple(a if isinstance(a, ray.ObjectRef) else pack(a) for a in args)
+        actor = self._actors[replica][stage].handle
+        handle = actor.call.options(num_returns=returns).remote(method, returns, to, *packed)
+        last = handle[-1] if returns > 1 else handle
+        number = next(self._numbers)
+        self._under[replica][last.task_id()] = _Pending(number, last, stage, method, microbatch)
+        return tuple(handle) if returns > 1 else handle
 
     def put(self, value: T) -> Handle[T]:
         return cast("Handle[T]", ray.put(pack(value)))
@@ -179,15 +175,13 @@ class OnRay:
         self._await(handle)
         try:
             value = ray.get(handle)
-        except RayTaskError as error:
-            cause = error.cause
+        except (RayTaskError, *LOST) as error:
+            cause = cause_of(error)
             if isinstance(cause, (*LOST, LostPeer, OutOfOrder)):
                 raise StageLost(_first_line(cause)) from error
             if isinstance(cause, RaycurvError):
                 raise cause from None
             raise
-        except LOST as error:
-            raise StageLost(_first_line(error)) from error
         self._ended(handle)
         if isinstance(value, Answer):
             self.spans.extend(value.spans)
@@ -207,7 +201,7 @@ class OnRay:
                 gone[stage] = f"no answer for {self._limits.hang_seconds:g} s"
                 self._kill(self._actors[replica][stage])
             except (*LOST, RayTaskError) as error:
-                if isinstance(error, RayTaskError) and not isinstance(error.cause, LOST):
+                if not isinstance(cause_of(error), LOST):
                     raise
                 gone[stage] = _first_line(error)
         self._under[replica] = {}
@@ -223,8 +217,9 @@ class OnRay:
             self._renew(*at)
         while lacking:
             lacking = self._build(lacking)
-        if gone:
-            self._note_rebuilt(replica, tuple(gone), began)
+        ended = time.time()
+        for stage in gone:
+            self.spans.append(Span(actor_name(replica, stage), "rebuild", -1, began, ended))
         try:
             self._linked(replica)
         except StageLost as again:
@@ -254,7 +249,7 @@ class OnRay:
         self._actors, self._specs, self._under, self._places = [], [], [], None
 
     def close(self) -> None:
-        self.stop()
+        super().close()
         if self._owner:
             ray.shutdown()
 
@@ -354,7 +349,7 @@ class OnRay:
             ]
             ray.get(links, timeout=self._limits.start_seconds)
         except (*LOST, GetTimeoutError, RayTaskError) as error:
-            cause = error.cause if isinstance(error, RayTaskError) else error
+            cause = cause_of(error)
             if not isinstance(cause, (*LOST, LostPeer, GetTimeoutError)):
                 raise
             raise StageLost(_first_line(cause)) from error
@@ -436,11 +431,6 @@ class OnRay:
         self._metrics.retried("actor")
         self.spans.append(Span(who, "lost", microbatch, began, began, note=f"{method}: {cause}"))
         self.failures.count(who, method, microbatch, cause)
-
-    def _note_rebuilt(self, replica: int, stages: tuple[int, ...], began: float) -> None:
-        ended = time.time()
-        for stage in stages:
-            self.spans.append(Span(actor_name(replica, stage), "rebuild", -1, began, ended))
 
 
 def _end_process(pid: int) -> None:

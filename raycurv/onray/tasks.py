@@ -33,7 +33,8 @@ from raycurv.stages.failures import RUN, Failures, Limits
 from raycurv.stages.pool import Need, Say
 from raycurv.stages.spans import Span, SpanLog
 
-_LOST = (
+# What says that a task's process or what it held is gone, and not that it went wrong.
+TASK_LOST = (
     WorkerCrashedError, OutOfMemoryError, NodeDiedError, ObjectLostError, TaskCancelledError,
 )  # fmt: skip
 # Slower than any core: what a task may take beyond the time for a hang.
@@ -113,11 +114,11 @@ class Tasks:
                 here = running.pop(done[0])
                 try:
                     value = ray.get(done[0])
-                except (RayTaskError, *_LOST) as error:
-                    cause = error.cause if isinstance(error, RayTaskError) else error
+                except (RayTaskError, *TASK_LOST) as error:
+                    cause = cause_of(error)
                     if isinstance(cause, RaycurvError):
                         raise cause from None
-                    if not isinstance(cause, _LOST):
+                    if not isinstance(cause, TASK_LOST):
                         raise
                     self._again(name, needs[here.task], cause)
                     shunned.setdefault(here.task, set()).add(here.slot.node)
@@ -186,3 +187,9 @@ class Tasks:
         self.metrics.retried("task")
         self.spans.append(Span("task", "lost", -1, now, now, note=f"{what}: {text}"))
         self.failures.count(what, RUN, -1, text)
+
+
+def cause_of(error: Exception) -> BaseException:
+    """What a call raised, where Ray hands that on in an error of its own."""
+    cause: BaseException = error.cause if isinstance(error, RayTaskError) else error
+    return cause

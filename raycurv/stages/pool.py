@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
@@ -58,19 +59,6 @@ class Handle(Generic[T]):
     """
 
 
-class Call(Protocol):
-    """Calls a method of one stage; gives one handle, or a tuple of ``returns``."""
-
-    def __call__(
-        self,
-        method: str,
-        *args: Any,
-        returns: int = 1,
-        to: int | None = None,
-        microbatch: int = -1,
-    ) -> Any: ...
-
-
 class StageCalls:
     """The methods of one :class:`~raycurv.stages.stage.Stage` as calls, wherever it runs.
 
@@ -78,7 +66,7 @@ class StageCalls:
     takes the tensors of the result, if only one does; ``microbatch`` is for those who look on.
     """
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Callable[..., Any]) -> None:
         self._call = call
 
     def discover(
@@ -185,6 +173,25 @@ class Pool(Protocol):
 
     def at(self, stage: int, replica: int = 0) -> StageCalls:
         """The calls of a stage."""
+        return StageCalls(partial(self.call, stage, replica))
+
+    def call(
+        self,
+        stage: int,
+        replica: int,
+        method: str,
+        *args: Any,
+        returns: int = 1,
+        to: int | None = None,
+        microbatch: int = -1,
+    ) -> Any:
+        """Call a method of a stage; gives one handle, or a tuple of ``returns``.
+
+        Args:
+            to: the stage of the same replica that takes the tensors of the result, if only one
+                does.
+            microbatch: for those who look on.
+        """
 
     def put(self, value: T) -> Handle[T]:
         """A handle of a value that many calls take."""
@@ -223,14 +230,15 @@ class Pool(Protocol):
 
     def close(self) -> None:
         """Let go of everything."""
+        self.stop()
 
 
-class InProcess:
+class InProcess(Pool):
     """Everything in this process, one call after the other: for debugging, and as an oracle."""
 
     def __init__(self) -> None:
-        self._replicas: list[list[Stage]] = []
         self.spans = SpanLog()
+        self._replicas: list[list[Stage]] = []
 
     @property
     def stages(self) -> int:
@@ -254,17 +262,11 @@ class InProcess:
             for stage in stages:
                 stage.become(model)
 
-    def at(self, stage: int, replica: int = 0) -> StageCalls:
-        here, name = self._replicas[replica][stage], actor_name(replica, stage)
-
-        def call(
-            method: str, *args: Any, returns: int = 1, to: int | None = None, microbatch: int = -1
-        ) -> Any:
-            value, span = timed(name, method, getattr(here, method), args)
-            self.spans.append(span)
-            return value
-
-        return StageCalls(call)
+    def call(self, stage: int, replica: int, method: str, *args: Any, **how: Any) -> Any:
+        called = getattr(self._replicas[replica][stage], method)
+        value, span = timed(actor_name(replica, stage), method, called, args)
+        self.spans.append(span)
+        return value
 
     def put(self, value: T) -> Handle[T]:
         return cast("Handle[T]", value)
@@ -306,6 +308,3 @@ class InProcess:
             modules = [weakref.ref(stage.module) for stages in self._replicas for stage in stages]
             self._replicas = []
             give_back(collect=any(module() is not None for module in modules))
-
-    def close(self) -> None:
-        self.stop()
