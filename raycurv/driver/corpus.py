@@ -6,10 +6,11 @@ data/corpus.json             how many, their lengths' sum, the hash of their sou
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -38,6 +39,7 @@ PART = 1024
 WINDOW = 1024
 _GROUP = 1 << 14  # rows of a row group of the index
 
+T = TypeVar("T")
 Array = np.ndarray[Any, Any]
 # Gives the labels that were drawn for some examples, all of one part.
 Drawn = Callable[[Sequence[int]], Sequence[Array]]
@@ -185,23 +187,14 @@ def store_corpus(
     lengths: list[Array] = []
     terms = count = 0
     columns: tuple[str, ...] = ()
-    buffer: list[Example] = []
-
-    def flush() -> None:
-        if buffer:
-            write_table(store, part_file(directory, len(ids)), examples_to_table(buffer))
-            ids.append(pa.array([example.id for example in buffer], pa.string()))
-            lengths.append(np.array([example.length for example in buffer], np.int32))
-            buffer.clear()
-
-    for example in examples:
-        buffer.append(example)
-        columns = tuple(example.columns)
-        count += 1
-        terms += loss_terms(example) > 0
-        if len(buffer) == PART:
-            flush()
-    flush()
+    for part, some in enumerate(in_parts(examples)):
+        write_table(store, part_file(directory, part), examples_to_table(some))
+        ids.append(pa.array([example.id for example in some], pa.string()))
+        lengths.append(np.array([example.length for example in some], np.int32))
+        columns = tuple(some[-1].columns)
+        count += len(some)
+        terms += sum(loss_terms(example) > 0 for example in some)
+        some.clear()
     if needs_loss and not terms:
         raise no_loss_terms(flag, count)
     named, tokens = pa.chunked_array(ids, pa.string()), np.concatenate(lengths)
@@ -250,6 +243,13 @@ def corpus_of_run(store: Store) -> Corpus:
 def whole_ids(column: pa.ChunkedArray) -> pa.LargeStringArray:
     """A table's ids in one array, which 2 GiB of them do not fill."""
     return column.cast(pa.large_string()).combine_chunks()
+
+
+def in_parts(examples: Iterable[T]) -> Iterator[list[T]]:
+    """What there is of each example, a part at a time; the caller may empty the list."""
+    left = iter(examples)
+    while some := list(itertools.islice(left, PART)):
+        yield some
 
 
 def part_file(directory: str, part: int) -> str:

@@ -11,12 +11,7 @@ import pyarrow.compute as pc
 
 from raycurv.driver.corpus import PART, Corpus, DrawnLabels, drawn_labels, part_file
 from raycurv.files.store import Store
-from raycurv.files.tables import (
-    as_lists,
-    examples_schema,
-    read_table,
-    write_table,
-)
+from raycurv.files.tables import as_lists, examples_schema, read_table, write_table
 from raycurv.mathematics.gradient_statistics import BLOCK_NORMS
 from raycurv.mathematics.sums import Results
 

@@ -23,24 +23,14 @@ class ActorMetrics:
 
     def __init__(self, name: str) -> None:
         self._tags = {"actor": name}
-        self._seconds = Counter(
-            "raycurv_seconds",
-            "Seconds of an actor that went into computing, transport and waiting for work.",
-            tag_keys=("actor", "kind"),
-        )
-        self._tokens = Counter(
-            "raycurv_tokens",
-            "Tokens, without padding, that came by an actor on their way forward.",
-            tag_keys=("actor",),
-        )
-        self._microbatches = Counter(
-            "raycurv_microbatches",
-            "Microbatches that came by an actor on their way forward.",
-            tag_keys=("actor",),
-        )
-        self._memory = Gauge(
-            "raycurv_memory_bytes", "Anonymous resident memory of an actor.", tag_keys=("actor",)
-        )
+        spent = "Seconds of an actor that went into computing, transport and waiting for work."
+        tokens = "Tokens, without padding, that came by an actor on their way forward."
+        microbatches = "Microbatches that came by an actor on their way forward."
+        memory = "Anonymous resident memory of an actor."
+        self._seconds = Counter("raycurv_seconds", spent, tag_keys=("actor", "kind"))
+        self._tokens = Counter("raycurv_tokens", tokens, tag_keys=("actor",))
+        self._microbatches = Counter("raycurv_microbatches", microbatches, tag_keys=("actor",))
+        self._memory = Gauge("raycurv_memory_bytes", memory, tag_keys=("actor",))
         self._ended: float | None = None
 
     def note(self, span: Span) -> None:
@@ -70,14 +60,10 @@ class DriverMetrics:
     """The metrics of the driver."""
 
     def __init__(self) -> None:
-        self._failures = Counter(
-            "raycurv_retries",
-            "Actors built again and tasks run again after a failure.",
-            tag_keys=("what",),
-        )
-        self._tasks = Gauge(
-            "raycurv_tasks_left", "Tasks that have not ended yet.", tag_keys=("task",)
-        )
+        retries = "Actors built again and tasks run again after a failure."
+        self._failures = Counter("raycurv_retries", retries, tag_keys=("what",))
+        left = "Tasks that have not ended yet."
+        self._tasks = Gauge("raycurv_tasks_left", left, tag_keys=("task",))
         self._named = {
             task: Gauge(f"raycurv_{name}_left", f"{name.capitalize()} that have not ended yet.")
             for task, name in _NAMED.items()

@@ -62,10 +62,8 @@ def demand_of(actors: int, cpus: float | None, gpu: bool, own: bool) -> Demand:
 
 
 class Places:
-    """The bundles of all actors: one a replica where nodes are large enough, else one an actor.
-
-    A replica is one bundle where nodes have room for all stages of one, and a bundle a stage
-    where they have not.
+    """The bundles of all actors: one a replica where nodes have room for all of its stages, else
+    one an actor.
 
     Args:
         wait_seconds: for room, before it is an error.
@@ -86,12 +84,10 @@ class Places:
         there = [{"CPU": node.cpus, "GPU": node.gpus} for node in nodes()]
         room = sum(int(min(has[what] / need for what, need in whole.items())) for has in there)
         self._packed = room >= replicas
-        self._bundles = (
-            [whole] * replicas if self._packed else [demand.times(1)] * (replicas * stages)
-        )
-        self._group: PlacementGroup = placement_group(
-            self._bundles, strategy="SPREAD" if self._packed else "PACK"
-        )
+        apart = [demand.times(1)] * (replicas * stages)
+        self._bundles = [whole] * replicas if self._packed else apart
+        strategy = "SPREAD" if self._packed else "PACK"
+        self._group: PlacementGroup = placement_group(self._bundles, strategy=strategy)
         try:
             self.wait()
         except BaseException:
@@ -117,13 +113,8 @@ class Places:
 
     def options(self, replica: int, stage: int) -> dict[str, Any]:
         """Ray's options of a stage's actor."""
-        return {
-            "num_cpus": self._demand.cpus,
-            "num_gpus": self._demand.gpus / 2,
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                self._group, self._bundle(replica, stage)
-            ),
-        }
+        bundle = replica if self._packed else replica * self._stages + stage
+        return self._in(bundle, self._demand.cpus)
 
     def cores(self) -> dict[str, int]:
         """Node -> cores of it that are reserved for actors, at least one."""
@@ -138,11 +129,8 @@ class Places:
             return []
         found = []
         for number, node in self._nodes().items():
-            strategy = PlacementGroupSchedulingStrategy(self._group, number)
-            options = {
-                "num_cpus": 0, "num_gpus": self._demand.gpus / 2, "scheduling_strategy": strategy
-            }  # fmt: skip
-            found += [(node, options)] * round(self._bundles[number]["GPU"] / self._demand.gpus)
+            count = round(self._bundles[number]["GPU"] / self._demand.gpus)
+            found += [(node, self._in(number, 0))] * count
         return found
 
     def demanded(self) -> str:
@@ -155,8 +143,11 @@ class Places:
         """Give the bundles back to the cluster."""
         remove_placement_group(self._group)
 
-    def _bundle(self, replica: int, stage: int) -> int:
-        return replica if self._packed else replica * self._stages + stage
+    def _in(self, bundle: int, cpus: float) -> dict[str, Any]:
+        """Ray's options of what runs in a bundle, with half of an actor's GPU."""
+        strategy = PlacementGroupSchedulingStrategy(self._group, bundle)
+        gpus = self._demand.gpus / 2
+        return {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": strategy}
 
     def _nodes(self) -> dict[int, str]:
         """Bundle -> the node that it has, of those that have one."""

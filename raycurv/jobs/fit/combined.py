@@ -23,6 +23,7 @@ from raycurv.driver.corpus import (
     PART,
     Corpus,
     DrawnLabels,
+    in_parts,
     open_corpus,
     part_file,
     store_corpus,
@@ -100,15 +101,8 @@ def _combined(
         )
     labels = DrawnLabels(store)
     if sampled and not labels.complete(len(corpus)):
-        held: list[Array] = []
-        part = 0
-        for drawn in _labels(parents):
-            held.append(drawn)
-            if len(held) == PART:
-                labels.write(part, held)
-                held, part = [], part + 1
-        if held:
-            labels.write(part, held)
+        for part, drawn in enumerate(in_parts(_labels(parents))):
+            labels.write(part, drawn)
     return corpus
 
 

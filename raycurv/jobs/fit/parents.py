@@ -162,7 +162,7 @@ def open_parents(settings: FitSettings, out: Store, network: Model) -> Parents:
     for run in runs:
         check_model(run.fit, network, run.store.root)
     for run in runs[1:]:
-        _check_settings(run, runs[0].fit.settings, runs[0].store.root)
+        _check_settings(run, runs[0])
     _check_own_settings(runs[0], settings)
     parents = Parents(how, runs)
     if how == "extend":
@@ -227,13 +227,13 @@ def _differences(run: Parent, wanted: dict[str, Any]) -> list[str]:
     return [key for key in SHARED if own[key] != wanted[key] and (key != "seed" or drawn)]
 
 
-def _check_settings(run: Parent, wanted: dict[str, Any], whose: str) -> None:
+def _check_settings(run: Parent, first: Parent) -> None:
+    own, wanted = run.fit.settings, first.fit.settings
     differing = _differences(run, wanted)
     if differing:
         raise UserError(
-            run.flag, f"the settings of {whose}",
-            "; ".join(f"{_flag(k)} {run.fit.settings[k]!r} against {wanted[k]!r}"
-                      for k in differing),
+            run.flag, f"the settings of {first.store.root}",
+            "; ".join(f"{_flag(k)} {own[k]!r} against {wanted[k]!r}" for k in differing),
             "Fit one of the two again, into another directory, with the other's settings.",
         )  # fmt: skip
 

@@ -105,10 +105,7 @@ class ScoreGatherer(Gatherer):
     held: Mapping[str, BlockProducts] = field(default_factory=dict)
 
     name = "scores"
-    results: ClassVar[Mapping[str, Combine]] = {
-        **PairwiseScores.results,
-        **rank_scores.RESULTS,
-    }
+    results: ClassVar[Mapping[str, Combine]] = {**PairwiseScores.results, **rank_scores.RESULTS}
 
     def open(
         self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device

@@ -108,10 +108,7 @@ class Lanes:
 
 
 def read_lanes(
-    store: Store,
-    phases: Sequence[str] = (),
-    start: float | None = None,
-    end: float | None = None,
+    store: Store, phases: Sequence[str] = (), start: float | None = None, end: float | None = None
 ) -> Lanes:
     """The lanes of a run directory's timeline.
 
@@ -205,12 +202,12 @@ def _share(lane: Lane, window: Sequence[Interval]) -> Share:
         compute += end - start - carried
         transport += carried
         shown.append((start, end))
-    lost = [span.start for span in lane.failures if span.operation == "lost"]
     rebuilt = [(s.start, s.end) for s in lane.failures if s.operation == "rebuild"]
     busy, down = union(shown), cut(union(rebuilt), window)
     # What a new actor loads is part of its rebuilding, and counts as work.
     rebuilding = _length(down) - _length(cut(busy, down))
     waiting = max(0.0, _length(window) - _length(busy) - rebuilding)
+    lost = [span.start for span in lane.failures if span.operation == "lost"]
     died = sum(any(a <= time <= b for a, b in window) for time in lost)
     return Share(lane.name, compute, transport, rebuilding, waiting, died)
 
