@@ -24,7 +24,7 @@ from raycurv.progress.reporter import Reporter
 from raycurv.stages.dealing import cut_stages, group_stages
 from raycurv.stages.heap import RESIDENT, SWEPT
 from raycurv.stages.pool import InProcess, Need, Pool
-from raycurv.stages.stage import StageSpec, stage_specs
+from raycurv.stages.stage import StageSpec
 
 T = TypeVar("T")
 
@@ -58,6 +58,7 @@ class Workers:
         store: of the results, which every node must reach; the timeline goes there.
         blocks: those of the whole model that the job is about.
         cuts: layers of each stage.
+        by_stage: blocks of each stage.
         groups: stages that are resident together, as ranges of their numbers.
         resident: number of the group whose stages are loaded, if any is.
     """
@@ -75,13 +76,14 @@ class Workers:
         measurement: Any = None,
     ) -> None:
         self.settings, self.reporter, self.store = settings, reporter, store
-        self.blocks, self.dtype, self._model = tuple(blocks), dtype, model
+        self.dtype, self._model = dtype, model
         self._pool: Pool | None = None
         stages = settings.stage_count(model.units)
         self.cuts = cut_stages(model.unit_costs, stages)
         homes = settings.homes if settings.schedule == "swept" else stages
         self.groups = group_stages(stages, homes)
         self.resident: int | None = None
+        self._deal(blocks)
         # What all stages have in common.
         self._spec = StageSpec(
             index=0,
@@ -204,7 +206,10 @@ class Workers:
             base = replace(
                 self._spec, model=self._model, device=self.device, threads=self._threads()
             )
-            specs = stage_specs(base, self.cuts, self.blocks)[mine.start : mine.stop]
+            specs = [
+                replace(base, index=stage, units=self.cuts[stage], blocks=self.by_stage[stage])
+                for stage in mine
+            ]
             self.pool.start(specs, self.settings.replicas)
             self.resident = group
             phase.advance(len(mine))
@@ -226,15 +231,23 @@ class Workers:
 
     def assign(self, blocks: tuple[Block, ...]) -> None:
         """Tell stages, now and when they are built, which blocks share input factors."""
-        self.blocks = blocks
+        self._deal(blocks)
         if self.resident is not None:
             mine = self.groups[self.resident]
-            self.pool.assign([self.blocks_of(range(stage, stage + 1)) for stage in mine])
+            self.pool.assign([self.by_stage[stage] for stage in mine])
 
     def blocks_of(self, stages: range) -> tuple[Block, ...]:
-        """The blocks of consecutive stages."""
-        units = range(self.cuts[stages.start].start, self.cuts[stages.stop - 1].stop)
-        return tuple(b for b in self.blocks if self._model.unit_of(b.module) in units)
+        """The blocks of some stages."""
+        return tuple(block for stage in stages for block in self.by_stage[stage])
+
+    def _deal(self, blocks: Sequence[Block]) -> None:
+        by_unit: dict[int, list[Block]] = {}
+        for block in blocks:
+            by_unit.setdefault(self._model.unit_of(block.module), []).append(block)
+        self.blocks = tuple(blocks)
+        self.by_stage = [
+            tuple(block for unit in units for block in by_unit.get(unit, ())) for units in self.cuts
+        ]
 
     def named(self, group: int) -> str:
         """The stages of a group in words, ``stages 3 to 4 of 8``; empty when it has all of them."""

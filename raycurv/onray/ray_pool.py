@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar, cast
@@ -66,7 +67,6 @@ class _Pending:
 
     number: int
     handle: Any
-    stage: int
     method: str
     microbatch: int
 
@@ -100,7 +100,8 @@ class OnRay(Pool):
         self._actors: list[list[_Actor]] = []
         self._specs: list[StageSpec] = []
         self._numbers = itertools.count()
-        self._under: list[dict[Any, _Pending]] = []
+        # Replica and stage -> calls by their tasks, in the order in which the actor answers.
+        self._pending: defaultdict[tuple[int, int], dict[Any, _Pending]] = defaultdict(dict)
         self._metrics = DriverMetrics()
 
     @property
@@ -120,9 +121,7 @@ class OnRay(Pool):
             # Actors stay from one group of stages to the next: a process takes seconds to start.
             for stage in range(len(specs), len(self._actors[replica])):
                 self._actors[replica][stage].handle.drop.remote()
-        lacking = [(r, s) for r in range(replicas) for s in range(len(specs))]
-        while lacking:
-            lacking = self._build(lacking)
+        self._build([(r, s) for r in range(replicas) for s in range(len(specs))])
         for replica in range(replicas):
             try:
                 self._linked(replica)
@@ -164,8 +163,8 @@ class OnRay(Pool):
         actor = self._actors[replica][stage].handle
         handle = actor.call.options(num_returns=returns).remote(method, returns, to, *packed)
         last = handle[-1] if returns > 1 else handle
-        number = next(self._numbers)
-        self._under[replica][last.task_id()] = _Pending(number, last, stage, method, microbatch)
+        pending = _Pending(next(self._numbers), last, method, microbatch)
+        self._pending[replica, stage][last.task_id()] = pending
         return tuple(handle) if returns > 1 else handle
 
     def put(self, value: T) -> Handle[T]:
@@ -204,19 +203,19 @@ class OnRay(Pool):
                 if not isinstance(cause_of(error), LOST):
                     raise
                 gone[stage] = _first_line(error)
-        self._under[replica] = {}
+        for (other, _), calls in self._pending.items():
+            if other == replica:
+                calls.clear()
         if not gone and lost is not None:
             # What was lost is an object: its node went, or it was not kept.
-            self._lost(f"replica {replica}", "a tensor on its way", -1, str(lost), began)
+            self._lost(f"replica {replica}", "a tensor on its way", str(lost), began=began)
         for stage, cause in gone.items():
             call = doing[stage]
             method, microbatch = ("idle", -1) if call is None else (call.method, call.microbatch)
-            self._lost(actor_name(replica, stage), method, microbatch, cause, began)
-        lacking = [(replica, stage) for stage in gone]
-        for at in lacking:
-            self._renew(*at)
-        while lacking:
-            lacking = self._build(lacking)
+            self._lost(actor_name(replica, stage), method, cause, microbatch, began)
+        for stage in gone:
+            self._renew(replica, stage)
+        self._build([(replica, stage) for stage in gone])
         ended = time.time()
         for stage in gone:
             self.spans.append(Span(actor_name(replica, stage), "rebuild", -1, began, ended))
@@ -246,7 +245,8 @@ class OnRay(Pool):
                 ray.kill(actor.handle)
         if self._places is not None:
             self._places.remove()
-        self._actors, self._specs, self._under, self._places = [], [], [], None
+        self._actors, self._specs, self._places = [], [], None
+        self._pending.clear()
 
     def close(self) -> None:
         super().close()
@@ -270,61 +270,52 @@ class OnRay(Pool):
         """An actor for each stage of each replica, with a place in the cluster."""
         demand = demand_of(stages * replicas, self._cpus, gpu, self._own)
         self._places = Places(replicas, stages, demand, self._limits.place_seconds, self._say)
-        self._under = [{} for _ in range(replicas)]
-        self._actors = [
-            [_Actor(self._remote(r, s)) for s in range(stages)] for r in range(replicas)
-        ]
-        for replica, actors in enumerate(self._actors):
-            for stage, actor in enumerate(actors):
-                try:
-                    self._settle(actor)
-                except StageLost as lost:
-                    self._lost(actor_name(replica, stage), "start", -1, str(lost), time.time())
-                    self._renew(replica, stage)
+        self._actors = [[self._started(r, s) for s in range(stages)] for r in range(replicas)]
+        for replica in range(replicas):
+            for stage in range(stages):
+                self._settle(replica, stage)
 
-    def _remote(self, replica: int, stage: int) -> Any:
+    def _started(self, replica: int, stage: int) -> _Actor:
         assert self._places is not None
-        remote = ray.remote(
-            max_restarts=0, max_task_retries=0, **self._places.options(replica, stage)
-        )(StageActor)
-        return remote.remote(replica, stage)
+        options = self._places.options(replica, stage)
+        remote = ray.remote(max_restarts=0, max_task_retries=0, **options)(StageActor)
+        return _Actor(remote.remote(replica, stage))
 
-    def _settle(self, actor: _Actor) -> None:
-        """Wait until an actor answers, and note where it is."""
+    def _settle(self, replica: int, stage: int) -> None:
+        """Wait until an actor answers, and note where it is; one that dies has another in its
+        place."""
+        actor = self._actors[replica][stage]
         ready = actor.handle.ready.remote()
         try:
             actor.node, actor.pid = ray.get(ready, timeout=self._limits.start_seconds)
         except (*LOST, GetTimeoutError) as error:
-            raise StageLost(_first_line(error)) from error
+            self._lost(actor_name(replica, stage), "start", _first_line(error))
+            self._renew(replica, stage)
 
     def _renew(self, replica: int, stage: int) -> None:
         """A new actor in the place of one that is gone."""
         assert self._places is not None
-        while True:
-            ray.kill(self._actors[replica][stage].handle)
-            self._places.wait()
-            self._actors[replica][stage] = actor = _Actor(self._remote(replica, stage))
-            try:
-                self._settle(actor)
-                return
-            except StageLost as lost:
-                self._lost(actor_name(replica, stage), "start", -1, str(lost), time.time())
+        ray.kill(self._actors[replica][stage].handle)
+        self._places.wait()
+        self._actors[replica][stage] = self._started(replica, stage)
+        self._settle(replica, stage)
 
-    def _build(self, lacking: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Build stages in their actors; gives those whose actors died of it, renewed."""
-        built = {(r, s): self._actors[r][s].handle.build.remote(self._specs[s]) for r, s in lacking}
-        failed = []
-        for (replica, stage), handle in built.items():
-            try:
-                if not ray.wait([handle], timeout=self._limits.start_seconds)[0]:
-                    self._kill(self._actors[replica][stage])
-                self.get(handle)
-            except StageLost as lost:
-                self._lost(actor_name(replica, stage), "load", -1, str(lost), time.time())
-                failed.append((replica, stage))
-        for at in failed:
-            self._renew(*at)
-        return failed
+    def _build(self, lacking: Sequence[tuple[int, int]]) -> None:
+        """Build stages in their actors; one whose actor dies of it is built in another."""
+        while lacking:
+            built = [self._actors[r][s].handle.build.remote(self._specs[s]) for r, s in lacking]
+            failed = []
+            for (replica, stage), handle in zip(lacking, built, strict=True):
+                try:
+                    if not ray.wait([handle], timeout=self._limits.start_seconds)[0]:
+                        self._kill(self._actors[replica][stage])
+                    self.get(handle)
+                except StageLost as lost:
+                    self._lost(actor_name(replica, stage), "load", str(lost))
+                    failed.append((replica, stage))
+            for replica, stage in failed:
+                self._renew(replica, stage)
+            lacking = failed
 
     def _linked(self, replica: int) -> None:
         """Link the stages of a replica, if tensors go from one to the next without Ray.
@@ -369,18 +360,16 @@ class OnRay(Pool):
     def _ended(self, handle: Any) -> None:
         """Forget a call that has ended, and those before it: an actor answers in order."""
         task = handle.task_id()
-        for under in self._under:
-            if task in under:
-                ended = under[task]
-                for key, call in list(under.items()):
-                    if call.stage == ended.stage and call.number <= ended.number:
-                        del under[key]
+        for calls in self._pending.values():
+            if task in calls:
+                for before in list(itertools.takewhile(lambda other: other != task, calls)):
+                    del calls[before]
+                del calls[task]
                 return
 
     def _doing(self, replica: int, stage: int) -> _Pending | None:
         """What an actor is at, or was when it died: the first call without an answer."""
-        calls = [c for c in self._under[replica].values() if c.stage == stage]
-        for call in sorted(calls, key=lambda call: call.number):
+        for call in self._pending[replica, stage].values():
             if not ray.wait([call.handle], timeout=0)[0]:
                 return call
             try:
@@ -404,30 +393,31 @@ class OnRay(Pool):
             before = now
 
     def _unanswered(self) -> set[Any]:
-        calls = [call.handle for under in self._under for call in under.values()]
+        calls = [call.handle for calls in self._pending.values() for call in calls.values()]
         if not calls:
             return set()
         return set(ray.wait(calls, num_returns=len(calls), timeout=0)[1])
 
     def _end_hung(self, unanswered: set[Any]) -> None:
         """End the actor whose call is the first without an answer: it waits for nobody."""
-        replica, call = min(
-            (
-                (replica, call)
-                for replica, under in enumerate(self._under)
-                for call in under.values()
-                if call.handle in unanswered
-            ),
-            key=lambda found: found[1].number,
-        )
+        waiting = [
+            (call.number, place, call)
+            for place, calls in self._pending.items()
+            for call in calls.values()
+            if call.handle in unanswered
+        ]
+        _, (replica, stage), call = min(waiting)
         at = f" of microbatch {call.microbatch}" if call.microbatch >= 0 else ""
         self._say(
-            f"{actor_name(replica, call.stage)} hangs in {call.method}{at}: no progress for "
+            f"{actor_name(replica, stage)} hangs in {call.method}{at}: no progress for "
             f"{self._limits.hang_seconds:g} s; it is ended"
         )
-        self._kill(self._actors[replica][call.stage])
+        self._kill(self._actors[replica][stage])
 
-    def _lost(self, who: str, method: str, microbatch: int, cause: str, began: float) -> None:
+    def _lost(
+        self, who: str, method: str, cause: str, microbatch: int = -1, began: float | None = None
+    ) -> None:
+        began = time.time() if began is None else began
         self._metrics.retried("actor")
         self.spans.append(Span(who, "lost", microbatch, began, began, note=f"{method}: {cause}"))
         self.failures.count(who, method, microbatch, cause)

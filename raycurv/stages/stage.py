@@ -346,21 +346,3 @@ def _own(entered: Hidden | None) -> Hidden | None:
 def _differentiable(hidden: Sequence[Tensor]) -> list[Tensor]:
     """The tensors among hidden states that have gradients."""
     return [tensor for tensor in hidden if tensor.is_floating_point()]
-
-
-def stage_specs(
-    base: StageSpec, cuts: Sequence[range], blocks: Sequence[Block]
-) -> tuple[StageSpec, ...]:
-    """One spec a run of layers, each with the blocks that lie in it."""
-    by_unit: dict[int, list[Block]] = {}
-    for block in blocks:
-        by_unit.setdefault(base.model.unit_of(block.module), []).append(block)
-    return tuple(
-        replace(
-            base,
-            index=i,
-            units=units,
-            blocks=tuple(b for unit in units for b in by_unit.get(unit, ())),
-        )
-        for i, units in enumerate(cuts)
-    )

@@ -140,18 +140,13 @@ class Corrections(PassStep):
         return frozenset(f"{b.name} {self._mark(b)}" for b in self._missing(group))
 
     def gatherers(self, group: int) -> tuple[CorrectedGatherer, ...]:
-        fit = self.fit
-        return (
-            CorrectedGatherer(
-                fit.store,
-                frozenset(b.name for b in self._missing(group)),
-                fit.draws,
-                fit.method.factors,
-                fit.store_dtype,
-                fit.sum_dtype if fit.keep_sums else None,
-                fit.extends,
-            ),
+        fit, recipe = self.fit, self.fit.recipe
+        missing = frozenset(b.name for b in self._missing(group))
+        rotated, kept = fit.method.factors, fit.sum_dtype if recipe.keep_sums else None
+        gatherer = CorrectedGatherer(
+            fit.store, missing, recipe.draws, rotated, recipe.store_dtype, kept, fit.extends
         )
+        return (gatherer,)
 
     def again(self, group: int) -> tuple[CorrectedGatherer, ...]:
         return tuple(replace(g, only=frozenset()) for g in self.gatherers(group))
@@ -165,7 +160,7 @@ class Corrections(PassStep):
             return False
         if corrected_notes(store, block)["bases"] != self._mark(block):
             return False
-        return not self.fit.keep_sums or keeps_sum(store, block)
+        return not self.fit.recipe.keep_sums or keeps_sum(store, block)
 
     def _mark(self, block: Block) -> str:
         return basis_mark(self.fit.store, block) if self.fit.method.factors else ""

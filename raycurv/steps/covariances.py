@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -111,7 +111,9 @@ class Covariances(PassStep):
     def sums(self, group: int) -> frozenset[str]:
         """Factors that lack a sum which is still needed, or shall be kept."""
         fit = self.fit
-        factors = factors_of(fit.blocks_of(group)) if fit.keep_sums else undecomposed(fit, group)
+        factors: Iterable[str] = undecomposed(fit, group)
+        if fit.recipe.keep_sums:
+            factors = factors_of(fit.blocks_of(group))
         return frozenset(f for f in factors if not whole(fit.store, factor_file(f)))
 
     def columns(self, group: int) -> frozenset[str]:
@@ -121,7 +123,7 @@ class Covariances(PassStep):
     def gatherers(self, group: int) -> tuple[FactorGatherer, ...]:
         fit = self.fit
         missing = self.sums(group)
-        return (FactorGatherer(fit.store, missing, fit.max_factor_dim, fit.sum_dtype),)
+        return (FactorGatherer(fit.store, missing, fit.recipe.max_factor_dim, fit.sum_dtype),)
 
 
 def undecomposed(fit: Fit, group: int) -> list[str]:

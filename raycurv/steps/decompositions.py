@@ -6,11 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from raycurv.errors import DamagedFile
 from raycurv.files.artifacts import factor_file, read_factor, write_eigen
 from raycurv.files.block_rows import SPECTRUM_FILE, write_spectrum
 from raycurv.files.store import Store
-from raycurv.files.tables import read_rows
 from raycurv.mathematics.eigen import decompose
 from raycurv.mathematics.factors import factors_of
 from raycurv.planning.cost import TaskCost
@@ -18,7 +16,7 @@ from raycurv.planning.shapes import DataShape, Group, Recipe, factor_elements, s
 from raycurv.stages.dealing import eigh_cost, longest_first
 from raycurv.stages.pool import Need
 from raycurv.steps.covariances import factor_sum_bytes, undecomposed
-from raycurv.steps.step import TaskStep
+from raycurv.steps.step import TaskStep, table_there
 
 
 class DecompositionCost(TaskCost):
@@ -70,33 +68,31 @@ class Decompositions(TaskStep):
         return self.fit.extends is None and bool(undecomposed(self.fit, group))
 
     def run(self, group: int) -> None:
-        fit = self.fit
+        fit, recipe = self.fit, self.fit.recipe
         factors = factors_of(fit.blocks_of(group))
-        tiles = {name: factors[name].tiles(fit.max_factor_dim) for name in undecomposed(fit, group)}
+        missing = undecomposed(fit, group)
+        tiles = {name: factors[name].tiles(recipe.max_factor_dim) for name in missing}
         order = longest_first({name: eigh_cost(widths) for name, widths in tiles.items()})
         needs = [
-            Need(self.cost.memory(tiles[name], fit.store_dtype), eigh_cost(tiles[name]), name)
+            Need(self.cost.memory(tiles[name], recipe.store_dtype), eigh_cost(tiles[name]), name)
             for name in order
         ]
         for place, outcome in fit.workers.run_tasks(
             self.cost.phase,
             decompose_factor,
-            [(fit.store, name, fit.store_dtype, fit.workers.device) for name in order],
+            [(fit.store, name, recipe.store_dtype, fit.workers.device) for name in order],
             needs,
             "factors",
             fit.workers.named(group),
         ):
-            if not fit.keep_sums:
+            if not recipe.keep_sums:
                 # Not in the task: Ray may run that twice.
                 fit.store.delete(factor_file(order[place]))
             if outcome != "ok":
                 fit.workers.reporter.say(f"factor {order[place]}: {outcome}")
 
     def tables_there(self) -> bool:
-        try:
-            return read_rows(self.fit.store, SPECTRUM_FILE) > 0
-        except (DamagedFile, FileNotFoundError):
-            return False
+        return table_there(self.fit.store, SPECTRUM_FILE)
 
     def write_tables(self) -> None:
         write_spectrum(self.fit.store, factors_of(self.fit.workers.blocks), self.fit.notes)

@@ -15,7 +15,7 @@ from raycurv.steps.step import Fit, Step
 
 def steps_of(fit: Fit) -> list[Step]:
     """The steps of a fit, in the order in which a group of stages goes through them."""
-    steps = _steps(fit.method, fit.gradients)
+    steps = _steps(fit.method, fit.recipe.gradients)
     # A run that extends another has taken over its bases.
     return [step(fit) for step in steps if fit.extends is None or step is not Covariances]
 

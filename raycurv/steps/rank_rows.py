@@ -95,7 +95,7 @@ class RankRows(PassStep):
 
     def gatherers(self, group: int) -> tuple[RowGatherer, ...]:
         fit = self.fit
-        return (RowGatherer(fit.store, self.sums(group), fit.rows, fit.store_dtype),)
+        return (RowGatherer(fit.store, self.sums(group), fit.recipe.rows, fit.recipe.store_dtype),)
 
     def again(self, group: int) -> tuple[RowGatherer, ...]:
         return tuple(replace(g, only=frozenset()) for g in self.gatherers(group))

@@ -21,7 +21,6 @@ import torch
 
 from raycurv.driver.corpus import part_file, parts_of, parts_there
 from raycurv.driver.sinks import rows_by_part
-from raycurv.errors import DamagedFile
 from raycurv.files.artifacts import gradient_file, write_gradient
 from raycurv.files.block_rows import GRADIENTS_FILE, write_gradients
 from raycurv.files.store import Store
@@ -29,7 +28,6 @@ from raycurv.files.tables import (
     as_lists,
     footer,
     gradient_norms_schema,
-    read_rows,
     read_table,
     write_table,
 )
@@ -47,7 +45,7 @@ from raycurv.planning.cost import PassCost
 from raycurv.planning.moments import Bytes, cast_elements, gradients_of, larger, sum_bytes
 from raycurv.planning.shapes import DataShape, Group, Recipe, StageShape
 from raycurv.stages.passes import Gatherer
-from raycurv.steps.step import PassStep
+from raycurv.steps.step import PassStep, table_there
 
 _NORMS = "tables/gradient_norms"
 
@@ -155,7 +153,7 @@ class Statistics(PassStep):
 
     def gatherers(self, group: int) -> tuple[GradientGatherer, ...]:
         fit = self.fit
-        draws = fit.draws if fit.fisher == "sampled" else 0
+        draws = fit.recipe.draws if fit.fisher == "sampled" else 0
         return (GradientGatherer(fit.store, self._missing(group), draws, fit.sum_dtype),)
 
     def keep(self, group: int, names: Sequence[str]) -> None:
@@ -167,10 +165,7 @@ class Statistics(PassStep):
         store.write_json(_blocks_file(group), [block.name for block in self.fit.blocks_of(group)])
 
     def tables_there(self) -> bool:
-        try:
-            return self._norms_there() and read_rows(self.fit.store, GRADIENTS_FILE) > 0
-        except (DamagedFile, FileNotFoundError):
-            return False
+        return self._norms_there() and table_there(self.fit.store, GRADIENTS_FILE)
 
     def write_tables(self) -> None:
         """Both tables; the numbers of all blocks together go to the facts of ``run.json``."""

@@ -27,6 +27,7 @@ from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.loss.differentiation import Target
 from raycurv.mathematics.methods import Method
 from raycurv.planning.cost import PassCost, StepCost
+from raycurv.planning.shapes import Recipe
 from raycurv.stages.passes import Gatherer
 
 EXAMPLES_TABLE = "tables/examples"
@@ -37,25 +38,15 @@ class Fit:
     """A fit under way, as its steps see it.
 
     Attributes:
+        recipe: what is made, and in which numbers.
         fisher: which labels the curvature is fitted to: ``sampled``, or ``labels``, the data's own.
-        draws: how many sets of drawn labels.
-        rows: of a rank-m Fisher; 0 for other methods.
-        store_dtype: of stored bases and Λ.
-        max_factor_dim: widest tile of a factor.
-        keep_sums: whether sums stay once what is made of them is there.
         per_token: whether the objective has a label for each token.
         extends: the run whose bases stay and whose Λ is added to, if there is one.
         notes: footer of every table.
     """
 
-    method: Method
+    recipe: Recipe
     fisher: Target
-    draws: int
-    rows: int
-    store_dtype: torch.dtype
-    max_factor_dim: int | None
-    keep_sums: bool
-    gradients: bool
     per_token: bool
     extends: Store | None
     notes: dict[str, str]
@@ -69,9 +60,14 @@ class Fit:
         return self.workers.store
 
     @property
+    def method(self) -> Method:
+        """The form of the curvature."""
+        return self.recipe.kind
+
+    @property
     def double(self) -> bool:
         """Whether results are kept in float64."""
-        return self.workers.dtype == torch.float64
+        return self.recipe.dtype == torch.float64
 
     @property
     def sum_dtype(self) -> torch.dtype:
@@ -133,6 +129,14 @@ class Fit:
         if "tables" in self.manifest.complete:
             self.manifest.complete.remove("tables")
             self.manifest.write(self.store)
+
+
+def table_there(store: Store, name: str) -> bool:
+    """Whether the file of a table is there and has rows."""
+    try:
+        return read_rows(store, name) > 0
+    except (DamagedFile, FileNotFoundError):
+        return False
 
 
 class Step(ABC):

@@ -104,19 +104,12 @@ def _fit(shell: Shell[FitSettings]) -> None:
                 "--rows", f"at most {len(corpus):,}, as many as there are examples",
                 f"{settings.rows:,}", "Give a smaller --rows, or more --data.",
             )  # fmt: skip
+        recipe = recipe_of(asdict(settings), settings.logits_chunk)
         if not finished and len(corpus):
-            recipe = recipe_of(asdict(settings), settings.logits_chunk)
             shell.check_plan(network, blocks, recipe, corpus.lengths)
-        assert settings.store_dtype is not None
         under_way = Fit(
-            method=open_method(settings.method),
+            recipe=recipe,
             fisher="sampled" if settings.fisher == "sampled" else "labels",
-            draws=settings.draws,
-            rows=settings.rows or 0,
-            store_dtype=DTYPES[settings.store_dtype],
-            max_factor_dim=settings.max_factor_dim,
-            keep_sums=settings.keep_sums,
-            gradients=settings.gradients,
             per_token=opened.per_token,
             extends=None if parents.extended is None else parents.extended.store,
             notes=footer(identity(settings)),

@@ -11,9 +11,7 @@ from collections.abc import Sequence
 
 from raycurv.driver.pipeline import NoSink, Sink
 from raycurv.driver.sweep import Sweep, Task
-from raycurv.errors import DamagedFile
 from raycurv.files.block_rows import BLOCKS_FILE, write_blocks
-from raycurv.files.tables import read_rows
 from raycurv.jobs.fit.combined import combine_examples, take_over_blocks, take_over_factors
 from raycurv.jobs.fit.parents import Parents
 from raycurv.mathematics.loss.differentiation import Target
@@ -21,7 +19,7 @@ from raycurv.stages.passes import Pass
 from raycurv.steps.covariances import Covariances, undecomposed
 from raycurv.steps.method_steps import steps_of
 from raycurv.steps.shared_inputs import SharedInputs
-from raycurv.steps.step import Fit, PassStep, TaskStep
+from raycurv.steps.step import Fit, PassStep, TaskStep, table_there
 
 # The name of the examples among what is spooled.
 _STREAM = "examples"
@@ -66,7 +64,7 @@ class FitLoop:
         if not self._tables_there():
             self._write_tables()
         fit.store.delete_directory("work")
-        if not fit.keep_sums:
+        if not fit.recipe.keep_sums:
             fit.store.delete_directory("factors")
         self._done("tables")
 
@@ -128,7 +126,7 @@ class FitLoop:
                 if group == 0 and step.name:
                     self._done(step.name)
             if group > lowest:
-                replay = Pass("replay", self._differentiated(()), fit.draws)
+                replay = Pass("replay", self._differentiated(()), fit.recipe.draws)
                 feed = fit.feed(replay.target)
                 sweep.replay(group, Task(_STREAM, feed, replay, replay, False, NoSink()))
             sweep.descend(group)
@@ -141,7 +139,7 @@ class FitLoop:
         """What a pass of some steps differentiates: the data's own labels, too, where one needs
         them, and in all passes of a sweep, which share the spooled gradients."""
         fit = self._fit
-        own = any(s.own_labels for s in together) or (fit.gradients and len(fit.groups) > 1)
+        own = any(s.own_labels for s in together) or (fit.recipe.gradients and len(fit.groups) > 1)
         return "both" if own and fit.fisher == "sampled" else fit.fisher
 
     def _pass(self, sweep: Sweep, group: int, lowest: int, leader: PassStep) -> None:
@@ -155,10 +153,10 @@ class FitLoop:
         sums = frozenset[str]().union(*(step.sums(group) for step in together))
         wanted = sums.union(*columns.values())
         self._forget_unless(sweep.place(leader.pass_name, group), sums, wanted)
-        work = Pass(leader.pass_name, target, fit.draws, gatherers)
+        work = Pass(leader.pass_name, target, fit.recipe.draws, gatherers)
         again, carries = work.replay(), leader.carries()
         if carries:
-            again = Pass(leader.pass_name, target, fit.draws, leader.again(group))
+            again = Pass(leader.pass_name, target, fit.recipe.draws, leader.again(group))
         sink: Sink = fit.example_rows() if any(columns.values()) else NoSink()
         task = Task(_STREAM, fit.feed(target), work, again, carries, sink)
         names = sweep.run(group, task, leader.cost.phase, lowest if work.differentiates else group)
@@ -195,22 +193,16 @@ class FitLoop:
             store.write_json(f"{place}/gathers.json", sorted(wanted))
 
     def _tables_there(self) -> bool:
-        try:
-            return (
-                "tables" in self._fit.manifest.complete
-                and read_rows(self._fit.store, BLOCKS_FILE) > 0
-                and all(step.tables_there() for step in self._steps)
-            )
-        except (DamagedFile, FileNotFoundError):
-            return False
+        return (
+            "tables" in self._fit.manifest.complete
+            and table_there(self._fit.store, BLOCKS_FILE)
+            and all(step.tables_there() for step in self._steps)
+        )
 
     def _write_tables(self) -> None:
         fit = self._fit
-        stages = {
-            block.name: stage
-            for stage in range(len(fit.workers.cuts))
-            for block in fit.workers.blocks_of(range(stage, stage + 1))
-        }
+        by_stage = enumerate(fit.workers.by_stage)
+        stages = {block.name: stage for stage, blocks in by_stage for block in blocks}
         write_blocks(fit.store, fit.workers.blocks, stages, fit.method, fit.examples, fit.notes)
         for step in self._steps:
             step.write_tables()

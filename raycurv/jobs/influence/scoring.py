@@ -281,10 +281,9 @@ class _Influence:
         # Those of a ranked method start as whole gradients.
         rank = None if self.curvature.method.ranked else self.settings.rank_number()
         item = 8 if self.workers.dtype == torch.float64 else 4
-        stages = range(len(self.workers.cuts))
         largest = max(
-            sum(product_elements(rank, b.d_out, b.d_in) for b in self._blocks_of(stage))
-            for stage in stages
+            sum(product_elements(rank, b.d_out, b.d_in) for b in blocks)
+            for blocks in self.workers.by_stage
         )
         memory = parse_bytes("--query-memory", self.settings.query_memory)
         size = max(1, memory // (largest * item))
@@ -296,9 +295,6 @@ class _Influence:
             spans += [range(start, stop)] if start < stop else []
             at = stop
         return [self._asked(numbers, n + 1, len(spans)) for n, numbers in enumerate(spans)]
-
-    def _blocks_of(self, stage: int) -> tuple[Block, ...]:
-        return self.workers.blocks_of(range(stage, stage + 1))
 
     def _asked(self, numbers: range, which: int, of: int) -> _Asked:
         label = "" if of == 1 else f", pass {which} of {of}"
