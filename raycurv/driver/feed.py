@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -48,12 +48,15 @@ class Given:
     carried: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-class Ends(Protocol):
-    """What lies before and behind the resident stages."""
+class Ends:
+    """What lies before and behind the resident stages. Here these are all: nothing enters but the
+    inputs, nothing leaves but results.
 
-    @property
-    def keeps(self) -> bool:
-        """Whether the tensors that leave are wanted."""
+    Attributes:
+        keeps: whether the tensors that leave are wanted.
+    """
+
+    keeps = False
 
     def load(self, microbatch: int) -> Given:
         """What enters.
@@ -61,18 +64,7 @@ class Ends(Protocol):
         Raises:
             LostSpool: it has to be made again.
         """
-
-    def leave(self, microbatch: int, leaving: Hidden | None, results: Results) -> None:
-        """Take what leaves: hidden states, or gradients; and all that was found so far."""
-
-
-class ModelEnds:
-    """All stages are resident: nothing enters but the inputs, nothing leaves but results."""
-
-    keeps = False
-
-    def load(self, microbatch: int) -> Given:
         return Given()
 
     def leave(self, microbatch: int, leaving: Hidden | None, results: Results) -> None:
-        pass
+        """Take what leaves: hidden states, or gradients; and all that was found so far."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Protocol
 
 import torch
 
@@ -16,6 +15,7 @@ from raycurv.driver.commits import Committed, last_commit, plan_mark, write_comm
 from raycurv.driver.crew import Crew
 from raycurv.driver.feed import Given
 from raycurv.driver.line import Passage
+from raycurv.driver.sinks import Sink
 from raycurv.driver.timeline_table import write_long_timeline, write_timeline
 from raycurv.files.spool import LostSpool
 from raycurv.mathematics.sums import Combine, Results
@@ -24,38 +24,6 @@ from raycurv.progress.phase import PhaseProgress
 
 # Between two commits, unless the settings say otherwise: seconds, and times what one takes.
 COMMIT_SECONDS, _COMMIT_TIMES = 60.0, 10.0
-
-
-class Sink(Protocol):
-    """Takes the results of a pass, microbatch by microbatch, in order."""
-
-    @property
-    def full(self) -> bool:
-        """Whether so much waits that it should be committed now."""
-
-    def take(self, members: Sequence[int], results: Results) -> None:
-        """What all stages found of the examples ``members`` (see :func:`combine`)."""
-
-    def commit(self, name: str) -> list[str]:
-        """Write what was taken since the last commit; gives the files' names."""
-
-    def forget(self) -> None:
-        """Drop what was taken since the last commit: it will be given again."""
-
-
-class NoSink:
-    """Takes nothing: other groups of stages have their part of the results still to add."""
-
-    full = False
-
-    def take(self, members: Sequence[int], results: Results) -> None:
-        pass
-
-    def commit(self, name: str) -> list[str]:
-        return []
-
-    def forget(self) -> None:
-        pass
 
 
 class Pipeline:

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raycurv.driver.corpus import PART, Corpus, DrawnLabels, drawn_labels, part_file
+from raycurv.driver.corpus import PART, Corpus, part_file
 from raycurv.files.store import Store
 from raycurv.files.tables import as_lists, examples_schema, read_table, write_table
 from raycurv.mathematics.gradient_statistics import BLOCK_NORMS
@@ -44,12 +44,29 @@ class Pile:
             self._parts, self._small = [np.concatenate(self._parts)], 0
         return self._parts[0]
 
-    def __bool__(self) -> bool:
-        return bool(self._parts)
+
+class Sink:
+    """Takes the results of a pass, microbatch by microbatch, in order; this one keeps nothing, for
+    where other groups of stages have their part of the results still to add."""
+
+    @property
+    def full(self) -> bool:
+        """Whether so much waits that it should be committed now."""
+        return False
+
+    def take(self, members: Sequence[int], results: Results) -> None:
+        """Take what all stages found of the examples ``members``."""
+
+    def commit(self, name: str) -> list[str]:
+        """Write what was taken since the last commit; gives the files' names."""
+        return []
+
+    def forget(self) -> None:
+        """Drop what was taken since the last commit: it will be given again."""
 
 
-class Rows:
-    """What a sink has taken since its last commit: piles of rows by name."""
+class Rows(Sink):
+    """A sink that keeps piles of rows by name until its next commit."""
 
     def __init__(self) -> None:
         self._piles: dict[str, Pile] = {}
@@ -57,11 +74,9 @@ class Rows:
 
     @property
     def full(self) -> bool:
-        """Whether so much waits that it should be committed now."""
         return self._size > _FULL
 
     def forget(self) -> None:
-        """Drop what was taken since the last commit: it will be given again."""
         self._piles, self._size = {}, 0
 
     def _put(self, name: str, rows: Array) -> None:
@@ -153,12 +168,6 @@ def rows_by_part(store: Store, names: Sequence[str]) -> Iterator[tuple[int, pa.T
             table = rest
     if held:
         yield part, whole()
-
-
-def write_drawn(store: Store, names: Sequence[str], labels: DrawnLabels) -> None:
-    """Put the drawn labels among a pass's rows where later passes read them."""
-    for part, table in rows_by_part(store, names):
-        labels.write(part, drawn_labels(table))
 
 
 def write_examples(

@@ -24,9 +24,10 @@ from torch import Tensor
 
 from raycurv.batch import Hidden
 from raycurv.driver.commits import plan_mark
-from raycurv.driver.feed import Ends, Feed, Given, ModelEnds
+from raycurv.driver.feed import Ends, Feed, Given
 from raycurv.driver.line import Passage
-from raycurv.driver.pipeline import NoSink, Pipeline, Sink
+from raycurv.driver.pipeline import Pipeline
+from raycurv.driver.sinks import Sink
 from raycurv.driver.workers import Workers
 from raycurv.files.manifest import Manifest
 from raycurv.files.spool import LostSpool, Spool, spool_directory
@@ -55,7 +56,7 @@ class Task:
     work: Pass
     again: Pass
     carries: bool
-    sink: Sink = field(default_factory=NoSink)
+    sink: Sink = field(default_factory=Sink)
 
 
 # Is shown a group, whose stages are resident, and what enters them.
@@ -171,7 +172,7 @@ class Sweep:
 
     def _meet(self, group: int, meet: Meeting) -> None:
         name, feed = next(iter(self.streams.items()))
-        ends = ModelEnds() if self._spool is None else _Forward(self._spool, name, group)
+        ends = Ends() if self._spool is None else _Forward(self._spool, name, group)
         while True:
             try:
                 given = ends.load(0)
@@ -183,7 +184,7 @@ class Sweep:
 
     def _back(self, group: int, task: Task, lowest: int) -> Ends:
         if self._spool is None:
-            return ModelEnds()
+            return Ends()
         keeps = group > lowest and bool(self._missing(task.stream, "gradient", group, task.feed))
         return _Backward(self._spool, task.stream, group, self.last, keeps, task)
 
@@ -257,7 +258,7 @@ def _forward_task(stream: str, feed: Feed) -> Task:
 
 
 @dataclass(frozen=True)
-class _Forward:
+class _Forward(Ends):
     """The way there: hidden states enter a group, and leave it."""
 
     spool: Spool
@@ -276,7 +277,7 @@ class _Forward:
 
 
 @dataclass(frozen=True)
-class _Backward:
+class _Backward(Ends):
     """The way back: hidden states and gradients enter a group, gradients and results leave it."""
 
     spool: Spool

@@ -15,9 +15,9 @@ from typing import ClassVar
 
 import torch
 
-from raycurv.driver.corpus import Corpus, DrawnLabels
+from raycurv.driver.corpus import Corpus, DrawnLabels, drawn_labels
 from raycurv.driver.feed import Feed
-from raycurv.driver.sinks import ExampleRows, write_drawn
+from raycurv.driver.sinks import ExampleRows, rows_by_part
 from raycurv.driver.workers import Workers
 from raycurv.errors import DamagedFile
 from raycurv.files.manifest import Manifest
@@ -122,7 +122,9 @@ class Fit:
     def keep_labels(self, names: Sequence[str]) -> None:
         """Put the labels that a pass drew, among its rows, where later passes read them."""
         if not self.labels_there():
-            write_drawn(self.store, names, DrawnLabels(self.store))
+            labels = DrawnLabels(self.store)
+            for part, table in rows_by_part(self.store, names):
+                labels.write(part, drawn_labels(table))
 
     def mending(self) -> None:
         """Take back that the fit is finished: something is about to be computed again."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from raycurv.driver.pipeline import NoSink, Sink
+from raycurv.driver.sinks import Sink
 from raycurv.driver.sweep import Sweep, Task
 from raycurv.files.block_rows import BLOCKS_FILE, write_blocks
 from raycurv.jobs.fit.combined import combine_examples, take_over_blocks, take_over_factors
@@ -128,7 +128,7 @@ class FitLoop:
             if group > lowest:
                 replay = Pass("replay", self._differentiated(()), fit.recipe.draws)
                 feed = fit.feed(replay.target)
-                sweep.replay(group, Task(_STREAM, feed, replay, replay, False, NoSink()))
+                sweep.replay(group, Task(_STREAM, feed, replay, replay, False))
             sweep.descend(group)
             for step in self._steps:
                 if isinstance(step, PassStep):
@@ -157,7 +157,7 @@ class FitLoop:
         again, carries = work.replay(), leader.carries()
         if carries:
             again = Pass(leader.pass_name, target, fit.recipe.draws, leader.again(group))
-        sink: Sink = fit.example_rows() if any(columns.values()) else NoSink()
+        sink = fit.example_rows() if any(columns.values()) else Sink()
         task = Task(_STREAM, fit.feed(target), work, again, carries, sink)
         names = sweep.run(group, task, leader.cost.phase, lowest if work.differentiates else group)
         # Labels come from the model's end, and as far as results are carried.

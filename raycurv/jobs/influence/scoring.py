@@ -23,8 +23,8 @@ from raycurv.data.sources import Source, fingerprint
 from raycurv.data.uri import shown
 from raycurv.driver.commits import last_commit, plan_mark
 from raycurv.driver.corpus import Corpus, open_corpus, stored_corpus
-from raycurv.driver.pipeline import NoSink
 from raycurv.driver.settings import DTYPES, identity, parse_bytes
+from raycurv.driver.sinks import Sink
 from raycurv.driver.sweep import Sweep, Task, commit_place
 from raycurv.driver.workers import Workers, in_order
 from raycurv.errors import DamagedFile, UserError
@@ -433,7 +433,7 @@ class _Influence:
             self._notes(),
             inverses,
         )
-        sink = rows if group == 0 else NoSink()
+        sink = rows if group == 0 else Sink()
         task = Task("train", sweep.streams["train"], work, work, carries=True, sink=sink)
         names = sweep.run(group, task, f"scores{asked.label}", 0)
         return rows.finished(names) if group == 0 else names
