@@ -37,8 +37,8 @@ from raycurv.files.tables import read_directory, write_table
 from raycurv.files.tensorfile import open_tensors
 from raycurv.jobs.fit.fit_settings import FitSettings
 from raycurv.jobs.fit.parents import How, Parent, Parents, check_new, places
+from raycurv.jobs.shell import Shell
 from raycurv.models.model import Model
-from raycurv.progress.reporter import Reporter
 from raycurv.steps.step import EXAMPLES_TABLE
 
 Array = np.ndarray[Any, Any]
@@ -46,20 +46,16 @@ _DIGEST = 16  # bytes
 
 
 def open_examples(
-    store: Store,
+    shell: Shell[FitSettings],
     parents: Parents,
     source: Source,
     network: Model,
-    settings: FitSettings,
     columns: Sequence[str],
-    facts: dict[str, Any],
-    reporter: Reporter,
 ) -> Corpus:
     """The examples of a fit: of its own source, or of the runs that it puts together.
 
     Args:
         columns: further ones of the source, which the objective reads.
-        facts: of the new run; is told how many examples were subtracted with other labels.
 
     Raises:
         UserError: a mistake in the source; an example that the extended run has already; examples
@@ -68,37 +64,33 @@ def open_examples(
         DamagedFile: a run has lost examples or labels.
     """
     if parents.combined:
-        return _combined(store, parents, settings.fisher == "sampled", facts, reporter)
+        return _combined(shell, parents)
+    settings = shell.settings
     corpus = open_corpus(
-        store, "data", source, "--data", network, settings, settings.max_examples, settings.seed,
-        columns,
+        shell.store, "data", source, "--data", network, settings, settings.max_examples,
+        settings.seed, columns,
     )  # fmt: skip
     check_new(parents, corpus)
     return corpus
 
 
-def _combined(
-    store: Store, parents: Parents, sampled: bool, facts: dict[str, Any], reporter: Reporter
-) -> Corpus:
+def _combined(shell: Shell[FitSettings], parents: Parents) -> Corpus:
     """The examples of all runs, with the labels that were drawn for them."""
+    store, sampled = shell.store, shell.settings.fisher == "sampled"
     corpus = stored_corpus(store, "data")
     if corpus is None:
         if parents.how == "subtract":
             others = _check_contents(parents, sampled)
-            facts["subtracted_with_other_labels"] = others
+            shell.manifest.facts["subtracted_with_other_labels"] = others
             if others:
-                reporter.say(
+                shell.reporter.say(
                     f"{others:,} subtracted examples have other drawn labels than in the first "
                     "run: what is left of G holds the difference of the two"
                 )
         tokenizers = [run.corpus.tokenizer for run in parents.runs]
-        corpus = store_corpus(
-            store,
-            "data",
-            _renumbered(parents),
-            f"--{parents.how}",
-            lambda: next(filter(None, tokenizers), {}),
-        )
+        tokenizer = next(filter(None, tokenizers), {})
+        examples, flag = _renumbered(parents), f"--{parents.how}"
+        corpus = store_corpus(store, "data", examples, flag, lambda: tokenizer)
     labels = DrawnLabels(store)
     if sampled and not labels.complete(len(corpus)):
         for part, drawn in enumerate(in_parts(_labels(parents))):

@@ -93,10 +93,7 @@ def _fit(shell: Shell[FitSettings]) -> None:
         def examples() -> Corpus:
             if isinstance(data, Corpus):
                 return data
-            return open_examples(
-                store, parents, data, network, settings, opened.columns, manifest.facts,
-                shell.reporter,
-            )  # fmt: skip
+            return open_examples(shell, parents, data, network, opened.columns)
 
         (corpus,) = shell.examples(examples)
         if settings.rows is not None and settings.rows > len(corpus):
