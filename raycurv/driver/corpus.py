@@ -90,11 +90,8 @@ class Corpus:
     def reader(
         self, dtype: torch.dtype, drawn: Drawn | None = None
     ) -> Callable[[int, Sequence[int]], Batch]:
-        """A function that packs a microbatch, holding one part of the data at a time.
-
-        Args:
-            dtype: of inputs that are numbers.
-        """
+        """A function that packs a microbatch, inputs that are numbers in a dtype; it holds one
+        part of the data at a time."""
         held: tuple[int, list[Example]] = (-1, [])
 
         def read(index: int, members: Sequence[int]) -> Batch:

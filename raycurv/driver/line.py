@@ -76,11 +76,8 @@ class Line:
         return {m: under.given for m, under in self._under.items()}
 
     def open(self, following: Next, again: Iterable[tuple[int, Given]] = ()) -> None:
-        """Take microbatches in from now on; what was under way is forgotten.
-
-        Args:
-            again: those that come before, which have entered already.
-        """
+        """Take microbatches in from now on, behind those that go ``again``; what was under way is
+        forgotten."""
         self._under, self._ended = {}, deque()
 
         def source() -> Iterator[int]:

@@ -178,11 +178,8 @@ def write_examples(
     notes: dict[str, str],
     before: int = 0,
 ) -> None:
-    """``tables/examples`` from a pass's rows, one file a part of the data.
-
-    Args:
-        before: how many files of other rows there are.
-    """
+    """``tables/examples`` from a pass's rows, one file a part of the data, behind so many files of
+    other rows."""
     schema = examples_schema(double)
     for part, table in rows_by_part(store, names):
         index = table["index"].to_numpy()

@@ -111,12 +111,8 @@ class Sweep:
         return commit_place(name, group, self.last + 1)
 
     def forward(self, meet: Meeting | None = None) -> None:
-        """Spool the hidden states that enter each group up to the level.
-
-        Args:
-            meet: is shown every group, resident, and what enters it with the first microbatch of
-                the first stream.
-        """
+        """Spool the hidden states that enter each group up to the level; ``meet`` is shown every
+        group, and what enters it with the first microbatch of the first stream."""
         for group in range(self.last + 1 if meet is not None else self.level):
             if meet is not None:
                 self._meet(group, meet)
@@ -125,11 +121,8 @@ class Sweep:
                     self._forward(group, name, feed)
 
     def run(self, group: int, task: Task, label: str, lowest: int) -> list[str]:
-        """Run a pass through a group; gives the files of its sink.
-
-        Args:
-            lowest: the group that the sweep goes back to, whose gradient nobody needs.
-        """
+        """Run a pass through a group; gives the files of its sink. The sweep goes back to the
+        ``lowest`` group, whose gradient nobody needs."""
         while True:
             ends = self._back(group, task, lowest)
             try:

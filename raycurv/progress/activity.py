@@ -57,11 +57,7 @@ def said(span: Span) -> str:
 
 
 class Activity:
-    """How busy the actors were in the last seconds; takes spans in any thread.
-
-    Args:
-        clock: gives the time, in seconds since the epoch.
-    """
+    """How busy the actors were in the last seconds; takes spans in any thread."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock

@@ -66,11 +66,7 @@ class PhaseProgress:
         return self.seconds * (self.total - self.done) / mine
 
     def line(self, busy: str = "") -> str:
-        """``covariance 120/300 microbatches, 4,200 tokens/s, busy 83 %, 0:42 left``.
-
-        Args:
-            busy: what there is to say about the actors.
-        """
+        """``covariance 120/300 microbatches, 4,200 tokens/s, busy 83 %, 0:42 left``."""
         name = f"{self.title}:" if self.where else self.name
         parts = [f"{name} {self.done:,}/{self.total:,} {self.unit}", self.rate(), busy]
         if self.seconds_left is not None:

@@ -83,11 +83,7 @@ class Reporter:
             self.seconds[name] = self.seconds.get(name, 0.0) + phase.seconds
 
     def summary(self, title: str, places: dict[str, str]) -> None:
-        """Show what the job has done, phases with their seconds, and where the results lie.
-
-        Args:
-            places: result -> where it lies.
-        """
+        """Show what the job has done, phases with their seconds, and where each result lies."""
         lines = [title]
         lines += [f"  {name:<28}{seconds:>9.1f} s" for name, seconds in self.seconds.items()]
         lines += [f"  {what:<28}{where}" for what, where in places.items()]

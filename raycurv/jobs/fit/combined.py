@@ -107,11 +107,7 @@ def take_over_blocks(store: Store, parents: Parents) -> None:
 def take_over_factors(
     store: Store, parents: Parents, factors: Sequence[str], workers: Workers
 ) -> None:
-    """Combine the sums of these factors, or copy their bases; a task for each.
-
-    Args:
-        workers: run the tasks; asked only when something is missing.
-    """
+    """Combine the sums of these factors, or copy their bases; a task for each."""
     if not factors:
         return
     stores = tuple(run.store for run in parents.runs)
@@ -229,11 +225,8 @@ def _check_contents(parents: Parents, sampled: bool) -> int:
 
 
 def _digests(run: Parent, sampled: bool, only: Array | None = None) -> Iterator[bytes]:
-    """Hashes of each example's content and of its drawn labels, one behind the other.
-
-    Args:
-        only: of which examples, ``[N]`` bool; by default of all.
-    """
+    """Hashes of each example's content and of its drawn labels, one behind the other; of all
+    examples, or those that ``only`` says, ``[N]`` bool."""
     drawn = _drawn(run, range(len(run.corpus))) if sampled else None
     for example in run.corpus.examples():
         labels = None if drawn is None else next(drawn)

@@ -92,11 +92,8 @@ class Lanes:
         return self.window[-1][1]
 
     def shares(self, window: Sequence[Interval] | None = None) -> list[Share]:
-        """Where the time of every actor went, that of all tasks in one.
-
-        Args:
-            window: only in these times; by default in all that is shown.
-        """
+        """Where the time of every actor went, that of all tasks in one; within a window, or in all
+        that is shown."""
         window = self.window if window is None else window
         actors = [_share(lane, window) for lane in self.lanes if not lane.task]
         tasks = [_share(lane, window) for lane in self.lanes if lane.task]
