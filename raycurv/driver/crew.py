@@ -35,7 +35,7 @@ class Crew:
         self._lines = [Line(passage, replica) for replica in range(self._pool.replicas)]
         self._sums: list[list[str]] = []
         self._collected = -1
-        self._next: Callable[[int], tuple[int, Given] | None] = lambda replica: None
+        self._next: Callable[[int], Given | None] = lambda replica: None
 
     def begin(self, committed: Committed | None = None) -> None:
         """Start the pass in all stages, from a commit if there is one."""
@@ -43,26 +43,25 @@ class Crew:
             self._sums, self._collected = committed.sums, committed.done - 1
         self._everywhere(lambda calls, r, s: calls.begin(self._work, self._commit_of(r)))
 
-    def through(self, source: Iterator[tuple[int, Given]]) -> Iterator[Arrived]:
+    def through(self, source: Iterator[Given]) -> Iterator[Arrived]:
         """Take microbatches through the stages; yields each when its results are there, in order.
 
         Args:
-            source: the microbatches, ascending, with what enters with them; drawn from when a first
-                stage can take one.
+            source: the microbatches, ascending; drawn from when a first stage can take one.
 
         Raises:
             LostSpool: what entered with a microbatch that has to go again is gone.
         """
         order: deque[int] = deque()
-        queues: list[deque[tuple[int, Given]]] = [deque() for _ in self._lines]
+        queues: list[deque[Given]] = [deque() for _ in self._lines]
 
-        def following(replica: int) -> tuple[int, Given] | None:
+        def following(replica: int) -> Given | None:
             while not queues[replica]:
                 found = next(source, None)
                 if found is None:
                     return None
-                order.append(found[0])
-                queues[found[0] % len(queues)].append(found)
+                order.append(found.microbatch)
+                queues[found.microbatch % len(queues)].append(found)
             return queues[replica].popleft()
 
         self._next = following
@@ -101,13 +100,9 @@ class Crew:
         """Add up what was gathered over replicas, write it, and end the pass."""
         names = self._everywhere(lambda calls, r, s: calls.names())
         # Stages side by side; a name at a time of each.
-        left = [
-            (stage, name)
-            for number in range(max(len(names[0, s]) for s in range(self._pool.stages)))
-            for stage in range(self._pool.stages)
-            for name in names[0, stage][number : number + 1]
-        ]
-        self._write(left)
+        by_stage = [[(s, name) for name in names[0, s]] for s in range(self._pool.stages)]
+        rows = itertools.zip_longest(*by_stage)
+        self._write([found for row in rows for found in row if found is not None])
         for r, s in itertools.product(range(self._pool.replicas), range(self._pool.stages)):
             # Who is lost has nothing to lose any more: the next pass finds out.
             with contextlib.suppress(StageLost):
@@ -171,7 +166,7 @@ class Crew:
         mine = self._sums[replica :: self._pool.replicas]
         return Commit(self._store, tuple(map(tuple, mine))) if mine else None
 
-    def _open(self, line: Line, again: Sequence[tuple[int, Given]] = ()) -> None:
+    def _open(self, line: Line, again: Sequence[Given] = ()) -> None:
         line.open(lambda: self._next(line.replica), again)
 
     def _collect(self, line: Line, m: int) -> Arrived:
@@ -183,7 +178,7 @@ class Crew:
                 continue
             assert arrived is not None
             # What has to go again for the sake of one stage was collected before.
-            if arrived.microbatch == m:
+            if arrived.given.microbatch == m:
                 return arrived
 
     def _drain(self, line: Line) -> None:
@@ -216,5 +211,5 @@ class Crew:
         lacking = [
             m for m in line.since if m > self._collected or not all(m in each for each in seen)
         ]
-        self._open(line, [(m, waiting[m] if m in waiting else self._ends.load(m)) for m in lacking])
+        self._open(line, [waiting[m] if m in waiting else self._ends.load(m) for m in lacking])
         return some

@@ -43,6 +43,7 @@ class Given:
         carried: what the stages behind them found.
     """
 
+    microbatch: int
     hidden: Hidden | None = None
     gradients: Hidden | None = None
     carried: Mapping[str, Tensor] = field(default_factory=dict)
@@ -64,7 +65,7 @@ class Ends:
         Raises:
             LostSpool: it has to be made again.
         """
-        return Given()
+        return Given(microbatch)
 
     def leave(self, microbatch: int, leaving: Hidden | None, results: Results) -> None:
         """Take what leaves: hidden states, or gradients; and all that was found so far."""

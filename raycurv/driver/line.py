@@ -15,8 +15,8 @@ from raycurv.stages.passes import Pass
 from raycurv.stages.pool import Handle
 from raycurv.stages.schedule import Operation, pipelined
 
-# Gives the next microbatch of a replica, and what enters with it; None when there is none for now.
-Next = Callable[[], tuple[int, Given] | None]
+# Gives the next microbatch of a replica; None when there is none for now.
+Next = Callable[[], Given | None]
 
 
 @dataclass
@@ -39,7 +39,6 @@ class Arrived:
         results: what every stage found, in their order.
     """
 
-    microbatch: int
     given: Given
     leaving: Hidden | None
     results: list[Results]
@@ -75,19 +74,17 @@ class Line:
         """Microbatches that entered and were not collected, with what was given."""
         return {m: under.given for m, under in self._under.items()}
 
-    def open(self, following: Next, again: Iterable[tuple[int, Given]] = ()) -> None:
+    def open(self, following: Next, again: Iterable[Given] = ()) -> None:
         """Take microbatches in from now on, behind those that go ``again``; what was under way is
         forgotten."""
         self._under, self._ended = {}, deque()
 
         def source() -> Iterator[int]:
-            for m, given in again:
-                self._enter(m, given)
-                yield m
+            for given in again:
+                yield self._enter(given)
             while (found := following()) is not None:
-                self.since.append(found[0])
-                self._enter(*found)
-                yield found[0]
+                self.since.append(found.microbatch)
+                yield self._enter(found)
 
         self._operations = pipelined(self._pool.stages, source())
 
@@ -121,12 +118,13 @@ class Line:
             leaving = get(found.leaving)
         self._ended.popleft()
         del self._under[m]
-        return Arrived(m, found.given, leaving, results)
+        return Arrived(found.given, leaving, results)
 
-    def _enter(self, m: int, given: Given) -> None:
-        put = self._pool.put
+    def _enter(self, given: Given) -> int:
+        m, put = given.microbatch, self._pool.put
         hidden = None if given.hidden is None else put(given.hidden)
         self._under[m] = _Under(given, put(self._feed.read(m, self._feed.plan[m])), hidden)
+        return m
 
     def _submit(self, operation: Operation) -> None:
         m, stage = operation.microbatch, operation.stage

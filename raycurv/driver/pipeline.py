@@ -127,7 +127,7 @@ class Pipeline:
         """Take microbatches through until there are enough, the job is to stop, or one is lost."""
         workers, ends = self._workers, self._passage.ends
 
-        def entering() -> Iterator[tuple[int, Given]]:
+        def entering() -> Iterator[Given]:
             for number, m in enumerate(microbatches):
                 # Always one, or a commit that takes long would never let the pass go on.
                 if stopping.asked() or (number > 0 and enough()):
@@ -138,11 +138,11 @@ class Pipeline:
                     # What is under way comes to its end before it is made again.
                     self._lost = found
                     return
-                yield m, given
+                yield given
 
         combines = self._passage.work.results
         for arrived in self._crew.through(entering()):
-            m = arrived.microbatch
+            m = arrived.given.microbatch
             results = combine(combines, [*arrived.results, dict(arrived.given.carried)])
             ends.leave(m, arrived.leaving, results)
             phase.advance(1, self._passage.feed.tokens(m))

@@ -179,7 +179,7 @@ class Sweep:
         if self._spool is None:
             return Ends()
         keeps = group > lowest and bool(self._missing(task.stream, "gradient", group, task.feed))
-        return _Backward(self._spool, task.stream, group, self.last, keeps, task)
+        return _Backward(self._spool, task.stream, group, self.last, task, keeps)
 
     def _forward(self, group: int, name: str, feed: Feed) -> None:
         assert self._spool is not None
@@ -224,7 +224,7 @@ class Sweep:
                     return
                 self._remake_hidden(task, m, self.last)
                 for group in range(self.last, boundary - 1, -1):
-                    ends = _Backward(spool, task.stream, group, self.last, True, again)
+                    ends = _Backward(spool, task.stream, group, self.last, again)
                     self._take(group, again, ends, [m])
                 break
             except LostSpool:
@@ -261,8 +261,9 @@ class _Forward(Ends):
 
     def load(self, microbatch: int) -> Given:
         if self.group == 0:
-            return Given()
-        return Given(_hidden(self.spool.read(self.stream, "hidden", self.group, microbatch)))
+            return Given(microbatch)
+        read = self.spool.read(self.stream, "hidden", self.group, microbatch)
+        return Given(microbatch, _hidden(read))
 
     def leave(self, microbatch: int, leaving: Hidden | None, results: Results) -> None:
         assert leaving is not None
@@ -277,8 +278,8 @@ class _Backward(Ends):
     stream: str
     group: int
     last: int
-    keeps: bool
     task: Task
+    keeps: bool = True
 
     def load(self, microbatch: int) -> Given:
         def read(kind: Literal["hidden", "gradient", "results"], boundary: int) -> Results:
@@ -286,10 +287,10 @@ class _Backward(Ends):
 
         hidden = None if self.group == 0 else _hidden(read("hidden", self.group))
         if self.group == self.last:
-            return Given(hidden)
+            return Given(microbatch, hidden)
         behind = self.group + 1
         carried = read("results", behind) if self.task.carries else {}
-        return Given(hidden, _hidden(read("gradient", behind)), carried)
+        return Given(microbatch, hidden, _hidden(read("gradient", behind)), carried)
 
     def leave(self, microbatch: int, leaving: Hidden | None, results: Results) -> None:
         spool, stream, group = self.spool, self.stream, self.group
