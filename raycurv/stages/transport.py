@@ -47,30 +47,19 @@ def unpack(value: Any) -> Any:
 
 def inside(value: Any, change: Callable[[Any], Any]) -> Any:
     """``value`` with what it holds changed; itself where that changes nothing."""
-    if isinstance(value, tuple):
-        return tuple(change(v) for v in value)
-    if isinstance(value, list):
-        return [change(v) for v in value]
-    if isinstance(value, dict):
-        return {k: change(v) for k, v in value.items()}
-    if is_dataclass(value) and not isinstance(value, type):
-        held = {f.name: getattr(value, f.name) for f in fields(value) if f.init}
-        changed = {name: change(v) for name, v in held.items()}
-        # What holds no tensor may be of a kind that is not made from its fields.
-        if all(changed[name] is held[name] or _plain(held[name]) for name in held):
-            return value
-        return replace(value, **changed)
-    return value
-
-
-def _plain(value: Any) -> bool:
-    """Whether a container holds no tensor."""
-    if isinstance(value, (Tensor, Packed)):
-        return False
     if isinstance(value, (tuple, list)):
-        return all(_plain(v) for v in value)
+        changed = [change(v) for v in value]
+        if all(new is old for new, old in zip(changed, value, strict=True)):
+            return value
+        return changed if isinstance(value, list) else tuple(changed)
     if isinstance(value, dict):
-        return all(_plain(v) for v in value.values())
-    if is_dataclass(value) and not isinstance(value, type):
-        return all(_plain(getattr(value, f.name)) for f in fields(value))
-    return True
+        held = value
+    elif is_dataclass(value) and not isinstance(value, type):
+        held = {f.name: getattr(value, f.name) for f in fields(value) if f.init}
+    else:
+        return value
+    by_name = {name: change(v) for name, v in held.items()}
+    # What holds no tensor may be of a kind that is not made from its fields.
+    if all(by_name[name] is held[name] for name in held):
+        return value
+    return by_name if held is value else replace(value, **by_name)

@@ -125,14 +125,13 @@ class Corrections(PassStep):
     pass_name = "corrected"
     cost = CorrectionCost()
 
-    def ready(self, group: int) -> bool:
-        return not self.fit.method.factors or not undecomposed(self.fit, group)
-
     def lacking(self, group: int) -> bool:
-        # Without its bases nothing can be said of a group's Λ; norms come from all groups.
-        return not self.ready(group) or self.carries() or bool(self._missing(group))
+        # Without its bases nothing can be said of a group's Λ.
+        unknown = self.fit.method.factors and bool(undecomposed(self.fit, group))
+        return unknown or super().lacking(group)
 
     def carries(self) -> bool:
+        # Norms come from all groups.
         return not self.fit.examples_there()
 
     def sums(self, group: int) -> frozenset[str]:

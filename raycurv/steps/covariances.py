@@ -105,9 +105,6 @@ class Covariances(PassStep):
     pass_name = "covariance"
     cost = CovarianceCost()
 
-    def lacking(self, group: int) -> bool:
-        return bool(self.sums(group) or self.columns(group))
-
     def sums(self, group: int) -> frozenset[str]:
         """Factors that lack a sum which is still needed, or shall be kept."""
         fit = self.fit

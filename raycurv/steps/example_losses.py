@@ -31,9 +31,6 @@ class ExampleLosses(PassStep):
     pass_name = "losses"
     cost = LossCost()
 
-    def lacking(self, group: int) -> bool:
-        return bool(self.columns(group))
-
     def columns(self, group: int) -> frozenset[str]:
         per_example = self.fit.method.per_example
         if group != (0 if per_example else self.fit.last) or self.fit.examples_there():

@@ -82,11 +82,8 @@ class RankRows(PassStep):
     pass_name = "rows"
     cost = RankRowCost()
 
-    def lacking(self, group: int) -> bool:
-        # Norms come from all groups.
-        return self.carries() or bool(self.sums(group))
-
     def carries(self) -> bool:
+        # Norms come from all groups.
         return not self.fit.examples_there()
 
     def sums(self, group: int) -> frozenset[str]:

@@ -140,9 +140,6 @@ class Statistics(PassStep):
     cost = StatisticsCost()
     own_labels = True
 
-    def lacking(self, group: int) -> bool:
-        return bool(self.sums(group) or self.columns(group))
-
     def sums(self, group: int) -> frozenset[str]:
         return frozenset(f"gradients of {name}" for name in self._missing(group))
 

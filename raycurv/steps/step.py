@@ -159,10 +159,6 @@ class Step(ABC):
     def lacking(self, group: int) -> bool:
         """Whether results of a group of stages are missing or damaged."""
 
-    def ready(self, group: int) -> bool:
-        """Whether that which the results are made from is there."""
-        return True
-
     def tables_there(self) -> bool:
         """Whether the step's tables are there."""
         return True
@@ -192,6 +188,9 @@ class PassStep(Step):
     pass_name: ClassVar[str]
     cost: ClassVar[PassCost]
     own_labels: ClassVar[bool] = False
+
+    def lacking(self, group: int) -> bool:
+        return self.carries() or bool(self.sums(group) or self.columns(group))
 
     def gatherers(self, group: int) -> tuple[Gatherer, ...]:
         """What gathers that which a group lacks."""
