@@ -105,6 +105,9 @@ class Node:
     gpus: float
     memory: int
 
+    def __str__(self) -> str:
+        return f"node {self.host} ({self.id[:8]})"
+
 
 def nodes() -> list[Node]:
     """The nodes that are alive."""

@@ -58,10 +58,9 @@ def preflight(store: Store, own: bool, patience_seconds: float = PATIENCE_SECOND
         directory = store.path(place) if store.local else ""
         mine = NodeReport(*_probe()(directory, "here"))
         for node, report in _ask(there, directory, patience_seconds):
-            where = f"node {node.host} ({node.id[:8]})"
-            _compare(where, report, mine)
+            _compare(node, report, mine)
             if store.local:
-                _check_shared(where, report, token, store, f"{place}/{node.id}")
+                _check_shared(node, report, token, store, f"{place}/{node.id}")
     finally:
         if store.local:
             store.delete_directory(place)
@@ -81,7 +80,6 @@ def _ask(
     answered, _ = ray.wait(list(handles), num_returns=len(handles), timeout=patience_seconds)
     found = []
     for handle, node in handles.items():
-        where = f"node {node.host} ({node.id[:8]})"
         try:
             if handle not in answered:
                 raise GetTimeoutError(f"none within {patience_seconds:g} s")
@@ -91,13 +89,13 @@ def _ask(
         except RayError as error:
             ray.cancel(handle, force=False)
             raise RaycurvError(
-                where, "an answer to a small task", " ".join(str(error).split())[:500],
+                str(node), "an answer to a small task", " ".join(str(error).split())[:500],
                 "Look at that node (`ray status`, and its raylet's log), or take it away.",
             ) from error  # fmt: skip
     return found
 
 
-def _compare(where: str, report: NodeReport, mine: NodeReport) -> None:
+def _compare(node: Node, report: NodeReport, mine: NodeReport) -> None:
     for package, wanted in mine.versions.items():
         version = report.versions[package]
         if version is None:
@@ -110,7 +108,7 @@ def _compare(where: str, report: NodeReport, mine: NodeReport) -> None:
         else:
             continue
         raise UserError(
-            where, f"{package} {wanted}, as the driver has", got,
+            str(node), f"{package} {wanted}, as the driver has", got,
             f"Install the driver's {package} on every node, or give all nodes one image.",
         )  # fmt: skip
 
@@ -119,7 +117,7 @@ def _public(version: str | None) -> str:
     return (version or "").partition("+")[0]
 
 
-def _check_shared(where: str, report: NodeReport, token: str, store: Store, name: str) -> None:
+def _check_shared(node: Node, report: NodeReport, token: str, store: Store, name: str) -> None:
     failure = report.failure
     if report.read != token:
         failure = "it does not see what the driver wrote there"
@@ -127,7 +125,7 @@ def _check_shared(where: str, report: NodeReport, token: str, store: Store, name
         failure = "the driver does not see what it wrote there"
     if failure:
         raise UserError(
-            f"--out {store.root}", f"a directory that {where} shares with the driver", failure,
+            f"--out {store.root}", f"a directory that {node} shares with the driver", failure,
             "A local path on a cluster of several nodes: give a path that all nodes share, or a "
             "URI such as s3://bucket/run.",
         )  # fmt: skip

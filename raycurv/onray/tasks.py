@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -45,11 +45,12 @@ _ANYWHERE = ""
 
 @dataclass
 class _Running:
-    """A task under way."""
+    """A task under way, and when it counts as hung."""
 
     task: int
+    need: Need
     slot: Slot
-    since: float = field(default_factory=time.monotonic)
+    until: float
 
 
 @dataclass
@@ -81,6 +82,7 @@ class Tasks:
             RaycurvError: what the function raises; or too many failures.
         """
         needs = needs or [Need()] * len(arguments)
+        sizes = [need.memory for need in needs]
         slots = self._slots(gpu, len(arguments))
         memory = {node.id: node.memory for node in nodes()}
         memory[_ANYWHERE] = max(memory.values(), default=0)
@@ -91,10 +93,8 @@ class Tasks:
         try:
             while waiting or running:
                 while True:
-                    busy = [(r.slot, needs[r.task].memory) for r in running.values()]
-                    found = next_task(
-                        waiting, slots, busy, [n.memory for n in needs], memory, shunned
-                    )
+                    busy = [(r.slot, r.need.memory) for r in running.values()]
+                    found = next_task(waiting, slots, busy, sizes, memory, shunned)
                     if found is None:
                         break
                     task, slot = found
@@ -103,13 +103,13 @@ class Tasks:
                     options = self._options(slot, need, memory)
                     remote = ray.remote(max_retries=0, **options)(run_task)
                     handle = remote.remote(function, arguments[task], gpu, need.name)
-                    running[handle] = _Running(task, slot)
+                    until = time.monotonic() + self._may_take(need)
+                    running[handle] = _Running(task, need, slot, until)
                 self.metrics.left(name, len(waiting) + len(running))
-                done, _ = ray.wait(
-                    list(running), num_returns=1, timeout=self._patience(running, needs)
-                )
+                patience = min(r.until for r in running.values()) - time.monotonic()
+                done, _ = ray.wait(list(running), num_returns=1, timeout=max(0.0, patience))
                 if not done:
-                    self._cancel_hung(running, needs)
+                    self._cancel_hung(running)
                     continue
                 here = running.pop(done[0])
                 try:
@@ -120,7 +120,7 @@ class Tasks:
                         raise cause from None
                     if not isinstance(cause, TASK_LOST):
                         raise
-                    self._again(name, needs[here.task], cause)
+                    self._again(name, here.need, cause)
                     shunned.setdefault(here.task, set()).add(here.slot.node)
                     waiting.insert(0, here.task)
                     slots = self._slots(gpu, len(arguments))
@@ -132,7 +132,7 @@ class Tasks:
             # cancelled: Ray 2.60 ends this process when an answer comes at that moment. A job that
             # is stopped waits for nothing: its tasks end with it.
             if running:
-                longest = max(self._may_take(needs[r.task]) for r in running.values())
+                longest = max(self._may_take(r.need) for r in running.values())
                 ray.wait(list(running), num_returns=len(running), timeout=longest)
             raise
         self.metrics.left(name, 0)
@@ -165,21 +165,16 @@ class Tasks:
             return {"num_cpus": 0, "scheduling_strategy": strategy}
         return {"num_cpus": 1, "memory": min(need.memory, memory[_ANYWHERE])}
 
-    def _patience(self, running: dict[Any, _Running], needs: Sequence[Need]) -> float:
-        now = time.monotonic()
-        ends = [r.since + self._may_take(needs[r.task]) for r in running.values()]
-        return max(0.0, min(ends) - now)
-
     def _may_take(self, need: Need) -> float:
         return self.limits.start_seconds + need.flops / _SLOWEST_FLOPS
 
-    def _cancel_hung(self, running: dict[Any, _Running], needs: Sequence[Need]) -> None:
+    def _cancel_hung(self, running: dict[Any, _Running]) -> None:
         now = time.monotonic()
         for handle, one in running.items():
-            if now - one.since >= self._may_take(needs[one.task]):
-                self.say(f"task {needs[one.task].name} hangs; it is ended")
+            if now >= one.until:
+                self.say(f"task {one.need.name} hangs; it is ended")
                 ray.cancel(handle, force=True)
-                one.since = now
+                one.until = now + self._may_take(one.need)
 
     def _again(self, name: str, need: Need, cause: BaseException) -> None:
         text, now = " ".join(str(cause).split())[:300], time.time()
