@@ -75,7 +75,8 @@ class Pipeline:
                         sink.take(plan[m], results)
                         done = m + 1
                 except LostSpool:
-                    # Of one that had to go again: all stages go back to the last commit.
+                    # What enters with a microbatch that had to go again is gone: all stages go back
+                    # to the last commit.
                     sink.forget()
                     raise
                 started = time.monotonic()

@@ -76,14 +76,13 @@ class Workers:
         measurement: Any = None,
     ) -> None:
         self.settings, self.reporter, self.store = settings, reporter, store
-        self.dtype, self._model = dtype, model
+        self.dtype = dtype
         self._pool: Pool | None = None
         stages = settings.stage_count(model.units)
         self.cuts = cut_stages(model.unit_costs, stages)
         homes = settings.homes if settings.schedule == "swept" else stages
         self.groups = group_stages(stages, homes)
         self.resident: int | None = None
-        self._deal(blocks)
         # What all stages have in common.
         self._spec = StageSpec(
             index=0,
@@ -97,6 +96,7 @@ class Workers:
             gives_back=SWEPT if len(self.groups) > 1 else RESIDENT,
             measurement=measurement,
         )
+        self._deal(blocks)
 
     @property
     def device(self) -> str:
@@ -203,9 +203,7 @@ class Workers:
         mine = self.groups[group]
         with self.phase("loading", len(mine), "stages", self.named(group)) as phase:
             self.resident = None
-            base = replace(
-                self._spec, model=self._model, device=self.device, threads=self._threads()
-            )
+            base = replace(self._spec, device=self.device, threads=self._threads())
             specs = [
                 replace(base, index=stage, units=self.cuts[stage], blocks=self.by_stage[stage])
                 for stage in mine
@@ -222,10 +220,10 @@ class Workers:
         Raises:
             UserError: a patch that does not fit its block, or is not finite.
         """
-        if model is self._model:
+        if model is self._spec.model:
             return
-        assert parts(model)[1] is parts(self._model)[1], "patches of another model"
-        self._model = model
+        assert parts(model)[1] is parts(self._spec.model)[1], "patches of another model"
+        self._spec = replace(self._spec, model=model)
         if self.resident is not None:
             self.pool.become(model)
 
@@ -243,7 +241,7 @@ class Workers:
     def _deal(self, blocks: Sequence[Block]) -> None:
         by_unit: dict[int, list[Block]] = {}
         for block in blocks:
-            by_unit.setdefault(self._model.unit_of(block.module), []).append(block)
+            by_unit.setdefault(self._spec.model.unit_of(block.module), []).append(block)
         self.blocks = tuple(blocks)
         self.by_stage = [
             tuple(block for unit in units for block in by_unit.get(unit, ())) for units in self.cuts
