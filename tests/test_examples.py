@@ -19,8 +19,9 @@ from raycurv.data.examples import (
     no_loss_terms,
     table_to_examples,
 )
-from raycurv.data.reading import read_examples
+from raycurv.data.reading import ExampleReader
 from raycurv.data.sources import fingerprint
+from raycurv.data.tokenizer import LazyTokenizer
 from raycurv.errors import UserError
 
 FORMATS = ("list", "table", "parquet", "jsonl", "arrow")
@@ -28,7 +29,10 @@ FORMATS = ("list", "table", "parquet", "jsonl", "arrow")
 
 def read(source: Any, **more: Any) -> list[Example]:
     settings: dict[str, Any] = {"tokenizer": None, "vocab_size": 100, "max_positions": None}
-    return list(read_examples(source, **(settings | more)))
+    settings |= more
+    if isinstance(settings["tokenizer"], Path):
+        settings["tokenizer"] = LazyTokenizer(settings["tokenizer"])
+    return list(ExampleReader(source, **settings).examples())
 
 
 def mistake(source: Any, **more: Any) -> UserError:
@@ -293,7 +297,7 @@ def test_numpy_ids_are_tokens() -> None:
 def test_reading_streams(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"input_ids": [1]}\n' * 5000 + "broken")
-    examples = read_examples(path, tokenizer=None, vocab_size=9, max_positions=None)
+    examples = ExampleReader(path, None, vocab_size=9, max_positions=None).examples()
     assert next(examples).id == "a.jsonl:0"  # the broken line has not been met
     with pytest.raises(UserError, match="line 5001"):
         list(examples)

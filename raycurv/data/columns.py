@@ -19,14 +19,19 @@ from raycurv.errors import UserError
 Place: TypeAlias = Callable[[int], str]
 
 
+def first_null(column: Any) -> int:
+    """The row of the first null of a column that has one."""
+    return int(column.is_null().to_numpy(zero_copy_only=False).argmax())
+
+
 def strings(name: str, column: Any, place: Place) -> list[str]:
     """Texts, one in every row."""
     column = _decoded(column)
     if not _is_string(column.type):
         raise _wrong_type(name, column, place, "text")
     if column.null_count:  # a dictionary may hold a null that its indices do not show
-        row = int(column.is_null().to_numpy(zero_copy_only=False).argmax())
-        raise UserError(place(row), f"text in `{name}`", "null", f"Fill in `{name}`.")
+        where = place(first_null(column))
+        raise UserError(where, f"text in `{name}`", "null", f"Fill in `{name}`.")
     values: list[str] = column.to_pylist()
     return values
 
@@ -98,13 +103,12 @@ def numbers(
     rows = len(column)
     column = _decoded(column)
     if column.null_count:
-        missing = int(column.is_null().to_numpy(zero_copy_only=False).argmax())
-        raise UserError(place(missing), f"`{name}`, as in other rows", "none", f"Give `{name}`.")
+        where = place(first_null(column))
+        raise UserError(where, f"`{name}`, as in other rows", "none", f"Give `{name}`.")
     found: list[int] = []
     level, per_row = column, 1
     while _is_list(level.type):
-        level = _large_list(level)
-        offsets = level.offsets.to_numpy()
+        level, offsets = _values(level)
         lengths = np.diff(offsets)
         depth = len(found)
         if shape is not None and depth < len(shape):
@@ -121,14 +125,11 @@ def numbers(
                 f"{int(lengths[at])}",
                 "Pad or crop the inputs to one shape.",
             )
-        level = level.values.slice(offsets[0], offsets[-1] - offsets[0])
         found.append(wanted)
         per_row *= wanted
         if level.null_count:
-            at = int(level.is_null().to_numpy(zero_copy_only=False).argmax())
-            raise UserError(
-                place(at // max(per_row, 1)), f"numbers in `{name}`", "null", f"Correct `{name}`."
-            )
+            where = place(first_null(level) // max(per_row, 1))
+            raise UserError(where, f"numbers in `{name}`", "null", f"Correct `{name}`.")
         if per_row == 0:
             raise UserError(
                 place(0), f"at least one number in `{name}`", "none", "Leave out empty examples."
@@ -177,10 +178,8 @@ def list_column(arrays: Sequence[np.ndarray | None], value_type: Any) -> Any:
 
 def list_arrays(column: Any) -> list[np.ndarray | None]:
     """The reverse of ``list_column``: views of the column's numbers; ``None`` for null."""
-    column = _large_list(column)
-    offsets = column.offsets.to_numpy()
-    values = column.values.slice(offsets[0], offsets[-1] - offsets[0])
-    return _cut(column, values.to_numpy(zero_copy_only=False), offsets - offsets[0])
+    flat, offsets = _values(column)
+    return _cut(column, flat.to_numpy(zero_copy_only=False), offsets)
 
 
 def _decoded(column: Any) -> Any:
@@ -215,9 +214,12 @@ def _is_list(kind: Any) -> bool:
     return any(test(kind) for test in tests)
 
 
-def _large_list(column: Any) -> Any:
-    """Any of Arrow's five kinds of lists as the one with 64-bit offsets."""
-    return column.cast(pa.large_list(column.type.value_type))
+def _values(lists: Any) -> tuple[Any, np.ndarray]:
+    """The values of a column of lists, and where each row's begin in them, ``[rows + 1]``."""
+    # Any of Arrow's five kinds of lists becomes the one with 64-bit offsets.
+    lists = lists.cast(pa.large_list(lists.type.value_type))
+    offsets = lists.offsets.to_numpy()
+    return lists.values.slice(offsets[0], offsets[-1] - offsets[0]), offsets - offsets[0]
 
 
 def _flattened(name: str, column: Any, place: Place, what: str) -> tuple[Any, np.ndarray]:
@@ -227,15 +229,10 @@ def _flattened(name: str, column: Any, place: Place, what: str) -> tuple[Any, np
         column = column.cast(pa.large_list(pa.int64()))
     if not _is_list(column.type):
         raise _wrong_type(name, column, place, what)
-    column = _large_list(column)
-    offsets = column.offsets.to_numpy()
-    flat = column.values.slice(offsets[0], offsets[-1] - offsets[0])
-    offsets = offsets - offsets[0]
+    flat, offsets = _values(column)
     if flat.null_count:
-        at = int(pc.is_null(flat).to_numpy(zero_copy_only=False).argmax())
-        raise UserError(
-            place(_row_of(offsets, at)), f"{what} in `{name}`", "null", f"Correct `{name}`."
-        )
+        where = place(_row_of(offsets, first_null(flat)))
+        raise UserError(where, f"{what} in `{name}`", "null", f"Correct `{name}`.")
     return flat, offsets
 
 

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 
+from raycurv.data.columns import first_null
 from raycurv.errors import UserError, user_errors
 from raycurv.models.checkpoint import sampled_hash
 
@@ -120,14 +121,10 @@ class _Batches(Part):
     def read(self, required: Sequence[str], optional: Sequence[str]) -> Iterator[Rows]:
         first = 0
         for batch in self._batches():
-            names = _present(batch.schema.names, required, optional)
-            if names:
-                chosen = batch.select(names)
-                step = _chunk_rows(chosen.nbytes, chosen.num_rows)
-                for start in range(0, chosen.num_rows, step):
-                    yield _arrow_rows(self.location, first + start, chosen.slice(start, step))
-            else:
-                yield from _bare_rows(self.location, first, batch.num_rows)
+            chosen = batch.select(_present(batch.schema.names, required, optional))
+            step = _chunk_rows(chosen.nbytes, chosen.num_rows)
+            for start in range(0, chosen.num_rows, step):
+                yield _arrow_rows(self.location, first + start, chosen.slice(start, step))
             first += batch.num_rows
 
 
@@ -191,15 +188,12 @@ class ParquetPart(FilePart):
     def read(self, required: Sequence[str], optional: Sequence[str]) -> Iterator[Rows]:
         with self._open() as file:
             names = _present(file.schema_arrow.names, required, optional)
-            rows = file.metadata.num_rows
-            if not names:
-                yield from _bare_rows(self.location, 0, rows)
-                return
             groups = range(file.metadata.num_row_groups)
             size = sum(file.metadata.row_group(group).total_byte_size for group in groups)
+            step = _chunk_rows(size, file.metadata.num_rows) if names else CHUNK_ROWS
             first = 0
             with _not_what_it_says(self.location, "a Parquet file"):
-                for batch in file.iter_batches(_chunk_rows(size, rows), columns=names):
+                for batch in file.iter_batches(step, columns=names):
                     yield _arrow_rows(self.location, first, batch)
                     first += batch.num_rows
 
@@ -362,21 +356,12 @@ def _chunk_rows(size: int, count: int) -> int:
     return max(1, min(CHUNK_ROWS, CHUNK_BYTES * count // max(size, 1)))
 
 
-def _bare_rows(location: str, first: int, count: int) -> Iterator[Rows]:
-    """Rows of no column, numbered from ``first``."""
-    for start in range(first, first + count, CHUNK_ROWS):
-        yield Rows(location, np.arange(start, min(start + CHUNK_ROWS, first + count)), {})
-
-
 def _arrow_rows(location: str, first: int, batch: Any) -> Rows:
-    columns = {}
-    numbers = np.arange(first, first + batch.num_rows)
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+    columns = dict(zip(batch.schema.names, batch.columns, strict=True))
+    for name, column in columns.items():
         if column.null_count:
-            row = int(column.is_null().to_numpy(zero_copy_only=False).argmax())
-            raise _null(f"{location}, row {numbers[row]}", name)
-        columns[name] = column
-    return Rows(location, numbers, columns)
+            raise _null(f"{location}, row {first + first_null(column)}", name)
+    return Rows(location, np.arange(first, first + batch.num_rows), columns)
 
 
 def _record_rows(
@@ -461,9 +446,5 @@ def _not_what_it_says(location: str, what: str) -> AbstractContextManager[None]:
 
 
 def _null(place: str, name: str) -> UserError:
-    return UserError(
-        place,
-        f"a value of `{name}`",
-        "null",
-        f"Fill in `{name}`, or leave the example out of the data.",
-    )
+    remedy = f"Fill in `{name}`, or leave the example out of the data."
+    return UserError(place, f"a value of `{name}`", "null", remedy)

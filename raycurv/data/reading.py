@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ from raycurv.data.digests import Digests, Smallest
 from raycurv.data.examples import NOT_A_TARGET, VOCABULARY_LIMIT, Example
 from raycurv.data.parts import Part, Rows
 from raycurv.data.sources import Source, open_parts
-from raycurv.data.tokenizer import LazyTokenizer, Tokenizer, affixes
+from raycurv.data.tokenizer import Tokenizer, affixes
 from raycurv.errors import UserError
 
 # In order of preference; each with the columns that it takes.
@@ -22,20 +23,9 @@ INPUT_COLUMNS = (("input_ids",), ("prompt", "completion"), ("text",), ("inputs",
 OPTIONAL_COLUMNS = ("id", "labels", "loss_mask")
 
 
-def read_examples(
-    source: Source,
-    *,
-    tokenizer: Tokenizer | str | Path | None,
-    vocab_size: int | None,
-    max_positions: int | None,
-    max_length: int | None = None,
-    long: Literal["error", "truncate", "split"] = "error",
-    max_examples: int | None = None,
-    seed: int = 0,
-    token_inputs: bool | None = None,
-    further: Sequence[str] = (),
-) -> Iterator[Example]:
-    """Reads, tokenises, checks and numbers the examples of a source, in its order.
+@dataclass
+class ExampleReader:
+    """Reads, tokenises, checks and numbers the examples of a source, once, in its order.
 
     Streams: what stays in memory is one chunk of rows, and 16 bytes for every id.
 
@@ -48,7 +38,7 @@ def read_examples(
 
     Args:
         source: see ``raycurv.data.sources.open_parts``.
-        tokenizer: for text; or the model directory that has one, loaded when text is met.
+        tokenizer: for text.
         vocab_size: of the model; ``None`` for a model without token ids.
         max_positions: the longest example that the model takes, in tokens; ``None`` for any.
         max_length: the longest example wanted, in tokens.
@@ -62,59 +52,45 @@ def read_examples(
             have. A truncated example keeps what it has there, and each piece of a split one.
 
     Raises:
-        UserError: for the source, at once; for what is in it, when the iterator gets there.
+        UserError: for settings and source, at once; for what is in it, when the examples come.
     """
-    for flag, value in (("--max-length", max_length), ("--max-examples", max_examples)):
-        if value is not None and value < 1:
-            raise UserError(flag, "a number from 1 on", str(value), "Leave it out for no limit.")
-    if long not in ("error", "truncate", "split"):
-        raise UserError("--long", "error, truncate or split", repr(long), "Choose one of them.")
-    reader = _Reader(
-        open_parts(source),
-        tokenizer,
-        vocab_size,
-        max_positions,
-        max_length,
-        long,
-        max_examples,
-        seed,
-        token_inputs,
-        tuple(further),
-    )
-    return reader.examples(str(source) if isinstance(source, (str, Path)) else "data")
 
-
-@dataclass
-class _Reader:
-    """One reading of a source: its settings, and what its examples must agree on."""
-
-    parts: list[Part]
-    tokenizer: Tokenizer | str | Path | None
+    source: Source
+    tokenizer: Tokenizer | None
     vocab_size: int | None
     max_positions: int | None
-    max_length: int | None
-    long: str
-    max_examples: int | None
-    seed: int
-    token_inputs: bool | None
-    further: tuple[str, ...]
+    max_length: int | None = None
+    long: Literal["error", "truncate", "split"] = "error"
+    max_examples: int | None = None
+    seed: int = 0
+    token_inputs: bool | None = None
+    further: Sequence[str] = ()
 
+    # What the examples must agree on, as those that have been read have it.
     seen: Digests = field(default_factory=Digests)
-    kind: tuple[str, ...] | None = None
+    kind: tuple[str, ...] = ()
     shape: tuple[int, ...] | None = None
     labelled: bool | None = None
     labels_shape: tuple[int, ...] | None = None
     classes: bool | None = None
     further_as: dict[str, np.ndarray | None] = field(default_factory=dict)
     """Of each further column the first value, if it is of numbers."""
-    affixed: bool = False
-    before: list[int] = field(default_factory=list)
-    after: list[int] = field(default_factory=list)
 
-    def examples(self, where: str) -> Iterator[Example]:
+    def __post_init__(self) -> None:
+        limits = {"--max-length": self.max_length, "--max-examples": self.max_examples}
+        for flag, value in limits.items():
+            if value is not None and value < 1:
+                remedy = "Leave it out for no limit."
+                raise UserError(flag, "a number from 1 on", str(value), remedy)
+        if self.long not in ("error", "truncate", "split"):
+            got = repr(self.long)
+            raise UserError("--long", "error, truncate or split", got, "Choose one of them.")
+        self.parts = open_parts(self.source)
+
+    def examples(self) -> Iterator[Example]:
         sample = None if self.max_examples is None else self._sample(self.max_examples)
         index = first = 0
-        for part, kind, rows in self._rows():
+        for part, rows in self._rows():
             count = len(rows.numbers)
             if sample is not None:
                 begin, end = np.searchsorted(sample, [first, first + count])
@@ -125,14 +101,14 @@ class _Reader:
             ids = _ids(part, rows)
             if sample is None:
                 self._check_unique(ids, rows)
-            make = self._of_numbers if kind == ("inputs",) else self._of_tokens
-            for example in make(kind, rows, ids):
+            make = self._of_numbers if self.kind == ("inputs",) else self._of_tokens
+            for example in make(rows, ids, _named(rows, ids)):
                 yield replace(example, index=index)
                 index += 1
         if not index:
             files = f"{len(self.parts)} file{'s' if len(self.parts) > 1 else ''}"
             raise UserError(
-                where,
+                str(self.source) if isinstance(self.source, (str, Path)) else "data",
                 "at least one example",
                 "none in " + (files if self.parts[0].name else self.parts[0].location),
                 "Check that the data is complete.",
@@ -140,15 +116,15 @@ class _Reader:
 
     # Rows and their ids
 
-    def _rows(self) -> Iterator[tuple[Part, tuple[str, ...], Rows]]:
+    def _rows(self) -> Iterator[tuple[Part, Rows]]:
         for part in self.parts:
             found = part.columns()
             if found is None:
                 continue
-            kind = self._kind(part, found)
-            others = tuple(name for name in self.further if name not in kind)
-            for rows in part.read((*kind, *others), OPTIONAL_COLUMNS):
-                yield part, kind, rows
+            self.kind = self._kind(part, found)
+            others = tuple(name for name in self.further if name not in self.kind)
+            for rows in part.read((*self.kind, *others), OPTIONAL_COLUMNS):
+                yield part, rows
 
     def _kind(self, part: Part, found: Sequence[str]) -> tuple[str, ...]:
         """The columns of inputs that this part has, and the model takes."""
@@ -175,7 +151,7 @@ class _Reader:
                 "`loss_mask` beside `inputs`",
                 "Leave out the column: numbers have no tokens to mask.",
             )
-        if self.kind is not None and (self.kind == ("inputs",)) != (kind == ("inputs",)):
+        if self.kind and (self.kind == ("inputs",)) != (kind == ("inputs",)):
             raise UserError(
                 part.location,
                 f"inputs like those of the files before it ({' + '.join(self.kind)})",
@@ -193,10 +169,8 @@ class _Reader:
         named = (*kind, *OPTIONAL_COLUMNS, *self.further)
         twice = [name for name in named if list(found).count(name) > 1]
         if twice:
-            raise UserError(
-                part.location, f"one column `{twice[0]}`", "several", "Rename all but one."
-            )
-        self.kind = kind
+            wanted, remedy = f"one column `{twice[0]}`", "Rename all but one."
+            raise UserError(part.location, wanted, "several", remedy)
         return kind
 
     def _named_rows(self) -> Iterator[tuple[Rows, list[str]]]:
@@ -235,23 +209,18 @@ class _Reader:
 
     # Tokens
 
-    def _of_tokens(
-        self, kind: tuple[str, ...], rows: Rows, ids: Sequence[str]
-    ) -> Iterator[Example]:
-        def place(i: int) -> str:
-            return f"example {ids[i]!r} ({rows.place(i)})"
-
-        tokens, targets = self._tokens(kind, rows, place)
+    def _of_tokens(self, rows: Rows, ids: Sequence[str], place: columns.Place) -> Iterator[Example]:
+        tokens, targets = self._tokens(rows, place)
         for i, ids_T in enumerate(tokens):
             if not len(ids_T):
                 raise UserError(place(i), "at least one token", "none", "Leave out empty examples.")
-        self._check_vocabulary("input_ids", tokens, place, kind)
+        self._check_vocabulary("input_ids", tokens, place)
         nothing: list[np.ndarray | None] = [None] * len(ids)
         labels, masks = nothing, nothing
         if "labels" in rows.columns:
             labels = columns.integer_lists("labels", rows.columns["labels"], place)
             self._check_lengths("labels", labels, tokens, place)
-            self._check_vocabulary("labels", labels, place, kind)
+            self._check_vocabulary("labels", labels, place)
         if "loss_mask" in rows.columns:
             masks = columns.boolean_lists("loss_mask", rows.columns["loss_mask"], place)
             self._check_lengths("loss_mask", masks, tokens, place)
@@ -266,48 +235,42 @@ class _Reader:
             yield from self._fitted(example, place(i), rows.place(i))
 
     def _tokens(
-        self, kind: tuple[str, ...], rows: Rows, place: columns.Place
+        self, rows: Rows, place: columns.Place
     ) -> tuple[list[np.ndarray], list[np.ndarray | None]]:
         """Each row's token ids (int64), and which of them are targets (``None`` for all)."""
-        if kind == ("input_ids",):
+        if self.kind == ("input_ids",):
             lists = columns.integer_lists("input_ids", rows.columns["input_ids"], place)
             return [ids_T for ids_T in lists if ids_T is not None], [None] * len(lists)
-        texts = [columns.strings(name, rows.columns[name], place) for name in kind]
-        if kind == ("text",):
-            encoded = self._tokenizer(kind).encode(texts[0], special=True)
+        texts = [columns.strings(name, rows.columns[name], place) for name in self.kind]
+        if self.kind == ("text",):
+            encoded = self._tokenizer().encode(texts[0], special=True)
             return [np.array(ids, np.int64) for ids in encoded], [None] * len(encoded)
-        tokenizer = self._tokenizer(kind)
-        prompts, completions = (tokenizer.encode(t, special=False) for t in texts)
+        before, after = self._affixes
+        prompts, completions = (self._tokenizer().encode(t, special=False) for t in texts)
         tokens: list[np.ndarray] = []
         targets: list[np.ndarray | None] = []
         for prompt, completion in zip(prompts, completions, strict=True):
-            ids = [*self.before, *prompt, *completion, *self.after]
-            targets_T = np.arange(len(ids)) >= len(self.before) + len(prompt)
+            ids = [*before, *prompt, *completion, *after]
             tokens.append(np.array(ids, np.int64))
-            targets.append(targets_T)
+            targets.append(np.arange(len(ids)) >= len(before) + len(prompt))
         return tokens, targets
 
-    def _tokenizer(self, kind: tuple[str, ...]) -> Tokenizer:
+    def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise UserError(
                 "data",
                 "a tokenizer, since the data is text",
-                f"none beside the column `{kind[0]}`",
+                f"none beside the column `{self.kind[0]}`",
                 "Give a model directory that has its tokenizer, or give the data as `input_ids`.",
             )
-        if isinstance(self.tokenizer, (str, Path)):
-            self.tokenizer = LazyTokenizer(self.tokenizer)
-        if len(kind) == 2 and not self.affixed:
-            self.before, self.after = affixes(self.tokenizer)
-            self.affixed = True
         return self.tokenizer
 
+    @cached_property
+    def _affixes(self) -> tuple[list[int], list[int]]:
+        return affixes(self._tokenizer())
+
     def _check_vocabulary(
-        self,
-        name: str,
-        lists: Sequence[np.ndarray | None],
-        place: columns.Place,
-        kind: tuple[str, ...],
+        self, name: str, lists: Sequence[np.ndarray | None], place: columns.Place
     ) -> None:
         size = VOCABULARY_LIMIT if self.vocab_size is None else self.vocab_size
         present = [ids_T for ids_T in lists if ids_T is not None]
@@ -324,7 +287,7 @@ class _Reader:
             if wrong.any():
                 at = int(wrong.argmax())
                 remedy = "Tokenise the data with the model's own tokenizer."
-                if name == "input_ids" and kind != ("input_ids",):
+                if name == "input_ids" and self.kind != ("input_ids",):
                     remedy = "This is not the model's tokenizer: save the right one beside it."
                 elif self.vocab_size is None:
                     remedy = f"Correct `{name}`."
@@ -429,11 +392,8 @@ class _Reader:
     # Numbers
 
     def _of_numbers(
-        self, kind: tuple[str, ...], rows: Rows, ids: Sequence[str]
+        self, rows: Rows, ids: Sequence[str], place: columns.Place
     ) -> Iterator[Example]:
-        def place(i: int) -> str:
-            return f"example {ids[i]!r} ({rows.place(i)})"
-
         column = rows.columns["inputs"]
         inputs = columns.numbers("inputs", column, place, self.shape, exact_integers=False)
         if inputs.ndim == 1:
@@ -489,6 +449,10 @@ def _ids(part: Part, rows: Rows) -> list[str]:
         f"{prefix}{number}" if id is None else id
         for id, number in zip(own, rows.numbers.tolist(), strict=True)
     ]
+
+
+def _named(rows: Rows, ids: Sequence[str]) -> columns.Place:
+    return lambda i: f"example {ids[i]!r} ({rows.place(i)})"
 
 
 def _both(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:

@@ -25,7 +25,7 @@ from raycurv.data.examples import (
     table_to_examples,
 )
 from raycurv.data.microbatch import Microbatches, make_batch, padding_share, plan_microbatches
-from raycurv.data.reading import read_examples
+from raycurv.data.reading import ExampleReader
 from raycurv.data.sources import Source
 from raycurv.data.tokenizer import LazyTokenizer
 from raycurv.driver.settings import Reading
@@ -135,13 +135,13 @@ def open_corpus(
         needs_loss: whether an example needs a loss term, for its loss is what is asked for.
 
     Raises:
-        UserError: see :func:`raycurv.data.reading.read_examples`; or no example has a loss term.
+        UserError: see :class:`raycurv.data.reading.ExampleReader`; or no example has a loss term.
     """
     found = stored_corpus(store, directory)
     if found is not None and set(columns) <= set(found.columns):
         return found
     tokenizer = None if model.tokenizer_dir is None else LazyTokenizer(model.tokenizer_dir)
-    examples = read_examples(
+    reader = ExampleReader(
         source,
         tokenizer=tokenizer,
         vocab_size=model.vocab_size,
@@ -154,7 +154,7 @@ def open_corpus(
         further=columns,
     )
     corpus = store_corpus(
-        store, directory, examples, flag,
+        store, directory, reader.examples(), flag,
         lambda: {} if tokenizer is None else tokenizer.describe(), needs_loss,
     )  # fmt: skip
     give_back(collect=False)

@@ -251,12 +251,10 @@ class Store:
         found = (i.path[start:] for i in self._opened[0].get_file_info(selector) if i.is_file)
         return sorted(name for name in found if name.endswith(ending))
 
-    def directories(self, directory: str = "") -> list[str]:
-        """Names of the directories right below a directory, sorted."""
-        selector = fs.FileSelector(self.path(directory), allow_not_found=True)
-        start = len(self.path()) + 1
-        found = self._opened[0].get_file_info(selector)
-        return sorted(i.path[start:] for i in found if i.type == fs.FileType.Directory)
+    def directories(self) -> list[str]:
+        """Names of the directories right below the root, sorted."""
+        found = self._opened[0].get_file_info(fs.FileSelector(self.path(), allow_not_found=True))
+        return sorted(i.base_name for i in found if i.type == fs.FileType.Directory)
 
     def delete(self, name: str) -> None:
         """Delete a file; nothing happens when there is none."""

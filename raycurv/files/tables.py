@@ -40,12 +40,17 @@ _TYPES = {
 }
 
 
-def _schema(columns: str) -> pa.Schema:
-    """The schema of ``name type`` a column, separated by commas; ``[type]`` is a list of these."""
+def _schema(columns: str, double: bool = False) -> pa.Schema:
+    """The schema of ``name type`` a column, separated by commas; ``[type]`` is a list of these.
+
+    Args:
+        double: whether the type ``number`` is float64; otherwise float32.
+    """
+    types = _TYPES | {"number": pa.float64() if double else pa.float32()}
     fields = []
     for column in columns.split(","):
         name, kind = column.split()
-        item = _TYPES[kind.strip("[]")]
+        item = types[kind.strip("[]")]
         fields.append((name, pa.list_(item) if kind.startswith("[") else item))
     return pa.schema(fields)
 
@@ -94,36 +99,30 @@ HEADS = _schema("block string, head int32, start int32, stop int32, saliency flo
 
 def examples_schema(double: bool) -> pa.Schema:
     """``tables/examples``: one row a training example."""
-    number = _number(double)
-    return _schema(f"id string, tokens int32, loss {number}, gradient_sq_norm {number}")
+    return _schema("id string, tokens int32, loss number, gradient_sq_norm number", double)
 
 
 def evaluation_schema(double: bool) -> pa.Schema:
     """``tables/examples`` of an evaluation: one row an example, ``correct`` of its targets."""
-    return _schema(f"id string, tokens int32, targets int32, loss {_number(double)}, correct int32")
+    columns = "id string, tokens int32, targets int32, loss number, correct int32"
+    return _schema(columns, double)
 
 
 def gradient_norms_schema(double: bool) -> pa.Schema:
     """``tables/gradient_norms``: one row a training example."""
-    number = _number(double)
-    return _schema(f"id string, sq_norm {number}, block_sq_norms [{number}]")
+    return _schema("id string, sq_norm number, block_sq_norms [number]", double)
 
 
 def scores_schema(double: bool, per_block: bool, per_token: bool) -> pa.Schema:
     """``scores``: one row a query and training example."""
-    number = _number(double)
-    columns = f"query_id string, train_id string, score {number}"
-    columns += f", block_scores [{number}]" if per_block else ""
-    return _schema(columns + (f", token_scores [{number}]" if per_token else ""))
+    columns = "query_id string, train_id string, score number"
+    columns += ", block_scores [number]" if per_block else ""
+    return _schema(columns + (", token_scores [number]" if per_token else ""), double)
 
 
 def self_schema(double: bool) -> pa.Schema:
     """``self``: one row a training example."""
-    return _schema(f"id string, score {_number(double)}")
-
-
-def _number(double: bool) -> str:
-    return "float64" if double else "float32"
+    return _schema("id string, score number", double)
 
 
 def footer(settings: Mapping[str, Any], **more: Any) -> dict[str, str]:
@@ -191,7 +190,7 @@ def _checksum(data: pa.Buffer, at: int) -> bytes:
     return digest.hexdigest().encode()
 
 
-def read_table(store: Store, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+def read_table(store: Store, name: str) -> pa.Table:
     """Read one Parquet file.
 
     Raises:
@@ -203,9 +202,7 @@ def read_table(store: Store, name: str, columns: Sequence[str] | None = None) ->
     at = _checksum_place(data)
     if at is None or bytes(data[at : at + len(_ZEROS)]) != _checksum(data, at):
         raise store.damaged(name, _WHOLE, "a file that does not match its checksum")
-    table = pq.ParquetFile(pa.BufferReader(data)).read(
-        columns=None if columns is None else list(columns)
-    )
+    table = pq.ParquetFile(pa.BufferReader(data)).read()
     footer = dict(table.schema.metadata)
     del footer[_CHECKSUM.encode()]
     return table.replace_schema_metadata(footer)

@@ -283,14 +283,11 @@ def _noting(capture: weakref.ref[Capture]) -> Note:
             leaf = y.detach().requires_grad_()
             record.leaves.append(leaf)
             y = leaf.clone()
-        y.register_hook(_keep_gradient(record, call))
+
+        def keep(g: Tensor) -> None:
+            call.g[record.draw] = g.detach()
+
+        y.register_hook(keep)
         return y
 
     return note
-
-
-def _keep_gradient(record: Record, call: ModuleCall) -> Any:
-    def keep(g: Tensor) -> None:
-        call.g[record.draw] = g.detach()
-
-    return keep

@@ -35,13 +35,13 @@ def open_model(source: ModelSource, base: str | Path | None = None) -> Model:
     return HFModel(str(source), found)
 
 
-def open_outline(source: ModelSource, base: str | Path | None = None) -> Outline:
+def open_outline(source: ModelSource) -> Outline:
     """As :func:`open_model`, but of an HF directory ``config.json`` alone is read.
 
     Raises:
         UserError: what the source names is not there, or is not such a model.
     """
-    found = _factory_or_directory(source, base)
+    found = _factory_or_directory(source, None)
     if isinstance(found, FactoryModel):
         return found
     from raycurv.models.hf import HFOutline

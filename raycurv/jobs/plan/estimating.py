@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from raycurv.data.reading import read_examples
+from raycurv.data.reading import ExampleReader
 from raycurv.data.tokenizer import LazyTokenizer
 from raycurv.driver.settings import DTYPES, parse_bytes
 from raycurv.jobs.drafts import Drafts, ShapeOf, arrangement_of, of_lengths, recipe_of, with_spool
@@ -180,7 +180,7 @@ def _data(settings: PlanSettings, outline: Outline) -> ShapeOf:
     if not settings.data:
         return _uniform(settings.examples, settings.tokens)
     directory = outline.tokenizer_dir
-    found = read_examples(
+    reader = ExampleReader(
         settings.data,
         tokenizer=None if directory is None else LazyTokenizer(directory),
         vocab_size=outline.vocab_size,
@@ -191,4 +191,4 @@ def _data(settings: PlanSettings, outline: Outline) -> ShapeOf:
         seed=settings.seed,
         token_inputs=outline.token_inputs,
     )
-    return of_lengths(np.fromiter((example.length for example in found), np.int32))
+    return of_lengths(np.fromiter((example.length for example in reader.examples()), np.int32))
