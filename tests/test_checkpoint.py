@@ -115,7 +115,7 @@ def test_an_index_joins_files(tmp_path: Path) -> None:
     save_file({"b": torch.zeros(3)}, str(tmp_path / "y.safetensors"))
     _index(tmp_path, {"weight_map": {"a": "x.safetensors", "b": "y.safetensors"}})
     checkpoint = Checkpoint(tmp_path)
-    assert sorted(checkpoint.keys()) == ["a", "b"]
+    assert sorted(checkpoint) == ["a", "b"]
     assert checkpoint.read("b").shape == (3,)
     assert checkpoint.file("a") == tmp_path / "x.safetensors"
 

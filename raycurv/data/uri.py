@@ -14,7 +14,7 @@ import re
 import socket
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-from raycurv.errors import UserError
+from raycurv.errors import user_errors
 
 _CONNECT_SECONDS = 5.0
 
@@ -79,15 +79,12 @@ def check_endpoint(uri: str, where: str) -> None:
     if not endpoint:
         return
     plain = "http" in (options.get("scheme", [""])[-1], endpoint.partition("://")[0])
-    try:
+    wanted = f"an object store that answers at {endpoint}"
+    remedy = "Check endpoint_override and scheme in the URI, and that this machine reaches it."
+    with user_errors(where, wanted, remedy, OSError, ValueError, got="{error}"):
         place = urlsplit(endpoint if "://" in endpoint else f"//{endpoint}")
         port = place.port or (80 if plain else 443)
         socket.create_connection((place.hostname or "", port), _CONNECT_SECONDS).close()
-    except (OSError, ValueError) as error:
-        raise UserError(
-            where, f"an object store that answers at {endpoint}", str(error),
-            "Check endpoint_override and scheme in the URI, and that this machine reaches it.",
-        ) from error  # fmt: skip
 
 
 def _parted(uri: str) -> tuple[str, str, str]:

@@ -77,7 +77,8 @@ class Checkpoint:
         self.directory = Path(directory)
         self._entries: dict[str, Entry] = {}
         files = _files(self.directory)
-        self._files = tuple(files)
+        # In the order of the index.
+        self.files = tuple(files)
         for file, expected in files.items():
             found = _read_header(self.directory / file)
             absent = sorted(expected - found.keys())
@@ -89,10 +90,6 @@ class Checkpoint:
                     "Copy the checkpoint again: its index and its files do not belong together.",
                 )
             self._entries.update(found)
-
-    def keys(self) -> tuple[str, ...]:
-        """Names of the tensors as the files have them."""
-        return tuple(self._entries)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -122,14 +119,9 @@ class Checkpoint:
         return buffer.view(entry.dtype).view(entry.shape)
 
     @property
-    def files(self) -> tuple[str, ...]:
-        """Names of the files with tensors, in the order of the index."""
-        return self._files
-
-    @property
     def indexed(self) -> bool:
         """Whether an index names the files."""
-        return self._files != (SINGLE,)
+        return self.files != (SINGLE,)
 
     def chunks(
         self, file: str, replaced: Mapping[str, Callable[[], Tensor]]
@@ -311,7 +303,7 @@ class Weights(Mapping[str, Weight]):
         self.checkpoint, self.device = checkpoint, device
         self.used: list[str] = []
         self._made: list[tuple[str, Tensor]] = []
-        self._keys = checkpoint.keys()
+        self._keys = tuple(checkpoint)
         # HF's loader asks from several threads; one tensor at a time bounds the memory.
         self._one_at_a_time = threading.Lock()
 
@@ -398,13 +390,11 @@ def _files(directory: Path) -> dict[str, set[str]]:
 def _read_header(path: Path) -> dict[str, Entry]:
     """Entries of one safetensors file, its layout checked."""
 
+    wanted = "a safetensors file"
+    remedy = "Copy or download the file again; it may be incomplete or of another format."
+
     def invalid(got: str) -> UserError:
-        return UserError(
-            str(path),
-            "a safetensors file",
-            got,
-            "Copy or download the file again; it may be incomplete or of another format.",
-        )
+        return UserError(str(path), wanted, got, remedy)
 
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -419,7 +409,9 @@ def _read_header(path: Path) -> dict[str, Entry]:
         raw = file.read(length)
     start = 8 + length
     entries: dict[str, Entry] = {}
-    try:
+    kinds = (ValueError, KeyError, TypeError, AttributeError)
+    unreadable = "an unreadable header ({kind}: {error})"
+    with user_errors(str(path), wanted, remedy, *kinds, got=unreadable):
         header = json.loads(raw)
         header.pop("__metadata__", None)
         for key, value in header.items():
@@ -431,10 +423,6 @@ def _read_header(path: Path) -> dict[str, Entry]:
             if min((begin, *shape)) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
                 raise invalid(f"tensor {key} with {end - begin} bytes for shape {list(shape)}")
             entries[key] = Entry(str(path), dtype, shape, start + begin, end - begin)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise invalid(f"an unreadable header ({type(error).__name__}: {error})") from error
     at = start
     for key, entry in sorted(entries.items(), key=_order):
         if entry.offset != at:

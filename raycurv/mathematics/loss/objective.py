@@ -87,11 +87,10 @@ class Judging(Protocol):
         ...
 
 
-class CausalLM:
+class CausalLM(Objective):
     """Next-token cross-entropy in nats, summed over an example's targets."""
 
     per_token = True
-    columns: tuple[str, ...] = ()
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         labels, counts = batch.labels, batch.loss_mask
@@ -99,9 +98,6 @@ class CausalLM:
         logits = outputs if outputs.dtype == torch.float64 else outputs.float()
         nll = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
         return torch.where(counts, nll.view_as(labels), 0.0).sum(dim=1)
-
-    def measurement(self, outputs: Tensor, batch: Batch) -> Tensor:
-        return self.loss(outputs, batch)
 
     def sample(self, outputs: Tensor, batch: Batch, uniform: Uniform) -> Tensor:
         drawn = draw_categorical(outputs.flatten(0, 1), uniform(1).flatten())
@@ -113,11 +109,8 @@ class CausalLM:
         return ((outputs.argmax(dim=2) == labels) & counts).sum(dim=1)
 
 
-class Classification:
+class Classification(Objective):
     """Cross-entropy in nats over ``outputs [N, V]`` with class labels ``[N]``."""
-
-    per_token = False
-    columns: tuple[str, ...] = ()
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         labels = _labels(batch, "a class number an example")
@@ -141,9 +134,6 @@ class Classification:
         logits = outputs if outputs.dtype == torch.float64 else outputs.float()
         return F.cross_entropy(logits, labels, reduction="none")
 
-    def measurement(self, outputs: Tensor, batch: Batch) -> Tensor:
-        return self.loss(outputs, batch)
-
     def sample(self, outputs: Tensor, batch: Batch, uniform: Uniform) -> Tensor:
         return draw_categorical(outputs, uniform(1)[:, 0])
 
@@ -151,11 +141,8 @@ class Classification:
         return outputs.argmax(dim=1) == _labels(batch, "a class number an example")
 
 
-class Regression:
+class Regression(Objective):
     """``½‖y − f‖²`` with ``outputs`` and labels ``[N, D]``: a Gaussian of unit variance."""
-
-    per_token = False
-    columns: tuple[str, ...] = ()
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         labels = _labels(batch, "a number or a list of numbers an example")
@@ -169,9 +156,6 @@ class Regression:
             )
         f = f if f.dtype == torch.float64 else f.float()
         return 0.5 * (y.to(f.dtype) - f).square().sum(dim=1)
-
-    def measurement(self, outputs: Tensor, batch: Batch) -> Tensor:
-        return self.loss(outputs, batch)
 
     def sample(self, outputs: Tensor, batch: Batch, uniform: Uniform) -> Tensor:
         f = outputs.flatten(1)
