@@ -34,11 +34,38 @@ LONGEST = (
 )  # fmt: skip
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+# What `--fast` leaves out: whatever starts a Ray, a node or jobs in processes of their own; runs
+# that are stopped at many points; plans and measurements; files of deployment.
+SLOW = (
+    *CLUSTERS[0], *CLUSTERS[1], "ray", "watching", "object_store", "links", "too_little", "jobs",
+    "prune_jobs", "resume", "lock", "flat", "plan", "combine", "demo", "cluster_files", "footprint",
+    "structure", "bench",
+)  # fmt: skip
+SLOW_WORDS = ("stopped", "killed", "process_of_its_own")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fast",
+        action="store_true",
+        help="leave out what is slow: Ray, jobs as processes of their own, runs stopped everywhere",
+    )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    name = collection_path.stem.removeprefix("test_")
+    return True if config.getoption("--fast") and name in SLOW else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put the files that take longest first (``--no-loadscope-reorder`` keeps them there)."""
     order = (CLUSTERS[0][0], CLUSTERS[1][0], LONGEST[0], *CLUSTERS[0], *CLUSTERS[1], *LONGEST)
     places = {f"test_{name}.py": place for place, name in reversed(list(enumerate(order)))}
     items.sort(key=lambda item: places.get(item.path.name, len(order)))
+    if config.getoption("--fast"):
+        slow = [item for item in items if any(word in item.name for word in SLOW_WORDS)]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
 
 
 class Lines(LoadScopeScheduling):  # type: ignore[misc]

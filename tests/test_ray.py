@@ -100,6 +100,20 @@ def scored(fitted: raycurv.Run, out: Path, address: str, **settings: Any) -> ray
     )  # fmt: skip
 
 
+def assert_fit_close(fitted: raycurv.Run, reference: raycurv.Run) -> None:
+    """The same labels, and the same tables but for rounding."""
+    labels = "labels/part-00000.parquet"
+    assert pq.read_table(Path(fitted.path) / labels) == pq.read_table(Path(reference.path) / labels)
+    for table, columns in (
+        ("blocks", ["trace", "mean_eigenvalue", "input_effective_rank"]),
+        ("spectrum", ["eigenvalue"]),
+        ("examples", ["loss", "gradient_sq_norm"]),
+    ):
+        mine, theirs = getattr(fitted, table)(), getattr(reference, table)()
+        for column in columns:
+            assert relative(mine[column], theirs[column]) < CLOSE
+
+
 def test_a_sweep_of_actors_gives_the_numbers_of_one_process(
     cluster: None, alone: tuple[raycurv.Run, raycurv.Scores], tmp_path: Path
 ) -> None:
@@ -159,27 +173,12 @@ def test_runs_are_put_together_by_tasks(cluster: None, tmp_path: Path) -> None:
         assert relative(mine.examples()[column], reference.examples()[column]) < CLOSE
 
 
-@pytest.mark.parametrize("stages", [1, 2])
 def test_actors_give_the_numbers_of_one_process(
-    stages: int,
-    cluster: None,
-    alone: tuple[raycurv.Run, raycurv.Scores],
-    tmp_path: Path,
+    cluster: None, alone: tuple[raycurv.Run, raycurv.Scores], tmp_path: Path
 ) -> None:
-    fitted = raycurv.fit(classifier, ROWS, tmp_path / "run", address="local", stages=stages, **FIT)
-    labels = "labels/part-00000.parquet"
-    assert pq.read_table(tmp_path / "run" / labels) == pq.read_table(Path(alone[0].path) / labels)
-    for table, columns in (
-        ("blocks", ["trace", "mean_eigenvalue", "input_effective_rank"]),
-        ("spectrum", ["eigenvalue"]),
-        ("examples", ["loss", "gradient_sq_norm"]),
-    ):
-        mine, reference = getattr(fitted, table)(), getattr(alone[0], table)()
-        for column in columns:
-            assert relative(mine[column], reference[column]) < CLOSE
-    if stages == 1:
-        return
-    scores = scored(fitted, tmp_path / "scores", "local", stages=stages)
+    fitted = raycurv.fit(classifier, ROWS, tmp_path / "run", address="local", stages=2, **FIT)
+    assert_fit_close(fitted, alone[0])
+    scores = scored(fitted, tmp_path / "scores", "local", stages=2)
     (mine, *names), (reference, *expected) = scores.matrix(), alone[1].matrix()
     assert names == expected
     assert relative(mine, reference) < CLOSE
@@ -192,9 +191,11 @@ def test_actors_give_the_numbers_of_one_process(
 
 
 def test_a_connection_that_was_there_is_left_alive_and_without_actors(
-    cluster: None, tmp_path: Path
+    cluster: None, alone: tuple[raycurv.Run, raycurv.Scores], tmp_path: Path
 ) -> None:
-    raycurv.fit(classifier, ROWS[:4], tmp_path / "run", address="local", **FIT)
+    # One stage, which has both ends of the model.
+    fitted = raycurv.fit(classifier, ROWS, tmp_path / "run", address="local", **FIT)
+    assert_fit_close(fitted, alone[0])
     assert ray.is_initialized()
     assert ray.get(ray.put("still there")) == "still there"
     pool = OnRay("local")
