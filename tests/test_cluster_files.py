@@ -16,13 +16,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import commands
 import jsonschema
 import pytest
 import ray
 import yaml
-from commands import JOBS, ROOT, run_here
+from commands import ROOT, run_here
 from packaging.requirements import Requirement
+
+import raycurv
+from raycurv.jobs import registry
 
 CLUSTER = ROOT / "cluster"
 LAUNCHER = sorted((CLUSTER / "autoscaler").glob("*.yaml"))
@@ -40,8 +42,7 @@ PINNED = dict(
 )
 # The project's own table; tomllib is not there in Python 3.10.
 PROJECT = (ROOT / "pyproject.toml").read_text()
-(VERSION,) = re.findall(r'^version = "(.+)"$', PROJECT, re.M)
-TAG = rf"{re.escape(VERSION)}-ray{re.escape(PINNED['ray'])}-(cpu|gpu)"
+TAG = rf"{re.escape(raycurv.__version__)}-ray{re.escape(PINNED['ray'])}-(cpu|gpu)"
 
 
 def load(path: Path) -> Any:
@@ -265,15 +266,16 @@ def refusal(words: list[str]) -> str:
     assert python == "python"
     if not (ROOT / script).is_file():
         return f"no {script}"
-    job = Path(script).name
+    job = registry.JOBS[Path(script).stem]
+    kind, _ = job.load()
 
     def checked(settings: Any, reporter: Any) -> dict[str, Any]:
         settings.check()
         return {}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(commands.JOBS, job, (JOBS[job][0], checked))
-        outcome = run_here(job, flags)
+        patch.setattr(registry.Job, "load", lambda self: (kind, checked))
+        outcome = run_here(job.script, flags)
     return outcome.err or outcome.out if outcome.code else ""
 
 
