@@ -51,11 +51,7 @@ RHYTHM = Rhythm()
 
 
 class Lease:
-    """A lease under one name of a store, held or about to be.
-
-    Args:
-        owner: what it says of its holder, as JSON.
-    """
+    """A lease under one name of a store, held or about to be; it tells others of its ``owner``."""
 
     def __init__(self, store: Store, name: str, owner: Mapping[str, Any], where: str) -> None:
         # A store of its own: the job's refuses to write once the lease is lost.

@@ -45,11 +45,7 @@ _JOIN_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Ticket:
-    """Travels in a sent tensor's place.
-
-    Attributes:
-        number: of the tensor in its direction, from 0.
-    """
+    """Travels in a sent tensor's place; ``number`` counts from 0 in its direction."""
 
     epoch: str
     source: int
@@ -103,15 +99,10 @@ class Links:
 
     @staticmethod
     def host(node_address: str) -> str:
-        """Open a store in which the ranks of chains find each other; for rank 0's process.
+        """Open a store in which the ranks of chains find each other, in rank 0's process, and give
+        its HOST:PORT, where the others reach this machine.
 
         It lives as long as the process, and serves any number of epochs.
-
-        Args:
-            node_address: of this machine, as the others reach it.
-
-        Returns:
-            its HOST:PORT.
         """
         return f"{node_address}:{_open_store(node_address).port}"
 

@@ -170,11 +170,8 @@ class Rotations:
 
 
 def add_squares(running: RunningSum | None, rotations: Rotations, block: Block) -> Tensor:
-    """Add the squares of all examples' gradients in the eigenbasis; gives ``|∇W|² [N]``, float64.
-
-    Args:
-        running: ``[O, I]``; ``None`` for the norms alone.
-    """
+    """Add the squares of all examples' gradients in the eigenbasis to ``running [O, I]``, if it is
+    there; gives ``|∇W|² [N]``, float64."""
     turned = rotations.turned_rows(block)
     if turned is not None and turned[0].shape[1] == 1:
         # One row an example: the square of an outer product is the outer product of squares.

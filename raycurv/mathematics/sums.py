@@ -55,11 +55,9 @@ def check_sum(total: Tensor, where: str) -> None:
 
 
 class PlainSum:
-    """A tensor that is added to, or filled, in place; without a wider master.
+    """A tensor, zeros at first, that is added to, or filled, in place; without a wider master.
 
-    Args:
-        shape: of the tensor, which starts as zeros.
-        dtype: of the model's computation, see :func:`working_dtype`.
+    Its dtype is the :func:`working_dtype` for that of the model.
     """
 
     def __init__(

@@ -170,11 +170,7 @@ class Checkpoint:
 def describe(
     dtype: torch.dtype, shape: tuple[int, ...], nbytes: int, sample: Callable[[int, int], bytes]
 ) -> dict[str, Any]:
-    """A tensor's fingerprint: dtype, shape and the blake2b-128 of bytes spread evenly over it.
-
-    Args:
-        sample: gives the bytes ``[start, start + length)`` of the tensor, row-major.
-    """
+    """A tensor's fingerprint: its dtype, its shape and the :func:`sampled_hash` of its bytes."""
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "shape": list(shape),

@@ -57,13 +57,10 @@ class CheckpointFile:
 def hf_files(
     checkpoint: Checkpoint, replaced: Mapping[str, Callable[[], Tensor]]
 ) -> tuple[CheckpointFile, ...]:
-    """The files of an HF checkpoint with other tensors in place of some.
+    """The files of an HF checkpoint with other tensors in place of some, as in its ``chunks``.
 
     Weights keep their files, order, dtypes and headers. ``config.json`` is the last: nobody opens a
     directory without it.
-
-    Args:
-        replaced: by key what gives the tensor, of the same shape and dtype.
     """
     directory = checkpoint.directory
     weights = [

@@ -97,9 +97,6 @@ def repatch(module: nn.Module, units: range, before: Model, after: Model) -> Non
 
     What the module then holds equals, bit for bit, what ``after`` would build.
 
-    Args:
-        module: of a segment of ``units``.
-
     Raises:
         UserError: see :meth:`Patched.build`.
     """
