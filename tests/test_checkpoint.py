@@ -44,8 +44,8 @@ def folder(tmp_path: Path) -> Path:
 def test_a_tensor_is_read_as_it_was_saved(folder: Path, key: str) -> None:
     checkpoint = Checkpoint(folder)
     read = checkpoint.read(key)
-    assert read.dtype == TENSORS[key].dtype == checkpoint.dtype(key)
-    assert tuple(read.shape) == checkpoint.shape(key) == tuple(TENSORS[key].shape)
+    assert read.dtype == TENSORS[key].dtype == checkpoint.entries[key].dtype
+    assert tuple(read.shape) == checkpoint.entries[key].shape == tuple(TENSORS[key].shape)
     raw = [t.contiguous().view(-1).view(torch.uint8) for t in (read, TENSORS[key])]
     assert torch.equal(*raw)
 
@@ -115,9 +115,9 @@ def test_an_index_joins_files(tmp_path: Path) -> None:
     save_file({"b": torch.zeros(3)}, str(tmp_path / "y.safetensors"))
     _index(tmp_path, {"weight_map": {"a": "x.safetensors", "b": "y.safetensors"}})
     checkpoint = Checkpoint(tmp_path)
-    assert sorted(checkpoint) == ["a", "b"]
+    assert sorted(checkpoint.entries) == ["a", "b"]
     assert checkpoint.read("b").shape == (3,)
-    assert checkpoint.file("a") == tmp_path / "x.safetensors"
+    assert checkpoint.entries["a"].file == str(tmp_path / "x.safetensors")
 
 
 def _truncate(folder: Path) -> None:

@@ -183,7 +183,7 @@ def list_arrays(column: Any) -> list[np.ndarray | None]:
 
 
 def _decoded(column: Any) -> Any:
-    """Without the encodings that say nothing about the values."""
+    """A column without the encodings that say nothing about the values."""
     if isinstance(column.type, pa.FixedShapeTensorType):
         nested = column.to_numpy_ndarray()
         flat = pa.array(np.ascontiguousarray(nested).reshape(-1))

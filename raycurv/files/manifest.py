@@ -126,23 +126,21 @@ def continue_or_refuse(store: Store, wanted: Manifest) -> Manifest:
         UserError: it holds another run (names everything that differs) or files of somebody else,
             or cannot be written.
     """
+
+    def refuse(expected: str, got: str, remedy: str = "Give another --out.") -> UserError:
+        return UserError(f"--out {store.root}", expected, got, remedy)
+
     there = Manifest.read(store)
     if there is None:
         others = [name for name in _OURS if store.there(name)]
         if others:
-            raise UserError(
-                f"--out {store.root}", f"a new directory, or one with a {NAME}",
-                f"one that holds {', '.join(others)} and no {NAME}", "Give another --out.",
-            )  # fmt: skip
+            got = f"one that holds {', '.join(others)} and no {NAME}"
+            raise refuse(f"a new directory, or one with a {NAME}", got)
         _begin(store, wanted)
         return wanted
     if there.job != wanted.job:
-        raise UserError(
-            f"--out {store.root}",
-            f"a new directory, or one of this job ({wanted.job})",
-            f"one of the job {there.job}",
-            "Give another --out.",
-        )
+        expected = f"a new directory, or one of this job ({wanted.job})"
+        raise refuse(expected, f"one of the job {there.job}")
     differences = [
         f"--{key.replace('_', '-')} was {there.settings.get(key)!r} and is now {value!r}"
         for key, value in wanted.settings.items()
@@ -157,8 +155,7 @@ def continue_or_refuse(store: Store, wanted: Manifest) -> Manifest:
         _begin(store, wanted)
         return wanted
     if differences:
-        raise UserError(
-            f"--out {store.root}",
+        raise refuse(
             "a new directory, or the run that it holds",
             "; ".join(differences),
             "Give another --out, or the settings of the run that is there.",

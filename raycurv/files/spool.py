@@ -45,9 +45,12 @@ class Spool:
     def __init__(self, directory: str, mark: str, groups: int) -> None:
         self._store = Store(directory, lasting=False)
         self._mark, self._groups = mark, groups
-        said = self._read_state()
-        if said is not None and said["mark"] == mark:
-            self.level = int(said["level"])
+        try:
+            state = self._store.read_json("state.json")
+        except DamagedFile:
+            state = None
+        if state is not None and state["mark"] == mark:
+            self.level = int(state["level"])
             self._forget_above()
         else:
             self.delete()
@@ -106,13 +109,6 @@ class Spool:
             for kind in KINDS:
                 for boundary in range(last[kind] + 1, self._groups):
                     self._store.delete_directory(_place(stream, kind, boundary))
-
-    def _read_state(self) -> dict[str, str] | None:
-        try:
-            found: dict[str, str] | None = self._store.read_json("state.json")
-        except DamagedFile:
-            return None
-        return found
 
     def _write_state(self) -> None:
         self._store.write_json("state.json", {"mark": self._mark, "level": self.level})

@@ -47,7 +47,7 @@ class Captured:
 
 
 def of_fit(draws: Sequence[Captured]) -> Sequence[Captured]:
-    """Those of the labels that curvature is fitted to: drawn ones, or where there are none all."""
+    """The draws that curvature is fitted to: of drawn labels, or where there are none, all."""
     return [captured for captured in draws if not captured.own] or draws
 
 

@@ -29,7 +29,7 @@ class Globs:
 
     @classmethod
     def of(cls, patterns: Sequence[str]) -> Globs:
-        """From ``GLOB``, and ``!GLOB`` for what is left out."""
+        """From patterns ``GLOB``, and ``!GLOB`` for what is left out."""
         return cls(
             tuple(p for p in patterns if not p.startswith("!")),
             tuple(p[1:] for p in patterns if p.startswith("!")),

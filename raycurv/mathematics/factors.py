@@ -73,7 +73,7 @@ class FactorSum:
         return tuple(tile / max(self.count, 1) for tile in self.tiles)
 
     def plus(self, other: FactorSum) -> FactorSum:
-        """The factor of both data."""
+        """The factor of the data of both."""
         return self._combined(other, 1)
 
     def minus(self, other: FactorSum) -> FactorSum:

@@ -82,7 +82,7 @@ class GradientNumbers:
     bartlett_trace: float | None = None
 
     def plus(self, other: GradientNumbers) -> GradientNumbers:
-        """Those of other blocks with these."""
+        """The numbers of these blocks and of others together."""
         assert self.examples == other.examples
         return GradientNumbers(
             self.examples,
@@ -129,7 +129,7 @@ class GradientSum:
     batches: int
 
     def plus(self, other: GradientSum) -> GradientSum:
-        """Those of both data."""
+        """The sums over the examples of both."""
         assert self.block == other.block and self.draws == other.draws
         return GradientSum(
             self.block,
@@ -140,11 +140,11 @@ class GradientSum:
         )
 
     def mean(self, name: str) -> Tensor:
-        """One of them as a mean over examples, and over draws where labels were drawn, float64."""
+        """A total as a mean over examples, and over draws where labels were drawn; float64."""
         return self.totals[name] / max(1, self.examples * (self.draws if name in SAMPLED else 1))
 
     def numbers(self) -> GradientNumbers:
-        """Norms, noise and traces."""
+        """The block's norms and traces, from which noise and signal follow."""
         traces = [float(self.mean(kind).sum()) if self.draws else None for kind in SAMPLED]
         return GradientNumbers(
             self.examples,

@@ -68,6 +68,10 @@ class Checkpoint:
 
     Holds headers only (picklable, no open files); every header is checked against its file's size.
 
+    Attributes:
+        files: names of the files with tensors, in the order of the index.
+        entries: where each tensor lies, by its key.
+
     Raises:
         UserError: no directory, no safetensors, an unreadable or incomplete index, an invalid
             header, or a file that is shorter or longer than its header says.
@@ -75,9 +79,8 @@ class Checkpoint:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
-        self._entries: dict[str, Entry] = {}
+        self.entries: dict[str, Entry] = {}
         files = _files(self.directory)
-        # In the order of the index.
         self.files = tuple(files)
         for file, expected in files.items():
             found = _read_header(self.directory / file)
@@ -89,22 +92,7 @@ class Checkpoint:
                     f"no such tensor ({len(absent)} of {len(expected)} absent)",
                     "Copy the checkpoint again: its index and its files do not belong together.",
                 )
-            self._entries.update(found)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._entries
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return self._entries[key].shape
-
-    def dtype(self, key: str) -> torch.dtype:
-        return self._entries[key].dtype
-
-    def file(self, key: str) -> Path:
-        return Path(self._entries[key].file)
+            self.entries.update(found)
 
     def read(self, key: str) -> Tensor:
         """One tensor, in its stored dtype, on the CPU, in memory of its own.
@@ -112,16 +100,11 @@ class Checkpoint:
         Raises:
             UserError: the file ends inside the tensor, or cannot be opened.
         """
-        entry = self._entries[key]
+        entry = self.entries[key]
         buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
         if entry.nbytes:
             _fill(entry.file, key, entry.offset, buffer.numpy().data)
         return buffer.view(entry.dtype).view(entry.shape)
-
-    @property
-    def indexed(self) -> bool:
-        """Whether an index names the files."""
-        return self.files != (SINGLE,)
 
     def chunks(
         self, file: str, replaced: Mapping[str, Callable[[], Tensor]]
@@ -155,7 +138,7 @@ class Checkpoint:
         sampled from it."""
 
         def one(key: str) -> dict[str, Any]:
-            entry = self._entries[key]
+            entry = self.entries[key]
 
             def sample(start: int, length: int) -> bytes:
                 window = bytearray(length)
@@ -164,7 +147,7 @@ class Checkpoint:
 
             return describe(entry.dtype, entry.shape, entry.nbytes, sample)
 
-        return {key: one(key) for key in sorted(self._entries if keys is None else keys)}
+        return {key: one(key) for key in sorted(self.entries if keys is None else keys)}
 
 
 def describe(
@@ -267,14 +250,8 @@ class Weight:
 
     def __init__(self, key: str, weights: Weights) -> None:
         self._key, self._weights = key, weights
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size(self._weights.checkpoint.shape(self._key))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._weights.checkpoint.dtype(self._key)
+        entry = weights.checkpoint.entries[key]
+        self.shape, self.dtype = torch.Size(entry.shape), entry.dtype
 
     def __getitem__(self, index: object) -> Weight:
         assert index is Ellipsis, "a tensor of a checkpoint is read whole"
@@ -299,20 +276,17 @@ class Weights(Mapping[str, Weight]):
         self.checkpoint, self.device = checkpoint, device
         self.used: list[str] = []
         self._made: list[tuple[str, Tensor]] = []
-        self._keys = tuple(checkpoint)
         # HF's loader asks from several threads; one tensor at a time bounds the memory.
         self._one_at_a_time = threading.Lock()
 
     def __getitem__(self, key: str) -> Weight:
-        if key not in self.checkpoint:
-            raise KeyError(key)
         return Weight(key, self)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
+        return iter(self.checkpoint.entries)
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self.checkpoint.entries)
 
     def keys_of(self, module: nn.Module) -> dict[str, str]:
         """Parameter of a module that was loaded on the meta device -> the one key that it is.
@@ -337,15 +311,16 @@ class Weights(Mapping[str, Weight]):
         Raises:
             UserError: NaN or Inf (after the cast), or a file that ends early.
         """
-        dtype = dtype or self.checkpoint.dtype(key)
+        entry = self.checkpoint.entries[key]
+        dtype = dtype or entry.dtype
         with self._one_at_a_time:
             self.used.append(key)
             if self.device.type == "meta":
-                made = torch.empty(self.checkpoint.shape(key), dtype=dtype, device="meta")
+                made = torch.empty(entry.shape, dtype=dtype, device="meta")
                 self._made.append((key, made))
                 return made
             tensor = self.checkpoint.read(key).to(dtype)
-            check_finite(tensor, f"{self.checkpoint.file(key)}, tensor {key}")
+            check_finite(tensor, f"{entry.file}, tensor {key}")
             return tensor.to(self.device)
 
 

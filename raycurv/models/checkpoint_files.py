@@ -67,7 +67,7 @@ def hf_files(
         CheckpointFile(name, partial(checkpoint.chunks, name, replaced), directory / name)
         for name in checkpoint.files
     ]
-    along = [INDEX] if checkpoint.indexed else []
+    along = [] if checkpoint.files == (SINGLE,) else [INDEX]
     along += sorted(_beside(directory, set(checkpoint.files)))
     return (*weights, *(_copied(directory, name) for name in (*along, CONFIG)))
 

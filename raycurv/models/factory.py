@@ -116,15 +116,17 @@ class FactoryModel(Model):
                 raise no_tensor_of_its_own(
                     block, "one that several modules share" if shared else "one made of others"
                 )
-        return StoredWeight.among(_State(whole), block, *keys)
+        return StoredWeight.among(whole.state_dict(), block, *keys)
 
     def block_weight(self, block: Block) -> Tensor:
-        return self.stored(block).matrix(_State(self.skeleton()).read)
+        return self.stored(block).matrix(self._read)
 
     def files(self, patches: Sequence[Patch] = ()) -> tuple[CheckpointFile, ...]:
-        whole = self.skeleton()
-        replaced = replacements(self.stored, patches, _State(whole).read)
-        return (state_file(self.name, whole.state_dict(), replaced),)
+        replaced = replacements(self.stored, patches, self._read)
+        return (state_file(self.name, self.skeleton().state_dict(), replaced),)
+
+    def _read(self, key: str) -> Tensor:
+        return cast(Tensor, self.skeleton().state_dict()[key].detach().clone())
 
     def _same(self) -> nn.Module:
         whole = self._new()
@@ -159,22 +161,6 @@ class FactoryModel(Model):
             if isinstance(tensor, Tensor):
                 check_finite(tensor, f"model {self.name}, tensor {name}")
         return whole.eval().requires_grad_(False)
-
-
-class _State:
-    """The tensors of a module, as those of a checkpoint."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._state = module.state_dict()
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self._state[key].shape)
-
-    def dtype(self, key: str) -> torch.dtype:
-        return cast(torch.dtype, self._state[key].dtype)
-
-    def read(self, key: str) -> Tensor:
-        return cast(Tensor, self._state[key].detach().clone())
 
 
 class FactorySegment(Segment):

@@ -122,7 +122,8 @@ class HFModel(HFOutline, Model):
         return whole.to(META)
 
     def _stored_twice(self, shape: torch.Size) -> bool:
-        alike = [key for key in self._used if self.checkpoint.shape(key) == tuple(shape)]
+        entries = self.checkpoint.entries
+        alike = [key for key in self._used if entries[key].shape == tuple(shape)]
         prints = self.checkpoint.fingerprint(alike)
         return len(alike) > len({prints[key]["hash"] for key in alike})
 
@@ -158,7 +159,7 @@ class HFModel(HFOutline, Model):
             return key
 
         keys = [key_of(name) for name in parameter_names(block)]
-        return StoredWeight.among(self.checkpoint, block, *keys)
+        return StoredWeight.among(self.checkpoint.entries, block, *keys)
 
     def block_weight(self, block: Block) -> Tensor:
         return self.stored(block).matrix(self.checkpoint.read)
@@ -232,11 +233,11 @@ class HFModel(HFOutline, Model):
     def _file_of(self, weight: str | None) -> Path:
         """The file that a weight comes from, as well as its name tells."""
         if weight is not None:
-            for key in self.checkpoint:
+            for key, entry in self.checkpoint.entries.items():
                 if key == weight or weight.endswith(f".{key}") or key.endswith(f".{weight}"):
-                    return self.checkpoint.file(key)
-        files = {self.checkpoint.file(key) for key in self.checkpoint}
-        return files.pop() if len(files) == 1 else self.directory
+                    return Path(entry.file)
+        files = {entry.file for entry in self.checkpoint.entries.values()}
+        return Path(files.pop()) if len(files) == 1 else self.directory
 
 
 class HFSegment(Segment):

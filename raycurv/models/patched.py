@@ -54,7 +54,7 @@ class Patched(Model):
         return self.base.rehearse(skeleton, examples, tokens)
 
     def fingerprint(self) -> dict[str, dict[str, Any]]:
-        """The base's, and an entry ``patch of BLOCK`` for each patch."""
+        """The base's fingerprint, and an entry ``patch of BLOCK`` for each patch."""
         found = dict(self.base.fingerprint())
         for name, patch in sorted(self.patches.items()):
             stored = self.base.stored(patch.block)

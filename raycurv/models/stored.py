@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +13,10 @@ from torch import Tensor, nn
 from raycurv.errors import UserError
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.kinds.catalogue import kind_of_block
-from raycurv.models.checkpoint import check_finite, tensor_bytes
+from raycurv.models.checkpoint import Entry, check_finite, tensor_bytes
 
 # Gives a tensor by its key.
 Read = Callable[[str], Tensor]
-
-
-class Headers(Protocol):
-    """Shapes and dtypes of a model's tensors."""
-
-    def shape(self, key: str) -> tuple[int, ...]: ...
-
-    def dtype(self, key: str) -> torch.dtype: ...
 
 
 @dataclass(frozen=True)
@@ -44,7 +35,7 @@ class Patch:
 
     @classmethod
     def of(cls, block: Block, matrix_OI: Tensor) -> Patch:
-        """A weight in memory."""
+        """The patch of a weight in memory."""
         kept = matrix_OI.detach().cpu().clone()
         header = repr((kept.dtype, tuple(kept.shape))).encode()
         digest = hashlib.blake2b(header, digest_size=16)
@@ -75,12 +66,16 @@ class StoredWeight:
 
     @classmethod
     def among(
-        cls, headers: Headers, block: Block, weight: str, bias: str | None = None
+        cls,
+        tensors: Mapping[str, Tensor | Entry],
+        block: Block,
+        weight: str,
+        bias: str | None = None,
     ) -> StoredWeight:
-        """The place of a weight whose keys are known."""
+        """Where the weight with these keys is kept."""
         keys = [weight] if bias is None else [weight, bias]
-        dtypes = tuple(headers.dtype(key) for key in keys)
-        shape = headers.shape(weight)
+        dtypes = tuple(tensors[key].dtype for key in keys)
+        shape = tuple(tensors[weight].shape)
         return cls(block, weight, bias, shape if block.index is None else shape[1:], dtypes)
 
     @property

@@ -26,7 +26,7 @@ class Linear(Kind):
         return "rows as they come"
 
     def input_rows(self, block: Block, module: nn.Module, call: ModuleCall) -> Tensor:
-        """See the base. The first axis is the examples, or examples x positions flattened.
+        """What entered as rows. Its first axis is the examples, or examples x positions flattened.
 
         Where there are further axes (heads, say), the rows of all positions stand together for each
         place on those: row ``e * P + p``.

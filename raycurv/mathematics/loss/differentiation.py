@@ -61,7 +61,6 @@ class _Slice:
     """
 
     at: tuple[slice, ...]
-    start: int
     batch: Batch
     places: Tensor
     drawn: list[Tensor] | None
@@ -104,7 +103,7 @@ def differentiate(
     for part in _slices(objective, hidden, batch, slice_positions):
         own = part.batch
         leaf = hidden[part.at].detach().requires_grad_(count > 0)
-        outputs = head(leaf, part.start)
+        outputs = head(leaf, own.start)
         if target in ("sampled", "nothing") and own.labels is not None:
             with torch.no_grad():
                 found = objective.loss(outputs, own).double()
@@ -157,7 +156,7 @@ def _slices(
     drawn = None if batch.drawn is None else list(batch.drawn)
     if not objective.per_token:
         place = torch.zeros(1, dtype=torch.int64, device=hidden.device)
-        yield _Slice((slice(None),), 0, batch, place, drawn)
+        yield _Slice((slice(None),), batch, place, drawn)
         return
     if hidden.ndim < 3 or batch.mask is None:
         raise UserError(
@@ -172,7 +171,6 @@ def _slices(
         part = slice(start, min(start + slice_positions, hidden.shape[1]))
         yield _Slice(
             (slice(None), part),
-            start,
             replace(batch, labels=labels_NT[:, part], loss_mask=counts_NT[:, part], start=start),
             # Position of the target: one behind the position that predicts it.
             torch.arange(part.start + 1, part.stop + 1, device=hidden.device),
