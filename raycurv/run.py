@@ -378,7 +378,7 @@ class Scores:
     def table(self) -> pa.Table:
         """All rows: ``query_id``, ``train_id``, ``score`` and what else was asked for."""
         double = self.manifest.settings["dtype"] == "float64"
-        return read_directory(self._store, "scores", scores_schema(double, False, False))
+        return read_directory(self._store, "scores", scores_schema(double))
 
     def self_influence(self) -> pa.Table:
         """``id`` and ``score`` of every training example against itself (with ``--self``)."""

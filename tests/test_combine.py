@@ -572,12 +572,12 @@ MISTAKES: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ["--extend", "@double", "--data", "@new.parquet", "--draws", "2"],
         (
             "--dtype 'float64', and not 'float32'", "--draws 1, and not 2",
-            "Give --draws 1 --seed 3 --dtype float64 --store-dtype float64 --max-factor-dim 8",
+            "Give --draws 1 --max-factor-dim 8 --seed 3 --dtype float64 --store-dtype float64",
         ),
     ),
     "other blocks than the run's": (
         ["--extend", "@empirical", "--data", "@new.parquet", "--max-length", "9"],
-        ("Give --blocks '0' --blocks '2' --fisher empirical no --max-length, as its fit was",),
+        ("Give no --max-length --fisher empirical --blocks '0' --blocks '2', as its fit was",),
     ),
     "a run without sums": (
         ["--merge", "@a", "@lean"], ("lean", "kept its factors' sums", "again with --keep-sums"),

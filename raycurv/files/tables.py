@@ -113,11 +113,17 @@ def gradient_norms_schema(double: bool) -> pa.Schema:
     return _schema("id string, sq_norm number, block_sq_norms [number]", double)
 
 
-def scores_schema(double: bool, per_block: bool, per_token: bool) -> pa.Schema:
-    """``scores``: one row a query and training example."""
+def scores_schema(double: bool, more: Mapping[str, bool] | None = None) -> pa.Schema:
+    """``scores``: one row a query and training example.
+
+    Args:
+        double: whether numbers are float64.
+        more: further columns, and whether each is a list of numbers.
+    """
     columns = "query_id string, train_id string, score number"
-    columns += ", block_scores [number]" if per_block else ""
-    return _schema(columns + (", token_scores [number]" if per_token else ""), double)
+    for name, is_list in (more or {}).items():
+        columns += f", {name} {'[number]' if is_list else 'number'}"
+    return _schema(columns, double)
 
 
 def self_schema(double: bool) -> pa.Schema:

@@ -23,6 +23,7 @@ from raycurv.files.tables import (
     write_tables,
 )
 from raycurv.jobs.influence.influence_settings import InfluenceSettings
+from raycurv.mathematics.influence.scores import SCORES, SELF_SCORES, PairwiseScores
 from raycurv.mathematics.rank.rank_inverse import RankInverses
 from raycurv.mathematics.rank.rank_scores import whole_self_scores
 from raycurv.mathematics.sums import Results
@@ -51,26 +52,24 @@ class ScoreRows(Rows):
 
     def __post_init__(self) -> None:
         super().__init__()
-        settings = self.settings
-        self._schema = scores_schema(self.double, settings.per_block, settings.per_token)
         self._self_schema = self_schema(self.double)
-        # Of each microbatch, since every one has its own length.
-        self._tokens: list[Array] = []
+        # Lists of tokens by column, one array a microbatch, since every one has its own length.
+        self._tokens: dict[str, list[Array]] = {}
 
     def forget(self) -> None:
         super().forget()
-        self._tokens = []
+        self._tokens = {}
 
     def take(self, members: Sequence[int], results: Results) -> None:
         if self.inverses is not None:
             results = whole_self_scores(self.inverses, results)
         self._put("members", np.array(members, np.int64))
-        for name in ("scores", "self_scores", "block_scores"):
-            if name in results:
-                self._put(name, results[name].numpy())
-        if "token_scores" in results:
-            self._tokens.append(results["token_scores"].numpy())
-            self._size += results["token_scores"].numel()
+        for name, found in results.items():
+            if PairwiseScores.columns.get(name) == "tokens":
+                self._tokens.setdefault(name, []).append(found.numpy())
+                self._size += found.numel()
+            elif name == SELF_SCORES or name in PairwiseScores.columns:
+                self._put(name, found.numpy())
 
     def commit(self, name: str) -> list[str]:
         """Write what waits; the files' numbers are how many microbatches were done."""
@@ -80,16 +79,17 @@ class ScoreRows(Rows):
         members = self._piles["members"].whole()
         order = np.argsort(members, kind="stable")
         written = []
-        if "self_scores" in self._piles:
+        if SELF_SCORES in self._piles:
             written.append(f"self/{file}")
             own = self._own_tables(members, order)
             write_tables(self.store, written[-1], self._self_schema, own, self.notes, repeated=[])
         directory = "scores" if self.settings.top_k is None else "work/top"
         written.append(f"{directory}/{file}")
-        tables = self._tables(members, order)
-        write_tables(
-            self.store, written[-1], self._schema, tables, self.notes, repeated=["query_id"]
-        )
+        kinds = PairwiseScores.columns
+        more = [n for n in kinds if n != SCORES and (n in self._piles or n in self._tokens)]
+        schema = scores_schema(self.double, {name: kinds[name] != "number" for name in more})
+        tables = self._tables(schema, more, members, order)
+        write_tables(self.store, written[-1], schema, tables, self.notes, repeated=["query_id"])
         self.forget()
         return written
 
@@ -105,38 +105,42 @@ class ScoreRows(Rows):
         return [*(name for name in names if name not in tops), into]
 
     def _own_tables(self, members: Array, order: Array) -> Iterator[pa.Table]:
-        own, number = self._piles["self_scores"].whole(), self._self_schema.field("score").type
+        own, number = self._piles[SELF_SCORES].whole(), self._self_schema.field("score").type
         for start in range(0, len(order), ROWS):
             taken = order[start : start + ROWS]
             ids, scores = self.train.named(members[taken]), pa.array(own[taken]).cast(number)
             yield pa.table({"id": ids, "score": scores}, schema=self._self_schema)
 
-    def _tables(self, members: Array, order: Array) -> Iterator[pa.Table]:
+    def _tables(
+        self, schema: pa.Schema, more: Sequence[str], members: Array, order: Array
+    ) -> Iterator[pa.Table]:
         """The rows, some at a time: with their ids they take far more than the scores alone."""
-        scores_NQ = self._piles["scores"].whole()
-        queries = pa.array(list(self.queries), pa.string())
-        places = _places(self._tokens)
+        scores_NQ = self._piles[SCORES].whole()
+        queries, number = pa.array(list(self.queries), pa.string()), schema.field("score").type
         for n_rows, q_rows in self._rows(scores_NQ, order):
             taken = order[n_rows]
             columns: dict[str, Any] = {
                 "query_id": queries.take(pa.array(q_rows)),
                 "train_id": self.train.named(members[taken]),
-                "score": pa.array(scores_NQ[taken, q_rows]).cast(self._schema.field("score").type),
+                "score": pa.array(scores_NQ[taken, q_rows]).cast(number),
             }
-            if self.settings.per_block:
-                blocks = self._piles["block_scores"].whole()[taken, q_rows]
-                number = self._schema.field("block_scores").type.value_type
-                columns["block_scores"] = as_lists(blocks, number)
-            if self.settings.per_token:
-                number = self._schema.field("token_scores").type.value_type
-                lists = []
-                for n, q in zip(taken, q_rows, strict=True):
-                    m = int(np.searchsorted(places, n, side="right")) - 1
-                    length = self.train.lengths[members[n]]
-                    lists.append(self._tokens[m][n - places[m], q, :length])
-                lists_ = pa.array(lists, pa.list_(pa.float64()))
-                columns["token_scores"] = lists_.cast(pa.list_(number))
-            yield pa.table(columns, schema=self._schema)
+            for name in more:
+                if name in self._tokens:
+                    lists = pa.array(self._of_tokens(name, members, taken, q_rows))
+                    columns[name] = lists.cast(pa.list_(number))
+                    continue
+                values = self._piles[name].whole()[taken, q_rows]
+                is_list = values.ndim > 1
+                columns[name] = as_lists(values, number) if is_list else pa.array(values)
+            yield pa.table(columns, schema=schema)
+
+    def _of_tokens(self, name: str, members: Array, taken: Array, q_rows: Array) -> Iterator[Array]:
+        """A list for each row, cut to the tokens of its example."""
+        parts = self._tokens[name]
+        begins = np.cumsum([0, *(len(part) for part in parts)])
+        for n, q in zip(taken, q_rows, strict=True):
+            m = int(np.searchsorted(begins, n, side="right")) - 1
+            yield parts[m][n - begins[m], q, : self.train.lengths[members[n]]]
 
     def _rows(self, scores_NQ: Array, order: Array) -> Iterator[tuple[Array, Array]]:
         """Which (example, query) pairs are written, example by example, some at a time."""
@@ -167,11 +171,6 @@ class ScoreRows(Rows):
             best = best.take(pa.array(order[kept]))
         assert best is not None
         return best
-
-
-def _places(parts: Sequence[Array]) -> Array:
-    """Where the rows of each part begin among those of all."""
-    return np.cumsum([0, *(len(part) for part in parts)])
 
 
 def _extremes(scores_QN: Array, k: int) -> Array:

@@ -12,7 +12,7 @@ Axis letters: B blocks, N training examples, Q queries, R rank, T rows, O and I 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from raycurv.mathematics.influence.ihvp import BlockProducts
 from raycurv.mathematics.products import rows_times
 from raycurv.mathematics.sums import Combine, Results, Sums
 
+# How a result stands in a table of scores, in the row of a query and an example: a number, a list
+# of the same length in each, or a list of a number for each token of the example.
+Column = Literal["number", "list", "tokens"]
 # What a microbatch gives, by name.
 SCORES, BLOCK_SCORES, TOKEN_SCORES = "scores", "block_scores", "token_scores"
 SELF_SCORES = "self_scores"
@@ -80,6 +83,9 @@ class PairwiseScores(Sums):
 
     results: ClassVar[Mapping[str, Combine]] = {
         SCORES: "sum", TOKEN_SCORES: "sum", SELF_SCORES: "sum", BLOCK_SCORES: "concat",
+    }  # fmt: skip
+    columns: ClassVar[Mapping[str, Column]] = {
+        SCORES: "number", BLOCK_SCORES: "list", TOKEN_SCORES: "tokens",
     }  # fmt: skip
 
     def __init__(
