@@ -60,11 +60,7 @@ class Ends:
     keeps = False
 
     def load(self, microbatch: int) -> Given:
-        """What enters.
-
-        Raises:
-            LostSpool: it has to be made again.
-        """
+        """What enters; LostSpool if that has to be made again."""
         return Given(microbatch)
 
     def leave(self, microbatch: int, leaving: Hidden | None, results: Results) -> None:

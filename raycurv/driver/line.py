@@ -99,12 +99,8 @@ class Line:
         return False
 
     def collect(self) -> Arrived | None:
-        """The oldest microbatch that has been submitted to its end; ``None`` when all are
-        collected.
-
-        Raises:
-            StageLost: it will not come.
-        """
+        """The oldest microbatch that has been submitted to its end, ``None`` when all are
+        collected; StageLost if it will not come."""
         while not self._ended:
             if not self.step():
                 return None

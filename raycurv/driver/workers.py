@@ -30,11 +30,7 @@ T = TypeVar("T")
 
 
 def check_address(settings: Execution) -> None:
-    """Refuse a cluster that does not answer, before anything takes time.
-
-    Raises:
-        UserError: not an address; nothing answers there, or something that is no Ray cluster.
-    """
+    """Refuse a cluster that does not answer, with a UserError, before anything takes time."""
     # Without Ray, which takes a second to import.
     from raycurv.onray.address import check_answers
 
@@ -213,13 +209,8 @@ class Workers:
             phase.advance(len(mine))
 
     def become(self, model: Model) -> None:
-        """Go on with another model that differs from the one there was in patches alone.
-
-        Stages that are resident change the weights of these blocks; nothing else is loaded.
-
-        Raises:
-            UserError: a patch that does not fit its block, or is not finite.
-        """
+        """Go on with another model that differs from the one there was in patches alone: resident
+        stages change the weights of these blocks, and nothing else is loaded."""
         if model is self._spec.model:
             return
         assert parts(model)[1] is parts(self._spec.model)[1], "patches of another model"

@@ -63,21 +63,13 @@ class Spool:
     def write(
         self, stream: str, kind: Kind, boundary: int, microbatch: int, tensors: Mapping[str, Tensor]
     ) -> None:
-        """Write a file.
-
-        Raises:
-            NoSpace: the disk is full.
-        """
+        """Write a file; NoSpace if the disk is full."""
         if not self._store.exists("state.json"):
             self._write_state()
         write_tensors(self._store, _name(stream, kind, boundary, microbatch), tensors, {})
 
     def read(self, stream: str, kind: Kind, boundary: int, microbatch: int) -> dict[str, Tensor]:
-        """Read a file.
-
-        Raises:
-            LostSpool: it is gone, truncated or altered. What was there is deleted.
-        """
+        """Read a file; LostSpool if it is gone, truncated or altered: what is left is deleted."""
         name = _name(stream, kind, boundary, microbatch)
         try:
             return open_tensors(self._store, name).read_all()

@@ -135,11 +135,7 @@ class StageActor:
 
 
 def assigned_gpu(who: str) -> str:
-    """The device that Ray has assigned to this process, checked.
-
-    Raises:
-        RaycurvError: it assigned none, or torch does not see it.
-    """
+    """The device that Ray has assigned to this process; refused if torch does not see it."""
     ids = ray.get_gpu_ids()
     if not ids:
         raise RaycurvError(

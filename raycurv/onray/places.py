@@ -96,11 +96,8 @@ class Places:
             raise
 
     def wait(self) -> None:
-        """Wait until every bundle has a node.
-
-        Raises:
-            RaycurvError: there is no room within the time; states demand and supply.
-        """
+        """Wait until every bundle has a node; a RaycurvError of demand and supply if none has room
+        within the time."""
         until = time.monotonic() + self._wait_seconds
         announced = False
         while not self._group.wait(timeout_seconds=_LOOK_SECONDS) or self._unplaced():

@@ -318,11 +318,8 @@ class OnRay(Pool):
             lacking = failed
 
     def _linked(self, replica: int) -> None:
-        """Link the stages of a replica, if tensors go from one to the next without Ray.
-
-        Raises:
-            StageLost: one of them was lost meanwhile.
-        """
+        """Link the stages of a replica, if tensors go from one to the next without Ray; StageLost
+        if one of them was lost meanwhile."""
         distributed = self._transport == "distributed" or (
             self._transport == "auto" and self._specs[0].device != "cpu"
         )
@@ -379,11 +376,7 @@ class OnRay(Pool):
         return None
 
     def _await(self, handle: Any) -> None:
-        """Wait for a handle as long as anything goes on.
-
-        Raises:
-            StageLost: an actor hangs; it has been ended.
-        """
+        """Wait for a handle while anything goes on; StageLost if an actor hung, and was ended."""
         before: set[Any] = set()
         while not ray.wait([handle], timeout=self._limits.hang_seconds / 2)[0]:
             now = self._unanswered()

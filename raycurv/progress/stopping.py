@@ -85,22 +85,14 @@ def exit_code() -> int:
 
 
 def stop_if_asked() -> None:
-    """Stop here, if that was asked for.
-
-    Raises:
-        Stopped: it was.
-    """
+    """Raise Stopped here, if that was asked for."""
     if _asked:
         raise Stopped
 
 
 def stop_unless_deferred() -> None:
-    """Stop here if that was asked for and is not deferred: Python may have ignored the exception of
-    the signal, if it came in a destructor, say.
-
-    Raises:
-        Stopped: it was.
-    """
+    """Raise Stopped here if that was asked for and is not deferred: Python may have ignored the
+    exception of the signal, if it came in a destructor, say."""
     if not _deferred:
         stop_if_asked()
 

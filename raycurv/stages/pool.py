@@ -165,11 +165,7 @@ class Pool(Protocol):
 
     def become(self, model: Model) -> None:
         """Have every stage, now and whenever it is built again, be of another model that differs
-        from its own in patches alone: what has not changed is not loaded again.
-
-        Raises:
-            UserError: a patch that does not fit its block, or is not finite.
-        """
+        from its own in patches alone (see :meth:`Stage.become`)."""
 
     def at(self, stage: int, replica: int = 0) -> StageCalls:
         """The calls of a stage."""
@@ -197,11 +193,7 @@ class Pool(Protocol):
         """A handle of a value that many calls take."""
 
     def get(self, handle: Handle[T]) -> T:
-        """The value of a handle; raises what the call raised.
-
-        Raises:
-            StageLost: it will never come.
-        """
+        """The value of a handle; raises what the call raised, or StageLost if it never comes."""
 
     def repair(self, replica: int, lost: StageLost | None) -> tuple[int, ...]:
         """Build again the stages of a replica whose actors are gone; gives their numbers.

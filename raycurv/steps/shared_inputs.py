@@ -31,11 +31,7 @@ class SharedInputs:
         return self._store.exists(_FILE)
 
     def read(self, chosen: tuple[Block, ...]) -> tuple[Block, ...]:
-        """The blocks with their factors.
-
-        Raises:
-            DamagedFile: they are not those that were chosen.
-        """
+        """The blocks with their factors; DamagedFile if they are not those that were chosen."""
         there = read_blocks(self._store)
         if {dataclasses.replace(b, input_factor="") for b in there} != set(chosen):
             raise DamagedFile(

@@ -74,11 +74,8 @@ class Parent:
 
     @cached_property
     def corpus(self) -> Corpus:
-        """The examples in its directory; of an extended run only those that it was extended by.
-
-        Raises:
-            DamagedFile: they are not there whole.
-        """
+        """The examples in its directory; of an extended run only those that it was extended by; see
+        :func:`corpus_of_run`."""
         return corpus_of_run(self.store)
 
     @cached_property
@@ -180,11 +177,7 @@ def places(ids: pa.LargeStringArray, among: pa.LargeStringArray) -> Array:
 
 
 def check_new(parents: Parents, corpus: Corpus) -> None:
-    """Refuse examples that the run which they extend has already.
-
-    Raises:
-        UserError: names the first.
-    """
+    """Refuse examples that the run which they extend has already; the error names the first."""
     if parents.extended is not None:
         twice = np.flatnonzero(places(corpus.ids, parents.extended.ids) >= 0)
         if len(twice):

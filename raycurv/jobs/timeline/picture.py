@@ -37,11 +37,7 @@ def save_picture(lanes: Lanes, title: str, path: str) -> None:
 
 
 def figure_class() -> Any:
-    """``matplotlib.figure.Figure``.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
+    """``matplotlib.figure.Figure``; a UserError where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -31,11 +31,7 @@ class TimelineSettings:
     """Show what happened until this second."""
 
     def check(self) -> None:
-        """Refuse what cannot work.
-
-        Raises:
-            UserError: naming the flag.
-        """
+        """Refuse what cannot work, with a UserError that names the flag."""
         check_fields(self)
         if self.start is not None and self.to is not None and self.start >= self.to:
             raise UserError("--from", f"before --to {self.to:g}", f"{self.start:g}", "")
