@@ -223,11 +223,8 @@ def stored_corpus(store: Store, directory: str) -> Corpus | None:
 
 
 def corpus_of_run(store: Store) -> Corpus:
-    """The examples of a finished fit; of one that extends another those that it added.
-
-    Raises:
-        DamagedFile: they are not there whole.
-    """
+    """The examples of a finished fit (of one that extends another those that it added); DamagedFile
+    if they are not there whole."""
     found = stored_corpus(store, "data")
     if found is None:
         raise DamagedFile(

@@ -48,14 +48,8 @@ class Failures:
     _by_operation: Counter[tuple[str, str, int]] = field(default_factory=Counter)
 
     def count(self, actor: str, operation: str, microbatch: int, cause: str) -> None:
-        """An actor, or a task, was lost.
-
-        Args:
-            operation: that it was at, and the ``microbatch`` (-1 for none).
-
-        Raises:
-            RaycurvError: it is one too many.
-        """
+        """An actor, or a task, was lost at an operation, of a microbatch or -1; RaycurvError if it
+        is one too many."""
         self.total += 1
         self._by_actor[actor] += 1
         self._by_operation[actor, operation, microbatch] += 1

@@ -89,12 +89,8 @@ def timed(
     enter: Callable[[Any], Any] | None = None,
     leave: Callable[[Any], Any] | None = None,
 ) -> tuple[Any, Span]:
-    """Make a call; gives what it gave, and its span.
-
-    Args:
-        enter: takes in each of the arguments.
-        leave: gives out the value.
-    """
+    """Make a call; gives what it gave, and its span. ``enter`` takes in each of the arguments, and
+    ``leave`` gives out the value."""
     start = time.time()
     if enter is not None:
         args = tuple(enter(arg) for arg in args)

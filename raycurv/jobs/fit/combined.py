@@ -93,8 +93,9 @@ def _combined(shell: Shell[FitSettings], parents: Parents) -> Corpus:
         corpus = store_corpus(store, "data", examples, flag, lambda: tokenizer)
     labels = DrawnLabels(store)
     if sampled and not labels.complete(len(corpus)):
-        for part, drawn in enumerate(in_parts(_labels(parents))):
-            labels.write(part, drawn)
+        drawn = (one for run, numbers in parents.kept for one in _drawn(run, numbers))
+        for part, some in enumerate(in_parts(drawn)):
+            labels.write(part, some)
     return corpus
 
 
@@ -179,13 +180,8 @@ def _shapes(example: Example) -> tuple[tuple[Any, ...] | None, ...]:
     return tuple(None if part is None else (*part.shape, str(part.dtype)) for part in parts)
 
 
-def _labels(parents: Parents) -> Iterator[Array]:
-    """The labels that were drawn for the kept examples."""
-    for run, numbers in parents.kept:
-        yield from _drawn(run, numbers)
-
-
 def _drawn(run: Parent, numbers: Iterable[int]) -> Iterator[Array]:
+    """The labels that were drawn for some examples of a run."""
     labels = DrawnLabels(run.store)
     if not labels.complete(len(run.corpus)):
         raise DamagedFile(
