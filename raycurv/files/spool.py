@@ -123,11 +123,9 @@ def spool_directory(run: Store, given: str | None) -> str:
     if given is None:
         if not run.local:
             raise UserError(
-                "--spool-dir",
-                "a local directory, since --out is on an object store",
-                "nothing",
+                "--spool-dir", "a local directory, since --out is on an object store", "nothing",
                 "Give --spool-dir a directory on a fast disk of the machine that runs the job.",
-            )
+            )  # fmt: skip
         return run.path("work/spool")
     place = Store(os.path.abspath(os.path.expanduser(given)) if "://" not in given else given)
     if not place.local:

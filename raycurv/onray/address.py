@@ -41,12 +41,10 @@ def check_answers(address: str) -> None:
         found = "" if os.environ.get("RAY_USE_TLS") == "1" else _stranger(address)
     if found:
         raise UserError(
-            f"--address {address}",
-            "a Ray cluster that answers",
-            found,
+            f"--address {address}", "a Ray cluster that answers", found,
             "Give the address that `ray start --head` printed (its port is 6379 by default, not "
             "that of the dashboard or of Ray's client), or use --address local.",
-        )
+        )  # fmt: skip
 
 
 def _stranger(address: str) -> str:

@@ -22,11 +22,9 @@ def cut_stages(costs: Sequence[float], stages: int) -> tuple[range, ...]:
     units = len(costs)
     if stages > units:
         raise UserError(
-            "--stages",
-            f"at most {units}, the layers that this model can be cut between",
-            str(stages),
-            f"Give --stages {units} or fewer.",
-        )
+            "--stages", f"at most {units}, the layers that this model can be cut between",
+            str(stages), f"Give --stages {units} or fewer.",
+        )  # fmt: skip
     sums = [0.0]
     for cost in costs:
         sums.append(sums[-1] + cost)

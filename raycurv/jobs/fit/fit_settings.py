@@ -92,11 +92,9 @@ class FitSettings(Execution, Reading):
             )  # fmt: skip
         if self.fisher == "empirical" and self.draws != 1:
             raise UserError(
-                "--draws",
-                "1 with --fisher empirical, whose labels are the data's own",
-                str(self.draws),
-                "Leave --draws out, or use --fisher sampled.",
-            )
+                "--draws", "1 with --fisher empirical, whose labels are the data's own",
+                str(self.draws), "Leave --draws out, or use --fisher sampled.",
+            )  # fmt: skip
         widest = self.max_factor_dim
         if widest is not None and not SMALLEST_TILE <= widest <= LARGEST_EIGH:
             raise UserError(

@@ -328,9 +328,8 @@ def _check_subtracted(runs: Sequence[Parent]) -> None:
 
 def _twice(id: str, one: str, other: str) -> UserError:
     return UserError(
-        f"example {id!r}",
-        "an id of its own: every example counts once",
+        f"example {id!r}", "an id of its own: every example counts once",
         f"the same id in {one} and in {other}",
         "Leave the example out of one of the two; if they are different ones, give the data a "
         "column `id`, or its files other names.",
-    )
+    )  # fmt: skip

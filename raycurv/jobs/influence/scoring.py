@@ -86,11 +86,9 @@ def _score(shell: Shell[InfluenceSettings]) -> None:
     measured = objective if named is None else open_measurement(named)
     if settings.per_token and not objective.per_token:
         raise UserError(
-            "--per-token",
-            "an objective that is called on positions (causal-lm)",
-            str(fitted.objective),
-            "Leave --per-token out.",
-        )
+            "--per-token", "an objective that is called on positions (causal-lm)",
+            str(fitted.objective), "Leave --per-token out.",
+        )  # fmt: skip
     dtype = settings.dtype or fitted.settings["dtype"]
     prints: dict[str, Any] = {"fit": _fit_mark(fitted.manifest), "queries": fingerprint(queries)}
     if train is not None:
