@@ -15,11 +15,6 @@ class Tokenizer(Protocol):
 
     def encode(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
         """Token ids of each text; with ``special``, with the tokenizer's own special tokens."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """JSON-serialisable: what a run records of its tokenizer."""
-        ...
 
 
 class LazyTokenizer:
@@ -53,8 +48,8 @@ class LazyTokenizer:
         return ids
 
     def describe(self) -> dict[str, Any]:
-        """Its class, its size, and the tokens that it puts before and after a text; empty when no
-        text was met."""
+        """What a run records: its class, its size, and the tokens that it puts before and after a
+        text; empty when no text was met."""
         if self._loaded is None:
             return {}
         before, after = affixes(self)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from raycurv.mathematics.blocks import Block
 from raycurv.models.checkpoint_files import CheckpointFile
-from raycurv.models.model import Model, Segment
+from raycurv.models.model import Model, Outline, Segment
 from raycurv.models.stored import Patch, StoredWeight
 
 
@@ -34,12 +34,8 @@ class Patched(Model):
         self.base = inner
         self.patches = {**before, **{patch.block.name: patch for patch in patches}}
         # Whatever does not depend on the weights of blocks is the base's.
-        self.name = inner.name
-        self.units, self.unit_costs = inner.units, inner.unit_costs
-        self.width, self.vocab_size = inner.width, inner.vocab_size
-        self.default_scope, self.tied_head = inner.default_scope, inner.tied_head
-        self.max_positions, self.token_inputs = inner.max_positions, inner.token_inputs
-        self.tokenizer_dir = inner.tokenizer_dir
+        for known in Outline.__annotations__:
+            setattr(self, known, getattr(inner, known))
 
     def skeleton(self) -> nn.Module:
         return self.base.skeleton()

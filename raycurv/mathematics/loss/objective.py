@@ -64,7 +64,6 @@ class Objective(Protocol):
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """The loss of each example, summed over its tokens, ``[N]``."""
-        ...
 
     def measurement(self, outputs: Tensor, batch: Batch) -> Tensor:
         """The function of a query whose change is asked for, ``[N]``; by default the loss."""
@@ -75,7 +74,6 @@ class Objective(Protocol):
 
         ``uniform(k)`` gives float64 numbers in (0, 1), ``[N, k]`` (``[N, T, k]`` when per token).
         """
-        ...
 
 
 @runtime_checkable
@@ -84,7 +82,6 @@ class Judging(Protocol):
 
     def correct(self, outputs: Tensor, batch: Batch) -> Tensor:
         """How many of each example's targets are the most probable outcome, ``[N]``."""
-        ...
 
 
 class CausalLM(Objective):
