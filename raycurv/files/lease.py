@@ -68,8 +68,7 @@ class Lease:
     def take(self, say: Callable[[str], None]) -> dict[str, Any] | None:
         """Take the lease; gives what the lease says of its holder where another has it.
 
-        Args:
-            say: is told of a lease that may be dead, and how long that takes to find out.
+        ``say`` is told of a lease that may be dead, and how long that takes to find out.
 
         Raises:
             OSError: the store cannot be written or read.

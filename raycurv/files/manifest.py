@@ -61,10 +61,7 @@ class Manifest:
 
     @classmethod
     def finished(cls, store: Store, job: str, phase: str, what: str) -> Manifest:
-        """The manifest of a directory in which a job has finished.
-
-        Args:
-            what: the job's results, as an error names them.
+        """The manifest of a directory in which a job has finished, which made ``what``.
 
         Raises:
             UserError: there is no such manifest, or ``phase``, the job's last, is not complete.

@@ -43,8 +43,7 @@ _TYPES = {
 def _schema(columns: str, double: bool = False) -> pa.Schema:
     """The schema of ``name type`` a column, separated by commas; ``[type]`` is a list of these.
 
-    Args:
-        double: whether the type ``number`` is float64; otherwise float32.
+    The type ``number`` is float64 if ``double``, else float32.
     """
     types = _TYPES | {"number": pa.float64() if double else pa.float32()}
     fields = []

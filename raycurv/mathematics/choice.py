@@ -46,11 +46,7 @@ class Globs:
                 raise UserError(f"--blocks {pattern!r}", expected, "no match", remedy)
 
     def take(self, name: str, default: bool = True) -> bool:
-        """Whether a name is chosen.
-
-        Args:
-            default: whether it is when no pattern includes anything.
-        """
+        """Whether a name is chosen; when no pattern includes anything, ``default`` says so."""
         if any(_matches(name, pattern) for pattern in self.exclude):
             return False
         if not self.include:

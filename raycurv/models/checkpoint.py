@@ -111,10 +111,8 @@ class Checkpoint:
     ) -> Iterator[bytes | memoryview]:
         """The bytes of a file, piece by piece, with other tensors in place of some.
 
-        Of what is copied a piece is in memory at a time, of what is replaced a tensor.
-
-        Args:
-            replaced: by key what gives the tensor, of the same shape and dtype.
+        Of what is copied a piece is in memory at a time, of what is replaced a tensor: ``replaced``
+        gives it by its key, of the same shape and dtype.
 
         Raises:
             UserError: the file has changed, ends early, or cannot be opened.
@@ -170,11 +168,7 @@ def sampled_hash(
     nbytes: int, sample: Callable[[int, int], bytes], windows: int, window_bytes: int
 ) -> str:
     """The blake2b-128, in hex, of the windows that are spread evenly over bytes, or of all bytes
-    that fit into the windows.
-
-    Args:
-        sample: gives the bytes ``[start, start + length)``.
-    """
+    that fit into the windows; ``sample`` gives the bytes ``[start, start + length)``."""
     digest = hashlib.blake2b(digest_size=16)
     if nbytes <= windows * window_bytes:
         digest.update(sample(0, nbytes) if nbytes else b"")
@@ -265,11 +259,8 @@ class Weight:
 class Weights(Mapping[str, Weight]):
     """All tensors of a checkpoint as the lazy ``state_dict`` of HF's ``from_pretrained(None, …)``.
 
-    Attributes:
-        used: keys that were asked for, in that order.
-
-    Args:
-        device: where tensors go; the meta device reads nothing, and shows names and shapes only.
+    They go to ``device``; the meta device reads nothing, and shows names and shapes only. ``used``
+    are the keys that were asked for, in that order.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:

@@ -18,9 +18,8 @@ from raycurv.models.stored import Patch, StoredWeight
 class Segment(ABC):
     """The part of a model that one stage holds: consecutive units, frozen, in eval mode.
 
-    Attributes:
-        module: its ``named_modules`` have the names of the whole model; what other segments hold
-            is replaced by stubs without weights, or left out.
+    The ``named_modules`` of its module have the names of the whole model; what other segments hold
+    is replaced by stubs without weights, or left out.
     """
 
     module: nn.Module
@@ -29,10 +28,8 @@ class Segment(ABC):
 
     @abstractmethod
     def forward(self, batch: Batch, hidden: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
-        """What travels to the next segment: the output of the last unit held.
-
-        Args:
-            hidden: what the segment before returned; ``None`` for the first segment alone.
+        """What travels to the next segment: the output of the last unit held, from what the segment
+        before returned (``None`` for the first segment alone).
 
         Returns:
             the hidden states ``[N, T, d]`` (before norm and head in the last segment) and whatever
@@ -41,10 +38,8 @@ class Segment(ABC):
         """
 
     def head(self, part: Tensor) -> Tensor:
-        """What the objective takes, from a slice of the last segment's hidden states.
-
-        Args:
-            part: ``[N, t, d]``: some positions of the first tensor that :meth:`forward` returned.
+        """What the objective takes, from some positions ``[N, t, d]`` of the first tensor that the
+        last segment's :meth:`forward` returned.
 
         Returns:
             logits ``[N, t, V]`` of an HF model; ``part`` itself for other models.

@@ -146,8 +146,7 @@ def replacements(
 ) -> dict[str, Callable[[], Tensor]]:
     """By key what makes the tensor with patches in it; one patch is in memory at a time.
 
-    Args:
-        read: gives a tensor as it is stored, in memory of its own.
+    ``read`` gives a tensor as it is stored, in memory of its own.
     """
 
     def patched(key: str, patches: Sequence[Patch]) -> Tensor:
