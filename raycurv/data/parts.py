@@ -99,11 +99,7 @@ class Part(ABC):
 
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
-        """What tells this part from other ones, JSON-serialisable.
-
-        Raises:
-            UserError: a file that cannot be read.
-        """
+        """What tells this part from other ones, in JSON; UserError if it cannot be read."""
 
 
 class _Batches(Part):

@@ -28,11 +28,8 @@ class LazyTokenizer:
         self._loaded: Any = None
 
     def encode(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
-        """Token ids of each text, neither padded nor truncated.
-
-        Raises:
-            UserError: the directory has no tokenizer, or one that transformers cannot load.
-        """
+        """Token ids of each text, neither padded nor truncated; UserError if the directory has no
+        tokenizer, or one that transformers cannot load."""
         if self._loaded is None:
             self._loaded = _load(self._directory)
         encoded = self._loaded(
@@ -79,11 +76,8 @@ def _load(directory: Path) -> Any:
 
 
 def affixes(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """The special tokens that a tokenizer puts before and after a text, such as BOS and EOS.
-
-    Raises:
-        UserError: its special tokens cannot be told from the text's.
-    """
+    """The special tokens that a tokenizer puts before and after a text, such as BOS and EOS;
+    UserError if they cannot be told from the text's."""
     probe = "a"
     (plain,), (dressed,) = (tokenizer.encode([probe], special=special) for special in (False, True))
     for start in range(len(dressed) - len(plain) + 1):

@@ -67,12 +67,9 @@ def below(uri: str, name: str) -> str:
 
 
 def check_endpoint(uri: str, where: str) -> None:
-    """Refuse a URI at whose endpoint nothing answers, within seconds.
+    """Refuse, with a UserError and within seconds, a URI at whose endpoint nothing answers.
 
     File systems try for minutes; only an endpoint that the URI names can be probed.
-
-    Raises:
-        UserError: nothing answers, or the endpoint is no address.
     """
     options = parse_qs(uri.partition("?")[2])
     endpoint = options.get("endpoint_override", [""])[-1]

@@ -66,12 +66,10 @@ class Lease:
         self._thread: threading.Thread | None = None
 
     def take(self, say: Callable[[str], None]) -> dict[str, Any] | None:
-        """Take the lease; gives what the lease says of its holder where another has it.
+        """Take the lease; gives what the lease says of its holder where another has it. OSError if
+        the store cannot be written or read.
 
         ``say`` is told of a lease that may be dead, and how long that takes to find out.
-
-        Raises:
-            OSError: the store cannot be written or read.
         """
         there = self._read()
         if there is not None and self._alive(there, say):
@@ -93,11 +91,7 @@ class Lease:
         return None
 
     def check(self) -> None:
-        """Refuse to go on without the lease.
-
-        Raises:
-            LostLock: another job has it.
-        """
+        """Refuse to go on, with a LostLock, when another job has the lease."""
         if _now() - self._seen > self._rhythm.good:
             # Suspended: the thread may not have looked yet.
             with suppress(OSError):

@@ -61,11 +61,8 @@ class Manifest:
 
     @classmethod
     def finished(cls, store: Store, job: str, phase: str, what: str) -> Manifest:
-        """The manifest of a directory in which a job has finished, which made ``what``.
-
-        Raises:
-            UserError: there is no such manifest, or ``phase``, the job's last, is not complete.
-        """
+        """The manifest of a directory in which a job has finished, which made ``what``;
+        UserError if there is none, or ``phase``, the job's last, is not complete."""
         found = cls.read(store)
         if found is None or found.job != job or phase not in found.complete:
             raise UserError(
@@ -78,12 +75,8 @@ class Manifest:
 
     @classmethod
     def read(cls, store: Store) -> Manifest | None:
-        """The manifest of a directory; ``None`` when there is no ``run.json``.
-
-        Raises:
-            DamagedFile: it is not JSON.
-            UserError: it is another program's.
-        """
+        """The manifest of a directory, ``None`` when there is no ``run.json``; DamagedFile if
+        that is not JSON, UserError if it is another program's."""
         try:
             content = store.read_json(NAME)
         except DamagedFile as error:

@@ -115,11 +115,8 @@ def _name(stream: str, kind: Kind, boundary: int, microbatch: int) -> str:
 
 
 def spool_directory(run: Store, given: str | None) -> str:
-    """Where the spools of a run go: below ``given``, or below the run itself.
-
-    Raises:
-        UserError: the run is on an object store and nothing is given, or it is no local directory.
-    """
+    """Where the spools of a run go: below ``given``, or below the run itself; UserError if that
+    is no local directory."""
     if given is None:
         if not run.local:
             raise UserError(

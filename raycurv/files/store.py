@@ -124,11 +124,8 @@ class Store:
         return found
 
     def check(self, where: str) -> None:
-        """Refuse an object store that does not answer, and a bucket that is not there.
-
-        Raises:
-            UserError: see above; within seconds where the URI names the endpoint.
-        """
+        """Refuse, with a UserError, an object store that does not answer (within seconds where the
+        URI names the endpoint), and a bucket that is not there."""
         if self.local:
             return
         check_endpoint(self.uri, where)
@@ -165,11 +162,7 @@ class Store:
         return "allow_bucket_creation=true" in self.uri.partition("?")[2].lower().split("&")
 
     def write(self, name: str, chunks: Iterable[bytes | memoryview | pa.Buffer]) -> None:
-        """Write a file, atomically.
-
-        Raises:
-            NoSpace: the disk is full; nothing of the file stays.
-        """
+        """Write a file, atomically; NoSpace if the disk is full, and then nothing of it stays."""
         self._ask()
         path = self.path(name)
         if not self.local:
@@ -217,11 +210,7 @@ class Store:
             self.write(name, iter(lambda: file.read(_CHUNK), b""))
 
     def open(self, name: str) -> pa.NativeFile:
-        """A random-access reader.
-
-        Raises:
-            FileNotFoundError: no such file.
-        """
+        """A random-access reader; FileNotFoundError if there is no such file."""
         return self._opened[0].open_input_file(self.path(name))
 
     def _info(self, name: str) -> fs.FileInfo:
@@ -281,11 +270,7 @@ class Store:
         self.write(name, [json.dumps(value, indent=2, sort_keys=True).encode() + b"\n"])
 
     def read_json(self, name: str) -> Any:
-        """Read a JSON file, ``None`` when there is none.
-
-        Raises:
-            DamagedFile: it is not JSON.
-        """
+        """Read a JSON file, ``None`` when there is none; DamagedFile if it is not JSON."""
         if not self.exists(name):
             return None
         with self.open(name) as file:

@@ -196,12 +196,8 @@ def _checksum(data: pa.Buffer, at: int) -> bytes:
 
 
 def read_table(store: Store, name: str) -> pa.Table:
-    """Read one Parquet file.
-
-    Raises:
-        FileNotFoundError: no such file.
-        DamagedFile: truncated, or it does not match its checksum.
-    """
+    """Read one Parquet file; FileNotFoundError if there is none, DamagedFile if it is truncated or
+    does not match its checksum."""
     with store.open(name) as file:
         data = file.read_buffer()
     at = _checksum_place(data)
@@ -214,11 +210,7 @@ def read_table(store: Store, name: str) -> pa.Table:
 
 
 def read_rows(store: Store, name: str) -> int:
-    """How many rows a Parquet file has, from its footer.
-
-    Raises:
-        DamagedFile: it has none.
-    """
+    """How many rows a Parquet file has, from its footer; DamagedFile if it has none."""
     with store.open(name) as file:
         try:
             return int(pq.ParquetFile(file).metadata.num_rows)

@@ -61,11 +61,7 @@ class TensorFile:
         return tuple(self._entries)
 
     def read(self, key: str) -> Tensor:
-        """One tensor in memory of its own.
-
-        Raises:
-            DamagedFile: its bytes do not match the checksum.
-        """
+        """One tensor in memory of its own; DamagedFile if its bytes do not match the checksum."""
         entry = self._entries[key]
         begin, end = entry["data_offsets"]
         buffer = torch.empty(end - begin, dtype=torch.uint8)
@@ -84,12 +80,8 @@ class TensorFile:
 
 
 def open_tensors(store: Store, name: str) -> TensorFile:
-    """Read the header of a file and check its length.
-
-    Raises:
-        FileNotFoundError: no such file.
-        DamagedFile: truncated, or not a file that :func:`write_tensors` made.
-    """
+    """Read the header of a file and check its length; FileNotFoundError if there is no such file,
+    DamagedFile if it is truncated, or none that :func:`write_tensors` made."""
     with store.open(name) as file:
         size = file.size()
         try:

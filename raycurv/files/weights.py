@@ -31,21 +31,14 @@ def write_weight(store: Store, block: Block, matrix_OI: Tensor) -> None:
 
 
 def read_weight(store: Store, block: str) -> Tensor:
-    """A block's new weight ``[O, I]``.
-
-    Raises:
-        FileNotFoundError: there is none.
-        DamagedFile: it is not as it was written.
-    """
+    """A block's new weight ``[O, I]``; FileNotFoundError if there is none, DamagedFile if it is not
+    as it was written."""
     return open_tensors(store, weight_file(block)).read("weight")
 
 
 def stored_patch(store: Store, block: Block) -> Patch:
-    """The patch of a weight in a store, which is read when a model is built or saved.
-
-    Raises:
-        FileNotFoundError, DamagedFile: see :func:`read_weight`.
-    """
+    """The patch of a weight in a store, which is read when a model is built or saved; raises as
+    :func:`read_weight`."""
     mark = open_tensors(store, weight_file(block.name)).checksum
     return Patch(block, partial(read_weight, store, block.name), mark)
 

@@ -107,12 +107,9 @@ class Links:
         return f"{node_address}:{_open_store(node_address).port}"
 
     def send(self, tensor: Tensor, target: int) -> Ticket:
-        """Have a tensor ready for a neighbour. Does not wait.
+        """Have a tensor ready for a neighbour, without waiting; LostPeer if it is known to be gone.
 
         Its memory is kept, not copied, until it has been received: nobody may change it.
-
-        Raises:
-            LostPeer: the neighbour is known to be gone.
         """
         return self._outgoing[target].send(tensor)
 

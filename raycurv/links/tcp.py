@@ -100,11 +100,8 @@ class TcpCarrier:
         return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
     def send(self, packed: Tensor) -> None:
-        """Send what :meth:`pack` gave, and return when the bytes have left.
-
-        Raises:
-            OSError: the other end is gone, or silent (``TimeoutError``).
-        """
+        """Send what :meth:`pack` gave, and return when the bytes have left; OSError if the other
+        end is gone, or silent (``TimeoutError``)."""
         self._connection.send(packed.numpy().data)
 
     def receive(self, count: int) -> Tensor:
@@ -143,22 +140,16 @@ def accept(
 
 
 def connect(host: str, port: int, name: str, timeout_seconds: float) -> Connection:
-    """Open the connection of this name to another process, which accepts it.
-
-    Raises:
-        OSError: nobody answers.
-    """
+    """Open the connection of this name to another process, which accepts it; OSError if nobody
+    answers."""
     connected = socket.create_connection((host, port), timeout=timeout_seconds)
     connected.sendall(_hello(name))
     return Connection(connected, timeout_seconds)
 
 
 def serve_towards(host: str, port: int) -> socket.socket:
-    """A server at this machine's address as another one there would see it. Sends nothing.
-
-    Raises:
-        OSError: there is no way there.
-    """
+    """A server at this machine's address as another one there would see it; OSError if there is no
+    way there. Sends nothing."""
     family, kind, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as probe:
         probe.connect(where)

@@ -237,11 +237,8 @@ def _place(x: Tensor) -> tuple[int, int]:
 
 
 def check_finite(captured: Captured) -> None:
-    """Refuse inputs and gradients that are not finite.
-
-    Raises:
-        NumericalError: names the factor and the example.
-    """
+    """Refuse inputs and gradients that are not finite, with a NumericalError that names the factor
+    and the example."""
     tensors: list[tuple[str, Tensor]] = list(captured.inputs.items())
     tensors += [(f"{name}.output", g) for name, g in captured.gradients.items() if g is not None]
     for name, tensor in tensors:

@@ -36,11 +36,8 @@ class Globs:
         )
 
     def refuse_strangers(self, names: Collection[str], expected: str, remedy: str) -> None:
-        """Refuse patterns that match none of the ``names`` that may be meant.
-
-        Raises:
-            UserError: with what was ``expected`` and the ``remedy``.
-        """
+        """Refuse patterns that match none of the ``names`` that may be meant, with a UserError of
+        what was ``expected`` and the ``remedy``."""
         for pattern in (*self.include, *self.exclude):
             if not any(_matches(name, pattern) for name in names):
                 raise UserError(f"--blocks {pattern!r}", expected, "no match", remedy)

@@ -9,11 +9,8 @@ from raycurv.errors import NumericalError
 
 
 def cholesky(matrix: Tensor, what: str) -> Tensor:
-    """The lower root of one positive definite matrix or a batch of them ``[..., K, K]``.
-
-    Raises:
-        NumericalError: ``what`` is not positive definite, or not finite.
-    """
+    """The lower root of one positive definite matrix or a batch of them ``[..., K, K]``;
+    NumericalError if ``what`` is not positive definite, or not finite."""
     root: Tensor
     root, info = torch.linalg.cholesky_ex(matrix)
     if bool(info.any()):

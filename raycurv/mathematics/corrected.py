@@ -94,10 +94,6 @@ class CorrectedSums(Sums):
         return {SQUARED_NORM: norms / len(draws)}
 
     def result(self, name: str) -> CorrectedSum:
-        """Λ of a block as a sum with its count.
-
-        Raises:
-            NumericalError: the sum is not finite.
-        """
+        """Λ of a block as a sum with its count; NumericalError if the sum is not finite."""
         examples, count = self.counts[SHARED]
         return CorrectedSum(name, self._totals[name].value(f"block {name}"), count, examples)

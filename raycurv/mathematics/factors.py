@@ -154,11 +154,7 @@ class FactorSums(Sums):
             start += width
 
     def result(self, name: str) -> FactorSum:
-        """One factor, in float64.
-
-        Raises:
-            NumericalError: its sum is not finite.
-        """
+        """One factor, in float64; NumericalError if its sum is not finite."""
         tiles = tuple(tile.value(f"factor {name}") for tile in self._tiles[name])
         count, rows = self.counts[name]
         return FactorSum(name, tiles, count, rows, self.dtype)

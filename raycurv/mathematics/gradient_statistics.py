@@ -215,11 +215,7 @@ class GradientSums(Sums):
         return Rotations(captured, self._bases, self._blocks, self.dtype, together)
 
     def result(self, name: str) -> GradientSum:
-        """The sums of one block.
-
-        Raises:
-            NumericalError: a sum is not finite.
-        """
+        """The sums of one block; NumericalError if one is not finite."""
         totals = {k: t.value(f"block {name}, {k}") for k, t in self._totals[name].items()}
         examples, batches = self.counts[SHARED]
         return GradientSum(name, totals, examples, self._draws, batches)

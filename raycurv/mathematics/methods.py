@@ -71,11 +71,7 @@ METHODS = {
 
 
 def open_method(name: str) -> Method:
-    """The method that a fit's settings, or its manifest, name.
-
-    Raises:
-        UserError: there is none of that name.
-    """
+    """The method that a fit's settings, or its manifest, name; UserError if there is none such."""
     if name not in METHODS:
         raise UserError("--method", methods_with(lambda _: True), repr(name), "ekfac is usual.")
     return METHODS[name]

@@ -39,11 +39,7 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_sum(total: Tensor, where: str) -> None:
-    """Refuse a sum that is not finite.
-
-    Raises:
-        NumericalError: ``where`` names the factor or block.
-    """
+    """Refuse a sum of a factor or block (``where``) that is not finite, with a NumericalError."""
     # One number tells, without a mask of the sum's shape.
     if not torch.isfinite(total.sum(dtype=torch.float64)):
         raise NumericalError(
@@ -120,11 +116,7 @@ class RunningSum(PlainSum):
         self.pending = 0
 
     def value(self, where: str) -> Tensor:
-        """The sum in float64 (a copy).
-
-        Raises:
-            NumericalError: it is not finite; ``where`` names the factor or block.
-        """
+        """The sum in float64 (a copy); NumericalError if it is not finite, at ``where``."""
         total = self.part.double() if self.master is None else self.master + self.part
         check_sum(total, where)
         return total.clone() if total is self.part else total

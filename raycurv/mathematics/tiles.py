@@ -32,11 +32,8 @@ def tile_ranges(widths: Iterable[int]) -> tuple[range, ...]:
 
 
 def check_axes(blocks: Sequence[Block], max_factor_dim: int | None) -> None:
-    """Refuse factors that nothing can decompose whole, where tiles are not asked for.
-
-    Raises:
-        UserError: names the first such block and its axis.
-    """
+    """Refuse factors that nothing can decompose whole, where tiles are not asked for, with a
+    UserError that names the first such block and its axis."""
     for block in blocks if max_factor_dim is None else ():
         for side, width in (("input", block.d_in), ("output", block.d_out)):
             if width > LARGEST_EIGH:

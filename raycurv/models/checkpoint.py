@@ -95,11 +95,8 @@ class Checkpoint:
             self.entries.update(found)
 
     def read(self, key: str) -> Tensor:
-        """One tensor, in its stored dtype, on the CPU, in memory of its own.
-
-        Raises:
-            UserError: the file ends inside the tensor, or cannot be opened.
-        """
+        """One tensor, in its stored dtype, on the CPU, in memory of its own; UserError if the file
+        ends inside it, or cannot be opened."""
         entry = self.entries[key]
         buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
         if entry.nbytes:
@@ -297,11 +294,7 @@ class Weights(Mapping[str, Weight]):
         return found
 
     def load(self, key: str, dtype: torch.dtype | None) -> Tensor:
-        """Read one tensor, cast it and check it.
-
-        Raises:
-            UserError: NaN or Inf (after the cast), or a file that ends early.
-        """
+        """Read one tensor and cast it; UserError for NaN or Inf after the cast, or a short file."""
         entry = self.checkpoint.entries[key]
         dtype = dtype or entry.dtype
         with self._one_at_a_time:

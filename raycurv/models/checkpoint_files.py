@@ -75,11 +75,8 @@ def hf_files(
 def state_file(
     name: str, state: Mapping[str, Tensor], replaced: Mapping[str, Callable[[], Tensor]]
 ) -> CheckpointFile:
-    """One safetensors file of a state dict, under its own names, with other tensors for some.
-
-    Raises:
-        UserError: an entry that a safetensors file cannot hold.
-    """
+    """One safetensors file of a state dict, under its own names, with other tensors for some;
+    UserError for an entry that such a file cannot hold."""
     for key, tensor in state.items():
         if not isinstance(tensor, Tensor) or tensor.dtype not in NAMES:
             got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__

@@ -99,11 +99,8 @@ class FactoryModel(Model):
         return FactorySegment(part, children, first, last, self.name, dtype)
 
     def stored(self, block: Block) -> StoredWeight:
-        """Where a block's weight stands in the state dict.
-
-        Raises:
-            UserError: it is computed from others, or it is another module's, too.
-        """
+        """Where a block's weight stands in the state dict; UserError if it is computed from others,
+        or is another module's, too."""
         whole = self.skeleton()
         names: dict[int, list[str]] = {}
         for name, parameter in whole.named_parameters(remove_duplicate=False):
@@ -187,11 +184,7 @@ class FactorySegment(Segment):
 
     def forward(self, batch: Batch, hidden: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
         """The output ``[N, ...]`` of the last child or of the whole network (its ``logits`` where
-        it has them), alone in a tuple as it comes.
-
-        Raises:
-            UserError: an output that is no tensor.
-        """
+        it has them), alone in a tuple as it comes; UserError if it is no tensor."""
         assert (hidden is None) == self.first, "the first segment, and only that, takes no hidden"
         (value,) = (batch.inputs,) if hidden is None else hidden
         if hidden is None and value.is_floating_point():

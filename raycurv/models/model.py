@@ -103,28 +103,19 @@ class Model(Outline):
 
     @abstractmethod
     def build(self, units: range, dtype: torch.dtype, device: torch.device) -> Segment:
-        """The segment of ``units`` (ascending, not empty), with its own tensors only.
-
-        Raises:
-            UserError: a tensor that is missing, misshapen, not finite, or in a damaged file.
-        """
+        """The segment of ``units`` (ascending, not empty), with its own tensors only; UserError for
+        one that is missing, misshapen, not finite, or in a damaged file."""
 
     @abstractmethod
     def stored(self, block: Block) -> StoredWeight:
-        """Where the weight of a block is kept, by key.
-
-        Raises:
-            UserError: it is not one tensor, or not of this block alone.
-        """
+        """Where the weight of a block is kept, by key; UserError if it is not one tensor, or not of
+        this block alone."""
 
     @abstractmethod
     def block_weight(self, block: Block) -> Tensor:
         """The weight of a block as its matrix ``[O, I]``, the bias its last column, read by itself;
-        in the dtype that it is stored in and in memory of its own.
-
-        Raises:
-            UserError: see :meth:`stored`; or a damaged file.
-        """
+        in the dtype that it is stored in and in memory of its own. UserError as from
+        :meth:`stored`, or for a damaged file."""
 
     @abstractmethod
     def files(self, patches: Sequence[Patch] = ()) -> tuple[CheckpointFile, ...]:

@@ -36,11 +36,7 @@ def open_model(source: ModelSource, base: str | Path | None = None) -> Model:
 
 
 def open_outline(source: ModelSource) -> Outline:
-    """As :func:`open_model`, but of an HF directory ``config.json`` alone is read.
-
-    Raises:
-        UserError: what the source names is not there, or is not such a model.
-    """
+    """As :func:`open_model`, but of an HF directory ``config.json`` alone is read."""
     found = _factory_or_directory(source, None)
     if isinstance(found, FactoryModel):
         return found

@@ -62,11 +62,8 @@ class Patched(Model):
         return found
 
     def build(self, units: range, dtype: torch.dtype, device: torch.device) -> Segment:
-        """The base's segment, and in it the patches.
-
-        Raises:
-            UserError: as the base, or a patch of another shape or dtype, or that is not finite.
-        """
+        """The base's segment, and in it the patches; UserError as the base, or for a patch of
+        another shape or dtype, or that is not finite."""
         segment = self.base.build(units, dtype, device)
         repatch(segment.module, units, self.base, self)
         return segment
@@ -91,10 +88,8 @@ def parts(model: Model) -> tuple[dict[str, Patch], Model]:
 def repatch(module: nn.Module, units: range, before: Model, after: Model) -> None:
     """Make a segment's module, built of one model, that of another which differs in patches alone.
 
-    What the module then holds equals, bit for bit, what ``after`` would build.
-
-    Raises:
-        UserError: see :meth:`Patched.build`.
+    What the module then holds equals, bit for bit, what ``after`` would build, which also raises
+    as this does.
     """
     old, base = parts(before)
     new, _ = parts(after)

@@ -99,11 +99,8 @@ class StoredWeight:
         return matrix.contiguous()
 
     def parts(self, matrix: Tensor) -> dict[str, Tensor]:
-        """A matrix ``[O, I]`` as the block's parts of the stored tensors, by key.
-
-        Raises:
-            UserError: a matrix of another shape or dtype, or that is not finite.
-        """
+        """A matrix ``[O, I]`` as the block's parts of the stored tensors, by key; UserError for one
+        of another shape or dtype, or that is not finite."""
         where = f"the new weight of block {self.block.name}"
         wanted = ((self.block.d_out, self.block.d_in), self.dtype)
         if (tuple(matrix.shape), matrix.dtype) != wanted:
@@ -122,11 +119,8 @@ class StoredWeight:
         }
 
     def put(self, module: nn.Module, matrix: Tensor) -> None:
-        """Copy a matrix ``[O, I]`` into the module that holds the block, cast as a loaded one is.
-
-        Raises:
-            UserError: see :meth:`parts`; or what overflows the module's dtype.
-        """
+        """Copy a matrix ``[O, I]`` into the module that holds the block, cast as a loaded one is;
+        UserError as from :meth:`parts`, or for what overflows the module's dtype."""
         parts = self.parts(matrix)
         with torch.no_grad():
             names = kind_of_block(self.block).parameters(self.block)

@@ -20,11 +20,7 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 
 def kind_of_block(block: Block) -> Kind:
-    """A block's kind.
-
-    Raises:
-        UserError: there is no such kind here.
-    """
+    """A block's kind; UserError if there is no such kind here."""
     for kind in KINDS:
         if kind.name == block.kind:
             return kind

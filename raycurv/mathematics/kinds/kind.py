@@ -104,10 +104,7 @@ class Kind(ABC):
     @abstractmethod
     def input_rows(self, block: Block, module: nn.Module, call: ModuleCall) -> Tensor:
         """What entered as rows ``[N, T, I]``, or ``[N, T, S, I]`` with ``S > 1`` groups; no bias.
-
-        Raises:
-            UserError: rows cannot be told apart by example.
-        """
+        UserError if rows cannot be told apart by example."""
 
     @abstractmethod
     def output_rows(self, block: Block, module: nn.Module, call: ModuleCall, g: Tensor) -> Tensor:
@@ -158,11 +155,7 @@ class Kind(ABC):
 
 
 def check_examples(block: Block, x: Tensor, examples: int, axes: int) -> None:
-    """Refuse an input whose first axis is not the examples.
-
-    Raises:
-        UserError: names the block.
-    """
+    """Refuse, with a UserError, an input of a block whose first axis is not the examples."""
     if x.ndim < axes or x.shape[0] != examples:
         raise UserError(
             f"block {block.name}",
