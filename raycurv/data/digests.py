@@ -38,12 +38,8 @@ class Digests:
         return sum(run.nbytes for run in self._runs)
 
     def add(self, texts: Sequence[str]) -> int | None:
-        """Add texts.
-
-        Returns:
-            the position in ``texts`` of the first that was in the set already, or that stands
-            among ``texts`` before; ``None`` when all are new.
-        """
+        """Add texts; gives the position of the first that was in the set already, or that stands
+        among ``texts`` before, ``None`` when all are new."""
         if not texts:
             return None
         new = digests(texts)

@@ -91,11 +91,8 @@ class Part(ABC):
 
     @abstractmethod
     def read(self, required: Sequence[str], optional: Sequence[str]) -> Iterator[Rows]:
-        """All rows with these columns; an optional one may be missing.
-
-        Raises:
-            UserError: the part is not what its name says, or a value is missing or null.
-        """
+        """All rows with these columns; an optional one may be missing. UserError if the part is not
+        what its name says, or a value is missing or null."""
 
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:

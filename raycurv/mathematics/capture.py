@@ -127,12 +127,9 @@ class Capture:
         return tensors, block.bias, self._layouts[block.name]
 
     def captured(self, record: Record, draw: int = 0, own: bool = False) -> Captured:
-        """Rows of inputs and gradients of a microbatch whose backward has run for a draw.
-
-        Raises:
-            RaycurvError: an input was changed in place after its capture, or blocks that shared an
-                input in the first microbatch no longer do.
-        """
+        """Rows of inputs and gradients of a microbatch whose backward has run for a draw;
+        RaycurvError if an input was changed in place after its capture, or blocks that shared one
+        in the first microbatch no longer do."""
         by_factor: dict[str, list[Block]] = {}
         for block in self.blocks.values():
             by_factor.setdefault(block.input_factor, []).append(block)

@@ -156,12 +156,9 @@ def decompose(
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues ``[t]``, ascending, and eigenvectors ``[t, t]`` of a symmetric matrix, in its
-    dtype and on its device.
+    dtype and on its device; RuntimeError or numpy.linalg.LinAlgError if it does not converge.
 
     On the CPU they are from numpy's LAPACK, which takes 0.6 of the time of torch's (LOG.md).
-
-    Raises:
-        RuntimeError, numpy.linalg.LinAlgError: it does not converge.
     """
     if matrix.device.type != "cpu":
         with _ON_DEVICE:

@@ -69,8 +69,7 @@ def find_anatomy(
 ) -> Anatomy:
     """Find the parts, and prove on the meta device that layers speak through hidden states only.
 
-    Args:
-        stored_twice: whether two weights of this shape hold the same values: HF ties them then.
+    ``stored_twice`` tells whether two weights of a shape hold the same values: HF ties them then.
     """
 
     def refuse(got: str) -> UserError:

@@ -140,12 +140,8 @@ class HFModel(HFOutline, Model):
         return HFSegment(module, units, self.anatomy)
 
     def stored(self, block: Block) -> StoredWeight:
-        """Where the checkpoint keeps a block's weight, as the loader resolved its keys.
-
-        Raises:
-            UserError: the loader makes it of several tensors or of a part of one, or makes another
-                weight of the same.
-        """
+        """Where the checkpoint keeps a block's weight, as the loader resolved its keys; UserError
+        if it makes it of several tensors or of a part of one, or makes another weight of it."""
 
         def key_of(name: str) -> str:
             key = self._keys.get(name)

@@ -39,11 +39,8 @@ class Segment(ABC):
 
     def head(self, part: Tensor) -> Tensor:
         """What the objective takes, from some positions ``[N, t, d]`` of the first tensor that the
-        last segment's :meth:`forward` returned.
-
-        Returns:
-            logits ``[N, t, V]`` of an HF model; ``part`` itself for other models.
-        """
+        last segment's :meth:`forward` returned: logits ``[N, t, V]`` of an HF model; ``part``
+        itself for other models."""
         assert self.last, "only the last segment holds the head"
         return part
 
@@ -88,8 +85,7 @@ class Outline(ABC):
     def rehearse(self, skeleton: nn.Module, examples: int, tokens: int) -> bool:
         """Run the skeleton (or a copy in another dtype) forward, for those who watch its modules.
 
-        Returns:
-            whether it could run: a model whose inputs are known from the data alone cannot.
+        Gives whether it could run: a model whose inputs are known from the data alone cannot.
         """
         return False
 

@@ -88,8 +88,8 @@ def parts(model: Model) -> tuple[dict[str, Patch], Model]:
 def repatch(module: nn.Module, units: range, before: Model, after: Model) -> None:
     """Make a segment's module, built of one model, that of another which differs in patches alone.
 
-    What the module then holds equals, bit for bit, what ``after`` would build, which also raises
-    as this does.
+    What the module then holds equals, bit for bit, what ``after`` would build; a patch that does
+    not fit is the same UserError.
     """
     old, base = parts(before)
     new, _ = parts(after)

@@ -80,14 +80,8 @@ class Kind(ABC):
         return (Block(name, self.name, d_in + bias, d_out, bias),)
 
     def catch(self, module: nn.Module, blocks: Sequence[Block], note: Note) -> Callable[[], None]:
-        """Watch a module from now on: each use of a block goes through ``note``.
-
-        Args:
-            blocks: those of the module that have curvature; not always all that it holds.
-
-        Returns:
-            what ends the watching.
-        """
+        """Watch a module from now on: each use of one of the ``blocks`` (those that have curvature,
+        not always all that it holds) goes through ``note``. Gives what ends the watching."""
         (block,) = blocks
 
         def hook(
@@ -114,9 +108,8 @@ class Kind(ABC):
     def live_rows(self, call: ModuleCall, mask: Tensor | None, rows: int) -> Tensor | None:
         """Which of a call's ``rows`` an example has count: ``[N, rows]``; ``None`` for all.
 
-        Args:
-            mask: which positions of the call are tokens, ``[N, P]``; ``None`` where all are, or
-                where there is no token axis.
+        ``mask [N, P]`` tells which positions of the call are tokens; ``None`` where all are, or
+        where there is no token axis.
         """
 
     def parameters(self, block: Block) -> tuple[str, ...]:

@@ -74,11 +74,8 @@ def draw_categorical(logits_RV: Tensor, u_R: Tensor) -> Tensor:
 
     Two levels keep the sums in float64 without a float64 ``[R, V]``: sums of blocks of 512 classes,
     then the running sum inside the one block that the number falls into. A float32 running sum over
-    a vocabulary of 128k draws up to one label in twenty wrongly.
-
-    Args:
-        logits_RV: any floating dtype.
-        u_R: float64 in (0, 1).
+    a vocabulary of 128k draws up to one label in twenty wrongly. Logits may be of any floating
+    dtype; ``u_R`` is float64 in (0, 1).
     """
     rows, classes = logits_RV.shape
     work = logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
