@@ -21,7 +21,7 @@ from raycurv.data.examples import Example
 from raycurv.data.microbatch import plan_microbatches
 from raycurv.driver import timeline_table as timeline
 from raycurv.driver.commits import plan_mark
-from raycurv.driver.corpus import Corpus, store_corpus, stored_corpus, whole_ids
+from raycurv.driver.corpus import Corpus, one_array, store_corpus, stored_corpus
 from raycurv.driver.feed import Feed
 from raycurv.driver.sinks import ExampleRows, Pile
 from raycurv.files.store import Store
@@ -45,7 +45,7 @@ def ids(count: int) -> list[str]:
 def corpus_of(store: Store, count: int) -> Corpus:
     """Stored as a job leaves it, without the parts, which nobody reads here."""
     tokens = np.random.default_rng(0).integers(1, 400, count).astype(np.int32)
-    return Corpus(store, "data", whole_ids(pa.chunked_array([ids(count)])), tokens, count, {})
+    return Corpus(store, "data", one_array(pa.chunked_array([ids(count)])), tokens, count, {})
 
 
 def growth(act: Callable[[], Any]) -> tuple[int, int, Any]:

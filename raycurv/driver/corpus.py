@@ -203,7 +203,7 @@ def store_corpus(
         "examples": count, "with_loss": terms, "tokenizer": described, "columns": list(columns),
     }  # fmt: skip
     store.write_json(f"{directory}/corpus.json", said)
-    return Corpus(store, directory, whole_ids(named), tokens, terms, described, columns)
+    return Corpus(store, directory, one_array(named), tokens, terms, described, columns)
 
 
 def stored_corpus(store: Store, directory: str) -> Corpus | None:
@@ -217,7 +217,7 @@ def stored_corpus(store: Store, directory: str) -> Corpus | None:
         return None
     if len(index) != said["examples"] or not parts_there(store, directory, len(index)):
         return None
-    ids, lengths = whole_ids(index["id"]), index["tokens"].to_numpy()
+    ids, lengths = one_array(index["id"]), index["tokens"].to_numpy()
     terms, tokenizer, columns = said["with_loss"], said["tokenizer"], said.get("columns", ())
     return Corpus(store, directory, ids, lengths, terms, tokenizer, tuple(columns))
 
@@ -234,7 +234,7 @@ def corpus_of_run(store: Store) -> Corpus:
     return found
 
 
-def whole_ids(column: pa.ChunkedArray) -> pa.LargeStringArray:
+def one_array(column: pa.ChunkedArray) -> pa.LargeStringArray:
     """A table's ids in one array, which 2 GiB of them do not fill."""
     return column.cast(pa.large_string()).combine_chunks()
 

@@ -106,9 +106,9 @@ class Sweep:
         """The group where the way back goes on: those behind it are done."""
         return 0 if self._spool is None else self._spool.level
 
-    def place(self, name: str, group: int) -> str:
+    def commit_directory(self, name: str, group: int) -> str:
         """Where the commits of a pass through a group lie."""
-        return commit_place(name, group, self.last + 1)
+        return commit_directory(name, group, self.last + 1)
 
     def forward(self, meet: Meeting | None = None) -> None:
         """Spool the hidden states that enter each group up to the level; ``meet`` is shown every
@@ -127,7 +127,7 @@ class Sweep:
             ends = self._back(group, task, lowest)
             try:
                 pipeline = self._pipeline(group, task, ends, label)
-                return pipeline.run(task.sink, self.place(task.work.name, group))
+                return pipeline.run(task.sink, self.commit_directory(task.work.name, group))
             except LostSpool as lost:
                 self._remake(lost, task)
 
@@ -311,6 +311,6 @@ def _hidden(read: Mapping[str, Tensor]) -> Hidden:
     return tuple(read[str(place)] for place in range(len(read)))
 
 
-def commit_place(name: str, group: int, groups: int) -> str:
+def commit_directory(name: str, group: int, groups: int) -> str:
     """Where the commits of a pass through a group of so many lie."""
     return f"work/{name}" if groups == 1 else f"work/{name}/group-{group:04d}"

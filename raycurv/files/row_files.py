@@ -130,7 +130,7 @@ def open_rows(store: Store, block: Block) -> BlockRows:
 
 
 def open_inverses(
-    store: Store, blocks: Sequence[Block], damping: Damping, whole: bool
+    store: Store, blocks: Sequence[Block], damping: Damping, joint: bool
 ) -> RankInverses:
     """The inverses of a fit's rank-m Fisher.
 
@@ -138,13 +138,13 @@ def open_inverses(
         store: of the run.
         blocks: all of the fit, or those that are looked at.
         damping: λ, or the factor that makes it.
-        whole: one of all these blocks together, instead of each block's own.
+        joint: one of all these blocks together, instead of each block's own.
 
     Raises:
         UserError: λ is zero.
         NumericalError: λ is too small.
     """
-    if not whole:
+    if not joint:
         return RankInverses({b.name: _inverse(store, (b,), damping) for b in blocks}, False)
     inverse = _inverse(store, blocks, damping)
     found: dict[str, RankInverse | None] = {}

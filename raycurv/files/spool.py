@@ -19,7 +19,7 @@ from torch import Tensor
 
 from raycurv.errors import DamagedFile, UserError
 from raycurv.files.store import Store
-from raycurv.files.tensorfile import open_tensors, whole, write_tensors
+from raycurv.files.tensorfile import is_complete, open_tensors, write_tensors
 
 Kind = Literal["hidden", "gradient", "results"]
 KINDS: tuple[Kind, ...] = ("hidden", "gradient", "results")
@@ -79,7 +79,7 @@ class Spool:
 
     def has(self, stream: str, kind: Kind, boundary: int, microbatch: int) -> bool:
         """Whether the file is there with its full length."""
-        return whole(self._store, _name(stream, kind, boundary, microbatch))
+        return is_complete(self._store, _name(stream, kind, boundary, microbatch))
 
     def forget(self, stream: str, kind: Kind, boundary: int, microbatch: int) -> None:
         self._store.delete(_name(stream, kind, boundary, microbatch))

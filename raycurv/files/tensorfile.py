@@ -104,7 +104,7 @@ def open_tensors(store: Store, name: str) -> TensorFile:
     return TensorFile(store, name, metadata, header, checksums, 8 + length)
 
 
-def whole(store: Store, name: str) -> bool:
+def is_complete(store: Store, name: str) -> bool:
     """Whether the file is there with its full length (its content is checked when it is read)."""
     if not store.exists(name):
         return False

@@ -22,7 +22,7 @@ from raycurv.driver.commits import last_commit, plan_mark
 from raycurv.driver.corpus import Corpus
 from raycurv.driver.feed import Feed
 from raycurv.driver.sinks import ExampleRows, rows_by_part
-from raycurv.driver.sweep import Sweep, Task, commit_place
+from raycurv.driver.sweep import Sweep, Task, commit_directory
 from raycurv.driver.workers import Workers
 from raycurv.files.manifest import Manifest
 from raycurv.models.model import Model
@@ -77,7 +77,7 @@ class Losses:
     def _finished(self, work: Pass) -> list[str]:
         """The files of a pass that has come to its end; none of another."""
         groups = len(self.workers.groups)
-        place = commit_place(work.name, groups - 1, groups)
+        place = commit_directory(work.name, groups - 1, groups)
         commit = last_commit(self.workers.store, place, plan_mark(self._feed.plan))
         return commit.rows if commit is not None and commit.finished else []
 

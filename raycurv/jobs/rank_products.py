@@ -56,7 +56,7 @@ class RankProducts:
         needs = [Need(40 * b.d_out * b.d_in, 0.0, b.name) for b in blocks]
         each = [(self, b, inverses.by_block[b.name]) for b in blocks]
         projection: Tensor | None = None
-        if inverses.whole:
+        if inverses.joint:
             # In the order of the blocks, or the sum would depend on chance.
             found = in_order(workers.run_tasks("IHVPs", project_gradients, each, needs))
             shares = [share for share in found if share is not None]
@@ -64,7 +64,7 @@ class RankProducts:
         made = [(*task, projection) for task in each]
         seen = in_order(workers.run_tasks("IHVPs", apply_inverse, made, needs))
         groups = [(f"block {b.name}", [s]) for b, s in zip(blocks, seen, strict=True)]
-        if inverses.whole:
+        if inverses.joint:
             groups = [("the model's Fisher", seen)]
         largest = 0.0
         # Any block has the model's inverse.

@@ -18,7 +18,7 @@ from raycurv.files.artifacts import (
     write_corrected,
 )
 from raycurv.files.store import Store
-from raycurv.files.tensorfile import whole
+from raycurv.files.tensorfile import is_complete
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.corrected import CorrectedSum, CorrectedSums
 from raycurv.mathematics.eigen import own_axes
@@ -155,7 +155,7 @@ class Corrections(PassStep):
 
     def _there(self, block: Block) -> bool:
         store = self.fit.store
-        if not whole(store, corrected_file(block.name)):
+        if not is_complete(store, corrected_file(block.name)):
             return False
         if corrected_notes(store, block)["bases"] != self._mark(block):
             return False

@@ -9,7 +9,7 @@ import torch
 
 from raycurv.files.artifacts import eigen_file, factor_file, write_factor
 from raycurv.files.store import Store
-from raycurv.files.tensorfile import whole
+from raycurv.files.tensorfile import is_complete
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.factors import FactorSum, FactorSums, factors_of
 from raycurv.mathematics.loss.differentiation import DRAWN
@@ -111,7 +111,7 @@ class Covariances(PassStep):
         factors: Iterable[str] = undecomposed(fit, group)
         if fit.recipe.keep_sums:
             factors = factors_of(fit.blocks_of(group))
-        return frozenset(f for f in factors if not whole(fit.store, factor_file(f)))
+        return frozenset(f for f in factors if not is_complete(fit.store, factor_file(f)))
 
     def columns(self, group: int) -> frozenset[str]:
         drawing = group == self.fit.last and not self.fit.labels_there()
@@ -126,4 +126,4 @@ class Covariances(PassStep):
 def undecomposed(fit: Fit, group: int) -> list[str]:
     """The factors of a group of stages that have no eigenbasis."""
     factors = factors_of(fit.blocks_of(group))
-    return [f for f in factors if not whole(fit.store, eigen_file(f))]
+    return [f for f in factors if not is_complete(fit.store, eigen_file(f))]

@@ -9,7 +9,7 @@ import torch
 
 from raycurv.files.row_files import RUN, rows_file, write_rows
 from raycurv.files.store import Store
-from raycurv.files.tensorfile import whole
+from raycurv.files.tensorfile import is_complete
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.rank.rank_fisher import RowSum, RowSums
 from raycurv.planning.cost import PassCost
@@ -88,7 +88,7 @@ class RankRows(PassStep):
 
     def sums(self, group: int) -> frozenset[str]:
         names = (block.name for block in self.fit.blocks_of(group))
-        return frozenset(name for name in names if not whole(self.fit.store, rows_file(name)))
+        return frozenset(name for name in names if not is_complete(self.fit.store, rows_file(name)))
 
     def gatherers(self, group: int) -> tuple[RowGatherer, ...]:
         fit = self.fit

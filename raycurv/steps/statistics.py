@@ -31,7 +31,7 @@ from raycurv.files.tables import (
     read_table,
     write_table,
 )
-from raycurv.files.tensorfile import whole
+from raycurv.files.tensorfile import is_complete
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.gradient_statistics import (
     BLOCK_NORMS,
@@ -201,7 +201,9 @@ class Statistics(PassStep):
     def _missing(self, group: int) -> frozenset[str]:
         """Names of the blocks that lack a file."""
         names = (block.name for block in self.fit.blocks_of(group))
-        return frozenset(name for name in names if not whole(self.fit.store, gradient_file(name)))
+        return frozenset(
+            name for name in names if not is_complete(self.fit.store, gradient_file(name))
+        )
 
     def _kept(self, group: int) -> bool:
         """Whether the norms of these very blocks are kept."""

@@ -21,14 +21,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raycurv.driver.corpus import Corpus, corpus_of_run, whole_ids
+from raycurv.driver.corpus import Corpus, corpus_of_run, one_array
 from raycurv.driver.settings import identity
 from raycurv.errors import UserError
 from raycurv.files.artifacts import factor_file, keeps_sum, read_blocks
 from raycurv.files.manifest import Manifest
 from raycurv.files.store import Store, open_store
 from raycurv.files.tables import read_directory
-from raycurv.files.tensorfile import whole
+from raycurv.files.tensorfile import is_complete
 from raycurv.jobs.fit.fit_settings import FitSettings
 from raycurv.jobs.fitted import check_model, read_fit
 from raycurv.mathematics.blocks import Block
@@ -81,7 +81,7 @@ class Parent:
     @cached_property
     def ids(self) -> pa.LargeStringArray:
         """Ids of all examples that entered its curvature."""
-        return whole_ids(read_directory(self.store, "tables/examples")["id"])
+        return one_array(read_directory(self.store, "tables/examples")["id"])
 
 
 @dataclass(frozen=True)
@@ -284,7 +284,7 @@ def _check_together(runs: Sequence[Parent]) -> None:
                 run.flag, f"the tokenizer of {first.store.root} ({tokenizers[0]})",
                 str(tokenizers[1]), "Fit one of the two again with the other's tokenizer.",
             )  # fmt: skip
-        gone = [f for f in run.factors if not whole(run.store, factor_file(f))]
+        gone = [f for f in run.factors if not is_complete(run.store, factor_file(f))]
         if gone:
             raise UserError(
                 run.flag, "a run that has kept its factors' sums",

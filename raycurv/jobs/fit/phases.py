@@ -132,7 +132,7 @@ class FitLoop:
             sweep.descend(group)
             for step in self._steps:
                 if isinstance(step, PassStep):
-                    fit.store.delete_directory(sweep.place(step.pass_name, group))
+                    fit.store.delete_directory(sweep.commit_directory(step.pass_name, group))
         sweep.end()
 
     def _differentiated(self, together: Sequence[PassStep]) -> Target:
@@ -152,7 +152,7 @@ class FitLoop:
         columns = {step: step.columns(group) for step in together}
         sums = frozenset[str]().union(*(step.sums(group) for step in together))
         wanted = sums.union(*columns.values())
-        self._forget_unless(sweep.place(leader.pass_name, group), sums, wanted)
+        self._forget_unless(sweep.commit_directory(leader.pass_name, group), sums, wanted)
         work = Pass(leader.pass_name, target, fit.recipe.draws, gatherers)
         again, carries = work.replay(), leader.carries()
         if carries:

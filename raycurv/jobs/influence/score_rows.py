@@ -25,7 +25,7 @@ from raycurv.files.tables import (
 from raycurv.jobs.influence.influence_settings import InfluenceSettings
 from raycurv.mathematics.influence.scores import SCORES, SELF_SCORES, PairwiseScores
 from raycurv.mathematics.rank.rank_inverse import RankInverses
-from raycurv.mathematics.rank.rank_scores import whole_self_scores
+from raycurv.mathematics.rank.rank_scores import joint_self_scores
 from raycurv.mathematics.sums import Results
 
 
@@ -62,7 +62,7 @@ class ScoreRows(Rows):
 
     def take(self, members: Sequence[int], results: Results) -> None:
         if self.inverses is not None:
-            results = whole_self_scores(self.inverses, results)
+            results = joint_self_scores(self.inverses, results)
         self._put("members", np.array(members, np.int64))
         for name, found in results.items():
             if PairwiseScores.columns.get(name) == "tokens":

@@ -25,7 +25,7 @@ from raycurv.driver.commits import last_commit, plan_mark
 from raycurv.driver.corpus import Corpus, open_corpus, stored_corpus
 from raycurv.driver.settings import DTYPES, identity, parse_bytes
 from raycurv.driver.sinks import Sink
-from raycurv.driver.sweep import Sweep, Task, commit_place
+from raycurv.driver.sweep import Sweep, Task, commit_directory
 from raycurv.driver.workers import Workers, in_order
 from raycurv.errors import DamagedFile, UserError
 from raycurv.files.artifacts import ihvp_file, read_blocks, read_products, write_products
@@ -35,7 +35,7 @@ from raycurv.files.manifest import Manifest
 from raycurv.files.row_files import open_inverses
 from raycurv.files.store import Store
 from raycurv.files.tables import footer, read_rows
-from raycurv.files.tensorfile import whole
+from raycurv.files.tensorfile import is_complete
 from raycurv.jobs.drafts import recipe_of
 from raycurv.jobs.fitted import Fitted, open_fitted
 from raycurv.jobs.influence.gatherers import GradientsGatherer, ProductsGatherer, ScoreGatherer
@@ -133,7 +133,7 @@ def _forget_damaged(store: Store, manifest: Manifest, products: Sequence[Block])
         for name, sizes in files.items()
         if any(store.size(file) != size for file, size in sizes.items())
     ]
-    if not damaged and all(whole(store, ihvp_file(block.name)) for block in products):
+    if not damaged and all(is_complete(store, ihvp_file(block.name)) for block in products):
         return False
     manifest.facts["files"] = {n: sizes for n, sizes in files.items() if n not in damaged}
     manifest.complete.remove("scores")
@@ -302,8 +302,8 @@ class _Influence:
     @cached_property
     def _inverses(self) -> RankInverses:
         """The inverses of a ranked method's Fisher."""
-        whole = self.settings.inverse != "block"
-        return open_inverses(self.curvature.store, self.workers.blocks, self.damping, whole)
+        joint = self.settings.inverse != "block"
+        return open_inverses(self.curvature.store, self.workers.blocks, self.damping, joint)
 
     def _products(self, asked: _Asked, score: bool) -> list[str]:
         """The IHVPs of some queries, and with ``score`` the training examples' scores on them;
@@ -380,7 +380,7 @@ class _Influence:
 
     def _without_products(self, place: Store, blocks: Sequence[Block]) -> bool:
         return not all(
-            block.name in self.held or whole(place, ihvp_file(block.name)) for block in blocks
+            block.name in self.held or is_complete(place, ihvp_file(block.name)) for block in blocks
         )
 
     def _unasked(self, place: Store) -> list[int]:
@@ -394,7 +394,7 @@ class _Influence:
         lowest = min(unasked, default=group)
         task = Task("queries", sweep.streams["queries"], work, work.replay(), carries=False)
         if group in unasked:
-            commits = sweep.place(work.name, group)
+            commits = sweep.commit_directory(work.name, group)
             commit = self.store.read_json(f"{commits}/commit.json")
             if commit is not None and commit["finished"]:
                 # A product of a finished pass has gone since: it has to run again.
@@ -443,7 +443,7 @@ class _Influence:
         known = {name for files in self._finished.values() for name in files}
         mark = plan_mark(self.train.plan(self.settings.batch_tokens))
         for asked in passes:
-            place = commit_place(_scoring(asked), 0, len(self.workers.groups))
+            place = commit_directory(_scoring(asked), 0, len(self.workers.groups))
             commit = last_commit(self.store, place, mark)
             known |= set() if commit is None else set(commit.rows)
         for directory in ("scores", "self", "work/top"):
@@ -453,7 +453,9 @@ class _Influence:
 
     def _collect_products(self, passes: Sequence[_Asked]) -> None:
         """``ihvp/``: every block's products of all passes in one file."""
-        missing = [b.name for b in self.workers.blocks if not whole(self.store, ihvp_file(b.name))]
+        missing = [
+            b.name for b in self.workers.blocks if not is_complete(self.store, ihvp_file(b.name))
+        ]
         if not missing:
             return
         for asked in passes:

@@ -8,7 +8,7 @@ from raycurv.errors import UserError
 from raycurv.files.artifacts import gradient_file, read_blocks
 from raycurv.files.manifest import Manifest
 from raycurv.files.store import Store
-from raycurv.files.tensorfile import whole
+from raycurv.files.tensorfile import is_complete
 from raycurv.jobs.fitted import fit_command
 from raycurv.jobs.prune.prune_settings import PruneSettings
 from raycurv.mathematics.blocks import Block
@@ -84,7 +84,7 @@ def check_statistics(
         raise UserError(
             "--inverse", "a fit with --method mfac", f"one with {method}", "Leave --inverse out."
         )
-    if settings.first_order and not all(whole(fitted, gradient_file(b.name)) for b in blocks):
+    if settings.first_order and not all(is_complete(fitted, gradient_file(b.name)) for b in blocks):
         remedy = f"{fit_command(fit, fitted.root, gradients=True)}: it makes what is missing."
         if "extend" in fit.facts:
             remedy = "Fit all its data together, with --gradients."

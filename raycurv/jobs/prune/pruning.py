@@ -289,7 +289,7 @@ class _Prune:
         if not self._joint:
             return operations
         first = operations[0]
-        inverses = open_inverses(first.curvature.store, self.blocks, first.damping, whole=True)
+        inverses = open_inverses(first.curvature.store, self.blocks, first.damping, joint=True)
         found = [replace(o, rank=JointRank(inverses.by_block[o.block.name])) for o in operations]
         if not self.settings.first_order:
             return found

@@ -29,7 +29,7 @@ from raycurv.files.curvature_files import CurvatureFiles
 from raycurv.files.row_files import open_inverses, open_rows
 from raycurv.files.store import Store
 from raycurv.files.tables import SALIENCY, as_lists, read_rows, write_table
-from raycurv.files.tensorfile import TensorFile, open_tensors, whole, write_tensors
+from raycurv.files.tensorfile import TensorFile, is_complete, open_tensors, write_tensors
 from raycurv.files.weights import write_weight
 from raycurv.jobs.prune.prune_settings import PruneSettings
 from raycurv.mathematics.blocks import Block
@@ -114,7 +114,7 @@ class Surgery:
 
     def has(self, kind: str) -> bool:
         """Whether it is there, and whole."""
-        return whole(self.out, self.file(kind))
+        return is_complete(self.out, self.file(kind))
 
     @property
     def last(self) -> bool:
@@ -176,7 +176,7 @@ class Surgery:
     def _own_rank(self) -> JointRank:
         """The Fisher of the block alone."""
         fitted, gradient = self.curvature.store, self.gradient()
-        inverses = open_inverses(fitted, (self.block,), self.damping, whole=False)
+        inverses = open_inverses(fitted, (self.block,), self.damping, joint=False)
         inverse = inverses.by_block[self.block.name]
         if gradient is None or inverse is None:
             return JointRank(inverse)

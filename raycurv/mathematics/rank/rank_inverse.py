@@ -208,11 +208,11 @@ class RankInverses:
     Attributes:
         by_block: block -> the inverse, at the block's own columns; ``None`` where all rows are
             zero, whose products are zero.
-        whole: whether it is one and the same.
+        joint: whether it is one inverse, of the model's whole Fisher, that all blocks are parts of.
     """
 
     by_block: Mapping[str, RankInverse | None]
-    whole: bool
+    joint: bool
 
 
 def rank_damping(setting: Damping, gram: Tensor, size: int, where: str) -> float:

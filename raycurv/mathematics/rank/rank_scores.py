@@ -30,7 +30,7 @@ class RankSelfScores:
     """Scores examples against themselves with a rank-m Fisher.
 
     With each block's own inverse they are ``self_scores [N]``; with the whole model's a stage gives
-    ``self_squares [N]`` and ``self_projection [N, width]`` instead, for :func:`whole_self_scores`.
+    ``self_squares [N]`` and ``self_projection [N, width]`` instead, for :func:`joint_self_scores`.
     All are float64.
 
     Args:
@@ -49,7 +49,7 @@ class RankSelfScores:
     def start(self, examples: int, device: torch.device) -> dict[str, Tensor]:
         # The inverses are on the CPU.
         zeros = torch.zeros(examples, dtype=torch.float64)
-        if not self._inverses.whole:
+        if not self._inverses.joint:
             return {SELF_SCORES: zeros}
         known = (i.width for i in self._inverses.by_block.values() if i is not None)
         projection = torch.zeros(examples, next(known, 0), dtype=torch.float64)
@@ -63,14 +63,14 @@ class RankSelfScores:
             flat = m_NOI.flatten(1).double().cpu()
             here = inverse.project(self._rows[block.name], flat)
             lengths = flat.square().sum(dim=1)
-            if self._inverses.whole:
+            if self._inverses.joint:
                 results[PROJECTION][part] += here
                 results[SQUARES][part] += lengths
             else:
                 results[SELF_SCORES][part] += inverse.quadratic(here, lengths)
 
 
-def whole_self_scores(inverses: RankInverses, results: dict[str, Tensor]) -> dict[str, Tensor]:
+def joint_self_scores(inverses: RankInverses, results: dict[str, Tensor]) -> dict[str, Tensor]:
     """What all stages found, with ``self_scores [N]`` in place of their shares."""
     if SQUARES not in results:
         return results
