@@ -75,12 +75,8 @@ class Rows:
 
 
 class Part(ABC):
-    """One file, or one table in memory.
-
-    Attributes:
-        name: path below the data's root with forward slashes; empty for a table in memory.
-        location: what to call it in messages.
-    """
+    """One file, by its path below the data's root (``name``, with forward slashes), or one table in
+    memory, whose name is empty. Messages call it by its ``location``."""
 
     name: str
     location: str

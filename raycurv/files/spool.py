@@ -44,6 +44,7 @@ class Spool:
 
     def __init__(self, directory: str, mark: str, groups: int) -> None:
         self._store = Store(directory, lasting=False)
+        self.directory = self._store.root
         self._mark, self._groups = mark, groups
         try:
             state = self._store.read_json("state.json")
@@ -55,10 +56,6 @@ class Spool:
         else:
             self.delete()
             self.level = groups - 1
-
-    @property
-    def directory(self) -> str:
-        return self._store.root
 
     def write(
         self, stream: str, kind: Kind, boundary: int, microbatch: int, tensors: Mapping[str, Tensor]

@@ -315,12 +315,8 @@ def _no_space(path: str, directory: Path, written: int, error: OSError) -> NoSpa
 
 
 def open_store(out: str | os.PathLike[str], flag: str) -> Store:
-    """The store of an output directory.
-
-    Raises:
-        UserError: a relative path inside a submitted job, whose working directory is thrown away;
-            an object store that does not answer, or a bucket that is not there.
-    """
+    """The store of an output directory; UserError for a relative path inside a submitted job,
+    whose working directory is thrown away, or an object store that :meth:`Store.check` refuses."""
     text = os.fspath(out)
     if text.startswith("~"):
         text = os.path.expanduser(text)

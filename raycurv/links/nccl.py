@@ -83,12 +83,8 @@ class NcclCarrier:
         return _packed(tensor.detach().contiguous().reshape(-1).view(torch.uint8))
 
     def send(self, packed: _Packed) -> None:
-        """Send what :meth:`pack` gave, and return when the bytes have left.
-
-        Raises:
-            RuntimeError: of torch's, when it fails.
-            OSError: the other end is gone, or silent (``TimeoutError``).
-        """
+        """Send what :meth:`pack` gave, and return when the bytes have left; torch's RuntimeError if
+        that fails, OSError if the other end is gone, or silent (``TimeoutError``)."""
         flat, ready = packed
         self._watch(lambda group: group.send([flat], 1, 0), ready)
 

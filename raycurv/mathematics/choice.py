@@ -17,11 +17,8 @@ from raycurv.mathematics.kinds.catalogue import kind_of, supported
 class Globs:
     """Patterns on dotted names, as ``--blocks`` takes them.
 
-    A pattern that names a container takes what is inside it, too.
-
-    Attributes:
-        include: one of these must match; without any, all that is there by default is chosen.
-        exclude: none of these may match.
+    A pattern that names a container takes what is inside it, too. One of ``include`` must match
+    (without any, all that is there by default is chosen), and none of ``exclude``.
     """
 
     include: tuple[str, ...]

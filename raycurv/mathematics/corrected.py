@@ -25,12 +25,8 @@ from raycurv.mathematics.sums import SHARED, Combine, Results, RunningSum, Sums
 
 @dataclass(frozen=True)
 class CorrectedSum:
-    """Λ of one block as a sum.
-
-    Attributes:
-        total: float64 sum of the squared rotated gradients, ``[O, I]``.
-        count: examples x draws.
-    """
+    """Λ of one block as a float64 sum ``[O, I]`` of the squared rotated gradients of so many
+    examples, and its count, examples x draws."""
 
     block: str
     total: Tensor

@@ -24,12 +24,8 @@ from raycurv.mathematics.tiles import tile_widths
 
 @dataclass(frozen=True)
 class Factor:
-    """A Kronecker factor before anything is known of it but its place.
-
-    Attributes:
-        block: the first block that uses it.
-        side: of that block: ``input`` (A) or ``output`` (G).
-    """
+    """A Kronecker factor before anything is known of it but its place: the ``input`` (A) or
+    ``output`` (G) side of the first block that uses it."""
 
     block: Block
     side: Literal["input", "output"]

@@ -147,9 +147,7 @@ class RunningSum(PlainSum):
 class Sums(ABC):
     """What a stage gathers in a pass, a whole microbatch at a time: named sums with their counts.
 
-    Args:
-        names: of what is gathered; each gives a result.
-        dtype: of the model's computation.
+    Each of ``names`` gives a result; ``dtype`` is that of the model's computation.
 
     Attributes:
         results: what :meth:`add` gives of each example, and how stages combine it.

@@ -29,7 +29,6 @@ class Anatomy:
     Attributes:
         layers: the list of decoder layers; ``count`` of them, which return tuples if ``tuples``.
         embedding: the input embedding; ``width`` its number of columns.
-        head: the output embedding.
         early: modules outside the layers with weights that run before the first layer.
         late: the same behind the last layer. A module can be both.
         idle: modules outside the layers with weights that this forward does not run.

@@ -42,12 +42,8 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class CheckpointFile:
-    """One file of a checkpoint that is to be written.
-
-    Attributes:
-        name: below the checkpoint's directory.
-        source: the file that it is made from, if there is one.
-    """
+    """One file of a checkpoint that is to be written, by its name below the directory; ``source``
+    is the file that it is made from, if there is one."""
 
     name: str
     chunks: Callable[[], Iterator[bytes | memoryview]]

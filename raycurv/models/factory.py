@@ -161,13 +161,8 @@ class FactoryModel(Model):
 
 
 class FactorySegment(Segment):
-    """A module that is not cut, or consecutive children of an ``nn.Sequential``.
-
-    Args:
-        module: the whole network, or an ``nn.Sequential`` of the children under their own names.
-        children: the children in the order of their calls; ``None`` for a whole network.
-        dtype: that floating-point inputs are cast to.
-    """
+    """A module that is not cut, or consecutive children of an ``nn.Sequential`` under their own
+    names, in the order of their calls. Floating-point inputs are cast to ``dtype``."""
 
     def __init__(
         self,

@@ -16,9 +16,7 @@ _PROJECTIONS = {"o_proj": "", "out_proj": "", "c_proj": "attn", "dense": "att"}
 def head_widths(model: Model, modules: Iterable[str]) -> dict[str, int]:
     """Columns that attention output projections read of each head, by module name.
 
-    Args:
-        model: an HF model, whose configuration states its heads; others have none to name.
-        modules: dotted names of layers, of which those that read no heads are left out.
+    Layers that read no heads are left out; models that are not HF's have none to name.
     """
     config: Any = getattr(parts(model)[1], "config", None)
     readers = [module for module in modules if config is not None and _reads_heads(module)]

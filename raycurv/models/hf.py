@@ -37,11 +37,9 @@ from raycurv.models.stored import (
 class HFOutline(Outline):
     """What the ``config.json`` in a directory says of a causal language model, without weights.
 
-    Opening it runs the architecture once on the meta device.
-
-    Raises:
-        UserError: no or an unknown configuration, a quantised checkpoint, or an architecture whose
-            layers speak past the hidden states.
+    Opening it runs the architecture once on the meta device. UserError for no or an unknown
+    configuration, a quantised checkpoint, or an architecture whose layers speak past the hidden
+    states.
     """
 
     token_inputs = True
@@ -106,10 +104,8 @@ class HFModel(HFOutline, Model):
     """A causal language model in a directory with ``config.json`` and safetensors.
 
     Opening it resolves every weight against the checkpoint and runs the architecture once on the
-    meta device, reading no weights: so a mistake shows before any stage starts.
-
-    Raises:
-        UserError: as for an outline; a weight missing or misshapen, or a damaged file.
+    meta device, reading no weights: so a mistake shows before any stage starts, as a UserError (as
+    for an outline; a weight missing or misshapen, or a damaged file).
     """
 
     def _on_meta(self) -> nn.Module:

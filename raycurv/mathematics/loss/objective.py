@@ -186,11 +186,8 @@ _SHIPPED: dict[str, Callable[[], Objective]] = {
 
 
 def open_objective(name: str | Objective) -> Objective:
-    """The objective of that name: one that ships with raycurv, or ``package.module:Name``.
-
-    Raises:
-        UserError: no such name, it cannot be imported, or it lacks loss or sample.
-    """
+    """The objective of that name: one that ships with raycurv, or ``package.module:Name``;
+    UserError if there is none, it cannot be imported, or it lacks loss or sample."""
     named, own = _found(name)
     missing = [method for method in ("loss", "sample") if not hasattr(own, method)]
     if missing:
@@ -205,10 +202,7 @@ def open_objective(name: str | Objective) -> Objective:
 
 def open_measurement(name: str | Objective) -> Objective:
     """The objective whose measurement queries are measured by; only that may be asked of it.
-
-    Raises:
-        UserError: no such name, it cannot be imported, or it has neither a measurement nor a loss.
-    """
+    UserError if there is none, it cannot be imported, or it has neither measurement nor loss."""
     named, own = _found(name)
     if not (hasattr(own, "measurement") or hasattr(own, "loss")):
         raise UserError(
