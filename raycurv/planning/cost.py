@@ -6,6 +6,7 @@ letters as in :mod:`raycurv.planning.shapes`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -34,16 +35,16 @@ class StepCost:
         return 0
 
 
-class TaskCost(StepCost):
+class TaskCost(StepCost, ABC):
     """What a step takes that makes its results by a task for each factor."""
 
+    @abstractmethod
     def memory(self, tiles: Sequence[int], store_dtype: torch.dtype) -> int:
         """Bytes of the task for a factor with these tiles."""
-        raise NotImplementedError
 
+    @abstractmethod
     def flops(self, tiles: Sequence[int]) -> float:
         """FLOPs of that task."""
-        raise NotImplementedError
 
     def read(self, group: Group, recipe: Recipe) -> int:
         """Bytes of the files that the tasks read."""
