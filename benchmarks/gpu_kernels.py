@@ -228,7 +228,10 @@ def _straight(total: Tensor, x: Tensor) -> Callable[[], Any] | None:
 
     try:
         add()
-    except (TypeError, RuntimeError, NotImplementedError):
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (TypeError, RuntimeError):
+        # Without the argument, or on a device that does not take it.
         return None
     return add
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from raycurv.errors import NumericalError
-from raycurv.mathematics.sums import RunningSum
+from raycurv.mathematics.sums import RunningSum, Sums
 
 ADDITIONS = 40_000
 # A float32 part of at most 32 additions has a relative error of 32 roundings of 6e-8 at the worst.
@@ -89,3 +89,29 @@ def test_a_sum_that_is_not_finite_names_whose_it_is(bad: float) -> None:
     running.add(torch.tensor([1.0, bad]))
     with pytest.raises(NumericalError, match="block layer"):
         running.value("block layer")
+
+
+class Means(Sums):
+    """A sum of rows, and how many they are."""
+
+    def __init__(self) -> None:
+        super().__init__(("mean",), torch.float64, torch.device("cpu"))
+        self.sums["mean"] = RunningSum((3,), torch.float64)
+        self.counts["mean"] = [0]
+
+    def add(self, draws, counts=True):
+        raise AssertionError("rows are put in by hand")
+
+    def put(self, rows: torch.Tensor) -> None:
+        self.sums["mean"].add(rows.sum(dim=0))
+        self.count("mean", len(rows))
+
+
+def test_joined_sums_have_the_counts_of_both() -> None:
+    x = values(10, torch.float64)
+    one, other = Means(), Means()
+    one.put(x[:3])
+    other.put(x[3:])
+    one.join(other.state())
+    assert one.counts == {"mean": [10]}
+    assert torch.allclose(one.sums["mean"].part, x.sum(dim=0), rtol=1e-14)

@@ -269,7 +269,7 @@ FORMATS: dict[str, type[FilePart]] = {
 
 @dataclass(frozen=True)
 class TablePart(_Batches):
-    """A ``pyarrow.Table``."""
+    """Examples that are the rows of a ``pyarrow.Table``."""
 
     table: Any
     name: str = ""
@@ -305,7 +305,7 @@ class _HashSink(io.RawIOBase):
 
 @dataclass(frozen=True)
 class RowsPart(_Records):
-    """A list of mappings."""
+    """Examples that are a list of mappings, column -> value."""
 
     rows: Sequence[Mapping[str, Any]]
     name: str = ""

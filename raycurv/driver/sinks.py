@@ -39,7 +39,7 @@ class Pile:
             self._small = 0
 
     def whole(self) -> Array:
-        """All rows, in order."""
+        """All rows in one array, in the order in which they were put on the pile."""
         if len(self._parts) > 1:
             self._parts, self._small = [np.concatenate(self._parts)], 0
         return self._parts[0]

@@ -56,7 +56,7 @@ class Fit:
 
     @property
     def store(self) -> Store:
-        """Where the results go."""
+        """The directory of the run."""
         return self.workers.store
 
     @property

@@ -1,4 +1,4 @@
-"""Settings of a fit."""
+"""The settings of a fit: its flags on the command line, and what its run.json records."""
 
 from __future__ import annotations
 

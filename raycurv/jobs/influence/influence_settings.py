@@ -1,4 +1,4 @@
-"""Settings of scoring."""
+"""The settings of a scoring: its flags on the command line, and what its run.json records."""
 
 from __future__ import annotations
 

@@ -225,7 +225,7 @@ class _Influence:
 
     @property
     def store(self) -> Store:
-        """Where the results go."""
+        """The directory of the scores."""
         return self.workers.store
 
     def said(self) -> str:

@@ -1,4 +1,4 @@
-"""Settings of a plan."""
+"""The settings of a plan: those of the jobs that it plans, and the machine that they would have."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class PlanSettings(FitSettings):
     gpus: FromZero = 0
     """GPUs that stages compute on, evenly shared; 0 for CPUs."""
     gpu_memory: Size = "80GB"
-    """Memory of a GPU."""
+    """Memory of a GPU, such as 80GB."""
     json: bool = False
     """Print nothing but the plan as one line of JSON."""
 

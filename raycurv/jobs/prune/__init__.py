@@ -1,1 +1,1 @@
-"""Pruned checkpoints."""
+"""The pruning job: weights removed with a fit's curvature, and a checkpoint of what remains."""

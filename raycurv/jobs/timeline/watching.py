@@ -89,7 +89,7 @@ def _numbers(share: Share) -> dict[str, Any]:
 
 
 def _actors_table(shares: Sequence[Share]) -> Table:
-    """One line an actor."""
+    """The table that is printed: seconds of compute, transport and waiting, one line an actor."""
     table = _table("seconds:", "compute", "transport", "waiting", "rebuilding", "busy", "lost")
     for share in shares:
         many = f", {share.at_a_time} at a time" if share.at_a_time > 1 else ""

@@ -14,7 +14,7 @@ from raycurv.mathematics.kinds.kind import Kind, ModuleCall, check_examples
 
 
 class Linear(Kind):
-    """``torch.nn.Linear``."""
+    """The weight ``[O, I]`` of a ``torch.nn.Linear``; a bias is its last column."""
 
     name = "linear"
     label = "linear layer"
