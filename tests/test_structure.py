@@ -20,8 +20,8 @@ FILES = {
 
 # Who may import whom: a package imports those that stand before it, and itself.
 ORDER = (
-    "batch", "errors", "mathematics", "models", "data", "files", "stages", "links", "onray",
-    "planning", "progress", "driver", "steps", "jobs", "pruned", "run", "evaluation",
+    "batch", "errors", "names", "mathematics", "models", "data", "files", "stages", "links",
+    "onray", "planning", "progress", "driver", "steps", "jobs", "pruned", "run", "evaluation",
     "__main__",
 )  # fmt: skip
 # Mathematics and plans: functions of tensors and numbers, without files, clusters or libraries of
