@@ -5,12 +5,14 @@ Axis letters: N examples, T positions (the longest example of the microbatch), p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+# The label of what is no target, as HF writes it.
+NOT_A_TARGET = -100
 # What travels between stages: hidden states ``[N, T, d]``, and what goes with them.
 Hidden = tuple[Tensor, ...]
 
@@ -93,3 +95,9 @@ class Batch:
                 for name, value in self.columns.items()
             },
         )
+
+
+def shown_ids(ids: Sequence[str], most: int = 3) -> str:
+    """Some examples' names, for a message: the first, and how many more."""
+    more = "" if len(ids) <= most else f" and {len(ids) - most} more"
+    return ", ".join(repr(name) for name in ids[:most]) + more

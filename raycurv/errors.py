@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class RaycurvError(Exception):
@@ -49,6 +52,48 @@ def user_errors(
     except kinds as error:
         text = got.format(kind=type(error).__name__, error=error)
         raise UserError(where, expected, text, remedy) from error
+
+
+@contextmanager
+def users_code(where: str, expected: str, remedy: str) -> Iterator[None]:
+    """What a network or an objective of the user's raises in the body becomes a UserError.
+
+    It has the exception's own words, and the line of the user's code where it came from. A body
+    that runs out of memory, or into raycurv's own code and fails there, raises what it raised.
+    """
+    try:
+        yield
+    except RaycurvError:
+        raise
+    except Exception as error:
+        line = _line_of(error)
+        if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)) or line is None:
+            raise
+        raise UserError(
+            where, expected, f"{type(error).__name__}: {error}{line}".rstrip("."), remedy
+        ) from error
+
+
+_PACKAGE = str(Path(__file__).parent)
+# torch's words for memory that is not there, of a GPU or of the CPU.
+_NO_MEMORY = re.compile("out of memory|allocate memory")
+# Stand for functions of torch's, and so raise what those would of the user's tensors.
+_FOR_TORCH = ("frozen_linear.py", "products.py")
+
+
+def _line_of(error: Exception) -> str | None:
+    """Where in the user's code an exception came from: ` (FILE, line N)`, or an empty string where
+    it called nothing but torch; ``None`` if it is of raycurv's own code, which the user's called.
+    """
+    # The first frame is that of `users_code`, the second its body.
+    for frame in reversed(traceback.extract_tb(error.__traceback__)[2:]):
+        path = Path(frame.filename)
+        if "torch" in path.parts or path.name in _FOR_TORCH:
+            continue
+        if path.is_relative_to(_PACKAGE):
+            return None
+        return f" ({path.name}, line {frame.lineno})"
+    return ""
 
 
 class NumericalError(RaycurvError):

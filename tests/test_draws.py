@@ -9,6 +9,7 @@ import torch
 from dense import mix as mix_integers
 from dense import uniform as uniform_integers
 
+from raycurv.batch import Batch
 from raycurv.mathematics.loss.draws import _mix, draw_categorical, id_keys, uniforms
 from raycurv.mathematics.loss.objective import Regression
 
@@ -125,10 +126,12 @@ def test_a_class_of_no_weight_is_never_drawn() -> None:
 
 def test_gaussian_labels_have_the_outputs_mean_and_unit_variance() -> None:
     count = 20_000
-    keys = id_keys([f"id {n}" for n in range(count)])
-    outputs = torch.tensor([3.0, -1.0]).expand(count, -1)
+    ids = tuple(f"id {n}" for n in range(count))
+    keys, outputs = id_keys(ids), torch.tensor([3.0, -1.0]).expand(count, -1)
     drawn = Regression().sample(
-        outputs, None, lambda k: uniforms(0, keys, torch.zeros(1).long(), 0, k)[:, 0]
+        outputs,
+        Batch(0, ids, outputs),
+        lambda k: uniforms(0, keys, torch.zeros(1).long(), 0, k)[:, 0],
     )
     noise = drawn - outputs
     assert noise.dtype == torch.float64

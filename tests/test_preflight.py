@@ -263,13 +263,19 @@ class _Holder:
         return None
 
 
-def test_the_last_line_of_an_error_that_is_not_raycurvs_own(tmp_path: Path) -> None:
+def test_the_last_line_of_an_error_that_nobody_foresaw(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(self: object, outputs: object, batch: object) -> None:
+        raise ZeroDivisionError("of our own")
+
+    monkeypatch.setattr(raycurv.Classification, "loss", wrong)
     rows = write_rows(tmp_path / "rows.parquet", classified(9))
     out = tmp_path / "run"
     settings = {"model": "commands:classifier", "data": rows, "out": out, "address": "none"}
-    objective = {"objective": "commands:Raising"}
-    outcome = run_here("fit.py", flags_of(FIT | settings | objective))
+    outcome = run_here("fit.py", flags_of(FIT | settings))
     assert outcome.code == 1 and "Traceback" in outcome.err
     said = json.loads(outcome.out.splitlines()[-1])
     assert said["status"] == "failed" and said["out"] == str(out)
-    assert said["error"]["kind"] == "ZeroDivisionError" and "commands.py:" in said["error"]["where"]
+    assert said["error"]["kind"] == "ZeroDivisionError"
+    assert "test_preflight.py:" in said["error"]["where"]

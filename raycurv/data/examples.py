@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from raycurv.batch import NOT_A_TARGET as NOT_A_TARGET
 from raycurv.data import columns
 from raycurv.errors import UserError
 
-NOT_A_TARGET = -100
 VOCABULARY_LIMIT = 2**31  # token ids are kept as int32
 
 EXAMPLES_SCHEMA = pa.schema(

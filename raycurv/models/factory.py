@@ -8,14 +8,15 @@ import inspect
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from raycurv.batch import Batch
-from raycurv.errors import UserError, user_errors
+from raycurv.batch import Batch, shown_ids
+from raycurv.errors import UserError, user_errors, users_code
 from raycurv.mathematics.blocks import Block
 from raycurv.models.checkpoint import check_finite, describe_tensor
 from raycurv.models.checkpoint_files import CheckpointFile, state_file
@@ -185,7 +186,8 @@ class FactorySegment(Segment):
         if hidden is None and value.is_floating_point():
             value = value.to(self._dtype)
         if self._children is None:
-            output = self.module(value, **self._options(batch))
+            with self._calling(batch, value, ""):
+                output = self.module(value, **self._options(batch))
             output = getattr(output, "logits", output)
             self._check(
                 output, "", "a tensor, or an output with logits, from the module's forward",
@@ -194,12 +196,22 @@ class FactorySegment(Segment):
             return (output,)
         for name, child in self._children.items():
             assert child is not None
-            value = child(value)
+            with self._calling(batch, value, f", child {name}"):
+                value = child(value)
             self._check(
                 value, f", child {name}", "a tensor from each child of an nn.Sequential",
                 "Wrap the Sequential in a module of your own: it then runs as one stage.",
             )  # fmt: skip
         return (value,)
+
+    def _calling(self, batch: Batch, value: Tensor, part: str) -> AbstractContextManager[None]:
+        """Around a call of the network, or of a part of it: what it raises is about its input."""
+        return users_code(
+            f"model {self._name}{part}",
+            f"a forward that takes a tensor of shape {list(value.shape)}, of the examples "
+            f"{shown_ids(batch.ids)}",
+            "Give inputs of the shape that the network takes, or correct the network.",
+        )
 
     def _options(self, batch: Batch) -> dict[str, Any]:
         options: dict[str, Any] = {}

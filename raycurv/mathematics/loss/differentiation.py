@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from raycurv.batch import Batch
+from raycurv.batch import Batch, shown_ids
 from raycurv.errors import UserError
 from raycurv.mathematics.loss.draws import id_keys, uniforms
 from raycurv.mathematics.loss.objective import Judging, Objective
@@ -164,6 +164,15 @@ def _slices(
             "token data and hidden states [examples, positions, width]",
             f"hidden states of shape {tuple(hidden.shape)}",
             "A per-token objective needs a token axis: choose another --objective.",
+        )
+    if hidden.shape[:2] != batch.mask.shape:
+        # Which of the tokens other positions speak of is for nobody to guess.
+        raise UserError(
+            f"the model, examples {shown_ids(batch.ids)}",
+            f"outputs for {list(batch.mask.shape)} examples and positions, as the tokens",
+            f"{list(hidden.shape[:2])}",
+            "Let the model return one row for each token, examples first, and an objective that is "
+            "not per_token choose among them.",
         )
     labels_NT, counts_NT = _shifted(batch)
     ahead = None if drawn is None else [_ahead(y) for y in drawn]

@@ -8,6 +8,7 @@ Axis letters: N examples, T positions, V classes, D outputs.
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -17,11 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raycurv.batch import Batch
-from raycurv.errors import UserError
+from raycurv.batch import NOT_A_TARGET, Batch, shown_ids
+from raycurv.errors import UserError, users_code
 from raycurv.mathematics.loss.draws import draw_categorical
 
 Uniform = Callable[[int], Tensor]
+
+# What the sum of probabilities may be from 1: as much as ten bits round it.
+_ROUNDED = 1e-3
 
 
 @runtime_checkable
@@ -85,80 +89,212 @@ class Judging(Protocol):
 
 
 class CausalLM(Objective):
-    """Next-token cross-entropy in nats, summed over an example's targets."""
+    """Next-token cross-entropy in nats, summed over an example's targets.
+
+    Takes ``outputs [N, T, V]``, one row of logits a position; labels are token ids below V.
+    """
 
     per_token = True
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        labels, counts = batch.labels, batch.loss_mask
-        assert labels is not None and counts is not None
+        labels, counts = self._targets(outputs, batch)
         logits = outputs if outputs.dtype == torch.float64 else outputs.float()
         nll = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
         return torch.where(counts, nll.view_as(labels), 0.0).sum(dim=1)
 
     def sample(self, outputs: Tensor, batch: Batch, uniform: Uniform) -> Tensor:
+        self._targets(outputs, batch)
         drawn = draw_categorical(outputs.flatten(0, 1), uniform(1).flatten())
         return drawn.view(outputs.shape[:2])
 
     def correct(self, outputs: Tensor, batch: Batch) -> Tensor:
+        labels, counts = self._targets(outputs, batch)
+        return ((outputs.argmax(dim=2) == labels) & counts).sum(dim=1)
+
+    def _targets(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The targets ``[N, T]``, 0 where there is none, and whether there is one.
+
+        Raises:
+            UserError: outputs of another shape, or a label that is no token of theirs.
+        """
         labels, counts = batch.labels, batch.loss_mask
         assert labels is not None and counts is not None
-        return ((outputs.argmax(dim=2) == labels) & counts).sum(dim=1)
+        _check_numbers("causal-lm", outputs)
+        if outputs.ndim != 3 or outputs.shape[:2] != labels.shape:
+            raise UserError(
+                "causal-lm",
+                f"outputs of shape [examples, positions, vocabulary], here {list(labels.shape)} "
+                "and the vocabulary",
+                f"{list(outputs.shape)}",
+                "Let the model return one row of logits for each position, examples first, or "
+                "choose another --objective.",
+            )
+        outside = counts & ((labels < 0) | (labels >= outputs.shape[2]))
+        if outside.any():
+            n, t = outside.nonzero()[0].tolist()
+            raise UserError(
+                f"example {batch.ids[n]!r}",
+                f"labels from 0 to {outputs.shape[2] - 1}, the words of the model's outputs",
+                f"{int(labels[n, t])} at position {batch.start + t + 1}",
+                "Correct the label, or write -100 where a token is no target.",
+            )
+        return torch.where(counts, labels, 0), counts
 
 
 class Classification(Objective):
-    """Cross-entropy in nats over ``outputs [N, V]`` with class labels ``[N]``."""
+    """Cross-entropy in nats over ``outputs [N, V]``.
+
+    Labels are class numbers, ``[N]`` or ``[N, 1]``, whole and from 0 to V - 1, or probabilities of
+    the classes (one-hot or soft), ``[N, V]``, whose cross-entropy is ``-Σ p log q``.
+    """
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        labels = _labels(batch, "a class number an example")
-        if outputs.ndim != 2:
-            raise UserError(
-                "classification",
-                "outputs of shape [examples, classes]",
-                f"{tuple(outputs.shape)}",
-                "Choose another --objective, or let the model return one row of logits an example.",
-            )
-        labels = labels.long()
-        outside = (labels < 0) | (labels >= outputs.shape[1])
-        if outside.any():
-            n = int(outside.nonzero()[0])
-            raise UserError(
-                f"example {batch.ids[n]!r}",
-                f"a class from 0 to {outputs.shape[1] - 1}",
-                f"label {int(labels[n])}",
-                "Correct the label, or give the model that class.",
-            )
+        labels = self._targets(self._logits(outputs, batch), batch)
         logits = outputs if outputs.dtype == torch.float64 else outputs.float()
+        if labels.ndim == 2:
+            labels = labels.to(logits.dtype)
         return F.cross_entropy(logits, labels, reduction="none")
 
     def sample(self, outputs: Tensor, batch: Batch, uniform: Uniform) -> Tensor:
-        return draw_categorical(outputs, uniform(1)[:, 0])
+        return draw_categorical(self._logits(outputs, batch), uniform(1)[:, 0])
 
     def correct(self, outputs: Tensor, batch: Batch) -> Tensor:
-        return outputs.argmax(dim=1) == _labels(batch, "a class number an example")
+        labels = self._targets(self._logits(outputs, batch), batch)
+        likeliest = labels if labels.ndim == 1 else labels.argmax(dim=1)
+        return outputs.argmax(dim=1) == likeliest
+
+    def _logits(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The outputs, once it is known that they are one row of logits an example."""
+        _check_numbers("classification", outputs)
+        n = batch.size
+        if outputs.shape == (n,) or outputs.shape == (n, 1):
+            raise UserError(
+                "classification",
+                "outputs of shape [examples, classes], of two classes or more",
+                f"{list(outputs.shape)}, one number an example",
+                "Of a logit z for class 1 against class 0, let the model return "
+                "torch.stack([torch.zeros_like(z), z], dim=-1) instead, [examples, 2]; of a number "
+                "to be predicted, choose --objective regression.",
+            )
+        if outputs.ndim != 2 or len(outputs) != n:
+            raise UserError(
+                "classification",
+                f"outputs of shape [examples, classes], here [{n}, …]",
+                f"{list(outputs.shape)}",
+                "Let the model return one row of logits an example; for labels of pixels or "
+                "positions give an objective of your own, as package.module:Name, whose loss sums "
+                "over them.",
+            )
+        return outputs
+
+    def _targets(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Class numbers ``[N]``, int64, or probabilities ``[N, V]``.
+
+        Raises:
+            UserError: neither; names the example.
+        """
+        labels, classes = _labels(batch, "a class number an example"), outputs.shape[1]
+        if labels.shape == (batch.size, 1):
+            labels = labels[:, 0]
+        if labels.ndim == 1:
+            return _class_numbers(labels, classes, batch)
+        if labels.shape != outputs.shape:
+            raise UserError(
+                f"example {batch.ids[0]!r}",
+                f"a class number as label, or the probabilities of {classes} classes",
+                f"a label of shape {list(labels.shape[1:])}",
+                "Correct the labels, or choose another --objective.",
+            )
+        sums = labels.sum(dim=1, dtype=torch.float64)
+        wrong = (labels < 0).any(dim=1) | ~((sums - 1).abs() <= _ROUNDED)
+        if wrong.any():
+            n = int(wrong.nonzero()[0])
+            least = float(labels[n].min())
+            got = f"{least:g} among them" if least < 0 else f"a sum of {float(sums[n]):g}"
+            raise UserError(
+                f"example {batch.ids[n]!r}",
+                f"probabilities of {classes} classes as label, none below 0, that sum to 1",
+                got,
+                "Divide them by their sum; where several classes hold at once, give an objective "
+                "of your own, as package.module:Name, with a binary cross-entropy for each.",
+            )
+        return labels
+
+
+def _class_numbers(labels: Tensor, classes: int, batch: Batch) -> Tensor:
+    """Labels ``[N]`` of any dtype as int64; UserError for one that is no class."""
+    numbers = labels.long()
+    # A fraction, or a number that int64 does not hold, is not what it becomes.
+    wrong = (numbers < 0) | (numbers >= classes) | (numbers != labels)
+    if wrong.any():
+        n = int(wrong.nonzero()[0])
+        label = float(labels[n])
+        got, remedy = f"label {label:.0f}", "Correct the label, or give the model that class."
+        if label == NOT_A_TARGET:
+            remedy = "Leave out the examples that have no label."
+        elif not label.is_integer():
+            got = f"label {label:g}, which is no whole number"
+            remedy = "Correct the label; for numbers to be predicted choose --objective regression."
+        expected = f"a class from 0 to {classes - 1}"
+        raise UserError(f"example {batch.ids[n]!r}", expected, got, remedy)
+    return numbers
 
 
 class Regression(Objective):
-    """``½‖y − f‖²`` with ``outputs`` and labels ``[N, D]``: a Gaussian of unit variance."""
+    """``½‖y − f‖²`` with ``outputs`` and labels ``[N, D]``: a Gaussian of unit variance.
+
+    Labels have the shape of the outputs, but for axes of length 1; where either is a flat list, its
+    numbers are those of the other in order, the last axis fastest.
+    """
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         labels = _labels(batch, "a number or a list of numbers an example")
-        f, y = outputs.flatten(1), labels.reshape(labels.shape[0], -1)
-        if f.shape != y.shape:
+        f, n = self._numbers(outputs, batch), batch.size
+        here, there = _sizes(labels), _sizes(outputs)
+        flat = min(len(here), len(there)) == 1 and math.prod(here) == math.prod(there)
+        if len(labels) != n or not (here == there or flat):
             raise UserError(
-                "regression",
-                f"labels of shape {tuple(f.shape)}, as the outputs",
-                f"{tuple(y.shape)}",
-                "Make labels and outputs of one size.",
+                f"regression, example {batch.ids[0]!r}",
+                f"labels of shape {tuple(outputs.shape)}, as the outputs",
+                f"{tuple(labels.shape)}",
+                "Make labels and outputs of one shape.",
             )
         f = f if f.dtype == torch.float64 else f.float()
-        return 0.5 * (y.to(f.dtype) - f).square().sum(dim=1)
+        return 0.5 * (labels.reshape(n, -1).to(f.dtype) - f).square().sum(dim=1)
 
     def sample(self, outputs: Tensor, batch: Batch, uniform: Uniform) -> Tensor:
-        f = outputs.flatten(1)
+        f = self._numbers(outputs, batch)
         noise = torch.special.ndtri(uniform(f.shape[1]))
         drawn: Tensor = (f.double() + noise).reshape(outputs.shape)
         return drawn
+
+    def _numbers(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The outputs as ``[N, D]``."""
+        _check_numbers("regression", outputs)
+        if outputs.ndim == 0 or len(outputs) != batch.size:
+            raise UserError(
+                "regression",
+                f"outputs with examples first, [{batch.size}, …]",
+                f"{list(outputs.shape)}",
+                "Let the model return the numbers of each example, examples on the first axis.",
+            )
+        return outputs.reshape(batch.size, -1)
+
+
+def _sizes(values: Tensor) -> list[int]:
+    """The lengths of an example's axes, without those of length 1; of a single number ``[1]``."""
+    return [size for size in values.shape[1:] if size != 1] or [1]
+
+
+def _check_numbers(objective: str, outputs: Tensor) -> None:
+    """Refuse outputs that have no gradient."""
+    if not outputs.is_floating_point():
+        raise UserError(
+            objective,
+            "outputs of floating point",
+            f"{str(outputs.dtype).removeprefix('torch.')}",
+            "Let the model return what its predictions are made of (logits), not the predictions.",
+        )
 
 
 def _labels(batch: Batch, wanted: str) -> Tensor:
@@ -259,20 +395,44 @@ def _complete(name: str, own: Any) -> Objective:
             f"--objective {name}", "columns beside those that every microbatch has",
             f"{taken[0]!r}", f"Leave it out: batch.{BATCHED[taken[0]]} is it.",
         )  # fmt: skip
-    return own if isinstance(own, Objective) else _Completed(own)
+    return own if type(own) in _SHIPPED.values() else _Completed(name, own)
 
 
 class _Completed:
-    """An objective of the user's, with the defaults for what it leaves out."""
+    """An objective of the user's, with the defaults for what it leaves out.
 
-    def __init__(self, own: Any) -> None:
+    What its methods raise is told as a mistake, with their own words and what they were given.
+    """
+
+    def __init__(self, name: str, own: Any) -> None:
         self.per_token: bool = getattr(own, "per_token", False)
         self.columns: tuple[str, ...] = tuple(getattr(own, "columns", ()))
-        self.loss = getattr(own, "loss", _not_asked_for)
-        self.sample = getattr(own, "sample", _not_asked_for)
-        self.measurement = getattr(own, "measurement", self.loss)
+
+        def method(called: str) -> Callable[..., Tensor]:
+            found = getattr(own, called, None)
+            return _not_asked_for if found is None else _telling(f"{name}, {called}", found)
+
+        self.loss, self.sample = method("loss"), method("sample")
+        self.measurement = method("measurement") if hasattr(own, "measurement") else self.loss
         if isinstance(own, Judging):
-            self.correct = own.correct
+            self.correct = method("correct")
+
+
+def _telling(name: str, method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A method of an objective whose failures name it."""
+
+    def call(outputs: Tensor, batch: Batch, *rest: Any) -> Tensor:
+        labels = batch.labels
+        given = f"outputs {list(outputs.shape)} and "
+        given += "no labels" if labels is None else f"labels {list(labels.shape)}"
+        with users_code(
+            f"--objective {name}",
+            f"a tensor for {given} of the examples {shown_ids(batch.ids)}",
+            "Correct the method, or the labels of the data.",
+        ):
+            return method(outputs, batch, *rest)
+
+    return call
 
 
 def _not_asked_for(*_: Any) -> Tensor:
