@@ -21,7 +21,17 @@ from torch import Tensor, nn
 from raycurv.batch import Batch
 from raycurv.errors import UserError, user_errors
 from raycurv.mathematics.blocks import Block
-from raycurv.models.anatomy import AS_FACTORY, META, Anatomy, find_anatomy, hidden_of, run_on_meta
+from raycurv.models.anatomy import (
+    AS_FACTORY,
+    META,
+    TRIED,
+    Anatomy,
+    find_anatomy,
+    hidden_of,
+    meta_mask,
+    refused,
+    run_on_meta,
+)
 from raycurv.models.checkpoint import Checkpoint, Weights
 from raycurv.models.checkpoint_files import TOKENIZER_FILES, CheckpointFile, hf_files
 from raycurv.models.model import Model, Outline, Segment
@@ -52,6 +62,7 @@ class HFOutline(Outline):
         self.config = _read_config(directory)
         whole = self._on_meta()
         anatomy = find_anatomy(whole, self.config, self._stored_twice, directory)
+        _try_cuts(whole, anatomy, directory)
         self.anatomy, self._skeleton = anatomy, whole
         self.units, self.width = anatomy.count, anatomy.width
         # Weights that multiply at each token: those of each layer, and the head's in the last.
@@ -193,7 +204,9 @@ class HFModel(HFOutline, Model):
             # Either was there for HF to resolve the tie from both names.
             for name in {self.anatomy.embedding, self.anatomy.head} - self.anatomy.outside(units):
                 if next(module.get_submodule(name).parameters(), None) is not None:
-                    _replace(module, name, _Absent(module.get_submodule(name)))
+                    # A stand-in keeps what it stands for, which must not keep weights.
+                    gone = module.get_submodule(name).to(META)
+                    _replace(module, name, _Absent(gone, self.anatomy.axes.get(name, 0)))
         return cast(nn.Module, module)
 
     def _check_loaded(
@@ -246,25 +259,42 @@ class HFSegment(Segment):
         layers = cast(nn.ModuleList, module.get_submodule(anatomy.layers))
         self._layers = layers
         self._passed = nn.ModuleList(
-            layer if isinstance(layer, _Passed) else _Passed(layer, anatomy.tuples)
+            layer if isinstance(layer, _Passed) else _Passed(layer, anatomy.outputs)
             for layer in layers
         )
-        self._dtype = next(layers[units.start].parameters()).dtype
+        weight = next(layers[units.start].parameters())
+        self._dtype = weight.dtype
+        for part in module.modules():
+            if isinstance(part, _Absent):
+                part.device = weight.device
         # HF's eager attention takes its softmax in float32, where a mask of float64's lowest number
         # is -Inf: a padded row that sees only padding (sliding windows) becomes NaN and poisons
         # the rest. Padded on the right, no token sees padding anyway.
         eager = getattr(getattr(module, "config", None), "_attn_implementation", None) == "eager"
         self._masked = not (eager and self._dtype == torch.float64)
-        layers[units.stop - 1].register_forward_hook(_stop)
+        self._ends = layers[units.stop - 1].register_forward_hook(_stop)
 
     def forward(self, batch: Batch, hidden: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
         """Hidden states ``[N, T, d]`` behind the segment's last layer, alone in a tuple as they
         come; the first segment embeds ``batch.inputs``."""
         assert (hidden is None) == self.first, "the first segment, and only that, takes no hidden"
-        if hidden is None:
-            return (self._run({"input_ids": batch.inputs}, batch.mask, None),)
-        (states,) = hidden
-        return (self._run(self._dummy(states), batch.mask, states),)
+        mask = batch.mask
+        mask = mask.to(torch.int64) if mask is not None and self._masked else None
+        return (self._run(batch.inputs, None if hidden is None else hidden[0], mask),)
+
+    def rehearse(self, hidden: Tensor | None) -> Tensor:
+        """What :meth:`forward` gives of a segment on the meta device, and the head in the last; its
+        layers are left without hooks."""
+        ids = torch.zeros(TRIED, dtype=torch.int64, device=META)
+        masked = self._anatomy.masked
+        try:
+            left = self._run(ids, hidden, meta_mask(self.module, *TRIED, masked))
+        finally:
+            self._ends.remove()
+        if self.last:
+            rows = left.flatten(0, 1)[:, None]
+            self._logits(rows, meta_mask(self.module, len(rows), 1, masked))
+        return left
 
     def head(self, part: Tensor) -> Tensor:
         """Logits ``[N, t, V]`` of hidden states ``[N, t, d]``, differentiable in ``part``.
@@ -273,33 +303,34 @@ class HFSegment(Segment):
         position to another, so each position goes alone: no masks of t x t, no limit on N·t.
         """
         assert self.last, "only the last segment holds the head"
-        rows = part.reshape(-1, 1, part.shape[-1])
+        logits = self._logits(part.reshape(-1, 1, part.shape[-1]), None)
+        return logits.reshape(*part.shape[:-1], -1)
+
+    def _logits(self, rows: Tensor, mask: Tensor | None) -> Tensor:
         parent, _, name = self._anatomy.layers.rpartition(".")
         owner = self.module.get_submodule(parent)
         entry = cast(_Passed, self._passed[0])
         setattr(owner, name, self._passed)
         entry.instead = rows
         try:
-            output = self.module(**self._dummy(rows), use_cache=False)
+            output = self.module(**self._dummy(rows), attention_mask=mask, use_cache=False)
         finally:
             entry.instead = None
             setattr(owner, name, self._layers)
-        return cast(Tensor, output.logits.reshape(*part.shape[:-1], -1))
+        return cast(Tensor, output.logits)
 
     def _dummy(self, hidden: Tensor) -> dict[str, Tensor]:
         """Stands for embeddings in shape and dtype, from which HF makes masks and rotary tables."""
         zero = torch.zeros((), dtype=self._dtype, device=hidden.device)
-        return {"inputs_embeds": zero.expand(*hidden.shape[:-1], self._anatomy.width)}
+        embedded = zero.expand(*hidden.shape[:-1], self._anatomy.width)
+        return {"inputs_embeds": embedded.contiguous() if self._anatomy.writes else embedded}
 
-    def _run(self, given: dict[str, Tensor], mask: Tensor | None, hidden: Tensor | None) -> Tensor:
+    def _run(self, ids: Tensor, hidden: Tensor | None, mask: Tensor | None) -> Tensor:
         entry = cast(_Passed, self._passed[0])
         entry.instead = hidden
+        given = {"input_ids": ids} if hidden is None else self._dummy(hidden)
         try:
-            self.module(
-                **given,
-                attention_mask=mask.to(torch.int64) if mask is not None and self._masked else None,
-                use_cache=False,
-            )
+            self.module(**given, attention_mask=mask, use_cache=False)
         except _Stop as stop:
             # The frames between hold activations that nothing else needs.
             traceback.clear_frames(stop.__traceback__)
@@ -321,59 +352,125 @@ def _stop(layer: nn.Module, args: Any, output: Any) -> None:
     raise _Stop(hidden_of(output))
 
 
-class _Passed(nn.Module):
-    """In place of a layer: returns its input, or the tensor that was put ``instead``."""
+class _StandIn(nn.Module):
+    """In place of a module that another segment holds.
 
-    def __init__(self, layer: nn.Module, tuples: bool) -> None:
+    What model classes read off that module is read off it still, on the meta device, where it was
+    built and stays: plain facts such as a layer's kind of attention, or weights to be initialised.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        # Model classes may read plain facts off a layer, such as its kind of attention.
-        own = vars(self).keys()
-        for key, value in vars(layer).items():
-            if key not in own and isinstance(value, str | int | float | bool | None):
-                setattr(self, key, value)
-        self.tuples = tuples
+        self.__dict__["_module"] = module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_module" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["_module"], name)
+
+
+class _Passed(_StandIn):
+    """In place of a layer: returns its input, or the tensor that was put ``instead``, in a tuple of
+    ``outputs`` values where layers do so."""
+
+    def __init__(self, layer: nn.Module, outputs: int) -> None:
+        super().__init__(layer)
+        self.outputs = outputs
         self.instead: Tensor | None = None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         hidden = hidden_states if self.instead is None else self.instead
-        return (hidden,) if self.tuples else hidden
+        return (hidden, *[None] * (self.outputs - 1)) if self.outputs else hidden
 
 
-class _Absent(nn.Module):
-    """In place of a module with weights outside the layers that another segment holds."""
+class _Absent(_StandIn):
+    """In place of a module with weights outside the layers: returns its input, or for an embedding
+    nothing, in its shape. What is made of it is replaced at the first layer.
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.columns: int | None = None
+    An embedding that is not looked up by token ids (but by a length, say) gave so many ``axes`` to
+    the whole model, and gives here what extends to any shape that has them.
+
+    Attributes:
+        device: of what it gives.
+    """
+
+    def __init__(self, module: nn.Module, axes: int = 0) -> None:
+        super().__init__(module)
+        self.device = META
+        self.columns, self.axes = 0, axes
         if isinstance(module, nn.Embedding):
             self.columns, self.dtype = module.embedding_dim, module.weight.dtype
 
-    def forward(self, given: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.columns is None:
+    def forward(self, given: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if not self.columns:
             return given
-        # An embedding: nothing, in its shape. What is made of it is replaced at the first layer.
-        zero = torch.zeros((), dtype=self.dtype, device=given.device)
-        return zero.expand(*given.shape, self.columns)
+        by_ids = isinstance(given, Tensor) and not given.is_floating_point()
+        shape = given.shape if by_ids and given.ndim + 1 == self.axes else (1,) * (self.axes - 1)
+        zero = torch.zeros((), dtype=self.dtype, device=self.device)
+        return zero.expand(*shape, self.columns)
 
 
-def _prune(module: Any, units: range, anatomy: Anatomy) -> None:
-    """Replace what other segments hold, before anything is loaded."""
-    layers = cast(nn.ModuleList, module.get_submodule(anatomy.layers))
-    for index in range(anatomy.count):
-        if index not in units:
-            layers[index] = _Passed(layers[index], anatomy.tuples)
+def _stand_ins(module: nn.Module, units: range, anatomy: Anatomy) -> dict[str, nn.Module]:
+    """What takes the place of the modules that other segments than that of ``units`` hold."""
+    found: dict[str, nn.Module] = {
+        anatomy.layer(index): _Passed(module.get_submodule(anatomy.layer(index)), anatomy.outputs)
+        for index in range(anatomy.count)
+        if index not in units
+    }
     kept = anatomy.outside(units)
     # A tie is resolved by HF, from whichever of the two a checkpoint has.
     if anatomy.tied and kept & {anatomy.embedding, anatomy.head}:
         kept |= {anatomy.embedding, anatomy.head}
-    for name in (anatomy.early | anatomy.late | anatomy.idle) - kept:
-        _replace(module, name, _Absent(module.get_submodule(name)))
+    for name in sorted((anatomy.early | anatomy.late | anatomy.idle) - kept):
+        # What stands below another one that goes, goes with it; above one that stays, stays.
+        goes = any(name.startswith(f"{other}.") for other in found)
+        if not goes and not any(other.startswith(f"{name}.") for other in kept):
+            found[name] = _Absent(module.get_submodule(name), anatomy.axes.get(name, 0))
+    return found
+
+
+def _prune(module: Any, units: range, anatomy: Anatomy) -> None:
+    """Replace what other segments hold, before anything is loaded."""
+    for name, stand_in in _stand_ins(module, units, anatomy).items():
+        _replace(module, name, stand_in)
     there = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     module.all_tied_weights_keys = {
         target: source
         for target, source in module.all_tied_weights_keys.items()
         if target in there and source in there
     }
+
+
+def _try_cuts(whole: nn.Module, anatomy: Anatomy, directory: Path) -> None:
+    """Run the model once more on the meta device, cut into first, middle and last layers.
+
+    Raises:
+        UserError: a segment fails that is a part of a model that ran whole.
+    """
+    count = anatomy.count
+    parts = {
+        "first": range(1), "middle": range(1, count - 1), "last": range(max(1, count - 1), count),
+    }  # fmt: skip
+    hidden: Tensor | None = None
+    for part, units in parts.items():
+        if not units:
+            continue
+        stand_ins = _stand_ins(whole, units, anatomy)
+        held = {name: whole.get_submodule(name) for name in stand_ins}
+        for name, stand_in in stand_ins.items():
+            _replace(whole, name, stand_in)
+        try:
+            hidden = HFSegment(whole, units, anatomy).rehearse(hidden)
+        except Exception as error:
+            # Foreign code, as in finding the parts.
+            got = f"{part} layers that fail alone: {type(error).__name__}: {error}"
+            raise refused(whole, directory, got) from error
+        finally:
+            for name, module in held.items():
+                _replace(whole, name, module)
 
 
 def _replace(module: nn.Module, name: str, by: nn.Module) -> None:

@@ -1,0 +1,109 @@
+"""Claims about every kind of decoder that HF has: cut between its layers it is the whole, bit for
+bit, or it is refused when it is opened, with the reason."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from raycurv.batch import Batch
+from raycurv.errors import UserError
+from raycurv.models.opening import open_model
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+from tiny_families import tiny_config, tiny_model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quiet() -> Iterator[None]:
+    logging = transformers.utils.logging
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    yield
+    logging.set_verbosity(level)
+    logging.enable_progress_bar()
+
+
+def _saved(folder: Path, kind: str, **more: Any) -> str:
+    tiny_model(tiny_config(kind, **more)).save_pretrained(folder)
+    return str(folder)
+
+
+def _batch(padded: bool) -> Batch:
+    ids = torch.randint(3, 57, (3, 9), generator=torch.Generator().manual_seed(0))
+    lengths = torch.tensor([9, 4, 7]) if padded else torch.full((3,), 9)
+    mask = torch.arange(9) < lengths[:, None]
+    return Batch(0, ("a", "b", "c"), torch.where(mask, ids, 0), mask)
+
+
+def _logits(folder: str, batch: Batch, cuts: tuple[int, ...]) -> Tensor:
+    model, hidden = open_model(folder), None
+    for start, stop in itertools.pairwise(cuts):
+        segment = model.build(range(start, stop), torch.float32, torch.device("cpu"))
+        hidden = segment.forward(batch, hidden)
+    assert hidden is not None
+    return segment.head(hidden[0])
+
+
+# What is particular about each: how it makes masks and positions, what its layers return, what its
+# class reads off layers of other segments, what stands beside its layers.
+PARTICULAR = {
+    "bart": "positions looked up by a length",
+    "pegasus": "positions looked up by a shape",
+    "whisper": "positions looked up by hidden states",
+    "xglm": "a mask of each example",
+    "modernbert-decoder": "weights read off an absent embedding",
+    "falcon_h1": "weights read off absent layers",
+    "xlstm": "layers that return two values",
+    "ctrl": "embeddings changed in place",
+    "gemma3": "a vision tower",
+    "bert": "a head with a weight beside its parts",
+}
+
+
+@pytest.mark.parametrize("kind", PARTICULAR)
+def test_a_cut_decoder_is_the_whole(tmp_path: Path, kind: str) -> None:
+    more = {"is_decoder": True} if kind == "bert" else {}
+    folder = _saved(tmp_path / "model", kind, **more)
+    whole = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    for padded in (False, True):
+        batch = _batch(padded)
+        assert batch.mask is not None
+        given = {"attention_mask": batch.mask.long()} if padded else {}
+        with torch.no_grad():
+            expected = whole(input_ids=batch.inputs, use_cache=False, **given).logits
+            one, two = (_logits(folder, batch, cuts) for cuts in ((0, 2), (0, 1, 2)))
+        assert torch.equal(one, two)
+        live = batch.mask
+        assert (one - expected)[live].abs().max() <= 1e-5 * expected.abs().max()
+
+
+REFUSED = {
+    "mixtral": r"a mixture of experts \(MixtralExperts in model.layers.0.mlp.experts\)",
+    "rwkv": r"a forward that changes its own weights \(rwkv.blocks.0.attention.output.weight\)",
+    "gemma3n_text": "layer 0 also called with learned values",
+    "prophetnet": "last layers that fail alone",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_cut_is_refused_with_its_reason(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(UserError, match=REFUSED[kind]):
+        open_model(_saved(tmp_path / "model", kind))
+
+
+def test_a_vision_tower_is_not_loaded(tmp_path: Path) -> None:
+    model = open_model(_saved(tmp_path / "model", "gemma3"))
+    segment = model.build(range(0, 2), torch.float32, torch.device("cpu"))
+    names = [name for name, _ in segment.module.named_parameters()]
+    assert names and not any("vision" in name or "multi_modal" in name for name in names)
