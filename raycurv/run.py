@@ -28,7 +28,7 @@ from raycurv.files.tables import iterate_directory, read_directory, scores_schem
 from raycurv.jobs.fit.fit_settings import FitSettings
 from raycurv.jobs.fit.fitting import fit as run_fit
 from raycurv.jobs.fit.parents import SHARED
-from raycurv.jobs.fitted import fitted_model, read_fit
+from raycurv.jobs.fitted import fitted_model, fitted_objective, read_fit
 from raycurv.jobs.influence.influence_settings import InfluenceSettings
 from raycurv.jobs.influence.scoring import influence as run_influence
 from raycurv.jobs.inputs import AnyModel, AnySource, Inputs, settings_and_inputs
@@ -70,17 +70,33 @@ def fit(
     given = {"model": model, "data": data, "out": out, "objective": objective} | settings
     chosen, inputs = settings_and_inputs(FitSettings, given)
     made = Run(run_fit(chosen, inputs, Reporter(quiet, chosen.log)))
-    made._inputs = Inputs(model=inputs.model, fit_objective=inputs.objective)
+    made._inputs = Inputs(
+        model=chosen.model if inputs.model is None else inputs.model,
+        fit_objective=chosen.objective if inputs.objective is None else inputs.objective,
+    )
     return made
 
 
-def open_run(out: str | os.PathLike[str]) -> Run:
+def open_run(
+    out: str | os.PathLike[str],
+    model: AnyModel | None = None,
+    objective: str | Objective | None = None,
+) -> Run:
     """The run that a fit left in a directory (``raycurv.open``).
+
+    Args:
+        out: the run directory.
+        model: the fit's, given again: a name or callable (a run directory names nothing that is
+            imported), or where the directory of its checkpoint lies by now.
+        objective: the fit's, given again, where it is one of your own.
 
     Raises:
         UserError: no finished fit there.
     """
-    return Run(open_store(out, "--run"))
+    opened = Run(open_store(out, "--run"))
+    path = os.fspath(model) if isinstance(model, os.PathLike) else model
+    opened._inputs = Inputs(model=path, fit_objective=objective)
+    return opened
 
 
 class Run:
@@ -92,7 +108,7 @@ class Run:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        # Model and objective of the fit, where it was given them in memory.
+        # Model and objective of the fit, where the caller has given them.
         self._inputs = Inputs()
         self.manifest: Manifest = read_fit(store)
 
@@ -200,14 +216,24 @@ class Run:
         Args:
             out: where the checkpoint, saliencies and masks go.
             quiet: show no progress.
-            **settings: the fields of :class:`raycurv.PruneSettings`.
+            **settings: the fields of :class:`raycurv.PruneSettings`; ``model`` and ``objective``,
+                the fit's, where it was opened without them, may be objects.
 
         Raises:
             UserError: a mistake in settings, or statistics that this run lacks.
         """
-        chosen, _ = settings_and_inputs(PruneSettings, {"run": self, "out": out} | settings)
-        store, _ = run_prune(chosen, self._inputs, Reporter(quiet, chosen.log))
+        chosen, held = settings_and_inputs(PruneSettings, {"run": self, "out": out} | settings)
+        own = self._given_again(held, chosen.model, chosen.objective, held.objective)
+        store, _ = run_prune(chosen, own, Reporter(quiet, chosen.log))
         return Pruned(store)
+
+    def _given_again(self, inputs: Inputs, model: str, named: str, objective: Any) -> Inputs:
+        """Inputs with the fit's model and objective, as they were given with the call or before."""
+        if inputs.model is None and not model:
+            inputs = replace(inputs, model=self._inputs.model)
+        if objective is None and not named:
+            objective = self._inputs.fit_objective
+        return replace(inputs, fit_objective=objective)
 
     def rank_fisher(self) -> RankFisher:
         """The Fisher of a fit with ``mfac`` across all blocks, whole in memory: the inverse, any of
@@ -302,7 +328,8 @@ class Run:
             k: tuple(v) if k == "blocks" else v for k, v in said.items() if k in SHARED
         }
         model: Any = self._inputs.model or fitted_model(self.manifest, self.path)
-        own["objective"] = self._inputs.fit_objective or own["objective"]
+        given = self._inputs.fit_objective or settings.get("objective", "")
+        own["objective"] = fitted_objective(self.manifest, self.path, given, "--objective")
         return fit(model, data, out, quiet=quiet, **(own | settings))
 
     def influence(
@@ -322,7 +349,8 @@ class Run:
             out: where the results go.
             quiet: show no progress.
             **settings: the fields of :class:`raycurv.InfluenceSettings`; ``objective``, what of a
-                query is measured, may be the object itself (see :class:`raycurv.Objective`).
+                query is measured, may be the object itself (see :class:`raycurv.Objective`), and so
+                may ``model`` and ``fit_objective``, where the run was opened without them.
 
         Raises:
             UserError: a mistake in settings or data.
@@ -356,7 +384,7 @@ class Run:
     ) -> Store:
         given = {"run": self, "queries": queries, "train": train, "out": out} | settings
         chosen, inputs = settings_and_inputs(InfluenceSettings, given)
-        inputs = replace(inputs, model=self._inputs.model, fit_objective=self._inputs.fit_objective)
+        inputs = self._given_again(inputs, chosen.model, chosen.fit_objective, inputs.fit_objective)
         return run_influence(chosen, inputs, Reporter(quiet, chosen.log))
 
 

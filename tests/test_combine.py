@@ -664,7 +664,7 @@ def test_runs_are_given_as_they_are_or_as_directories(fits) -> None:
 
 def test_runs_in_memory_say_how_to_get_their_model_back(fits) -> None:
     first, rest = (fits.run(case) for case in halves(MLP))
-    with pytest.raises(UserError, match=r"Call raycurv\.fit"):
+    with pytest.raises(UserError, match=r"give it again as model=, or call raycurv\.fit"):
         raycurv.open(first.path).merge(rest, out=fits.place(), **HOW)
     with pytest.raises(UserError, match="a list of run directories"):
         raycurv.fit(classifier, None, fits.place(), merge=first.path, **HOW)

@@ -286,7 +286,7 @@ FIT: dict[str, Mistake] = {
     ),
     "an objective that cannot be imported": mistake("nomodule", objective="nomodule:Name"),
     "an objective without methods": mistake("no loss", objective="commands:dead"),
-    "an objective without a module": mistake("--objective :Name", objective=":Name"),
+    "an objective without a module": mistake(":Name", "or package.module:Name", objective=":Name"),
     "blocks that match nothing": mistake(
         "--blocks '*gates*'", "no match", "q_proj", blocks=["*gates*"]
     ),
@@ -647,7 +647,7 @@ def test_a_run_made_in_memory_says_how_to_get_its_model_back(tmp_path: Path) -> 
     raycurv.fit(
         classifier, rows, tmp_path / "run", objective="classification", address="none", quiet=True
     )
-    with pytest.raises(UserError, match=r"Call raycurv\.fit"):
+    with pytest.raises(UserError, match=r"give it again as model=, or call raycurv\.fit"):
         raycurv.open(tmp_path / "run").influence(rows, rows, tmp_path / "scores", address="none")
 
 

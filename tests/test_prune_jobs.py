@@ -63,12 +63,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def prune(run: Path, out: Path, **settings: Any) -> Pruned:
-    return raycurv.open(run).prune(out, **HERE | settings)
+def given_again(run: Path) -> Settings:
+    """The model of a run, where it is a factory that has a name."""
+    recorded = json.loads((run / "run.json").read_text())["facts"]["model"]
+    return {"model": recorded} if ":" in recorded else {}
+
+
+def prune(run: Path, out: Any, **settings: Any) -> Pruned:
+    return raycurv.open(run, **given_again(run)).prune(out, **HERE | settings)
 
 
 def job(run: Path, out: Path, **settings: Any) -> Outcome:
-    return run_here("prune.py", flags_of({"run": run, "out": out, "address": "none"} | settings))
+    base = {"run": run, "out": out, "address": "none"} | given_again(run)
+    return run_here("prune.py", flags_of(base | settings))
 
 
 # What it leaves
@@ -439,7 +446,7 @@ def _changed_model(place: Path, folder: Path) -> Settings:
     said = json.loads((folder / "run/run.json").read_text())
     said["facts"]["model"] = "test_prune_jobs:others"
     (folder / "run/run.json").write_text(json.dumps(said))
-    return {"run": folder / "run"}
+    return {"run": folder / "run", "model": "test_prune_jobs:others"}
 
 
 def others() -> nn.Module:
@@ -463,7 +470,7 @@ def _another_fit(place: Path, folder: Path) -> Settings:
 def _another_model(place: Path, folder: Path) -> Settings:
     raycurv.fit("test_prune_jobs:others", place / "data.parquet", folder / "run", **FIT)
     prune(place / "ekfac", folder / "out", measure="none")
-    return {"run": folder / "run"}
+    return {"run": folder / "run", "model": "test_prune_jobs:others"}
 
 
 MISTAKES: dict[str, tuple[Callable[[Path, Path], Settings] | Settings, tuple[str, ...]]] = {
@@ -523,6 +530,7 @@ def test_a_mistake_is_named_and_ends_with_2(mistake: str, place: Path, tmp_path:
     given, says = MISTAKES[mistake]
     settings = given(place, tmp_path) if callable(given) else given
     base = {"run": place / "ekfac", "out": tmp_path / "out", "measure": "none"}
+    base |= {"model": "commands:classifier"}
     outcome = run_here("prune.py", flags_of({"address": "none"} | base | settings))
     assert outcome.code == 2, outcome.err
     assert "Traceback" not in outcome.err
@@ -703,8 +711,8 @@ def test_a_pruning_lies_on_an_object_store_as_on_a_disk(
     with pytest.MonkeyPatch.context() as patch:
         failing(pruning, "write_checkpoint", patch, 1)
         with pytest.raises(MemoryError):
-            raycurv.open(place / "ekfac").prune(out, **settings)
-    far = raycurv.open(place / "ekfac").prune(out, **settings)
+            prune(place / "ekfac", out, **settings)
+    far = prune(place / "ekfac", out, **settings)
     store = far._store
     ours = {"model", "saliency", "tables", "run.json"}
     assert {n.split("/")[0] for n in store.names()} == ours

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from raycurv.errors import UserError, user_errors
 from raycurv.models.checkpoint_files import TOKENIZER_FILES
+from raycurv.models.foreign_code import nothing_from_outside
 
 
 class Tokenizer(Protocol):
@@ -20,18 +21,19 @@ class Tokenizer(Protocol):
 class LazyTokenizer:
     """The tokenizer of a model's directory, as transformers loads it when the first text is met.
 
-    Nothing is fetched, and no code of the directory runs.
+    Nothing is fetched, and no code of the directory runs unless it is trusted.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, trust_remote_code: bool = False) -> None:
         self._directory = Path(directory)
+        self._trusted = trust_remote_code
         self._loaded: Any = None
 
     def encode(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
         """Token ids of each text, neither padded nor truncated; UserError if the directory has no
         tokenizer, or one that transformers cannot load."""
         if self._loaded is None:
-            self._loaded = _load(self._directory)
+            self._loaded = _load(self._directory, self._trusted)
         encoded = self._loaded(
             list(texts),
             add_special_tokens=special,
@@ -54,7 +56,7 @@ class LazyTokenizer:
         return {"class": kind, "tokens": size, "before": before, "after": after}
 
 
-def _load(directory: Path) -> Any:
+def _load(directory: Path, trust_remote_code: bool) -> Any:
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(
             str(directory),
@@ -65,14 +67,20 @@ def _load(directory: Path) -> Any:
     # Imported here since it takes seconds, which data that is tokenised already need not wait for.
     from transformers import AutoTokenizer
 
-    with user_errors(
-        str(directory),
-        "a tokenizer that transformers can load",
-        "Try transformers.AutoTokenizer.from_pretrained on the directory, or give the data as "
-        "`input_ids`.",
-        Exception,  # transformers and its back ends raise whatever they meet
+    code = nothing_from_outside(directory / "tokenizer_config.json", trust_remote_code)
+    with (
+        user_errors(
+            str(directory),
+            "a tokenizer that transformers can load",
+            "Try transformers.AutoTokenizer.from_pretrained on the directory, or give the data as "
+            "`input_ids`.",
+            Exception,  # transformers and its back ends raise whatever they meet
+        ),
+        code,
     ):
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=trust_remote_code
+        )
 
 
 def affixes(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

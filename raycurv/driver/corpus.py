@@ -140,7 +140,8 @@ def open_corpus(
     found = stored_corpus(store, directory)
     if found is not None and set(columns) <= set(found.columns):
         return found
-    tokenizer = None if model.tokenizer_dir is None else LazyTokenizer(model.tokenizer_dir)
+    of_model, trusted = model.tokenizer_dir, model.trust_remote_code
+    tokenizer = None if of_model is None else LazyTokenizer(of_model, trusted)
     reader = ExampleReader(
         source,
         tokenizer=tokenizer,

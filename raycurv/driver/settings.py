@@ -184,6 +184,9 @@ class Execution:
     """How often one and the same actor may be lost."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where stages compute; `auto` takes a GPU when there is one."""
+    trust_remote_code: bool = False
+    """Run the Python code that a model directory brings along (`auto_map` in its config.json or
+    tokenizer_config.json), with all that you may do. Default: no code of a directory runs."""
     log: Literal["text", "json"] = "text"
     """What is told on stderr: `text` for a person, or `json`, one object a line."""
     force: bool = False

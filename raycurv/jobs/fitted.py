@@ -1,9 +1,15 @@
-"""A finished fit, as what follows it takes it: its manifest, and the model that it was made of."""
+"""A finished fit, as what follows it takes it: its manifest, and the model that it was made of.
+
+A run directory may come from somebody else, so what it names is looked up as data and never
+imported: an HF directory is opened where the run says that it lies, but a model or an objective
+from Python must be given again, and is compared with what is on record.
+"""
 
 from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from raycurv.driver.settings import IN_MEMORY
@@ -12,8 +18,10 @@ from raycurv.files.manifest import Manifest
 from raycurv.files.store import Store, open_store
 from raycurv.jobs.fit.fit_settings import FitSettings
 from raycurv.jobs.inputs import Inputs
-from raycurv.mathematics.loss.objective import Objective
+from raycurv.mathematics.loss.objective import Objective, is_shipped
 from raycurv.models.model import Model
+from raycurv.models.opening import open_directory
+from raycurv.named_objects import is_named_object
 
 
 @dataclass(frozen=True)
@@ -38,25 +46,91 @@ class Fitted:
         return self.manifest.settings
 
 
-def open_fitted(run: str, inputs: Inputs) -> Fitted:
+@dataclass(frozen=True)
+class GivenAgain:
+    """What a job that follows a fit was given of what the fit was made of.
+
+    Attributes:
+        model: a path or a name; empty for nothing.
+        objective: the name of the fit's objective; empty for nothing.
+        objective_flag: how that is given, for errors.
+        trust_remote_code: whether the code of a model directory may run.
+    """
+
+    model: str
+    objective: str
+    objective_flag: str
+    trust_remote_code: bool
+
+
+def open_fitted(run: str, inputs: Inputs, given: GivenAgain) -> Fitted:
     """The fit that a job follows.
 
     Args:
         run: its directory.
         inputs: may hold its model and its objective.
+        given: by flags.
 
     Raises:
-        UserError: no finished fit there, or its model is not there or has changed since.
+        UserError: no finished fit there; its model or its objective must be given again, or is
+            another one; the model is not there or has changed since.
     """
     store = open_store(run, "--run")
     fit = read_fit(store)
-    held = inputs.model is not None or inputs.network is not None
-    network = inputs.open_model("" if held else fitted_model(fit, store.root))
+    network = _network(fit, store.root, inputs, given)
     check_model(fit, network, store.root)
-    objective = inputs.fit_objective
-    return Fitted(
-        store, fit, network, fit.settings["objective"] if objective is None else objective
-    )
+    held, flag = inputs.fit_objective, given.objective_flag
+    objective = fitted_objective(fit, store.root, given.objective if held is None else held, flag)
+    return Fitted(store, fit, network, objective)
+
+
+def _network(fit: Manifest, run: str, inputs: Inputs, given: GivenAgain) -> Model:
+    held = inputs.network is not None or inputs.model is not None
+    if not (held or given.model):
+        if given.trust_remote_code:
+            raise UserError(
+                "--trust-remote-code", "the directory whose code is trusted, by --model",
+                f"only what {run} says of it", f"Give --model {fit.facts['model']}, too, if it is "
+                "that one whose code you have read.",
+            )  # fmt: skip
+        return open_directory(Path(fitted_model(fit, run)))
+    recorded, named = str(fit.facts["model"]), inputs.model if held else given.model
+    names = isinstance(named, str) and is_named_object(named) and is_named_object(recorded)
+    if names and named != recorded:
+        raise UserError(
+            f"--model {named}", f"{recorded}, which {run} was fitted on", "another name",
+            f"Give --model {recorded}, or fit again into another directory.",
+        )  # fmt: skip
+    return inputs.open_model(given.model, given.trust_remote_code)
+
+
+def fitted_objective(fit: Manifest, run: str, given: str | Objective, flag: str) -> str | Objective:
+    """Whose loss was fitted.
+
+    Args:
+        fit: of the run.
+        run: its directory.
+        given: by the caller; empty for nothing.
+        flag: how that is given, for errors.
+
+    Raises:
+        UserError: it must be given again, or is another one.
+    """
+    recorded = str(fit.settings["objective"])
+    if not given:
+        if is_shipped(recorded):
+            return recorded
+        raise _not_imported(run, "an objective", recorded, flag)
+    name, wanted = given, recorded
+    if not isinstance(given, str):
+        # Of an object only the name of its class is on record.
+        name, wanted = type(given).__name__, recorded.rpartition(":")[2]
+    if name != wanted:
+        raise UserError(
+            f"{flag} {name}", f"{recorded}, whose loss {run} was fitted with", "another name",
+            f"Give {flag} {recorded}, or fit again into another directory.",
+        )  # fmt: skip
+    return given
 
 
 def read_fit(store: Store, flag: str = "") -> Manifest:
@@ -106,14 +180,32 @@ def check_model(fit: Manifest, network: Model, run: str) -> None:
 
 
 def fitted_model(fit: Manifest, run: str) -> str:
-    """Where the model of a fit lies; a callable that :func:`raycurv.fit` was given lies nowhere."""
-    model: str = fit.facts["model"]
-    if model == IN_MEMORY:
+    """The directory of a fit's model; UserError for a model from Python, which a run directory
+    names but nobody imports because of that."""
+    model = str(fit.facts["model"])
+    if model == IN_MEMORY or (is_named_object(model) and not Path(model).is_dir()):
+        raise _not_imported(run, "a model", model, "--model")
+    if not Path(model).is_dir():
         raise UserError(
-            f"--run {run}", "a fit whose model has a path or a name", "one of a callable in memory",
-            "Call raycurv.fit with the same arguments again: its run knows the model.",
+            f"--run {run}", f"the model that it was fitted on, in {model}", "no such directory",
+            "Give --model with where it lies by now (in Python model=).",
         )  # fmt: skip
     return model
+
+
+def _not_imported(run: str, what: str, recorded: str, flag: str) -> UserError:
+    """The mistake of a run that is followed without what it was fitted with."""
+    argument = flag.removeprefix("--").replace("-", "_")
+    remedy = f"Give {flag} {recorded} (in Python {argument}=), if you know what that is."
+    if not is_named_object(recorded):
+        remedy = (
+            f"In Python, give it again as {argument}=, or call raycurv.fit with the same arguments "
+            "again: its run knows it."
+        )
+    return UserError(
+        f"--run {run}", f"{what} that is given again: a run directory names nothing that is "
+        "imported", f"{recorded!r} on record", remedy,
+    )  # fmt: skip
 
 
 def fit_command(fit: Manifest, out: str, **other: Any) -> str:

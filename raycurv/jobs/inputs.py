@@ -17,6 +17,8 @@ from raycurv.models.model import Model
 from raycurv.models.opening import ModelSource, open_model
 
 S = TypeVar("S")
+# Settings that name an objective, which may be given itself.
+_OBJECTIVES = ("objective", "fit_objective")
 # What Python functions take as a model: a path, a name, or a callable that makes the module.
 AnyModel: TypeAlias = "str | os.PathLike[str] | Callable[[], nn.Module]"
 AnySource: TypeAlias = "Source | os.PathLike[str]"
@@ -49,11 +51,12 @@ class Inputs:
         held = getattr(self, name)
         return getattr(settings, name) if held is None else held
 
-    def open_model(self, named: str) -> Model:
+    def open_model(self, named: str, trust_remote_code: bool) -> Model:
         """The model that is held, else the one of a path or name; see :func:`open_model`."""
         if self.network is not None:
             return self.network
-        return open_model(self.model if self.model is not None else named)
+        source = self.model if self.model is not None else named
+        return open_model(source, trust_remote_code=trust_remote_code)
 
 
 def settings_and_inputs(kind: type[S], given: Mapping[str, Any]) -> tuple[S, Inputs]:
@@ -78,7 +81,7 @@ def settings_and_inputs(kind: type[S], given: Mapping[str, Any]) -> tuple[S, Inp
             value = os.fspath(value)
         if value is None and INPUT in marks:
             value = ""
-        elif not isinstance(value, str) and (INPUT in marks or (name == "objective" and value)):
+        elif not isinstance(value, str) and (INPUT in marks or (name in _OBJECTIVES and value)):
             held[name] = value
             value = IN_MEMORY if INPUT in marks else type(value).__name__
         elif str in kinds and value is not None:

@@ -74,7 +74,8 @@ class Shell(Generic[S]):
             UserError: the directory holds another run, or files of somebody else.
         """
         said = identity(self.settings, inputs=False) | dict(settings or {})
-        wanted = Manifest(self.job, said, dict(fingerprints), dict(facts))
+        trusted = {"trust_remote_code": self.settings.trust_remote_code}
+        wanted = Manifest(self.job, said, dict(fingerprints), dict(facts) | trusted)
         self.manifest = continue_or_refuse(self.store, wanted)
         return self.manifest
 

@@ -1,4 +1,8 @@
-"""Which weights of a model have curvature: all of a supported kind, or those that globs name."""
+"""Which weights of a model have curvature: all of a supported kind, or those that globs name.
+
+A layer that its owner froze (``requires_grad`` False) has none unless a glob names it; where all of
+a network is frozen that tells no layers apart, and it is taken as if nothing were.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,9 @@ import fnmatch
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from raycurv.errors import UserError
 from raycurv.mathematics.blocks import Block
@@ -63,14 +69,14 @@ def choose_blocks(
     Args:
         skeleton: the whole model, possibly on the meta device.
         patterns: globs on dotted names of modules and blocks; ``!GLOB`` leaves out. With no
-            including glob the default scope holds.
+            including glob the default scope holds, without what is frozen.
         default_scope: prefixes of the names that have blocks by default; empty for the whole model.
         tied_head: name of an output embedding that shares the input embedding's weight.
 
     Raises:
-        UserError: a pattern matches nothing, no block is left, a block sits on a tied head, or an
-            explicitly chosen module (a default one in a model of no scope, too) holds a trainable
-            weight of another kind.
+        UserError: a pattern matches nothing, no block is left, a block sits on a tied head or, by
+            default, on a weight that hooks compute from others, or an explicitly chosen module (a
+            default one in a model of no scope, too) holds a trainable weight of another kind.
     """
     globs = Globs.of(patterns)
     modules = {name: module for name, module in skeleton.named_modules() if name}
@@ -86,28 +92,45 @@ def choose_blocks(
         f"Names in this model: {', '.join(names[:5])}, …",
     )
 
-    def wanted(name: str) -> bool:
+    frozen = frozen_parameters(skeleton)
+
+    def wanted(name: str, trained: bool = True) -> bool:
         inside = not default_scope or any(name.startswith(prefix) for prefix in default_scope)
-        return globs.take(name, default=inside)
+        return globs.take(name, default=inside and trained)
 
     holders = _holders(modules)
     chosen: list[Block] = []
     for name, module in modules.items():
         if name in described:
-            mine = [block for block in described[name] if wanted(block.name)]
+            mine = [
+                block
+                for block in described[name]
+                if wanted(block.name, not frozen or _is_trained(block, module))
+            ]
             for block in mine:
+                if not globs.include:
+                    _refuse_computed_weight(block, module)
                 _refuse_shared_weight(block, module, holders, name == tied_head)
             chosen += mine
         elif wanted(name) and (globs.include or not default_scope):
-            _refuse_other_weights(name, module)
+            _refuse_other_weights(name, module, () if globs.include else frozen)
     if not chosen:
+        left = [n for n in names if not any(_matches(n, pattern) for pattern in globs.exclude)]
         raise UserError(
             "--blocks",
             f"at least one {supported()}",
-            "none",
-            "Widen the patterns.",
-        )
+            "none that is not frozen (requires_grad False)" if frozen and left else "none",
+            f"Name what is meant, such as --blocks {left[0]!r}." if frozen and left
+            else "Widen the patterns.",
+        )  # fmt: skip
     return tuple(chosen)
+
+
+def frozen_parameters(skeleton: nn.Module) -> frozenset[int]:
+    """Identities of the parameters that their owner does not train; none where that is all."""
+    parameters = list(skeleton.parameters())
+    frozen = frozenset(id(p) for p in parameters if not p.requires_grad)
+    return frozen if len(frozen) < len(parameters) else frozenset()
 
 
 def _holders(modules: dict[str, nn.Module]) -> dict[int, list[str]]:
@@ -136,11 +159,39 @@ def _refuse_shared_weight(
         )
 
 
-def _refuse_other_weights(name: str, module: nn.Module) -> None:
+def _is_trained(block: Block, module: nn.Module) -> bool:
+    # A weight that is computed from others is trained if they are.
+    with torch.enable_grad():
+        return bool(getattr(module, block.parameter).requires_grad)
+
+
+# What computes a weight before each forward, and what puts the result in its place.
+_COMPUTED_BY = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}
+
+
+def _refuse_computed_weight(block: Block, module: nn.Module) -> None:
+    if block.parameter in module._parameters or parametrize.is_parametrized(module):
+        return
+    ask = f"ask for the curvature of what is computed: --blocks {block.name}."
+    makers = [type(hook).__name__ for hook in module._forward_pre_hooks.values()]
+    calls = [f"{_COMPUTED_BY[m]}(module)" for m in makers if m in _COMPUTED_BY]
+    if f"{block.parameter}_mask" in module._buffers:
+        calls.append(f"prune.remove(module, {block.parameter!r})")
+    own = ", ".join(n for n in (*module._parameters, *module._buffers) if n != "bias")
+    raise UserError(
+        f"block {block.name}",
+        "a weight that is a parameter",
+        f"one that is computed from others ({own})",
+        f"Call torch.nn.utils.{calls[0]} in the factory, which makes it one; or {ask}"
+        if calls else f"Make it a parameter in the factory; or {ask}",
+    )  # fmt: skip
+
+
+def _refuse_other_weights(name: str, module: nn.Module, frozen: Collection[int]) -> None:
     # Vectors (norms' scales, biases) have no Kronecker factors and no influence on those that have;
     # a matrix that is silently left out would change what the scores mean.
     for key, parameter in module.named_parameters(recurse=False):
-        if parameter.ndim >= 2:
+        if parameter.ndim >= 2 and id(parameter) not in frozen:
             raise UserError(
                 f"{name}.{key} ({type(module).__name__})",
                 f"a {supported()}",

@@ -1,11 +1,12 @@
-"""A network that a callable of the user's returns; an ``nn.Sequential`` is cut between children."""
+"""A network that a callable of the user's returns; an ``nn.Sequential`` is cut between children.
+
+What the callable returns may be the user's own network, which is trained on afterwards. So it is
+looked at and never changed: stages compute with copies (``own_copies.py``).
+"""
 
 from __future__ import annotations
 
-import copy
-import importlib
 import inspect
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -21,6 +22,7 @@ from raycurv.mathematics.blocks import Block
 from raycurv.models.checkpoint import check_finite, describe_tensor
 from raycurv.models.checkpoint_files import CheckpointFile, state_file
 from raycurv.models.model import Model, Segment
+from raycurv.models.own_copies import cast_floats, copied, floats, unwrapped
 from raycurv.models.stored import (
     Patch,
     StoredWeight,
@@ -28,6 +30,7 @@ from raycurv.models.stored import (
     parameter_names,
     replacements,
 )
+from raycurv.named_objects import import_named
 
 
 class FactoryModel(Model):
@@ -42,7 +45,8 @@ class FactoryModel(Model):
 
     Raises:
         UserError: the factory cannot be imported, is not callable, raises, returns something else
-            than an ``nn.Module``, or weights that are not finite.
+            than an ``nn.Module`` of Python code that takes the inputs alone, or weights that are
+            not there (lazy, on the meta device), not plain tensors, or not finite.
     """
 
     def __init__(
@@ -67,7 +71,7 @@ class FactoryModel(Model):
         return {**self.__dict__, "_whole": None}
 
     def skeleton(self) -> nn.Module:
-        """The whole model as the factory made it: frozen, in eval mode."""
+        """The whole model as the factory made it, which may be the user's own object."""
         if self._whole is None:
             self._whole = self._same()
         return self._whole
@@ -85,15 +89,17 @@ class FactoryModel(Model):
         """As every model's; also refuses weights that differ from those that the factory made at
         first, or that overflow ``dtype``."""
         assert 0 <= units.start < units.stop <= self.units and units.step == 1, units
-        # A model that is kept to be looked at must not change under a cast: copy what is taken.
-        whole, kept = (self._same(), False) if self._whole is None else (self._whole, True)
+        # What is kept may be the user's own object; what was made for this call is used itself.
+        kept = self._whole
+        whole = self._same() if kept is None else kept
         names = [name for unit in units for name in self._unit_children[unit]]
         part: nn.Module = _children_of(whole, names) if names else whole
-        if kept:
-            part = copy.deepcopy(part)
-        part.to(device=device, dtype=dtype)
+        if kept is not None:
+            part = copied(part, f"model {self.name}")
+        cast_floats(part, dtype, device)
         for name, tensor in part.state_dict().items():
-            check_finite(tensor, f"model {self.name}, tensor {name}")
+            if isinstance(tensor, Tensor):
+                check_finite(tensor, f"model {self.name}, tensor {name}")
         part.eval().requires_grad_(False)
         children = part._modules if names else None
         first, last = units.start == 0, units.stop == self.units
@@ -147,18 +153,20 @@ class FactoryModel(Model):
             "Call it in Python to see where it fails.",
             Exception,
         ):
-            whole = make()
-        if not isinstance(whole, nn.Module):
+            made = make()
+        if not isinstance(made, nn.Module):
             raise UserError(
                 f"model {self.name}",
                 "a factory that returns an nn.Module",
-                f"{type(whole).__name__}",
+                f"{type(made).__name__}",
                 "Return the network itself.",
             )
+        whole = unwrapped(made, f"model {self.name}")
+        _check_inputs(whole, f"model {self.name}")
         for name, tensor in whole.state_dict().items():
             if isinstance(tensor, Tensor):
                 check_finite(tensor, f"model {self.name}, tensor {name}")
-        return whole.eval().requires_grad_(False)
+        return whole
 
 
 class FactorySegment(Segment):
@@ -229,17 +237,11 @@ class FactorySegment(Segment):
 
 def _import(name: str, base: Path | None) -> Callable[[], nn.Module]:
     """The callable that ``package.module:factory`` names."""
-    module_name, _, attribute = name.partition(":")
-    # Where a script lives in jobs/, the working directory is not on the path; as for `python -m`.
     folder = str((base or Path.cwd()).absolute())
-    if folder not in sys.path:
-        sys.path.append(folder)
-    wanted = f"{attribute} in an importable module {module_name}"
+    wanted = "{1} in an importable module {0}".format(*name.split(":"))
     remedy = f"Check the name; imports also look in {folder}."
     with user_errors(f"model {name}", wanted, remedy, Exception):
-        found: Any = importlib.import_module(module_name)
-        for part in attribute.split("."):
-            found = getattr(found, part)
+        found = import_named(name, folder)
     if not callable(found):
         raise UserError(
             f"model {name}",
@@ -250,16 +252,36 @@ def _import(name: str, base: Path | None) -> Callable[[], nn.Module]:
     return cast("Callable[[], nn.Module]", found)
 
 
+# What a forward is given beside the inputs, where it takes it.
+_OPTIONS = ("attention_mask", "use_cache")
+
+
+def _check_inputs(whole: nn.Module, where: str) -> None:
+    """Refuse a forward that cannot be called with the inputs alone; a child's, where it is cut."""
+    called = {"": whole} if not _is_cut(whole) else dict(whole.named_children())
+    for name, module in called.items():
+        parameters = list(inspect.signature(module.forward).parameters.values())
+        several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        plain = [p for p in parameters if p.kind not in several]
+        positional = any(p.kind != inspect.Parameter.KEYWORD_ONLY for p in plain) or any(
+            p.kind == inspect.Parameter.VAR_POSITIONAL for p in parameters
+        )
+        needed = [p.name for p in plain if p.default is inspect.Parameter.empty]
+        beyond = [n for n in needed[1 if positional else 0 :] if name or n not in _OPTIONS]
+        if beyond or not positional:
+            raise UserError(
+                where + (f", child {name}" if name else ""),
+                "a forward that is called with the inputs alone"
+                + ("" if name else " (attention_mask and use_cache are given where it takes them)"),
+                f"forward{inspect.signature(module.forward)}",
+                "Return a module of your own around it, whose forward takes one tensor and calls "
+                "it with what else it needs; several tensors can be columns of that one.",
+            )
+
+
 def _cut(whole: nn.Module) -> list[list[str]]:
     """Names of the children of each unit; one unit without names when the module is not cut."""
-    plain = (
-        isinstance(whole, nn.Sequential)
-        and type(whole).forward is nn.Sequential.forward
-        # A hook on the whole would see only a part.
-        and not (whole._forward_hooks or whole._forward_pre_hooks)
-        and len(whole) > 0
-    )
-    if not plain:
+    if not _is_cut(whole):
         return [[]]
     children = list(whole._modules.items())
     reach: dict[int, tuple[int, int]] = {}
@@ -279,6 +301,16 @@ def _cut(whole: nn.Module) -> list[list[str]]:
     return units
 
 
+def _is_cut(whole: nn.Module) -> bool:
+    return (
+        isinstance(whole, nn.Sequential)
+        and type(whole).forward is nn.Sequential.forward
+        # A hook on the whole would see only a part.
+        and not (whole._forward_hooks or whole._forward_pre_hooks)
+        and len(whole) > 0
+    )
+
+
 def _children_of(whole: nn.Module, names: list[str]) -> nn.Sequential:
     # The order of the dictionary is the order of the calls; a module may come twice.
     return nn.Sequential(
@@ -287,14 +319,11 @@ def _children_of(whole: nn.Module, names: list[str]) -> nn.Sequential:
 
 
 def _float_and_other_bytes(module: nn.Module) -> tuple[int, int]:
-    """Number of floating-point elements (their dtype is chosen later), and bytes of all others."""
-    floats = others = 0
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.is_floating_point():
-            floats += tensor.numel()
-        else:
-            others += tensor.numel() * tensor.element_size()
-    return floats, others
+    """Number of elements whose dtype is chosen later, and bytes of all others."""
+    wanted = floats(module, torch.float32)
+    tensors = (*module.parameters(), *module.buffers())
+    others = sum(t.nbytes for t in tensors if id(t) not in wanted)
+    return sum(t.numel() for t in wanted.values()), others
 
 
 def _fingerprint(whole: nn.Module) -> dict[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ a segment is put in by the layer before its first one; what leaves is caught beh
 
 from __future__ import annotations
 
+import hashlib
 import re
 import traceback
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,11 @@ from raycurv.models.anatomy import (
 )
 from raycurv.models.checkpoint import Checkpoint, Weights
 from raycurv.models.checkpoint_files import TOKENIZER_FILES, CheckpointFile, hf_files
+from raycurv.models.foreign_code import (
+    named_code,
+    nothing_from_outside,
+    plain_implementations,
+)
 from raycurv.models.model import Model, Outline, Segment
 from raycurv.models.stored import (
     Patch,
@@ -56,10 +62,11 @@ class HFOutline(Outline):
     anatomy: Anatomy
     _skeleton: nn.Module | None
 
-    def __init__(self, name: str, directory: Path) -> None:
+    def __init__(self, name: str, directory: Path, trust_remote_code: bool = False) -> None:
         self.name = name
         self.directory = directory
-        self.config = _read_config(directory)
+        self.trust_remote_code = trust_remote_code
+        self.config = _read_config(directory, trust_remote_code)
         whole = self._on_meta()
         anatomy = find_anatomy(whole, self.config, self._stored_twice, directory)
         _try_cuts(whole, anatomy, directory)
@@ -80,8 +87,19 @@ class HFOutline(Outline):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_skeleton": None}
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Classes of the directory's own can be named in no other process before it has opened it.
+        if self._own_code:
+            return type(self), (self.name, self.directory, True)
+        return super().__reduce_ex__(protocol)
+
+    @property
+    def _own_code(self) -> list[str]:
+        """What is named of the code of the directory, where that may run."""
+        return named_code(self.directory / "config.json") if self.trust_remote_code else []
+
     def _on_meta(self) -> nn.Module:
-        return _causal_model(self.config, self.directory)
+        return _causal_model(self.config, self.directory, self.trust_remote_code)
 
     def _stored_twice(self, shape: torch.Size) -> bool:
         return False
@@ -135,7 +153,20 @@ class HFModel(HFOutline, Model):
         return len(alike) > len({prints[key]["hash"] for key in alike})
 
     def fingerprint(self) -> dict[str, dict[str, Any]]:
-        return self.checkpoint.fingerprint()
+        return self.checkpoint.fingerprint() | self._code_fingerprint()
+
+    def _code_fingerprint(self) -> dict[str, dict[str, Any]]:
+        """An entry ``code FILE`` for each file of the directory's code, where that runs."""
+        files = sorted(self.directory.glob("*.py")) if self._own_code else []
+        read = {file.name: file.read_bytes() for file in files}
+        return {
+            f"code {name}": {
+                "dtype": "code",
+                "shape": [len(text)],
+                "hash": hashlib.blake2b(text, digest_size=16).hexdigest(),
+            }
+            for name, text in read.items()
+        }
 
     def build(self, units: range, dtype: torch.dtype, device: torch.device) -> HFSegment:
         assert 0 <= units.start < units.stop <= self.units and units.step == 1, units
@@ -188,7 +219,8 @@ class HFModel(HFOutline, Model):
         pruned = type(base.__name__, (base,), {"__init__": init, "__module__": base.__module__})
         wanted = f"a checkpoint for {base.__name__} of transformers {transformers.__version__}"
         kinds = (ImportError, ValueError, RuntimeError)
-        with user_errors(f"model {self.directory}", wanted, AS_FACTORY, *kinds), _quiet():
+        code = nothing_from_outside(self.directory / "config.json", self.trust_remote_code)
+        with user_errors(f"model {self.directory}", wanted, AS_FACTORY, *kinds), _quiet(), code:
             module, info = cast(Any, pruned).from_pretrained(
                 None,
                 config=self.config,
@@ -478,7 +510,7 @@ def _replace(module: nn.Module, name: str, by: nn.Module) -> None:
     setattr(module.get_submodule(parent), child, by)
 
 
-def _read_config(directory: Path) -> Any:
+def _read_config(directory: Path, trust_remote_code: bool) -> Any:
     path = directory / "config.json"
     if not directory.is_dir() or not any(directory.iterdir()):
         raise UserError(
@@ -496,8 +528,14 @@ def _read_config(directory: Path) -> Any:
         )
     wanted = f"a configuration that transformers {transformers.__version__} knows"
     # Each architecture checks its own fields, with errors of several libraries.
-    with user_errors(str(path), wanted, AS_FACTORY, Exception):
-        config = transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True)
+    code = nothing_from_outside(path, trust_remote_code)
+    with user_errors(str(path), wanted, AS_FACTORY, Exception), code:
+        config = transformers.AutoConfig.from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    # Where its code lies, if it has any: whatever the file says of that.
+    config._name_or_path = str(directory)
+    plain_implementations(config)
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(
             str(path),
@@ -508,12 +546,15 @@ def _read_config(directory: Path) -> Any:
     return config
 
 
-def _causal_model(config: Any, directory: Path) -> nn.Module:
+def _causal_model(config: Any, directory: Path, trust_remote_code: bool) -> nn.Module:
     """The whole model on the meta device."""
     path, wanted = directory / "config.json", "the configuration of a causal language model"
     kinds = (ImportError, ValueError, KeyError, TypeError, RuntimeError)
-    with user_errors(str(path), wanted, AS_FACTORY, *kinds), META, _quiet():
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    code = nothing_from_outside(path, trust_remote_code)
+    with user_errors(str(path), wanted, AS_FACTORY, *kinds), META, _quiet(), code:
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
     return cast(nn.Module, model)
 
 

@@ -57,6 +57,7 @@ class Outline(ABC):
             ``()`` for everywhere.
         tied_head: name of the output embedding if its weight is the input embedding's.
         max_positions: longest sequence, in tokens, if the model says so.
+        trust_remote_code: whether code that the model's directory brings along may run.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Outline(ABC):
     vocab_size: int | None = None
     tokenizer_dir: str | None = None
     token_inputs: bool
+    trust_remote_code: bool = False
 
     @abstractmethod
     def skeleton(self) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,17 +10,21 @@ from torch import nn
 from raycurv.errors import UserError
 from raycurv.models.factory import FactoryModel
 from raycurv.models.model import Model, Outline
+from raycurv.named_objects import is_named_object
 
 ModelSource = str | Callable[[], nn.Module]
 
 
-def open_model(source: ModelSource, base: str | Path | None = None) -> Model:
+def open_model(
+    source: ModelSource, base: str | Path | None = None, trust_remote_code: bool = False
+) -> Model:
     """Describe a model.
 
     Args:
         source: a directory with an HF ``config.json`` and safetensors; the name
             ``package.module:factory`` of a callable that returns an ``nn.Module``; or the callable.
         base: directory that relative names start from; the working directory when ``None``.
+        trust_remote_code: run the code that an HF directory brings along, if it does.
 
     Raises:
         UserError: what the source names is not there, or is not such a model.
@@ -29,27 +32,43 @@ def open_model(source: ModelSource, base: str | Path | None = None) -> Model:
     found = _factory_or_directory(source, base)
     if isinstance(found, FactoryModel):
         return found
+    return open_directory(found, str(source), trust_remote_code)
+
+
+def open_directory(
+    directory: Path, name: str | None = None, trust_remote_code: bool = False
+) -> Model:
+    """Describe the model in an HF directory; nothing is imported by its name.
+
+    Args:
+        directory: with ``config.json`` and safetensors.
+        name: what the user gave; the directory when ``None``.
+        trust_remote_code: run the code that it brings along, if it does.
+
+    Raises:
+        UserError: it is not there, or no such model.
+    """
     # Importing transformers takes seconds and memory that other models need not pay for.
     from raycurv.models.hf import HFModel
 
-    return HFModel(str(source), found)
+    return HFModel(name or str(directory), directory, trust_remote_code)
 
 
-def open_outline(source: ModelSource) -> Outline:
+def open_outline(source: ModelSource, trust_remote_code: bool = False) -> Outline:
     """As :func:`open_model`, but of an HF directory ``config.json`` alone is read."""
     found = _factory_or_directory(source, None)
     if isinstance(found, FactoryModel):
         return found
     from raycurv.models.hf import HFOutline
 
-    return HFOutline(str(source), found)
+    return HFOutline(str(source), found, trust_remote_code)
 
 
 def _factory_or_directory(source: ModelSource, base: str | Path | None) -> FactoryModel | Path:
     folder = Path.cwd() if base is None else Path(base).absolute()
     if isinstance(source, str):
         directory = folder / Path(source).expanduser()
-        if not directory.exists() and re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", source):
+        if not directory.exists() and is_named_object(source):
             return FactoryModel(source, None, folder)
         return directory
     # A module is callable, too, but calling it is a forward.

@@ -69,7 +69,7 @@ def evaluate(
 
 def _evaluate(shell: Shell[EvaluateSettings]) -> Numbers:
     settings, store, inputs = shell.settings, shell.store, shell.inputs
-    network = inputs.open_model(settings.model)
+    network = inputs.open_model(settings.model, settings.trust_remote_code)
     objective = inputs.or_named("objective", settings)
     source = inputs.or_named("data", settings)
     opened = open_objective(objective)

@@ -67,7 +67,7 @@ def fit(
 
 def _fit(shell: Shell[FitSettings]) -> None:
     settings, store, inputs = shell.settings, shell.store, shell.inputs
-    network = inputs.open_model(settings.model)
+    network = inputs.open_model(settings.model, settings.trust_remote_code)
     objective = inputs.or_named("objective", settings)
     data = inputs.or_named("data", settings)
     opened = open_objective(objective)

@@ -29,6 +29,11 @@ class InfluenceSettings(Execution, Reading):
 
     run: Required[InputPath] = ""
     """Run directory of a fit."""
+    model: InputPath = ""
+    """The fit's model, given again, where it is a `package.module:factory`: a run directory names
+    nothing that is imported. Default: the HF directory that the fit was made of."""
+    fit_objective: str = ""
+    """The fit's objective, given again, where it is a `package.module:Name` of your own."""
     queries: Required[InputPath] = ""
     """Queries: file, directory or glob, as for the fit's data."""
     train: InputPath = ""

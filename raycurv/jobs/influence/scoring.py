@@ -37,7 +37,7 @@ from raycurv.files.store import Store
 from raycurv.files.tables import footer, read_rows
 from raycurv.files.tensorfile import is_complete
 from raycurv.jobs.drafts import recipe_of
-from raycurv.jobs.fitted import Fitted, open_fitted
+from raycurv.jobs.fitted import Fitted, GivenAgain, open_fitted
 from raycurv.jobs.influence.gatherers import GradientsGatherer, ProductsGatherer, ScoreGatherer
 from raycurv.jobs.influence.influence_settings import InfluenceSettings
 from raycurv.jobs.influence.score_rows import ScoreRows
@@ -78,7 +78,13 @@ def _score(shell: Shell[InfluenceSettings]) -> None:
     queries = shell.inputs.or_named("queries", settings)
     # Without training examples only IHVPs are made.
     train = shell.inputs.or_named("train", settings) if settings.train else None
-    fitted = open_fitted(settings.run, shell.inputs)
+    fitted = open_fitted(
+        settings.run,
+        shell.inputs,
+        GivenAgain(
+            settings.model, settings.fit_objective, "--fit-objective", settings.trust_remote_code
+        ),
+    )
     blocks = read_blocks(fitted.store)
     objective = open_objective(fitted.objective)
     # Of the queries; in memory, or by name, or the fit's own.

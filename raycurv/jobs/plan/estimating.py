@@ -43,7 +43,7 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
         UserError: a mistake in settings, model or data.
     """
     settings.check()
-    outline = open_outline(settings.model)
+    outline = open_outline(settings.model, settings.trust_remote_code)
     blocks = choose_blocks(
         outline.skeleton(), settings.blocks, outline.default_scope, outline.tied_head
     )
@@ -182,7 +182,9 @@ def _data(settings: PlanSettings, outline: Outline) -> ShapeOf:
     directory = outline.tokenizer_dir
     reader = ExampleReader(
         settings.data,
-        tokenizer=None if directory is None else LazyTokenizer(directory),
+        tokenizer=None
+        if directory is None
+        else LazyTokenizer(directory, settings.trust_remote_code),
         vocab_size=outline.vocab_size,
         max_positions=outline.max_positions,
         max_length=settings.max_length,

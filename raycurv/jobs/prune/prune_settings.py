@@ -34,6 +34,11 @@ class PruneSettings(Execution):
 
     run: Required[InputPath] = ""
     """Run directory of a fit."""
+    model: InputPath = ""
+    """The fit's model, given again, where it is a `package.module:factory`: a run directory names
+    nothing that is imported. Default: the HF directory that the fit was made of."""
+    objective: str = ""
+    """The fit's objective, given again, where it is a `package.module:Name` of your own."""
     out: Required[str] = ""
     """Where the pruned checkpoint, saliencies and masks go: an absolute path, or a URI that
     pyarrow.fs understands."""

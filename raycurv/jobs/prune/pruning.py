@@ -37,7 +37,7 @@ from raycurv.files.weights import stored_patch, write_checkpoint
 from raycurv.jobs.fit.fit_settings import FitSettings
 from raycurv.jobs.fit.fitting import fit as run_fit
 from raycurv.jobs.fit.parents import SHARED
-from raycurv.jobs.fitted import open_fitted
+from raycurv.jobs.fitted import GivenAgain, open_fitted
 from raycurv.jobs.inputs import Inputs
 from raycurv.jobs.losses import Losses
 from raycurv.jobs.prune.prunable import blocks_to_prune, check_statistics
@@ -99,7 +99,11 @@ def prune(
 
 def _prune(shell: Shell[PruneSettings]) -> dict[str, Any]:
     settings, store = shell.settings, shell.store
-    fitted = open_fitted(settings.run, shell.inputs)
+    fitted = open_fitted(
+        settings.run,
+        shell.inputs,
+        GivenAgain(settings.model, settings.objective, "--objective", settings.trust_remote_code),
+    )
     network, fit, objective = fitted.network, fitted.manifest, fitted.objective
     blocks, heads = blocks_to_prune(settings, fitted.store, network)
     check_statistics(settings, fitted.store, fit, blocks)

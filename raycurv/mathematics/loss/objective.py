@@ -7,10 +7,7 @@ Axis letters: N examples, T positions, V classes, D outputs.
 
 from __future__ import annotations
 
-import importlib
 import math
-import os
-import sys
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,6 +18,7 @@ from torch import Tensor
 from raycurv.batch import NOT_A_TARGET, Batch, shown_ids
 from raycurv.errors import UserError, users_code
 from raycurv.mathematics.loss.draws import draw_categorical
+from raycurv.named_objects import import_named, is_named_object
 
 Uniform = Callable[[int], Tensor]
 
@@ -321,6 +319,11 @@ _SHIPPED: dict[str, Callable[[], Objective]] = {
 }
 
 
+def is_shipped(name: str) -> bool:
+    """Whether an objective of that name comes with raycurv, so that naming it imports nothing."""
+    return name in _SHIPPED
+
+
 def open_objective(name: str | Objective) -> Objective:
     """The objective of that name: one that ships with raycurv, or ``package.module:Name``;
     UserError if there is none, it cannot be imported, or it lacks loss or sample."""
@@ -356,20 +359,15 @@ def _found(name: str | Objective) -> tuple[str, Any]:
         return type(name).__name__, name
     if name in _SHIPPED:
         return name, _SHIPPED[name]()
-    module, colon, attribute = name.partition(":")
-    if not colon:
+    if not is_named_object(name):
         raise UserError(
             "--objective",
             ", ".join(_SHIPPED) + " or package.module:Name",
             repr(name),
             "Name an objective that ships with raycurv, or your own as package.module:Name.",
         )
-    # Where a script lives in jobs/, the working directory is not on the path; as for `python -m`.
-    folder = os.getcwd()
-    if folder not in sys.path:
-        sys.path.append(folder)
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        found = import_named(name)
         made = found() if isinstance(found, type) else found
     except Exception as error:  # the user's module raises whatever it does
         raise UserError(
