@@ -260,15 +260,12 @@ def _check_inputs(whole: nn.Module, where: str) -> None:
     """Refuse a forward that cannot be called with the inputs alone; a child's, where it is cut."""
     called = {"": whole} if not _is_cut(whole) else dict(whole.named_children())
     for name, module in called.items():
-        parameters = list(inspect.signature(module.forward).parameters.values())
+        parameters = inspect.signature(module.forward).parameters.values()
+        takes = [p for p in parameters if p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD)]
         several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        plain = [p for p in parameters if p.kind not in several]
-        positional = any(p.kind != inspect.Parameter.KEYWORD_ONLY for p in plain) or any(
-            p.kind == inspect.Parameter.VAR_POSITIONAL for p in parameters
-        )
-        needed = [p.name for p in plain if p.default is inspect.Parameter.empty]
-        beyond = [n for n in needed[1 if positional else 0 :] if name or n not in _OPTIONS]
-        if beyond or not positional:
+        needed = [p for p in parameters if p.default is p.empty and p.kind not in several]
+        beyond = [p for p in needed if p not in takes[:1] and (name or p.name not in _OPTIONS)]
+        if beyond or not takes:
             raise UserError(
                 where + (f", child {name}" if name else ""),
                 "a forward that is called with the inputs alone"
