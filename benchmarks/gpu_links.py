@@ -16,7 +16,7 @@ from raycurv.links.links import Links
 from raycurv.links.nccl import NcclCarrier, gpu_name, nccl_between
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
-from link_process import bits_of, tensors
+from link_process import TOKEN, bits_of, tensors
 
 _TIMEOUT_SECONDS = 20.0
 # A death is seen when it happens, not when a time is over.
@@ -53,9 +53,9 @@ def links(place: Place, notes: Notes) -> None:
         its.close()
     zero, one = (mine for mine, _ in pipes)
     notes.at("connecting")
-    address = _hear(zero)
+    cards = [_hear(pipe) for pipe in (zero, one)]
     for pipe in (zero, one):
-        pipe.send(address)
+        pipe.send(cards)
     missed = []
     for source, target in ((zero, one), (one, zero)):
         # Tickets go from process to process through here, as they go through Ray's calls.
@@ -107,9 +107,9 @@ def _rank(rank: int, device: str, small: bool, pipe: Any) -> None:
 def _serve(rank: int, device: torch.device, small: bool, pipe: Any) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if rank == 0:
-        pipe.send(Links.host("127.0.0.1"))
-    ours = Links(rank, 2, pipe.recv(), "gpu", device, _TIMEOUT_SECONDS)
+    card, server = Links.open("127.0.0.1", device)
+    pipe.send(card)
+    ours = Links(rank, pipe.recv(), server, "gpu", TOKEN, device, _TIMEOUT_SECONDS)
     peer = 1 - rank
     numbers = 1 << 12 if small else 1 << 26
     large = torch.arange(numbers, dtype=torch.float32, device=device)

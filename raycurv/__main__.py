@@ -7,8 +7,11 @@ from difflib import get_close_matches
 from typing import NoReturn
 
 from raycurv import __version__
+from raycurv.data.uri import hidden
 from raycurv.errors import UserError
+from raycurv.jobs.last_line import LastLine
 from raycurv.jobs.registry import JOBS, start
+from raycurv.progress.streams import kept_for_results, results
 
 
 def main() -> None:
@@ -20,12 +23,14 @@ def main() -> None:
     words = sys.argv[1:]
     if words and words[0] in JOBS:
         start(words[0], words[1:], f"raycurv {words[0]}")
-    elif words and words[0] in ("--help", "-h"):
-        print(_help())
-    elif words and words[0] == "--version":
-        print(f"raycurv {__version__}")
-    else:
-        _refuse(words)
+        return
+    with kept_for_results():
+        if words and words[0] in ("--help", "-h"):
+            print(_help(), file=results(), flush=True)
+        elif words and words[0] == "--version":
+            print(f"raycurv {__version__}", file=results(), flush=True)
+        else:
+            _refuse(words)
 
 
 def _help() -> str:
@@ -48,11 +53,9 @@ def _refuse(words: list[str]) -> NoReturn:
     """End with the mistake of a first word that is no job."""
     meant = get_close_matches(words[0], JOBS, n=1) if words else []
     remedy = f"Did you mean raycurv {meant[0]}? " if meant else ""
-    got = repr(words[0]) if words else "nothing"
+    got = repr(hidden(words[0])) if words else "nothing"
     error = UserError("raycurv", f"a job: {', '.join(JOBS)}", got, f"{remedy}See raycurv --help.")
-    from raycurv.jobs.command import refuse
-
-    refuse("raycurv", error)
+    LastLine("raycurv").refuse(error)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from raycurv.errors import LostPeer
-from raycurv.links.links import Links, Ticket
+from raycurv.links.links import Card, Links, Ticket
 from raycurv.links.tcp import TcpCarrier
 from raycurv.stages.schedule import pipelined
 
 MIB = 2**20
+TOKEN = bytes(range(32))
 
 
 def tensors() -> list[Tensor]:
@@ -63,11 +64,17 @@ class Process:
         self._links: Links | None = None
         self._tickets: list[Ticket] = []
 
-    def host(self) -> str:
-        return Links.host("127.0.0.1")
+    def open(self) -> Card:
+        card, self._server = Links.open("127.0.0.1", torch.device("cpu"))
+        return card
 
-    def connect(self, rank: int, size: int, address: str, epoch: str, timeout: float) -> None:
-        self._links = Links(rank, size, address, epoch, torch.device("cpu"), timeout)
+    def connect(
+        self, rank: int, cards: list[Card], epoch: str, token: bytes, timeout: float
+    ) -> int:
+        """How many strangers were turned away."""
+        device = torch.device("cpu")
+        self._links = Links(rank, cards, self._server, epoch, token, device, timeout)
+        return self._links.strangers
 
     def close(self) -> float:
         """Seconds that it took."""
@@ -275,9 +282,9 @@ class Chain:
 
     def connect(self) -> None:
         self.epoch = f"epoch {next(self.epochs)}"
-        address = self.ranks[0].call("host")
+        cards = [process.call("open") for process in self.ranks]
         for rank, process in enumerate(self.ranks):
-            process.begin("connect", rank, len(self.ranks), address, self.epoch, self.timeout)
+            process.begin("connect", rank, cards, self.epoch, TOKEN, self.timeout)
         for process in self.ranks:
             process.end()
 

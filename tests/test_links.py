@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import signal
+import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from link_process import MIB, Chain, Handle, bits_of, tensors
+from link_process import MIB, TOKEN, Chain, Handle, bits_of, tensors
 
 from raycurv.errors import LostPeer, OutOfOrder
-from raycurv.links import nccl
-from raycurv.links.links import Links, Ticket
+from raycurv.links import nccl, tcp
+from raycurv.links.links import Card, Links, Ticket
 
 # Long enough for a machine under load, short enough to wait for.
 SILENT_SECONDS = 2.0
@@ -216,15 +221,103 @@ def replace_rank_2(three: Chain, spares: list[Handle], old: Ticket) -> None:
     three.all("close")
 
 
+def two(timeout: float) -> tuple[list[Card], list[Any]]:
+    """Cards and makers of the links of two ranks in this process."""
+    device = torch.device("cpu")
+    opened = [Links.open("127.0.0.1", device) for _ in range(2)]
+    cards = [card for card, _ in opened]
+
+    def maker(rank: int) -> Any:
+        return lambda token=TOKEN: Links(
+            rank, cards, opened[rank][1], "epoch", token, device, timeout
+        )
+
+    return cards, [maker(rank) for rank in range(2)]
+
+
 def test_who_does_not_come_is_named() -> None:
-    address = Links.host("127.0.0.1")
-    assert Links.host("127.0.0.1") == address
+    _, (make, _) = two(0.5)
     with pytest.raises(LostPeer, match=r"connect, rank 1: expected an answer, got none in 0\.5 s"):
-        Links(0, 2, address, "alone", torch.device("cpu"), 0.5)
+        make()
+
+
+def test_strangers_are_turned_away_and_hold_nobody_up() -> None:
+    """Rubbish, a name without its proof, and many who say nothing at all."""
+    cards, makers = two(20.0)
+    rubbish = [b"GET / HTTP/1.1\r\n\r\n", os.urandom(4096), b"", tcp._short("epoch/0-1")]
+    strangers = []
+    for card in cards:
+        for content in [*rubbish, *([None] * 100)]:
+            strangers.append(socket.create_connection((card.host, card.port)))
+            if content is not None:
+                strangers[-1].sendall(content)
+        # Closed at once.
+        socket.create_connection((card.host, card.port)).close()
+    begun = time.monotonic()
+    with ThreadPoolExecutor(2) as threads:
+        one, other = threads.map(lambda make: make(), makers)
+    assert time.monotonic() - begun < 2.5  # before: five seconds for each who says nothing
+    ticket = one.send(torch.arange(5), 1)
+    assert other.receive(ticket).tolist() == [0, 1, 2, 3, 4]
+    assert one.strangers > 0 and other.strangers > 0
+    for end in (*strangers, one, other):
+        end.close()
+
+
+def test_nobody_gets_in_without_the_token() -> None:
+    """One that knows everything else is not let in, and one that answers in a rank's place is not
+    believed."""
+    cards, (make, _) = two(1.0)
+    with ThreadPoolExecutor(1) as thread:
+        rank = thread.submit(make)
+        with pytest.raises(OSError):
+            tcp.connect(cards[0].host, cards[0].port, "epoch/0-1", bytes(32), 0.5).receive_number()
+        with pytest.raises(LostPeer):
+            rank.result()
+    _, makers = two(1.0)
+    with ThreadPoolExecutor(2) as threads:
+        ends = [
+            threads.submit(make, key) for make, key in zip(makers, (TOKEN, bytes(32)), strict=True)
+        ]
+        for end in ends:
+            with pytest.raises(LostPeer, match=r"not of this job|connection closed|none in|reset"):
+                end.result()
+
+
+def test_a_proof_serves_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one connection sent is no use to another: both ends make something up each time."""
+    seen: list[bytes] = []
+    send = tcp.Connection.send
+    monkeypatch.setattr(
+        tcp.Connection, "send", lambda self, data: (seen.append(bytes(data)), send(self, data))[1]
+    )
+    for _ in range(2):
+        _, makers = two(20.0)
+        with ThreadPoolExecutor(2) as threads:
+            for links in threads.map(lambda make: make(), makers):
+                links.close()
+    assert len(seen) == 8 and len(set(seen)) == 8
+    assert not any(TOKEN in data for data in seen)
+
+
+def test_the_store_of_two_waits_at_one_address_alone() -> None:
+    listening = tcp.serve("127.0.0.1")
+    port, patience = listening.getsockname()[1], timedelta(seconds=20)
+    store = nccl.open_store("127.0.0.1", port, listening, patience)
+    nccl.open_store("127.0.0.1", port, None, patience).set("id", b"value")
+    assert store.get("id") == b"value"
+    waiting = [
+        line.split()[1]
+        for name in ("tcp", "tcp6")
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+        if line.split()[3] == "0A" and line.split()[1].endswith(f":{port:04X}")
+    ]
+    assert waiting == [f"0100007F:{port:04X}"]
 
 
 def test_a_chain_of_one_needs_nobody() -> None:
-    Links(0, 1, "", "alone", torch.device("cpu"), 0.5).close()
+    card, server = Links.open("127.0.0.1", torch.device("cpu"))
+    Links(0, [card], server, "alone", TOKEN, torch.device("cpu"), 0.5).close()
 
 
 def test_errors_survive_pickling() -> None:

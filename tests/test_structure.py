@@ -146,7 +146,7 @@ def test_what_answers_a_signal_while_libraries_load_is_none_of_them() -> None:
         waiting += own(FILES[name], everywhere=False) - seen
         outside = {n.split(".")[0] for n in imported(FILES[name], everywhere=False)} - {"raycurv"}
         assert outside <= sys.stdlib_module_names, name
-    assert "jobs.loading" in seen
+    assert "jobs.last_line" in seen
 
 
 def test_a_job_without_ray_or_a_language_model_waits_for_neither() -> None:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.fs
 
 from raycurv.data.parts import FORMATS, READ_ERRORS, Part, RowsPart, TablePart
-from raycurv.data.uri import check_endpoint, is_uri, redacted, shown
+from raycurv.data.uri import check_endpoint, check_place, is_uri, redacted, shown
 from raycurv.errors import UserError
 
 Source: TypeAlias = "str | Path | pa.Table | Sequence[Mapping[str, Any]]"
@@ -40,6 +40,7 @@ def open_parts(source: Source) -> list[Part]:
     if isinstance(source, pa.Table):
         return [TablePart(source)]
     if isinstance(source, (str, Path)):
+        check_place("data", str(source))
         return list(_files(str(source)))
     if isinstance(source, (list, tuple)):
         return [RowsPart(source)]

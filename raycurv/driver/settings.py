@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 import torch
 import tyro
 
-from raycurv.data.uri import shown
+from raycurv.data.uri import check_place, shown
 from raycurv.errors import UserError
 from raycurv.mathematics.curvature import Damping
 from raycurv.stages.failures import Limits
@@ -30,6 +30,9 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 DtypeName = Literal["float32", "bfloat16", "float64"]
 # Stands for the path of a model or of data that a Python caller holds.
 IN_MEMORY = "in memory"
+
+# Numbers that are stored in 64 bits are below this, and have fewer digits.
+_BEYOND, _DIGITS = 2**63, 19
 
 T = TypeVar("T")
 
@@ -86,6 +89,13 @@ def listed(what: str) -> Checked:
     return Checked(check)
 
 
+def places(flag: str, value: Any) -> None:
+    """A place, or several: UserError for what cannot name one, see
+    :func:`raycurv.data.uri.check_place`."""
+    for one in (value,) if isinstance(value, (str, os.PathLike)) else value:
+        check_place(flag, os.fspath(one))
+
+
 def parse_bytes(flag: str, text: str) -> int:
     """A number of bytes from ``2GiB``, ``500MB`` or ``1000000``.
 
@@ -100,7 +110,7 @@ def parse_bytes(flag: str, text: str) -> int:
         value = float(number) * units[text[len(number) :]]
     except (ValueError, KeyError):
         value = math.nan
-    if not 0 < value < math.inf:
+    if not 1 <= value < _BEYOND:
         raise UserError(flag, "a size such as 2GiB or 500MB", repr(text), "")
     return int(value)
 
@@ -113,7 +123,7 @@ def rank_number(rank: str) -> int | None:
     """
     if rank == "full":
         return None
-    if not rank.isdecimal() or int(rank) < 1:
+    if not rank.isdecimal() or not int(rank[:_DIGITS]) >= 1 or len(rank) >= _DIGITS:
         raise UserError("--rank", "a positive number or `full`", repr(rank), "")
     return int(rank)
 
@@ -122,18 +132,24 @@ IDENTITY, INPUT, REQUIRED = Marked("identity"), Marked("input"), Marked("require
 # A setting that decides what a result means: recorded, and a change on the same --out is refused.
 Identity = Annotated[T, IDENTITY]
 # Where an input lies: recorded in the tables; what it holds is compared, not where it lies.
-InputPath = Annotated[str, INPUT]
+InputPath = Annotated[str, INPUT, Checked(places)]
+# Where something goes, or a run lies.
+Place = Annotated[str, Checked(places)]
 # A field that has to be given: its default is that nothing was.
 Required = Annotated[T, REQUIRED]
-Count = Annotated[int, bounded("a number of at least 1", lambda n: n >= 1)]
-FromZero = Annotated[int, bounded("a number of at least 0", lambda n: n >= 0)]
-Positive = Annotated[float, bounded("above 0", lambda x: x > 0)]
+Small = bounded("a number below 2^63", lambda n: -_BEYOND <= n < _BEYOND)
+Count = Annotated[int, bounded("a number of at least 1", lambda n: n >= 1), Small]
+FromZero = Annotated[int, bounded("a number of at least 0", lambda n: n >= 0), Small]
+Seed = Annotated[int, Small]
+Positive = Annotated[
+    float, bounded("above 0", lambda x: x > 0), bounded("at most 1e9", lambda x: x <= 1e9)
+]
 Size = Annotated[str, Checked(parse_bytes)]
 Rank = Annotated[str, Checked(lambda flag, text: rank_number(text))]
 DampingText = Annotated[str, Checked(lambda flag, text: Damping.parse(text))]
 Globs = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, listed("globs")]
 Names = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, listed("names")]
-Runs = Annotated[tuple[str, ...], listed("run directories")]
+Runs = Annotated[tuple[str, ...], listed("run directories"), Checked(places)]
 
 
 # What all jobs share
@@ -155,7 +171,7 @@ class Execution:
     """How many stages are resident at a time in a swept run, an actor each."""
     replicas: Count = 1
     """Copies of every resident stage, each on its own part of the data."""
-    spool_dir: str | None = None
+    spool_dir: Annotated[Place, bounded("a directory", bool)] | None = None
     """Local directory for what a swept run keeps between stages. Default: below --out."""
     batch_tokens: Count = 4096
     """Tokens of a microbatch, padding included (examples, where there is no token axis)."""

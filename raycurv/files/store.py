@@ -38,7 +38,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs
 
-from raycurv.data.uri import below, check_endpoint, is_uri, redacted, shown
+from raycurv.data.uri import below, check_endpoint, check_place, is_uri, redacted, shown
 from raycurv.errors import DamagedFile, NoSpace, UserError
 
 # Bytes held at once while a file is copied.
@@ -318,6 +318,7 @@ def open_store(out: str | os.PathLike[str], flag: str) -> Store:
     """The store of an output directory; UserError for a relative path inside a submitted job,
     whose working directory is thrown away, or an object store that :meth:`Store.check` refuses."""
     text = os.fspath(out)
+    check_place(flag, text)
     if text.startswith("~"):
         text = os.path.expanduser(text)
     address = text.partition("?")[0] if is_uri(text) else text

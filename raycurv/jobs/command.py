@@ -1,57 +1,58 @@
-"""Command lines made from the settings' dataclasses, the exit codes of a job, and its last line."""
+"""Command lines made from the settings' dataclasses, and the exit codes of a job."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import re
 import sys
-import threading
-import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NoReturn, TypeVar
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import tyro
 
-from raycurv.errors import RaycurvError, UserError
+from raycurv.data.uri import hidden, secrets_in
+from raycurv.driver.settings import declarations
+from raycurv.errors import UserError
 from raycurv.files.store import Store, open_store
+from raycurv.jobs.last_line import AGAIN, LastLine, parts
 from raycurv.progress import stopping
-from raycurv.progress.displays import Event, json_line
-from raycurv.progress.reporter import Log, Reporter
+from raycurv.progress.reporter import Reporter
+from raycurv.progress.streams import hide, results
 
 Settings = TypeVar("Settings")
 
-_AGAIN = "What was done is kept: the same command goes on from there."
 # What a terminal needs and a reader of JSON does not: colours, and the lines of boxes.
 _DECORATION = re.compile(r"\x1b\[[0-9;]*m|[\u2500-\u257f]")
+# What looks like credentials and has no scheme before it.
+_KEYS = re.compile(r"[^\s/@]*:[^\s@]*@")
 
 
 def run_job(
     settings: type[Settings],
     job: Callable[..., Any],
-    name: str,
-    arguments: Sequence[str] | None = None,
-    program: str = "",
+    line: LastLine,
+    arguments: Sequence[str] | None,
+    program: str,
     leaves: bool = True,
 ) -> None:
     """Read the command line, run the job, and exit.
 
     Exit code 0 when done, 2 for a user's mistake (one message, no traceback), 1 for anything else,
-    143 and 130 for a job that stopped because of a SIGTERM or SIGINT. The last line of the output
-    is JSON in every case: status, where the results lie or what was found, seconds of each phase;
-    of a failure its parts as well.
+    143, 130 and 129 for a job that stopped because of a SIGTERM, SIGINT or SIGHUP. The last line of
+    the output is JSON in every case: status, where the results lie or what was found, seconds of
+    each phase; of a failure its parts as well.
 
     Args:
         settings: a dataclass, whose fields are the flags.
         job: takes the settings and ``reporter``; gives the store of its results, what it found, or
             both as a pair.
-        name: of the job.
-        arguments: the flags; by default the process' own.
-        program: what the command is called in ``--help``; by default ``name``.
+        line: the last one of the output.
+        arguments: the flags; the process' own if ``None``.
+        program: what the command is called in ``--help``.
         leaves: whether the job leaves results in ``--out``.
 
     Raises:
@@ -59,97 +60,46 @@ def run_job(
     """
     # Arrow's own allocator keeps tens of MB for itself, which all else could use.
     pa.set_memory_pool(pa.system_memory_pool())
-    ending = _Ending(name)
-    with stopping.listening(ending.at_once):
-        code, more = _run(lambda: _read(settings, arguments, program or name), job, ending, leaves)
-        ending.say(more)
-        if more["status"] == "stopped":
-            # Nothing is left to do, and who asked may not wait until Python has tidied up.
-            os._exit(code)
+
+    def at_once(code: int) -> None:
+        line.stopped()
+        os._exit(code)
+
+    with stopping.listening(at_once):
+        code = _run(lambda: _read(settings, arguments, program), job, line, leaves)
     if code:
         raise SystemExit(code)
 
 
-@dataclass
-class _Ending:
-    """The last line of a job, said once.
-
-    Attributes:
-        name: of the job.
-        reporter: knows the phases.
-        log: how the job speaks to whoever looks on.
-        out: the run directory, once it is known.
-    """
-
-    name: str
-    reporter: Reporter = field(default_factory=Reporter)
-    out: str | None = None
-    log: Log = "text"
-    _once: threading.Lock = field(default_factory=threading.Lock)
-
-    def say(self, more: Mapping[str, Any]) -> None:
-        """Print the line: whatever else there is to print must have been."""
-        if not self._once.acquire(blocking=False):
-            return
-        where = {} if self.out is None else {"out": self.out}
-        phases = {phase: round(s, 3) for phase, s in self.reporter.seconds.items()}
-        said = {"status": "failed", "job": self.name, **where, "phases": phases, **more}
-        sys.stderr.flush()
-        print(json.dumps(said), flush=True)
-
-    def complain(self, event: str, message: str) -> None:
-        """Tell a person, or whoever reads the log, why the job does not go on."""
-        if self.log == "json":
-            text = json_line(Event(message, event, "error", {"job": self.name}))
-        else:
-            text = f"{self.name}: {message}"
-        print(text, file=sys.stderr)
-
-    def at_once(self, code: int) -> None:
-        """End the process in the midst of what it does."""
-        self.say(_stopped())
-        os._exit(code)
-
-
-def refuse(name: str, error: UserError) -> NoReturn:
-    """End as a job ends that a mistake keeps from beginning: one message, the last line, code 2.
-
-    Args:
-        name: of the job, or of the command that runs none.
-        error: the mistake.
-    """
-    ending = _Ending(name)
-    ending.complain("failed", str(error))
-    ending.say(_parts(error))
-    raise SystemExit(2)
-
-
-def _run(
-    read: Callable[[], Any], job: Callable[..., Any], ending: _Ending, leaves: bool
-) -> tuple[int, dict[str, Any]]:
-    """Run the job; gives its exit code, and what the last line says of it."""
+def _run(read: Callable[[], Any], job: Callable[..., Any], line: LastLine, leaves: bool) -> int:
+    """Run the job, and say its last line; gives its exit code."""
     try:
         chosen = read()
-        ending.log = getattr(chosen, "log", "text")
-        ending.reporter = Reporter(log=ending.log)
-        ending.out = _root(chosen.out) if leaves else None
-        found = job(chosen, reporter=ending.reporter)
+        line.log = getattr(chosen, "log", "text")
+        reporter = Reporter(log=line.log)
+        line.seconds = reporter.seconds
+        line.out = _root(chosen.out) if leaves else None
+        found = job(chosen, reporter=reporter)
         store, found = _store_and_found(found)
         if store is not None:
-            ending.out = store.root
-        return 0, {"status": "complete"} | found
+            line.out = store.root
+        line.say({"status": "complete"} | found)
+        return 0
     except KeyboardInterrupt:
         code = stopping.exit_code()
-        ending.complain("stopped", f"stopped. {_AGAIN}")
-        return code, _stopped()
+        line.complain("stopped", f"stopped. {AGAIN}")
+        line.stopped()
+        # Nothing is left to do, and who asked may not wait until Python has tidied up.
+        os._exit(code)
     except _Unreadable as error:
-        return 2, _parts(error)
-    except RaycurvError as error:
-        ending.complain("failed", str(error))
-        return (2 if isinstance(error, UserError) else 1), _parts(error)
-    except Exception as error:
-        traceback.print_exc()
-        return 1, _parts(error)
+        line.say(parts(error))
+        return 2
+    except SystemExit as end:
+        if not end.code and isinstance(end, _Helped):
+            raise
+        return line.failed(end)
+    except BaseException as error:
+        return line.failed(error)
 
 
 def _store_and_found(given: Any) -> tuple[Store | None, dict[str, Any]]:
@@ -163,24 +113,82 @@ class _Unreadable(UserError):
     """A command line that cannot be read; a person has been told."""
 
 
+class _Helped(SystemExit):
+    """The help was asked for, and has been printed."""
+
+
 def _read(settings: type[Settings], arguments: Sequence[str] | None, program: str) -> Settings:
+    """The settings that the flags give.
+
+    The parser, which shows what it does not understand, sees no credentials: a text takes their
+    place until it is done.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    hide(secret for argument in given for secret in secrets_in(argument))
+    places: dict[str, str] = {}
+    masked = [_masked(argument, places, given) for argument in given]
     heard = _Heard(sys.stderr)
-    with contextlib.redirect_stderr(heard):
+    with contextlib.redirect_stderr(heard), contextlib.redirect_stdout(results()):
         try:
-            return tyro.cli(
+            chosen = tyro.cli(
                 settings,
                 prog=program,
-                args=arguments,
+                args=masked,
                 description=settings.__doc__,
                 config=(tyro.conf.FlagCreatePairsOff,),
             )
         except SystemExit as end:
             if not end.code:
-                raise
-    text = " ".join(_DECORATION.sub(" ", heard.getvalue()).split())
-    raise _Unreadable(
-        "the command line", "flags as --help has them", text, f"See {program} --help."
+                raise _Helped(0) from None
+            chosen = None
+    if chosen is None:
+        text = " ".join(_DECORATION.sub(" ", heard.getvalue()).split())
+        raise _Unreadable(
+            "the command line", "flags as --help has them", text, f"See {program} --help."
+        )
+    _check_once(settings, masked)
+    named: dict[str, Any] = {name: getattr(chosen, name) for name, _, _ in declarations(settings)}
+    return settings(**{name: _unmasked(value, places) for name, value in named.items()})
+
+
+def _masked(argument: str, places: dict[str, str], given: Sequence[str]) -> str:
+    """An argument without its credentials; what it was is kept in ``places``."""
+    flag, mark, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
+    shown = _KEYS.sub("***@", hidden(value))
+    if shown == value:
+        return argument
+    # Another argument may be the same but for its credentials.
+    while shown in places or any(shown in other for other in given):
+        shown += "*"
+    places[shown] = value
+    return f"{flag}{mark}{shown}"
+
+
+def _unmasked(value: Any, places: dict[str, str]) -> Any:
+    if isinstance(value, (tuple, list)):
+        return type(value)(_unmasked(one, places) for one in value)
+    return places.get(value, value) if isinstance(value, str) else value
+
+
+def _check_once(settings: type, given: Sequence[str]) -> None:
+    """Refuse a flag that is given twice and takes one value: one of them would not count.
+
+    Raises:
+        UserError: names the flag.
+    """
+    repeatable = {
+        f"--{name.replace('_', '-')}"
+        for name, _, marks in declarations(settings)
+        if tyro.conf.UseAppendAction in marks
+    }
+    flags = Counter(
+        word.partition("=")[0].replace("_", "-") for word in given if word.startswith("--")
     )
+    twice = [flag for flag, count in flags.items() if count > 1 and flag not in repeatable]
+    if twice:
+        raise UserError(
+            twice[0], "one value", f"it is given {flags[twice[0]]} times", "Leave all but one out."
+        )
 
 
 class _Heard(io.StringIO):
@@ -210,19 +218,3 @@ def _root(out: str) -> str | None:
         return open_store(out, "--out").root
     except UserError:
         return None
-
-
-def _stopped() -> dict[str, Any]:
-    return {"status": "stopped", "message": _AGAIN}
-
-
-def _parts(error: Exception) -> dict[str, Any]:
-    """A failure for machines; of one that is not raycurv's own, where it happened."""
-    kind = UserError.__name__ if isinstance(error, _Unreadable) else type(error).__name__
-    if isinstance(error, RaycurvError):
-        said = (error.where, error.expected, error.got, error.remedy)
-    else:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        said = (f"{last.filename}:{last.lineno}, {last.name}", "no error", str(error), "")
-    parts = dict(zip(("where", "expected", "got", "remedy"), said, strict=True))
-    return {"status": "failed", "error": {"kind": kind} | parts, "message": str(error)}

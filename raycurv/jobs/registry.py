@@ -8,7 +8,8 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-from raycurv.jobs.loading import loading
+from raycurv.jobs.last_line import LastLine, loading
+from raycurv.progress.streams import kept_for_results
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,14 @@ def start(name: str, arguments: Sequence[str] | None = None, program: str = "") 
         SystemExit: see :func:`raycurv.jobs.command.run_job`.
     """
     job = JOBS[name]
-    with loading(job.script):
-        settings, function = job.load()
-        from raycurv.jobs.command import run_job
-    run_job(settings, function, job.script, arguments, program, job.leaves)
+    line = LastLine(job.script)
+    with kept_for_results(), loading(line):
+        try:
+            settings, function = job.load()
+            from raycurv.jobs.command import run_job
+        except BaseException as error:
+            raise SystemExit(line.failed(error)) from None
+        run_job(settings, function, line, arguments, program or job.script, job.leaves)
 
 
 def _load(place: str) -> Any:

@@ -17,14 +17,13 @@ closes, whatever carries the bytes.
 from __future__ import annotations
 
 import contextlib
-import functools
-import json
 import math
 import socket
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -34,8 +33,8 @@ import torch.distributed
 from torch import Tensor
 
 from raycurv.errors import LostPeer, OutOfOrder
-from raycurv.links.nccl import NcclCarrier, gpu_name, nccl_between
-from raycurv.links.tcp import Connection, TcpCarrier, accept, connect, serve_towards
+from raycurv.links.nccl import NcclCarrier, gpu_name, nccl_between, open_store
+from raycurv.links.tcp import Connection, TcpCarrier, accept, connect, serve
 
 _c10d: Any = torch.distributed
 
@@ -59,6 +58,15 @@ class Ticket:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+@dataclass(frozen=True)
+class Card:
+    """Where a process waits for its neighbours, and the GPU that it computes on, if any."""
+
+    host: str
+    port: int
+    gpu: str
+
+
 class Links:
     """One process's links to its neighbours in a chain of processes.
 
@@ -67,44 +75,50 @@ class Links:
 
     Args:
         rank: this process's place in the chain.
-        address: HOST:PORT of a store (see :meth:`host`).
+        cards: of all ranks, in their order, see :meth:`open`.
+        server: this process's own, see :meth:`open`; closed when the neighbours have come.
         epoch: names this chain: the same in all ranks, and never one that was used before.
+        token: what only the processes of this job know.
         device: where received tensors go, and sent ones come from.
         timeout_seconds: how long a silent process counts as alive.
 
+    Attributes:
+        strangers: how many connected who are not of this chain, and were turned away.
+
     Raises:
-        LostPeer: a neighbour, or the store, did not come in that time.
+        LostPeer: a neighbour did not come in that time.
     """
 
     def __init__(
         self,
         rank: int,
-        size: int,
-        address: str,
+        cards: Sequence[Card],
+        server: socket.socket,
         epoch: str,
+        token: bytes,
         device: torch.device,
         timeout_seconds: float,
     ) -> None:
-        assert 0 <= rank < size, f"rank {rank} of {size}"
-        self.rank, self.size, self.epoch = rank, size, epoch
+        self.rank, self.size, self.epoch = rank, len(cards), epoch
+        assert 0 <= rank < self.size, f"rank {rank} of {self.size}"
         self.device, self.timeout_seconds = device, timeout_seconds
+        self.strangers = 0
+        self._cards, self._token = cards, token
         self._outgoing: dict[int, _Outgoing] = {}
         self._incoming: dict[int, _Incoming] = {}
         try:
-            if size > 1:
-                self._connect(address)
+            with server:
+                self._meet(server)
         except BaseException:
             self.close()
             raise
 
     @staticmethod
-    def host(node_address: str) -> str:
-        """Open a store in which the ranks of chains find each other, in rank 0's process, and give
-        its HOST:PORT, where the others reach this machine.
-
-        It lives as long as the process, and serves any number of epochs.
-        """
-        return f"{node_address}:{_open_store(node_address).port}"
+    def open(host: str, device: torch.device) -> tuple[Card, socket.socket]:
+        """Wait for neighbours at an address of this machine's, by which they reach it; gives what
+        they have to know, and the server that :class:`Links` takes."""
+        server = serve(host)
+        return Card(host, server.getsockname()[1], gpu_name(device)), server
 
     def send(self, tensor: Tensor, target: int) -> Ticket:
         """Have a tensor ready for a neighbour, without waiting; LostPeer if it is known to be gone.
@@ -139,45 +153,22 @@ class Links:
         for end in ends:
             end.free(max(0.0, until - time.monotonic()))
 
-    def _connect(self, address: str) -> None:
-        host, port = address.rpartition(":")[0], int(address.rpartition(":")[2])
-        seconds = timedelta(seconds=math.ceil(self.timeout_seconds))  # in torch 2.4 whole ones only
-        with _losing(0, f"store at {address}", self.timeout_seconds):
-            store = _c10d.TCPStore(host, port, None, False, seconds, wait_for_workers=False)
-            server = serve_towards(host, port)
-        with server:
-            self._meet(_c10d.PrefixStore(self.epoch, store), server)
-
-    def _meet(self, store: Any, server: socket.socket) -> None:
+    def _meet(self, server: socket.socket) -> None:
         """Find the neighbours; open a connection, and what carries bytes, for each direction."""
         neighbours = [r for r in (self.rank - 1, self.rank + 1) if 0 <= r < self.size]
-        gpu = gpu_name(self.device)
-        with _losing(0, "store", self.timeout_seconds):
-            claims = store.add(f"claims/{self.rank}", 1)
-            assert claims == 1, f"epoch {self.epoch} was used before"
-            store.set(f"card/{self.rank}", json.dumps([*server.getsockname()[:2], gpu]))
-        gpus: dict[int, str] = {}
         # By direction. What is left here when something fails is closed; the rest belongs to ends.
         opened: dict[str, Connection] = {}
         try:
-            for peer in neighbours:
-                with _losing(peer, "connect", self.timeout_seconds):
-                    host, port, gpus[peer] = json.loads(store.get(f"card/{peer}"))
-                    name = self._direction(peer, self.rank)
-                    opened[name] = connect(host, port, name, self.timeout_seconds)
-            names = [self._direction(self.rank, peer) for peer in neighbours]
-            opened |= accept(server, names, self.timeout_seconds)
-            for name, peer in zip(names, neighbours, strict=True):
-                if name not in opened:
-                    raise LostPeer(peer, "connect", _silence(self.timeout_seconds))
+            self._open(neighbours, server, opened)
             # Everybody from the lower neighbour to the upper one, and up before down, so that the
             # two who are to make a group of NCCL's come to it.
             for peer in neighbours:
                 up = (min(self.rank, peer), max(self.rank, peer))
+                store = self._store(peer, opened[self._direction(*up)])
                 for source, target in (up, up[::-1]):
                     name = self._direction(source, target)
                     carrier: Carrier = TcpCarrier(opened[name], self.device)
-                    if nccl_between(gpu, gpus[peer]):
+                    if store is not None:
                         with _losing(peer, "connect by NCCL", self.timeout_seconds):
                             carrier = NcclCarrier(
                                 _c10d.PrefixStore(name, store),
@@ -193,6 +184,51 @@ class Links:
         finally:
             for connection in opened.values():
                 connection.close()
+
+    def _open(
+        self, neighbours: Sequence[int], server: socket.socket, opened: dict[str, Connection]
+    ) -> None:
+        """Open the connections of all directions: those that come in to this process it asks for,
+        those that go out it accepts, both at once, since the others do the same."""
+        names = {peer: self._direction(self.rank, peer) for peer in neighbours}
+        given_up = threading.Event()
+        with ThreadPoolExecutor(1) as thread:
+            accepting = thread.submit(
+                accept, server, names.values(), self._token, self.timeout_seconds, given_up
+            )
+            try:
+                for peer in neighbours:
+                    with _losing(peer, "connect", self.timeout_seconds):
+                        card, name = self._cards[peer], self._direction(peer, self.rank)
+                        opened[name] = connect(
+                            card.host, card.port, name, self._token, self.timeout_seconds
+                        )
+            except BaseException:
+                given_up.set()
+                raise
+            finally:
+                accepted, self.strangers = accepting.result()
+                opened |= accepted
+        for peer, name in names.items():
+            if name not in opened:
+                raise LostPeer(peer, "connect", _silence(self.timeout_seconds))
+
+    def _store(self, peer: int, up: Connection) -> Any:
+        """A store for this process and a neighbour alone, if NCCL is to carry what they send:
+        through it NCCL finds its way. The lower rank opens it, at the address of its card; it ends
+        with the links."""
+        lower = min(self.rank, peer)
+        if not nccl_between(self._cards[self.rank].gpu, self._cards[peer].gpu):
+            return None
+        with _losing(peer, "connect by NCCL", self.timeout_seconds):
+            host = self._cards[lower].host
+            seconds = timedelta(seconds=math.ceil(self.timeout_seconds))  # torch 2.4: whole ones
+            if lower != self.rank:
+                return open_store(host, up.receive_number(), None, seconds)
+            listening = serve(host)
+            store = open_store(host, listening.getsockname()[1], listening, seconds)
+            up.send_number(store.port)
+            return store
 
     def _direction(self, source: int, target: int) -> str:
         return f"{self.epoch}/{source}-{target}"
@@ -334,8 +370,3 @@ def _silence(timeout_seconds: float) -> str:
 def _how(error: Exception) -> str:
     lines = str(error).splitlines() or [type(error).__name__]
     return f"none ({lines[0]})"
-
-
-@functools.cache
-def _open_store(host: str) -> Any:
-    return _c10d.TCPStore(host, 0, None, True, wait_for_workers=False)

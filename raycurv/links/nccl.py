@@ -51,6 +51,22 @@ def nccl_between(one: str, other: str) -> bool:
     return bool(one and other and one != other)
 
 
+def open_store(host: str, port: int, listening: socket.socket | None, timeout: timedelta) -> Any:
+    """A store in which two processes' groups find each other; RuntimeError if it does not come.
+
+    It asks nobody who they are, and so waits at one address alone, and only where NCCL is used,
+    whose own connections ask nobody either.
+
+    Args:
+        listening: where it waits, for the one that opens it; ``None`` for the other.
+    """
+    distributed: Any = torch.distributed
+    return distributed.TCPStore(
+        host, port, None, listening is not None, timeout, wait_for_workers=False,
+        master_listen_fd=None if listening is None else listening.detach(),
+    )  # fmt: skip
+
+
 class NcclCarrier:
     """One direction between two processes by NCCL. Only one thread at a time may use it.
 

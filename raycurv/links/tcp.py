@@ -1,12 +1,28 @@
-"""TCP between two processes: numbers and bytes, and at once the news that one has died."""
+"""TCP between two processes: numbers and bytes, and at once the news that one has died.
+
+A port is open to strangers, too. Both ends of a connection know the job's token, which never
+travels; each proves to the other that it does, by an HMAC over what both have just made up:
+
+    connects ──── name (16), nonce c (32) ──────────────────────────►  accepts
+             ◄─── nonce s (32), HMAC(token, "accepts" name c s) (32) ─
+             ──── HMAC(token, "connects" name c s) (32) ─────────────►
+
+What follows is neither encrypted nor signed: it keeps out who can reach the port, not who can
+change the network's packets.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import hmac
+import os
 import select
+import selectors
 import socket
 import struct
+import threading
 import time
 from collections.abc import Iterable
 
@@ -14,8 +30,11 @@ import torch
 from torch import Tensor
 
 _NUMBER = struct.Struct("!q")
-_HELLO_BYTES = 16
-_HELLO_SECONDS = 5.0
+_NAME_BYTES, _NONCE_BYTES, _PROOF_BYTES = 16, 32, 32
+# That a connection has to prove itself, and how many may be at it at a time.
+_PROVE_SECONDS, _MOST_GUESTS = 5.0, 64
+# Between two looks at whether anybody still waits for what is accepted.
+_LOOK_SECONDS = 0.1
 
 
 class Connection:
@@ -115,46 +134,154 @@ class TcpCarrier:
 
 
 def accept(
-    server: socket.socket, names: Iterable[str], timeout_seconds: float
-) -> dict[str, Connection]:
-    """The connections with these names (see :func:`connect`), as far as they came in time."""
-    wanted = {_hello(name): name for name in names}
+    server: socket.socket,
+    names: Iterable[str],
+    token: bytes,
+    timeout_seconds: float,
+    given_up: threading.Event,
+) -> tuple[dict[str, Connection], int]:
+    """Accept the connections with these names (see :func:`connect`), as far as they come in time.
+
+    Whoever else connects is turned away, and holds nobody up: each has a few seconds of its own,
+    and no more is read of it than a name and a proof take.
+
+    Args:
+        token: of the job, which both ends know.
+        given_up: ends this early.
+
+    Returns:
+        The connections, and how many were turned away.
+    """
+    wanted = {_short(name): name for name in names}
     found: dict[str, Connection] = {}
+    guests: list[_Guest] = []
+    strangers = 0
     until = time.monotonic() + timeout_seconds
-    while len(found) < len(wanted):
-        server.settimeout(max(1e-3, until - time.monotonic()))
+    server.setblocking(False)
+
+    def leave(guest: _Guest) -> None:
+        selector.unregister(guest.socket)
+        guests.remove(guest)
+
+    def turn_away(guest: _Guest) -> None:
+        nonlocal strangers
+        strangers += 1
+        leave(guest)
+        guest.socket.close()
+
+    with selectors.DefaultSelector() as selector:
+        selector.register(server, selectors.EVENT_READ)
+        while wanted and not given_up.is_set() and time.monotonic() < until:
+            for key, _ in selector.select(_LOOK_SECONDS):
+                guest: _Guest | None = key.data
+                if guest is None:
+                    with contextlib.suppress(OSError):  # it may be gone already
+                        guest = _Guest(server.accept()[0])
+                        guests.append(guest)
+                        selector.register(guest.socket, selectors.EVENT_READ, guest)
+                    continue
+                try:
+                    name = guest.listen(wanted, token)
+                except OSError:
+                    turn_away(guest)
+                    continue
+                if name is not None:
+                    leave(guest)
+                    found[wanted.pop(name)] = Connection(guest.socket, timeout_seconds)
+            for guest in list(guests):
+                if len(guests) > _MOST_GUESTS or time.monotonic() > guest.until:
+                    turn_away(guest)
+        for guest in list(guests):
+            turn_away(guest)
+    return found, strangers
+
+
+class _Guest:
+    """Who has connected and has not proved itself yet.
+
+    Attributes:
+        until: when it has to have.
+    """
+
+    def __init__(self, connected: socket.socket) -> None:
+        self.socket = connected
+        self.until = time.monotonic() + _PROVE_SECONDS
+        connected.setblocking(False)
+        self._data = bytearray()
+        self._name, self._proof = b"", b""
+
+    def listen(self, wanted: dict[bytes, str], token: bytes) -> bytes | None:
+        """Take what has come; gives the name once that is proven, ``None`` before.
+
+        Raises:
+            OSError: it is a stranger, or gone.
+        """
+        size = _PROOF_BYTES if self._name else _NAME_BYTES + _NONCE_BYTES
         try:
-            connected, _ = server.accept()
-        except TimeoutError:
-            break
-        connection = Connection(connected, min(_HELLO_SECONDS, timeout_seconds))
-        hello = bytearray(_HELLO_BYTES)
-        with contextlib.suppress(OSError):
-            connection.receive_into(memoryview(hello))
-        name = wanted.get(bytes(hello))
-        if name is None or name in found:
-            connection.close()  # a stranger, or from another epoch
-        else:
-            found[name] = Connection(connected, timeout_seconds)
-    return found
+            piece = self.socket.recv(size - len(self._data))
+        except BlockingIOError:
+            return None
+        if not piece:
+            raise ConnectionResetError("connection closed")
+        self._data += piece
+        if len(self._data) < size:
+            return None
+        data, self._data = bytes(self._data), bytearray()
+        if self._name:
+            if not hmac.compare_digest(data, self._proof):
+                raise _not_of_this_job()
+            return self._name
+        self._name, theirs, mine = data[:_NAME_BYTES], data[_NAME_BYTES:], os.urandom(_NONCE_BYTES)
+        if self._name not in wanted:
+            raise _not_of_this_job()
+        nonces = theirs + mine
+        # So few bytes always fit into a new connection's buffer.
+        self.socket.send(mine + _proof(token, b"accepts", self._name, nonces))
+        self._proof = _proof(token, b"connects", self._name, nonces)
+        return None
 
 
-def connect(host: str, port: int, name: str, timeout_seconds: float) -> Connection:
+def connect(host: str, port: int, name: str, token: bytes, timeout_seconds: float) -> Connection:
     """Open the connection of this name to another process, which accepts it; OSError if nobody
-    answers."""
-    connected = socket.create_connection((host, port), timeout=timeout_seconds)
-    connected.sendall(_hello(name))
-    return Connection(connected, timeout_seconds)
+    answers, or somebody who does not know the token."""
+    connection = Connection(
+        socket.create_connection((host, port), timeout=timeout_seconds), timeout_seconds
+    )
+    try:
+        short, mine = _short(name), os.urandom(_NONCE_BYTES)
+        connection.send(short + mine)
+        answer = bytearray(_NONCE_BYTES + _PROOF_BYTES)
+        connection.receive_into(memoryview(answer))
+        nonces = mine + bytes(answer[:_NONCE_BYTES])
+        proof = _proof(token, b"accepts", short, nonces)
+        if not hmac.compare_digest(bytes(answer[_NONCE_BYTES:]), proof):
+            raise _not_of_this_job()
+        connection.send(_proof(token, b"connects", short, nonces))
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
-def serve_towards(host: str, port: int) -> socket.socket:
-    """A server at this machine's address as another one there would see it; OSError if there is no
-    way there. Sends nothing."""
-    family, kind, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.connect(where)
-        return socket.create_server((probe.getsockname()[0], 0), family=family)
+def serve(host: str) -> socket.socket:
+    """A server at an address of this machine, at a port that was free; at all of its addresses
+    where that one is none of its own, as behind a translation of addresses; OSError otherwise."""
+    family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
+    try:
+        return socket.create_server((host, 0), family=family)
+    except OSError as error:
+        if error.errno != errno.EADDRNOTAVAIL:
+            raise
+        return socket.create_server(("", 0), family=family)
 
 
-def _hello(name: str) -> bytes:
-    return hashlib.blake2b(name.encode(), digest_size=_HELLO_BYTES).digest()
+def _not_of_this_job() -> ConnectionRefusedError:
+    return ConnectionRefusedError("somebody who is not of this job")
+
+
+def _short(name: str) -> bytes:
+    return hashlib.blake2b(name.encode(), digest_size=_NAME_BYTES).digest()
+
+
+def _proof(token: bytes, side: bytes, name: bytes, nonces: bytes) -> bytes:
+    return hmac.digest(token, side + name + nonces, "sha256")

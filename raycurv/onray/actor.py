@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import ray
 import torch
 
 from raycurv.errors import RaycurvError
-from raycurv.links.links import Links, Ticket
+from raycurv.links.links import Card, Links, Ticket
 from raycurv.onray.metrics import ActorMetrics
 from raycurv.stages.heap import give_back, give_back_at_once
 from raycurv.stages.spans import Span, actor_name, timed
@@ -37,6 +38,7 @@ class StageActor:
         self._name = actor_name(replica, stage)
         self._stage: Stage | None = None
         self._links: Links | None = None
+        self._server: socket.socket | None = None
         self._spans: list[Span] = []
         self._metrics = ActorMetrics(self._name)
 
@@ -55,21 +57,34 @@ class StageActor:
         self._note(span)
         return Answer(None, self._taken())
 
-    def host(self) -> str:
-        """Where the replica's stages meet to be linked: at this one."""
-        return Links.host(ray.util.get_node_ip_address())
-
-    def link(self, rank: int, size: int, address: str, epoch: str, timeout: float) -> None:
-        """Link the stage to its neighbours, all of which are asked at the same time.
+    def open(self, alone: bool) -> Card:
+        """Where the replica's neighbouring stages reach this one, until they are linked.
 
         Args:
-            rank, size: its place among the replica's resident stages, and how many they are.
-            epoch: never used before.
-            timeout: seconds without an answer after which a neighbour counts as lost.
+            alone: whether all of them are on one machine, which nothing leaves then.
         """
         self._unlink()
-        device = torch.device("cpu" if self._stage is None else self._stage.spec.device)
-        self._links = Links(rank, size, address, epoch, device, timeout)
+        host = "127.0.0.1" if alone else ray.util.get_node_ip_address()
+        card, self._server = Links.open(host, self._where())
+        return card
+
+    def link(
+        self, rank: int, cards: Sequence[Card], epoch: str, token: bytes, timeout: float
+    ) -> int:
+        """Link the stage to its neighbours, all of which are asked at the same time; gives how many
+        strangers came in their place.
+
+        Args:
+            rank: its place among the replica's resident stages.
+            cards: what all of them gave to :meth:`open`.
+            epoch: never used before.
+            token: known to this job's processes alone.
+            timeout: seconds without an answer after which a neighbour counts as lost.
+        """
+        server, self._server = self._server, None
+        assert server is not None
+        self._links = Links(rank, cards, server, epoch, token, self._where(), timeout)
+        return self._links.strangers
 
     def drop(self) -> None:
         """Let the stage go, and its memory."""
@@ -120,6 +135,12 @@ class StageActor:
         if self._links is not None:
             self._links.close()
             self._links = None
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+
+    def _where(self) -> torch.device:
+        return torch.device("cpu" if self._stage is None else self._stage.spec.device)
 
     def _note(self, span: Span) -> None:
         self._metrics.note(span)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import secrets
 import signal
 import time
 from collections import defaultdict
@@ -103,6 +104,8 @@ class OnRay(Pool):
         # Replica and stage -> calls by their tasks, in the order in which the actor answers.
         self._pending: defaultdict[tuple[int, int], dict[Any, _Pending]] = defaultdict(dict)
         self._metrics = DriverMetrics()
+        # By which the stages' processes know each other.
+        self._token, self._strangers_said = secrets.token_bytes(32), False
 
     @property
     def stages(self) -> int:
@@ -328,19 +331,25 @@ class OnRay(Pool):
         actors = self._of(replica)
         epoch = f"replica-{replica}-{next(self._numbers)}"
         try:
-            address = ray.get(actors[0].handle.host.remote(), timeout=self._limits.start_seconds)
+            alone = len({actor.node for actor in actors}) == 1
+            asked = [actor.handle.open.remote(alone) for actor in actors]
+            cards = ray.get(asked, timeout=self._limits.start_seconds)
             links = [
-                actor.handle.link.remote(
-                    rank, len(actors), address, epoch, self._limits.hang_seconds
-                )
+                actor.handle.link.remote(rank, cards, epoch, self._token, self._limits.hang_seconds)
                 for rank, actor in enumerate(actors)
             ]
-            ray.get(links, timeout=self._limits.start_seconds)
+            strangers = sum(ray.get(links, timeout=self._limits.start_seconds))
         except (*LOST, GetTimeoutError, RayTaskError) as error:
             cause = cause_of(error)
             if not isinstance(cause, (*LOST, LostPeer, GetTimeoutError)):
                 raise
             raise StageLost(_first_line(cause)) from error
+        if strangers and not self._strangers_said:
+            self._strangers_said = True
+            self._say(
+                f"{strangers} connections to ports of replica {replica} came from somebody who is "
+                "not of this job: they were turned away"
+            )
 
     def _kill(self, actor: _Actor) -> None:
         """End a process that does not answer, wherever it is."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -23,6 +22,7 @@ from rich.text import Text
 
 from raycurv.progress.activity import Activity
 from raycurv.progress.phase import PhaseProgress, clock
+from raycurv.progress.streams import printable
 
 Level = Literal["info", "warning", "error"]
 # Seconds between two lines where there is no terminal to redraw.
@@ -71,8 +71,9 @@ class Terminal(Display):
 
     def tell(self, event: Event) -> None:
         style = {"info": "", "warning": "yellow", "error": "red"}[event.level]
+        text = printable(event.text)
         self._console.print(
-            event.text, highlight=False, markup=False, soft_wrap=True, style=style or None
+            text, highlight=False, markup=False, soft_wrap=True, style=style or None
         )
 
     def opened(self, phase: PhaseProgress) -> None:
@@ -155,7 +156,8 @@ class Lines(Paced):
         self._console = console
 
     def tell(self, event: Event) -> None:
-        self._console.print(event.text, highlight=False, markup=False, soft_wrap=True)
+        text = printable(event.text)
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def closed(self, phase: PhaseProgress, whole: bool) -> None:
         super().closed(phase, whole)
@@ -164,11 +166,15 @@ class Lines(Paced):
 
 
 class JsonLines(Paced):
-    """One JSON object a line, on stderr: ``time`` (ISO 8601, UTC), ``level``, ``event``,
-    ``message``, and the facts of the event."""
+    """One JSON object a line: ``time`` (ISO 8601, UTC), ``level``, ``event``, ``message``, and the
+    facts of the event."""
+
+    def __init__(self, file: IO[str], activity: Activity) -> None:
+        super().__init__(activity)
+        self._file = file
 
     def tell(self, event: Event) -> None:
-        print(json_line(event), file=sys.stderr, flush=True)
+        print(json_line(event), file=self._file, flush=True)
 
     def opened(self, phase: PhaseProgress) -> None:
         super().opened(phase)
@@ -202,4 +208,4 @@ def json_line(event: Event) -> str:
     """An event as one line of JSON."""
     now = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     head = {"time": now, "level": event.level, "event": event.name, "message": event.text}
-    return json.dumps(head | event.facts, ensure_ascii=False)
+    return json.dumps(head | event.facts)

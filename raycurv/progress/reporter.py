@@ -3,6 +3,7 @@ becomes of the actors."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from raycurv.progress import stopping
 from raycurv.progress.activity import Activity
 from raycurv.progress.displays import Display, Event, JsonLines, Lines, Terminal
 from raycurv.progress.phase import PhaseProgress
+from raycurv.progress.streams import Forgiving
 from raycurv.stages.spans import Span
 
 Log = Literal["text", "json"]
@@ -35,13 +37,15 @@ class Reporter:
         self.seconds: dict[str, float] = {}
         self.activity = Activity()
         self._open: list[PhaseProgress] = []
-        self._display = self._chosen(quiet, log, console or Console(stderr=True))
+        # Progress is not worth a job: a stderr that cannot be written is not written any more.
+        stderr: Any = Forgiving(sys.stderr)
+        self._display = self._chosen(quiet, log, console or Console(file=stderr))
 
     def _chosen(self, quiet: bool, log: Log, console: Console) -> Display:
         if quiet:
             return Display()
         if log == "json":
-            return JsonLines(self.activity)
+            return JsonLines(console.file, self.activity)
         if console.is_terminal:
             return Terminal(console, self.activity)
         return Lines(console, self.activity)

@@ -1,5 +1,5 @@
-"""Stopping on request: SIGTERM (`ray job stop`) or SIGINT (Ctrl-C) ends a job at the next point
-worth keeping.
+"""Stopping on request: SIGTERM (`ray job stop`), SIGINT (Ctrl-C) or SIGHUP (its terminal goes away)
+ends a job at the next point worth keeping.
 
 A pass commits what it has done and stops there; everywhere else results are whole files already,
 and the job stops at once.
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # How long a call that Python cannot interrupt (a decomposition in this process) is waited for:
 # `ray job stop` kills after three seconds.
 _SECONDS = 1.5
@@ -32,9 +32,20 @@ class Stopped(KeyboardInterrupt):
     """
 
 
+def heard() -> list[signal.Signals]:
+    """Signals that a job answers: all that ask it to stop, but for a SIGHUP that is ignored, as
+    nohup has it."""
+    return [
+        number
+        for number in _SIGNALS
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+    ]
+
+
 @contextmanager
 def listening(at_once: Callable[[int], None] | None = None) -> Iterator[None]:
-    """Take SIGTERM and SIGINT for a request to stop, as long as this lasts (in the main thread).
+    """Take signals (see :func:`heard`) for a request to stop, as long as this lasts (in the main
+    thread).
 
     Args:
         at_once: ends the process with that exit code, from another thread: for when the main one is
@@ -46,7 +57,7 @@ def listening(at_once: Callable[[int], None] | None = None) -> Iterator[None]:
         return
     _asked = 0
     _seen.clear()
-    before = [(number, signal.signal(number, _on_signal)) for number in _SIGNALS]
+    before = [(number, signal.signal(number, _on_signal)) for number in heard()]
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     woken = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
@@ -109,9 +120,10 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
 
 def _watch(reading: int, at_once: Callable[[int], None] | None) -> None:
     """Wait for signals beside the main thread, until the other end of the pipe is closed."""
+    answered = heard()
     with os.fdopen(reading, "rb", buffering=0) as arriving:
         while found := arriving.read(1):
-            if found[0] not in _SIGNALS or _deferred or at_once is None:
+            if found[0] not in answered or _deferred or at_once is None:
                 continue
             if not _seen.wait(_SECONDS) and not _deferred:
                 at_once(128 + found[0])

@@ -10,8 +10,10 @@ from raycurv.driver.settings import (
     Execution,
     Identity,
     InputPath,
+    Place,
     Reading,
     Required,
+    Seed,
 )
 
 
@@ -23,13 +25,13 @@ class EvaluateSettings(Execution, Reading):
     """Directory with an HF config.json and safetensors weights, or `package.module:factory`."""
     data: Required[InputPath] = ""
     """Examples, as a fit takes them: file, directory or glob of Parquet, JSONL or Arrow."""
-    out: Required[str] = ""
+    out: Required[Place] = ""
     """Where results go: an absolute path, or a URI that pyarrow.fs understands."""
     objective: Identity[str] = "causal-lm"
     """`causal-lm`, `classification`, `regression`, or your own as `package.module:Name`."""
     max_examples: Identity[Count | None] = None
     """Evaluate a seeded sample of so many examples."""
-    seed: Identity[int] = 0
+    seed: Identity[Seed] = 0
     """Seed of the sample of `--max-examples`."""
     dtype: Identity[DtypeName] = "float32"
     """Number type that the model computes in."""

@@ -14,9 +14,11 @@ from raycurv.driver.settings import (
     Globs,
     Identity,
     InputPath,
+    Place,
     Reading,
     Required,
     Runs,
+    Seed,
     check_given,
 )
 from raycurv.errors import UserError
@@ -36,7 +38,7 @@ class FitSettings(Execution, Reading):
     data: InputPath = ""
     """File, directory or glob of Parquet, JSONL or Arrow with `text`, `input_ids`,
     `prompt` + `completion`, or `inputs` + `labels`."""
-    out: Required[str] = ""
+    out: Required[Place] = ""
     """Run directory: an absolute path, or a URI that pyarrow.fs understands."""
     method: Identity[MethodName] = "ekfac"
     """Form of the curvature; `mfac`: the Fisher of `--rows` gradients, across blocks."""
@@ -57,7 +59,7 @@ class FitSettings(Execution, Reading):
     an axis beyond 32,766 cannot be decomposed without."""
     max_examples: Identity[Count | None] = None
     """Curvature from a seeded sample of so many examples."""
-    seed: Identity[int] = 0
+    seed: Identity[Seed] = 0
     """Seed of the labels that are drawn, and of the sample of `--max-examples`."""
     dtype: Identity[DtypeName] = "float32"
     """Number type that the model computes in."""
@@ -70,7 +72,7 @@ class FitSettings(Execution, Reading):
     gradients: bool = False
     """Also gather gradient statistics, in the same pass: means, squares and noise of each block's
     gradients, norms of each example's. Makes what is missing of a finished run."""
-    extend: Identity[str] = ""
+    extend: Identity[Place] = ""
     """Run directory: keep its bases, and add Λ of --data to its own (ekfac and diagonal)."""
     merge: Identity[Runs] = ()
     """Two or more run directories with kept sums: the curvature of all their data, without

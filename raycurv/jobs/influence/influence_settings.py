@@ -14,9 +14,11 @@ from raycurv.driver.settings import (
     Execution,
     Identity,
     InputPath,
+    Place,
     Rank,
     Reading,
     Required,
+    Seed,
     Size,
     rank_number,
 )
@@ -42,7 +44,7 @@ class InfluenceSettings(Execution, Reading):
     """What of a query is measured: the `measurement` of your own `package.module:Name`, which may
     read further columns of the queries (see raycurv.Objective). Default: the fit's objective, whose
     loss training examples have in any case."""
-    out: Required[str] = ""
+    out: Required[Place] = ""
     """Where scores go: an absolute path, or a URI that pyarrow.fs understands."""
     damping: Identity[DampingText] = "0.1"
     """What is added to eigenvalues: this factor times each block's mean eigenvalue, or the same
@@ -65,7 +67,7 @@ class InfluenceSettings(Execution, Reading):
     """Also score every training example against itself (full rank), to `self/`."""
     ihvp: Identity[bool] = False
     """Also write the queries' IHVPs, one safetensors file a block, to `ihvp/`."""
-    seed: Identity[int] = 0
+    seed: Identity[Seed] = 0
     """Seed of the random matrices that IHVPs are truncated with, and of the sample of
     `--max-examples`."""
     max_examples: Identity[Count | None] = None

@@ -34,6 +34,7 @@ from raycurv.planning.rates import Rates, measure, on_h100
 from raycurv.planning.shapes import DataShape
 from raycurv.planning.sizes import sizes
 from raycurv.planning.supply import Supply, supply_here
+from raycurv.progress.streams import printable, results
 
 
 def plan(settings: PlanSettings) -> dict[str, Any]:
@@ -113,10 +114,10 @@ def _show(
     short: Sequence[Any],
     advice: Sequence[dict[str, Any]],
 ) -> None:
-    console = Console(highlight=False)
+    console = Console(file=results(), highlight=False)
 
     def say(text: str) -> None:
-        console.print(text, markup=False, soft_wrap=True)
+        console.print(printable(text), markup=False, soft_wrap=True)
 
     recipe, place, groups = job.recipe, job.arrangement, len(job.groups)
     say(f"{drafts.outline.name}: {recipe.method} of {len(drafts.blocks)} blocks")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from raycurv.driver.settings import Count, FromZero, Rank, Required, Size
+from raycurv.driver.settings import Count, FromZero, Place, Rank, Required, Size
 from raycurv.jobs.fit.fit_settings import FitSettings
 
 
@@ -18,7 +18,7 @@ class PlanSettings(FitSettings):
     Of an HF model, config.json is enough. Without --stages, as few as fit.
     """
 
-    out: Required[str] = "."
+    out: Required[Place] = "."
     """Where results would go: its free disk is what there is, its speed is measured."""
     examples: Count = 10_000
     """Examples of the fit, without --data."""

@@ -12,7 +12,9 @@ from raycurv.driver.settings import (
     Globs,
     Identity,
     InputPath,
+    Place,
     Required,
+    Seed,
     bounded,
 )
 from raycurv.errors import UserError
@@ -39,7 +41,7 @@ class PruneSettings(Execution):
     nothing that is imported. Default: the HF directory that the fit was made of."""
     objective: str = ""
     """The fit's objective, given again, where it is a `package.module:Name` of your own."""
-    out: Required[str] = ""
+    out: Required[Place] = ""
     """Where the pruned checkpoint, saliencies and masks go: an absolute path, or a URI that
     pyarrow.fs understands."""
     sparsity: Identity[Share | None] = None
@@ -80,7 +82,7 @@ class PruneSettings(Execution):
     none."""
     measure_examples: Identity[Count] = 512
     """How many of the fit's examples, a seeded sample, the rise is measured on."""
-    seed: Identity[int] = 0
+    seed: Identity[Seed] = 0
     """Seed of the sample of `--measure-examples`."""
 
     def check(self) -> None:

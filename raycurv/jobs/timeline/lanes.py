@@ -16,6 +16,7 @@ from raycurv.driver.timeline_table import DIRECTORY
 from raycurv.errors import UserError
 from raycurv.files.store import Store
 from raycurv.files.tables import TIMELINE, read_directory
+from raycurv.progress.streams import printable
 from raycurv.stages.spans import Span, actor_order
 
 Interval = tuple[float, float]
@@ -152,6 +153,9 @@ def _rows(table: pa.Table) -> list[tuple[str, Span]]:
     first = min(row["start"] for row in rows)
     for row in rows:
         row |= {name: (row[name] - first) / 1e6 for name in times}
+    for row in rows:
+        # Texts from the file are shown in a terminal, a picture and a page.
+        row |= {name: printable(text) for name, text in row.items() if isinstance(text, str)}
     return [(row.pop("phase"), Span(**row)) for row in rows]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from raycurv.errors import UserError
 from raycurv.jobs.timeline.lanes import Lane, Lanes
+from raycurv.progress.streams import printable
 from raycurv.stages.spans import Span
 
 # The colours of operations by their names in the legend, to be told apart by the colour-blind too
@@ -32,8 +33,9 @@ def save_picture(lanes: Lanes, title: str, path: str) -> None:
     from matplotlib import rc_context
 
     date = {"Date": None} if path.endswith(".svg") else {}
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "raycurv"}):
-        draw(lanes, title).savefig(path, metadata=date)
+    plain = {"svg.fonttype": "none", "svg.hashsalt": "raycurv", "text.parse_math": False}
+    with rc_context(plain):
+        draw(lanes, printable(title)).savefig(path, metadata=date)
 
 
 def figure_class() -> Any:

@@ -18,6 +18,7 @@ from raycurv.jobs.timeline.lanes import SECONDS, Interval, Lanes, Share, read_la
 from raycurv.jobs.timeline.picture import figure_class, save_picture
 from raycurv.jobs.timeline.timeline_settings import TimelineSettings
 from raycurv.jobs.timeline.trace_events import write_trace
+from raycurv.progress.streams import printable, results
 
 # A time without any operation that is worth a word: seconds, and a share of all that is shown.
 _PAUSE_SECONDS, _PAUSE_SHARE = 30.0, 0.2
@@ -37,7 +38,7 @@ def show_timeline(settings: TimelineSettings) -> dict[str, Any]:
         figure_class()
     store = open_store(settings.run, "--run")
     lanes = read_lanes(store, settings.phase, settings.start, settings.to)
-    console = Console(highlight=False)
+    console = Console(file=results(), highlight=False, markup=False)
     shares = lanes.shares()
     phases = {
         phase: {
@@ -64,7 +65,7 @@ def show_timeline(settings: TimelineSettings) -> dict[str, Any]:
         found["picture"] = os.path.abspath(settings.picture)
     for name in ("trace", "picture"):
         if name in found:
-            console.print(f"{name}: {found[name]}", markup=False, soft_wrap=True)
+            console.print(printable(f"{name}: {found[name]}"), soft_wrap=True)
     return found | {
         "from": round(lanes.start, 6),
         "to": round(lanes.end, 6),
