@@ -325,7 +325,7 @@ class Run:
         """Fit what starts from this run, with its model and settings."""
         said = self.manifest.settings
         own: dict[str, Any] = {
-            k: tuple(v) if k == "blocks" else v for k, v in said.items() if k in SHARED
+            k: tuple(v) if isinstance(v, list) else v for k, v in said.items() if k in SHARED
         }
         model: Any = self._inputs.model or fitted_model(self.manifest, self.path)
         given = self._inputs.fit_objective or settings.get("objective", "")

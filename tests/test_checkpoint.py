@@ -155,7 +155,7 @@ DAMAGE = {
     "no offsets": (_header({"w": {"dtype": "F32", "shape": [2]}}) + bytes(8), "unreadable header"),
     "unknown dtype": (_header(_entry("F3")) + bytes(8), "unknown dtype F3"),
     "wrong length": (_header(_entry(shape=(3,))) + bytes(8), "8 bytes for shape [3]"),
-    "negative shape": (_header(_entry(shape=(-2,))) + bytes(8), "for shape [-2]"),
+    "negative shape": (_header(_entry(shape=(-2,))) + bytes(8), "shape [-2]"),
     "a hole": (_header(_entry(offsets=(4, 12))) + bytes(12), "instead of"),
 }
 

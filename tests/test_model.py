@@ -485,12 +485,16 @@ def test_keys_without_the_base_prefix_are_read(tmp_path: Path, family: str, pref
     assert _error(_logits(open_model(str(folder)), CUTS[-1]), expected) < CLOSE
 
 
-def test_foreign_tensors_are_ignored(own: Path) -> None:
+def test_foreign_tensors_are_told_and_left_out_where_that_is_known_or_allowed(own: Path) -> None:
     expected = _whole(own)
     # Of older versions, or of heads that this class lacks; never read, so never checked.
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.full((4,), float("nan"))}
     _rewrite(own, lambda w: w | extra | {"value_head.weight": torch.ones(3)})
-    assert _error(_logits(open_model(str(own)), CUTS[-1]), expected) < CLOSE
+    model = open_model(str(own), ignored=["value_*"])
+    assert _error(_logits(model, CUTS[-1]), expected) < CLOSE
+    assert ["inv_freq" in n or "value_head" in n for n in model.notices] == [True, True]
+    with pytest.raises(UserError, match=r"value_head.weight.*--ignore-tensors"):
+        open_model(str(own), ignored=["other*"])
 
 
 TIES: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
@@ -562,7 +566,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     ),
     "another configuration": (
         lambda folder: _edit_config(folder, num_hidden_layers=5),
-        ("model.layers.4.", "missing"),
+        ("num_hidden_layers", "5 layers"),
     ),
     "truncated file": (
         lambda folder: (

@@ -106,11 +106,16 @@ def _versions() -> Mapping[str, str]:
     return {"raycurv": __version__} | others
 
 
-def continue_or_refuse(store: Store, wanted: Manifest) -> Manifest:
+def continue_or_refuse(
+    store: Store, wanted: Manifest, usual: Mapping[str, Any] | None = None
+) -> Manifest:
     """The directory's manifest if it is the same run, ``wanted`` if the directory is new.
 
     A directory in which nothing was computed yet counts as new: after a mistake in the data, say,
     the corrected data are other data.
+
+    Args:
+        usual: the values of settings that the run which is there does not know of.
 
     Raises:
         UserError: it holds another run (names everything that differs) or files of somebody else,
@@ -131,10 +136,11 @@ def continue_or_refuse(store: Store, wanted: Manifest) -> Manifest:
     if there.job != wanted.job:
         expected = f"a new directory, or one of this job ({wanted.job})"
         raise refuse(expected, f"one of the job {there.job}")
+    before = {**(usual or {}), **there.settings}
     differences = [
-        f"--{key.replace('_', '-')} was {there.settings.get(key)!r} and is now {value!r}"
+        f"--{key.replace('_', '-')} was {before.get(key)!r} and is now {value!r}"
         for key, value in wanted.settings.items()
-        if there.settings.get(key) != value
+        if before.get(key) != value
     ]
     for key, value in wanted.fingerprints.items():
         differences += _differences(key, there.fingerprints.get(key, {}), value)

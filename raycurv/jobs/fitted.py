@@ -16,7 +16,7 @@ from raycurv.driver.settings import IN_MEMORY
 from raycurv.errors import UserError
 from raycurv.files.manifest import Manifest
 from raycurv.files.store import Store, open_store
-from raycurv.jobs.fit.fit_settings import FitSettings
+from raycurv.jobs.fit.fit_settings import REPEATED, FitSettings
 from raycurv.jobs.inputs import Inputs
 from raycurv.mathematics.loss.objective import Objective, is_shipped
 from raycurv.models.model import Model
@@ -86,6 +86,7 @@ def open_fitted(run: str, inputs: Inputs, given: GivenAgain) -> Fitted:
 
 def _network(fit: Manifest, run: str, inputs: Inputs, given: GivenAgain) -> Model:
     held = inputs.network is not None or inputs.model is not None
+    ignored = fit.settings.get("ignore_tensors", ())
     if not (held or given.model):
         if given.trust_remote_code:
             raise UserError(
@@ -93,7 +94,7 @@ def _network(fit: Manifest, run: str, inputs: Inputs, given: GivenAgain) -> Mode
                 f"only what {run} says of it", f"Give --model {fit.facts['model']}, too, if it is "
                 "that one whose code you have read.",
             )  # fmt: skip
-        return open_directory(Path(fitted_model(fit, run)))
+        return open_directory(Path(fitted_model(fit, run)), ignored=ignored)
     recorded, named = str(fit.facts["model"]), inputs.model if held else given.model
     names = isinstance(named, str) and is_named_object(named) and is_named_object(recorded)
     if names and named != recorded:
@@ -101,7 +102,7 @@ def _network(fit: Manifest, run: str, inputs: Inputs, given: GivenAgain) -> Mode
             f"--model {named}", f"{recorded}, which {run} was fitted on", "another name",
             f"Give --model {recorded}, or fit again into another directory.",
         )  # fmt: skip
-    return inputs.open_model(given.model, given.trust_remote_code)
+    return inputs.open_model(given.model, given.trust_remote_code, ignored)
 
 
 def fitted_objective(fit: Manifest, run: str, given: str | Objective, flag: str) -> str | Objective:
@@ -232,7 +233,7 @@ def fit_command(fit: Manifest, out: str, **other: Any) -> str:
         flag = f"--{key.replace('_', '-')}"
         if value is True:
             words.append(flag)
-        elif key == "blocks":
+        elif key in REPEATED:
             words += [word for glob in value for word in (flag, glob)]
         else:
             words += [flag, *map(str, value if isinstance(value, list) else [value])]

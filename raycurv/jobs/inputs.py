@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
@@ -51,12 +51,12 @@ class Inputs:
         held = getattr(self, name)
         return getattr(settings, name) if held is None else held
 
-    def open_model(self, named: str, trust_remote_code: bool) -> Model:
+    def open_model(self, named: str, trust_remote_code: bool, ignored: Sequence[str] = ()) -> Model:
         """The model that is held, else the one of a path or name; see :func:`open_model`."""
         if self.network is not None:
             return self.network
         source = self.model if self.model is not None else named
-        return open_model(source, trust_remote_code=trust_remote_code)
+        return open_model(source, trust_remote_code=trust_remote_code, ignored=ignored)
 
 
 def settings_and_inputs(kind: type[S], given: Mapping[str, Any]) -> tuple[S, Inputs]:

@@ -74,10 +74,18 @@ class Shell(Generic[S]):
             UserError: the directory holds another run, or files of somebody else.
         """
         said = identity(self.settings, inputs=False) | dict(settings or {})
+        # A version without a setting did what that setting's default does.
+        usual = identity(type(self.settings)(), inputs=False)
         trusted = {"trust_remote_code": self.settings.trust_remote_code}
         wanted = Manifest(self.job, said, dict(fingerprints), dict(facts) | trusted)
-        self.manifest = continue_or_refuse(self.store, wanted)
+        self.manifest = continue_or_refuse(self.store, wanted, usual)
         return self.manifest
+
+    def notes_of(self, network: Model) -> dict[str, list[str]]:
+        """Say what a person should know of how a model was opened; gives it as facts."""
+        for notice in network.notices:
+            self.reporter.say(f"model {network.name}: {notice}")
+        return {"model_notes": list(network.notices)} if network.notices else {}
 
     def is_complete(
         self,

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from raycurv.errors import UserError, user_errors
+from raycurv.models.jsonfile import MOST_BYTES, parse_json, read_json
+from raycurv.names import regular_file
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -42,8 +44,23 @@ DTYPES: dict[str, torch.dtype] = {
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-# The limit of the reference implementation: a larger header is a file of another kind.
-MAX_HEADER_BYTES = 100_000_000
+# Bits of a number of what the format has besides: such a tensor may lie there, but is not read.
+FOREIGN_BITS = {
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "U16": 16,
+    "U32": 32,
+    "U64": 64,
+    "C64": 64,
+}
+_BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()} | FOREIGN_BITS
+# What a tensor may have: torch counts elements in 64 bits.
+_MOST_DIMENSIONS, _MOST_ELEMENTS = 32, 2**63 - 1
+_MOST_NAME = 1024
 # Linux moves at most 2 GiB - 4 KiB a call; a smaller piece keeps a signal's delay short.
 PIECE_BYTES = 1 << 30
 # What is held at once of a file that is copied.
@@ -54,13 +71,34 @@ WINDOWS, WINDOW_BYTES = 16, 4096
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies: ``nbytes`` bytes from byte ``offset`` of ``file``."""
+    """Where one tensor lies: ``nbytes`` bytes from byte ``offset`` of ``file``.
+
+    ``stored`` is what the format calls its dtype.
+    """
 
     file: str
-    dtype: torch.dtype
+    stored: str
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its dtype; UserError for one that is not read."""
+        dtype = DTYPES.get(self.stored)
+        if dtype is None:
+            raise UserError(
+                f"{self.file}, a tensor of shape {list(self.shape)}",
+                f"one of {', '.join(DTYPES)}",
+                self.stored,
+                "Save the checkpoint in floating point.",
+            )
+        return dtype
+
+    @property
+    def floating(self) -> bool:
+        """Whether it holds numbers that are no integers, real or complex."""
+        return self.stored[0] == "C" or self.stored.startswith(("F", "BF"))
 
 
 class Checkpoint:
@@ -71,10 +109,12 @@ class Checkpoint:
     Attributes:
         files: names of the files with tensors, in the order of the index.
         entries: where each tensor lies, by its key.
+        unlisted: keys of tensors in these files that the index does not name.
 
     Raises:
-        UserError: no directory, no safetensors, an unreadable or incomplete index, an invalid
-            header, or a file that is shorter or longer than its header says.
+        UserError: no directory, no safetensors, an unreadable or incomplete index, one that leads
+            out of the directory, an invalid header, a tensor in two files, or a file that is
+            shorter or longer than its header says.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -82,9 +122,14 @@ class Checkpoint:
         self.entries: dict[str, Entry] = {}
         files = _files(self.directory)
         self.files = tuple(files)
+        listed = {key for expected in files.values() for key in expected}
+        unlisted: list[str] = []
         for file, expected in files.items():
             found = _read_header(self.directory / file)
             absent = sorted(expected - found.keys())
+            for key in sorted(self.entries.keys() & found.keys()):
+                _refuse_another(key, self.entries[key], found[key])
+            unlisted += sorted(found.keys() - listed) if listed else []
             if absent:
                 raise UserError(
                     f"{self.directory / file}",
@@ -93,6 +138,7 @@ class Checkpoint:
                     "Copy the checkpoint again: its index and its files do not belong together.",
                 )
             self.entries.update(found)
+        self.unlisted = tuple(unlisted)
 
     def read(self, key: str) -> Tensor:
         """One tensor, in its stored dtype, on the CPU, in memory of its own; UserError if the file
@@ -140,13 +186,17 @@ class Checkpoint:
                 _fill(entry.file, key, entry.offset + start, memoryview(window))
                 return bytes(window)
 
-            return describe(entry.dtype, entry.shape, entry.nbytes, sample)
+            named = DTYPES.get(entry.stored, entry.stored)
+            return describe(named, entry.shape, entry.nbytes, sample)
 
         return {key: one(key) for key in sorted(self.entries if keys is None else keys)}
 
 
 def describe(
-    dtype: torch.dtype, shape: tuple[int, ...], nbytes: int, sample: Callable[[int, int], bytes]
+    dtype: torch.dtype | str,
+    shape: tuple[int, ...],
+    nbytes: int,
+    sample: Callable[[int, int], bytes],
 ) -> dict[str, Any]:
     """A tensor's fingerprint: its dtype, its shape and the :func:`sampled_hash` of its bytes."""
     return {
@@ -241,8 +291,13 @@ class Weight:
 
     def __init__(self, key: str, weights: Weights) -> None:
         self._key, self._weights = key, weights
-        entry = weights.checkpoint.entries[key]
-        self.shape, self.dtype = torch.Size(entry.shape), entry.dtype
+        self._entry = weights.checkpoint.entries[key]
+        self.shape = torch.Size(self._entry.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As it is stored; UserError for one that is not read."""
+        return self._entry.dtype
 
     def __getitem__(self, index: object) -> Weight:
         assert index is Ellipsis, "a tensor of a checkpoint is read whole"
@@ -258,23 +313,30 @@ class Weights(Mapping[str, Weight]):
 
     They go to ``device``; the meta device reads nothing, and shows names and shapes only. ``used``
     are the keys that were asked for, in that order.
+
+    Args:
+        keys: the names that the loader sees -> the keys that they stand for; by default all keys,
+            under their own names.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, keys: Mapping[str, str] | None = None
+    ) -> None:
         self.checkpoint, self.device = checkpoint, device
+        self.keys_by_name = {key: key for key in checkpoint.entries} if keys is None else keys
         self.used: list[str] = []
         self._made: list[tuple[str, Tensor]] = []
         # HF's loader asks from several threads; one tensor at a time bounds the memory.
         self._one_at_a_time = threading.Lock()
 
-    def __getitem__(self, key: str) -> Weight:
-        return Weight(key, self)
+    def __getitem__(self, name: str) -> Weight:
+        return Weight(self.keys_by_name[name], self)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.checkpoint.entries)
+        return iter(self.keys_by_name)
 
     def __len__(self) -> int:
-        return len(self.checkpoint.entries)
+        return len(self.keys_by_name)
 
     def keys_of(self, module: nn.Module) -> dict[str, str]:
         """Parameter of a module that was loaded on the meta device -> the one key that it is.
@@ -293,10 +355,25 @@ class Weights(Mapping[str, Weight]):
                 found[name] = key
         return found
 
+    def lost(self, module: nn.Module) -> list[str]:
+        """Keys that were loaded on the meta device, and whose tensor is not in the module as it
+        was read: another key's took its place, or something was made of it."""
+        tensors = (*module.parameters(), *module.buffers())
+        kept = {tensor.untyped_storage()._cdata for tensor in tensors}
+        return [k for k, made in self._made if made.untyped_storage()._cdata not in kept]
+
     def load(self, key: str, dtype: torch.dtype | None) -> Tensor:
-        """Read one tensor and cast it; UserError for NaN or Inf after the cast, or a short file."""
+        """Read one tensor and cast it; UserError for NaN or Inf after the cast, a short file, or
+        integers where the model has floating point."""
         entry = self.checkpoint.entries[key]
         dtype = dtype or entry.dtype
+        if dtype.is_floating_point and not entry.dtype.is_floating_point:
+            raise UserError(
+                f"{entry.file}, tensor {key}",
+                "numbers in floating point",
+                f"{entry.stored}, as of a quantised weight",
+                "Use the checkpoint before it was quantised.",
+            )
         with self._one_at_a_time:
             self.used.append(key)
             if self.device.type == "meta":
@@ -315,9 +392,11 @@ def _files(directory: Path) -> dict[str, set[str]]:
             f"checkpoint {directory}", "a directory", "none there", "Check the path of the model."
         )
     # The same preference as HF: one file wins over an index.
-    if (directory / SINGLE).is_file():
+    if (directory / SINGLE).exists():
+        regular_file(directory, SINGLE, f"checkpoint {directory}")
         return {SINGLE: set()}
-    if not (directory / INDEX).is_file():
+    path = directory / INDEX
+    if not path.exists():
         others = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
         raise UserError(
             f"checkpoint {directory}",
@@ -325,20 +404,16 @@ def _files(directory: Path) -> dict[str, set[str]]:
             f"neither, but {others[0]}" if others else "neither",
             "Save the model again with save_pretrained, which writes safetensors.",
         )
-    path = directory / INDEX
-    files: dict[str, set[str]] = {}
     wanted, remedy = 'JSON with a "weight_map" from tensor to file', "Copy the checkpoint again."
-    with user_errors(str(path), wanted, remedy, ValueError, KeyError, TypeError, AttributeError):
-        for key, file in json.loads(path.read_text(encoding="utf-8"))["weight_map"].items():
-            files.setdefault(str(file), set()).add(key)
+    place = regular_file(directory, INDEX, str(path))
+    listed = read_json(place, str(path), wanted, remedy).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
+        raise UserError(str(path), wanted, "another one, or none", remedy)
+    files: dict[str, set[str]] = {}
+    for key, file in listed.items():
+        files.setdefault(file, set()).add(key)
     for file in sorted(files):
-        if not (directory / file).is_file():
-            raise UserError(
-                str(path),
-                f"the file {file}, which it names for {min(files[file])}",
-                "no such file",
-                "Copy the rest of the checkpoint.",
-            )
+        regular_file(directory, file, str(path))
     return files
 
 
@@ -351,33 +426,26 @@ def _read_header(path: Path) -> dict[str, Entry]:
     def invalid(got: str) -> UserError:
         return UserError(str(path), wanted, got, remedy)
 
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with user_errors(str(path), wanted, remedy, OSError, got="{error}"), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
+        if prefix == b"version ":
+            raise UserError(
+                str(path), wanted, "a pointer of git-lfs to it",
+                "Fetch the file itself: git lfs pull.",
+            )  # fmt: skip
         if len(prefix) < 8:
             raise invalid(f"{size} bytes")
-        if length > MAX_HEADER_BYTES:
+        if length > MOST_BYTES:
             raise invalid(f"a header length of {length} bytes")
         if 8 + length > size:
             raise invalid(f"a file truncated inside its header ({size} bytes)")
         raw = file.read(length)
     start = 8 + length
-    entries: dict[str, Entry] = {}
-    kinds = (ValueError, KeyError, TypeError, AttributeError)
-    unreadable = "an unreadable header ({kind}: {error})"
-    with user_errors(str(path), wanted, remedy, *kinds, got=unreadable):
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        for key, value in header.items():
-            shape = tuple(int(n) for n in value["shape"])
-            begin, end = (int(n) for n in value["data_offsets"])
-            if value["dtype"] not in DTYPES:
-                raise invalid(f"tensor {key} of the unknown dtype {value['dtype']}")
-            dtype = DTYPES[value["dtype"]]
-            if min((begin, *shape)) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
-                raise invalid(f"tensor {key} with {end - begin} bytes for shape {list(shape)}")
-            entries[key] = Entry(str(path), dtype, shape, start + begin, end - begin)
+    header = parse_json(raw, str(path), wanted, remedy, "an unreadable header ({error})")
+    header.pop("__metadata__", None)
+    entries = {key: _entry(path, key, value, start, invalid) for key, value in header.items()}
     at = start
     for key, entry in sorted(entries.items(), key=_order):
         if entry.offset != at:
@@ -388,6 +456,54 @@ def _read_header(path: Path) -> dict[str, Entry]:
     if at != size:
         raise invalid(f"{size - at} bytes after the last tensor")
     return entries
+
+
+def _entry(
+    path: Path, key: str, value: Any, start: int, invalid: Callable[[str], UserError]
+) -> Entry:
+    """What a header says of one tensor, checked by itself."""
+    if not key.isprintable() or len(key) > _MOST_NAME:
+        raise invalid(f"a tensor with a name of {len(key)} characters, {key[:80]!r}")
+    named = f"an unreadable header (tensor {key})"
+    if not isinstance(value, dict):
+        raise invalid(named)
+    stored: Any = value.get("dtype")
+    shape, offsets = _counts(value.get("shape")), _counts(value.get("data_offsets"))
+    if shape is None or offsets is None or len(offsets) != 2:
+        shown = ", ".join(f"{k} {str(value.get(k))[:80]}" for k in ("shape", "data_offsets"))
+        raise invalid(f"{named}: {shown}")
+    bits = _BITS.get(stored) if isinstance(stored, str) else None
+    if bits is None:
+        raise invalid(f"tensor {key} of the unknown dtype {str(stored)[:80]}")
+    (begin, end), elements = offsets, math.prod(shape)
+    if math.prod(max(1, n) for n in shape) > _MOST_ELEMENTS or 8 * (end - begin) != elements * bits:
+        raise invalid(f"tensor {key} with {end - begin} bytes for shape {list(shape)}")
+    return Entry(str(path), stored, shape, start + begin, end - begin)
+
+
+def _counts(value: object) -> tuple[int, ...] | None:
+    """A short list of whole numbers from 0, or ``None`` for anything else."""
+    if not isinstance(value, list) or len(value) > _MOST_DIMENSIONS:
+        return None
+    return tuple(value) if all(type(n) is int and 0 <= n <= _MOST_ELEMENTS for n in value) else None
+
+
+def _refuse_another(key: str, one: Entry, other: Entry) -> None:
+    """Refuse a tensor that a second file has with other values."""
+
+    def content(entry: Entry) -> tuple[object, ...]:
+        digest = hashlib.blake2b()
+        for piece in pieces(entry.file, key, entry.offset, entry.nbytes):
+            digest.update(piece)
+        return entry.stored, entry.shape, digest.digest()
+
+    if content(one) != content(other):
+        raise UserError(
+            f"{other.file}, tensor {key}",
+            "each tensor once",
+            f"another one of that name in {Path(one.file).name}",
+            "Copy the checkpoint again: its files are of different saves.",
+        )
 
 
 def _order(named: tuple[str, Entry]) -> tuple[int, int]:

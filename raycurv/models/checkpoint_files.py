@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ from raycurv.models.checkpoint import (
     pieces,
     tensor_bytes,
 )
+from raycurv.names import regular_file
 
 CONFIG = "config.json"
 # What goes along with the weights: configurations, tokenizers, their code, licences.
@@ -57,6 +59,9 @@ def hf_files(
 
     Weights keep their files, order, dtypes and headers. ``config.json`` is the last: nobody opens a
     directory without it.
+
+    Raises:
+        UserError: a file beside the weights is a link that leads out of the directory.
     """
     directory = checkpoint.directory
     weights = [
@@ -104,5 +109,11 @@ def _beside(directory: Path, weights: Iterable[str]) -> Iterator[str]:
 
 
 def _copied(directory: Path, name: str) -> CheckpointFile:
-    path = directory / name
-    return CheckpointFile(name, lambda: pieces(str(path), name, 0, path.stat().st_size), path)
+    """A file as it is. What a link leads to outside must not be published with the weights."""
+    path = regular_file(directory, name, f"model {directory}")
+    chunks = partial(_all_of, str(path), name)
+    return CheckpointFile(name, chunks, directory / name)
+
+
+def _all_of(file: str, name: str) -> Iterator[memoryview]:
+    return pieces(file, name, 0, os.stat(file).st_size)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +20,7 @@ import transformers
 from torch import Tensor, nn
 
 from raycurv.batch import Batch
-from raycurv.errors import UserError, user_errors
+from raycurv.errors import RaycurvError, UserError
 from raycurv.mathematics.blocks import Block
 from raycurv.models.anatomy import (
     AS_FACTORY,
@@ -33,8 +33,11 @@ from raycurv.models.anatomy import (
     refused,
     run_on_meta,
 )
-from raycurv.models.checkpoint import Checkpoint, Weights
+from raycurv.models.architectures import check_architecture
+from raycurv.models.checkpoint import INDEX, SINGLE, Checkpoint, Weights
 from raycurv.models.checkpoint_files import TOKENIZER_FILES, CheckpointFile, hf_files
+from raycurv.models.config_file import CONFIG, check_layers, is_quantised, read_content
+from raycurv.models.directories import ADAPTER, check_directory, check_outline_directory
 from raycurv.models.foreign_code import (
     named_code,
     nothing_from_outside,
@@ -48,6 +51,28 @@ from raycurv.models.stored import (
     parameter_names,
     replacements,
 )
+from raycurv.models.unused import (
+    FLAG,
+    Known,
+    allowed,
+    listed,
+    reason,
+    refuse_missing,
+    refuse_unused,
+    unwrapped,
+    wrapper_note,
+)
+
+# What a model may make in memory beside its weights, such as tables of positions; a checkpoint that
+# is larger may have as much as it has itself.
+_MADE_BYTES = 256 << 20
+_EMPTY = (
+    "The weights were not gathered when they were saved: each process of DeepSpeed ZeRO-3 holds a "
+    "part. Make them whole with zero_to_fp32.py, which lies beside such a checkpoint, or save "
+    "again with stage3_gather_16bit_weights_on_model_save."
+)
+# Characters that are shown of what a library says.
+_MOST_TEXT = 400
 
 
 class HFOutline(Outline):
@@ -61,12 +86,16 @@ class HFOutline(Outline):
     token_inputs = True
     anatomy: Anatomy
     _skeleton: nn.Module | None
+    # Patterns of names that the model's class knows to be of no use.
+    _ignorable: tuple[str, ...] = ()
 
     def __init__(self, name: str, directory: Path, trust_remote_code: bool = False) -> None:
         self.name = name
         self.directory = directory
         self.trust_remote_code = trust_remote_code
-        self.config = _read_config(directory, trust_remote_code)
+        check_outline_directory(directory)
+        self.content = read_content(directory)
+        self.config = _read_config(directory, self.content, trust_remote_code)
         whole = self._on_meta()
         anatomy = find_anatomy(whole, self.config, self._stored_twice, directory)
         _try_cuts(whole, anatomy, directory)
@@ -134,17 +163,123 @@ class HFModel(HFOutline, Model):
 
     Opening it resolves every weight against the checkpoint and runs the architecture once on the
     meta device, reading no weights: so a mistake shows before any stage starts, as a UserError (as
-    for an outline; a weight missing or misshapen, or a damaged file).
+    for an outline; a weight missing or misshapen, a tensor that the model does not take, or a
+    damaged file).
+
+    Args:
+        ignored: globs on the names of tensors that may be left unused.
     """
+
+    def __init__(
+        self,
+        name: str,
+        directory: Path,
+        trust_remote_code: bool = False,
+        ignored: Sequence[str] = (),
+    ) -> None:
+        check_directory(directory)
+        self.ignored = tuple(ignored)
+        super().__init__(name, directory, trust_remote_code)
 
     def _on_meta(self) -> nn.Module:
         self.checkpoint = Checkpoint(self.directory)
-        self._class = type(super()._on_meta())
-        weights = Weights(self.checkpoint, META)
+        path = str(self.directory / CONFIG)
+        check_layers(self.content, self.checkpoint.entries, path)
+        self.notices = tuple(self._about_files())
+        whole = super()._on_meta()
+        self._class = type(whole)
+        # The names as they are; or without a wrapper's, where these are the only difference.
+        self._names = {key: key for key in self._given}
+        try:
+            found = self._loaded_on_meta()
+        except UserError:
+            names = unwrapped(self._given, whole.state_dict())
+            if names is None:
+                raise
+            self._names = names
+            found = self._loaded_on_meta()
+            self.notices += (wrapper_note(names),)
+        return found
+
+    def _loaded_on_meta(self) -> nn.Module:
+        """The whole model on the meta device, if each of its weights is there, and each tensor of
+        the checkpoint in it, or known not to matter."""
+        weights = Weights(self.checkpoint, META, self._names)
         whole = self._load(weights, torch.float32, None)
         self._used = weights.used
         self._keys = weights.keys_of(whole)
+        twice = weights.lost(whole)
+        if twice and len(self._keys) == len(dict(whole.named_parameters(remove_duplicate=False))):
+            raise UserError(
+                str(self._file_of(None)),
+                "one tensor for each weight",
+                f"several for some, of which these would be dropped: {listed(twice)}",
+                "Take them out of the checkpoint.",
+            )
+        self._check_unused(whole)
         return whole.to(META)
+
+    def _about_files(self) -> Iterator[str]:
+        """Sort out the tensors that are given to the model; tells what lies beside them.
+
+        Raises:
+            UserError: files that make it unclear which model is meant.
+        """
+        there = sorted(path.name for path in self.directory.glob("*.safetensors"))
+        beside = [name for name in there if name not in self.checkpoint.files]
+        if ADAPTER in beside and not allowed(ADAPTER, ADAPTER, self.ignored):
+            raise UserError(
+                f"model {self.directory}",
+                "the weights of one model",
+                f"an adapter ({ADAPTER}) beside the weights of its base",
+                "It would not be applied: merge it with PEFT (model.merge_and_unload()) and save "
+                f"that, or give {FLAG} {ADAPTER} for the base alone.",
+            )
+        if self.checkpoint.files == (SINGLE,) and (self.directory / INDEX).exists():
+            if beside and not allowed(INDEX, INDEX, self.ignored):
+                raise UserError(
+                    f"model {self.directory}",
+                    f"{SINGLE}, or the files of {INDEX}",
+                    "both",
+                    f"Move one of them away, or give {FLAG} {INDEX} to take {SINGLE}.",
+                )
+            yield f"{SINGLE} is read, not what {INDEX} names"
+        if beside:
+            yield f"not a part of the model: {listed(beside)}"
+        unlisted = [k for k in self.checkpoint.unlisted if not allowed(k, k, self.ignored)]
+        if unlisted:
+            raise UserError(
+                str(self.directory / INDEX),
+                "every tensor of the files that it names",
+                f"{len(unlisted)} that it does not list: {listed(unlisted)}",
+                f"Copy the checkpoint again, or give {FLAG} GLOB to leave them out.",
+            )
+        left = set(self.checkpoint.unlisted)
+        if left:
+            yield f"left out, as {FLAG} says: {listed(left)}"
+        self._given = tuple(key for key in self.checkpoint.entries if key not in left)
+
+    def _check_unused(self, whole: nn.Module) -> None:
+        """Refuse tensors that the model did not take, but those that are known not to matter, or
+        that the user lets be; they are told."""
+        used = set(self._used)
+        unused = {name: key for name, key in self._names.items() if key not in used}
+        entries = self.checkpoint.entries
+        known = Known.of(whole, self._ignorable)
+        left: dict[str, list[str]] = {}
+        refused = []
+        for name, key in unused.items():
+            why = reason(name, entries[key], known)
+            if not why and allowed(name, key, self.ignored):
+                why = f"as {FLAG} says"
+            if why:
+                left.setdefault(why, []).append(key)
+            else:
+                refused.append(key)
+        if refused:
+            where, name = str(self._file_of(None)), self._class.__name__
+            raise refuse_unused(where, {key: entries[key] for key in refused}, name)
+        self.notices += tuple(f"not used: {listed(keys)} ({why})" for why, keys in left.items())
 
     def _stored_twice(self, shape: torch.Size) -> bool:
         entries = self.checkpoint.entries
@@ -170,7 +305,7 @@ class HFModel(HFOutline, Model):
 
     def build(self, units: range, dtype: torch.dtype, device: torch.device) -> HFSegment:
         assert 0 <= units.start < units.stop <= self.units and units.step == 1, units
-        weights = Weights(self.checkpoint, device)
+        weights = Weights(self.checkpoint, device, self._names)
         module = self._load(weights, dtype, units)
         # Weights are on the device already; this moves HF's own tables, without a cast.
         module.to(device)
@@ -204,23 +339,29 @@ class HFModel(HFOutline, Model):
     def _load(self, weights: Weights, dtype: torch.dtype, units: range | None) -> nn.Module:
         """HF's own loading of the class, pruned to ``units`` if these are given."""
         base = self._class
-        buffers_may_miss: set[str] = set()
 
         def init(module: Any, config: Any) -> None:
             base.__init__(module, config)
             if units is not None:
                 _prune(module, units, self.anatomy)
-            # The weights of other segments are foreign here, as are ignorable extras.
+            # The weights of other segments are foreign here; what nobody takes is told elsewhere.
+            self._ignorable = _ignorable(module)
             module._keys_to_ignore_on_load_unexpected = {".*"}
-            buffers_may_miss.update(module._keys_to_ignore_on_load_missing)
+            module._may_miss = set(module._keys_to_ignore_on_load_missing or ())
             module._keys_to_ignore_on_load_missing = set()
 
+        def before_missing_are_made(module: Any, missing: Any, *rest: Any, **more: Any) -> Any:
+            self._check_missing(module, set(missing), weights)
+            return cast(Any, base)._move_missing_keys_from_meta_to_device(
+                module, missing, *rest, **more
+            )
+
         # HF looks key renamings up by the name and module of the class.
-        pruned = type(base.__name__, (base,), {"__init__": init, "__module__": base.__module__})
+        own = {"__init__": init, "_move_missing_keys_from_meta_to_device": before_missing_are_made}
+        pruned = type(base.__name__, (base,), own | {"__module__": base.__module__})
         wanted = f"a checkpoint for {base.__name__} of transformers {transformers.__version__}"
-        kinds = (ImportError, ValueError, RuntimeError)
-        code = nothing_from_outside(self.directory / "config.json", self.trust_remote_code)
-        with user_errors(f"model {self.directory}", wanted, AS_FACTORY, *kinds), _quiet(), code:
+        code = nothing_from_outside(self.directory / CONFIG, self.trust_remote_code)
+        with library_errors(f"model {self.directory}", wanted), _quiet(), code:
             module, info = cast(Any, pruned).from_pretrained(
                 None,
                 config=self.config,
@@ -231,7 +372,9 @@ class HFModel(HFOutline, Model):
                 ignore_mismatched_sizes=True,
                 local_files_only=True,
             )
-        self._check_loaded(module, info, buffers_may_miss)
+        # Whatever transformers would have made is an error before it is made.
+        assert not info["mismatched_keys"], info["mismatched_keys"]
+        assert not {n for n, _ in module.named_parameters()} & set(info["missing_keys"])
         if units is not None and self.anatomy.tied:
             # Either was there for HF to resolve the tie from both names.
             for name in {self.anatomy.embedding, self.anatomy.head} - self.anatomy.outside(units):
@@ -241,30 +384,65 @@ class HFModel(HFOutline, Model):
                     _replace(module, name, _Absent(gone, self.anatomy.axes.get(name, 0)))
         return cast(nn.Module, module)
 
-    def _check_loaded(
-        self, module: nn.Module, info: dict[str, Any], buffers_may_miss: set[str]
-    ) -> None:
-        for name, got, expected in sorted(info["mismatched_keys"]):
+    def _check_missing(self, module: Any, missing: set[str], weights: Weights) -> None:
+        """Refuse weights that transformers would make itself, before it does.
+
+        Args:
+            module: on the meta device where a tensor was not loaded.
+            missing: names of what was not loaded, or has another shape.
+            weights: what was loaded from.
+        """
+        tied: dict[str, str] = dict(getattr(module, "all_tied_weights_keys", None) or {})
+        present = {n for n in (*tied, *tied.values()) if n not in missing}
+        # Any of the names of one weight is enough.
+        roots = {tied.get(name, name) for name in present}
+        allowed_to = [re.compile(pattern) for pattern in module._may_miss]
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        tables = dict(module.named_buffers())
+        absent, made = [], 0
+        for name in sorted(missing):
+            if tied.get(name, name) in roots:
+                continue
+            tensor = parameters.get(name)
+            if tensor is None and any(pattern.search(name) for pattern in allowed_to):
+                continue
+            shape = tuple((tables[name] if tensor is None else tensor).shape)
+            self._check_shape(name, shape)
+            absent.append(name)
+        if absent:
+            entries = self.checkpoint.entries
+            used = set(weights.used)
+            unused = {k: entries[k] for k in weights.keys_by_name.values() if k not in used}
+            raise refuse_missing(str(self._file_of(None)), absent, unused, self._class.__name__)
+        made = sum(table.nbytes for table in tables.values() if table.is_meta)
+        stored = sum(entry.nbytes for entry in self.checkpoint.entries.values())
+        if made > max(_MADE_BYTES, stored):
             raise UserError(
-                f"{self._file_of(name)}, tensor {name}",
-                f"shape {list(expected)}, as config.json says",
-                f"{list(got)}",
-                "The configuration and the weights belong to different models.",
+                str(self.directory / CONFIG),
+                f"tables of at most {max(_MADE_BYTES, stored):,} bytes beside the weights",
+                f"{made:,} bytes",
+                "Correct the numbers of positions in config.json.",
             )
-        weights = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-        allowed = [re.compile(pattern) for pattern in buffers_may_miss]
-        missing = sorted(
-            name
-            for name in info["missing_keys"]
-            if name in weights or not any(pattern.search(name) for pattern in allowed)
-        )
-        if missing:
+
+    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """Refuse a tensor that is there under the name of a weight, in another shape."""
+        for shown, key in self._names.items():
+            entry = self.checkpoint.entries[key]
+            if not (shown == name or name.endswith(f".{shown}") or shown.endswith(f".{name}")):
+                continue
+            if entry.shape == shape:
+                continue
+            empty = 0 in entry.shape
+            wrong = [n for n, (a, b) in enumerate(zip(entry.shape, shape, strict=False)) if a != b]
+            fields = _fields_of(self.config, {shape[n] for n in wrong})
             raise UserError(
-                f"{self._file_of(None)}, tensor {missing[0]}",
-                "every weight of the model in the checkpoint",
-                f"{len(missing)} missing",
-                "A missing weight would be a random one: complete the checkpoint, "
-                "or correct config.json.",
+                f"{entry.file}, tensor {key}",
+                f"shape {list(shape)}, as config.json says",
+                f"{list(entry.shape)}",
+                _EMPTY
+                if empty
+                else "The configuration and the weights belong to different models"
+                + (f": see {' and '.join(fields)} in config.json." if fields else "."),
             )
 
     def _file_of(self, weight: str | None) -> Path:
@@ -510,52 +688,67 @@ def _replace(module: nn.Module, name: str, by: nn.Module) -> None:
     setattr(module.get_submodule(parent), child, by)
 
 
-def _read_config(directory: Path, trust_remote_code: bool) -> Any:
-    path = directory / "config.json"
-    if not directory.is_dir() or not any(directory.iterdir()):
+def _read_config(directory: Path, content: Mapping[str, Any], trust_remote_code: bool) -> Any:
+    path = str(directory / CONFIG)
+    if is_quantised(content):
         raise UserError(
-            f"model {directory}",
-            "a directory with an HF config.json and safetensors, or package.module:factory",
-            "an empty directory" if directory.is_dir() else "no such directory",
-            "Check the path of the model.",
+            path,
+            "weights in floating point",
+            "a quantised checkpoint (quantization_config)",
+            "Curvature is of the weights that gradients reach: use the unquantised checkpoint.",
         )
-    if not path.is_file():
-        raise UserError(
-            f"model {directory}",
-            "config.json",
-            "no such file",
-            "Save the model with save_pretrained, or give package.module:factory.",
-        )
+    check_architecture(content, path, trust_remote_code)
     wanted = f"a configuration that transformers {transformers.__version__} knows"
     # Each architecture checks its own fields, with errors of several libraries.
-    code = nothing_from_outside(path, trust_remote_code)
-    with user_errors(str(path), wanted, AS_FACTORY, Exception), code:
+    code = nothing_from_outside(directory / CONFIG, trust_remote_code)
+    with library_errors(path, wanted), code:
         config = transformers.AutoConfig.from_pretrained(
             str(directory), local_files_only=True, trust_remote_code=trust_remote_code
         )
     # Where its code lies, if it has any: whatever the file says of that.
     config._name_or_path = str(directory)
     plain_implementations(config)
-    if getattr(config, "quantization_config", None) is not None:
-        raise UserError(
-            str(path),
-            "weights in floating point",
-            "a quantised checkpoint (quantization_config)",
-            "Curvature is of the weights that gradients reach: use the unquantised checkpoint.",
-        )
+    # Of plain tensors, which need no library to be read.
+    for name in ("quantization_config", "compression_config"):
+        if getattr(config, name, None) is not None:
+            delattr(config, name)
     return config
 
 
 def _causal_model(config: Any, directory: Path, trust_remote_code: bool) -> nn.Module:
     """The whole model on the meta device."""
-    path, wanted = directory / "config.json", "the configuration of a causal language model"
-    kinds = (ImportError, ValueError, KeyError, TypeError, RuntimeError)
+    path, wanted = directory / CONFIG, "the configuration of a causal language model"
     code = nothing_from_outside(path, trust_remote_code)
-    with user_errors(str(path), wanted, AS_FACTORY, *kinds), META, _quiet(), code:
+    with library_errors(str(path), wanted), META, _quiet(), code:
         model = transformers.AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, trust_remote_code=trust_remote_code
         )
     return cast(nn.Module, model)
+
+
+@contextmanager
+def library_errors(where: str, expected: str) -> Iterator[None]:
+    """Around foreign code that a model directory's content decides about: whatever it raises is
+    about that, and becomes a UserError with the head of its text."""
+    try:
+        yield
+    except RaycurvError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        text = text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}…"
+        raise UserError(where, expected, f"{type(error).__name__}: {text}", AS_FACTORY) from error
+
+
+def _ignorable(module: Any) -> tuple[str, ...]:
+    """Patterns of names that a class of transformers knows to be of no use."""
+    return tuple(module._keys_to_ignore_on_load_unexpected or ())
+
+
+def _fields_of(config: Any, sizes: set[int]) -> list[str]:
+    """Fields of a configuration that have one of these sizes, at most three."""
+    fields = vars(config.get_text_config()).items()
+    return sorted(name for name, value in fields if type(value) is int and value in sizes)[:3]
 
 
 @contextmanager

@@ -58,6 +58,7 @@ class Outline(ABC):
         tied_head: name of the output embedding if its weight is the input embedding's.
         max_positions: longest sequence, in tokens, if the model says so.
         trust_remote_code: whether code that the model's directory brings along may run.
+        notices: what a person should know of how it was opened, sentences without a full stop.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Outline(ABC):
     default_scope: tuple[str, ...] = ()
     tied_head: str | None = None
     max_positions: int | None = None
+    notices: tuple[str, ...] = ()
     vocab_size: int | None = None
     tokenizer_dir: str | None = None
     token_inputs: bool

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -16,7 +16,10 @@ ModelSource = str | Callable[[], nn.Module]
 
 
 def open_model(
-    source: ModelSource, base: str | Path | None = None, trust_remote_code: bool = False
+    source: ModelSource,
+    base: str | Path | None = None,
+    trust_remote_code: bool = False,
+    ignored: Sequence[str] = (),
 ) -> Model:
     """Describe a model.
 
@@ -25,6 +28,8 @@ def open_model(
             ``package.module:factory`` of a callable that returns an ``nn.Module``; or the callable.
         base: directory that relative names start from; the working directory when ``None``.
         trust_remote_code: run the code that an HF directory brings along, if it does.
+        ignored: globs on the names of tensors that an HF directory has and its model may leave
+            unused.
 
     Raises:
         UserError: what the source names is not there, or is not such a model.
@@ -32,11 +37,14 @@ def open_model(
     found = _factory_or_directory(source, base)
     if isinstance(found, FactoryModel):
         return found
-    return open_directory(found, str(source), trust_remote_code)
+    return open_directory(found, str(source), trust_remote_code, ignored)
 
 
 def open_directory(
-    directory: Path, name: str | None = None, trust_remote_code: bool = False
+    directory: Path,
+    name: str | None = None,
+    trust_remote_code: bool = False,
+    ignored: Sequence[str] = (),
 ) -> Model:
     """Describe the model in an HF directory; nothing is imported by its name.
 
@@ -44,6 +52,7 @@ def open_directory(
         directory: with ``config.json`` and safetensors.
         name: what the user gave; the directory when ``None``.
         trust_remote_code: run the code that it brings along, if it does.
+        ignored: globs on the names of tensors that its model may leave unused.
 
     Raises:
         UserError: it is not there, or no such model.
@@ -51,7 +60,7 @@ def open_directory(
     # Importing transformers takes seconds and memory that other models need not pay for.
     from raycurv.models.hf import HFModel
 
-    return HFModel(name or str(directory), directory, trust_remote_code)
+    return HFModel(name or str(directory), directory, trust_remote_code, ignored)
 
 
 def open_outline(source: ModelSource, trust_remote_code: bool = False) -> Outline:

@@ -8,6 +8,7 @@ from raycurv.driver.settings import (
     Count,
     DtypeName,
     Execution,
+    Globs,
     Identity,
     InputPath,
     Place,
@@ -23,6 +24,9 @@ class EvaluateSettings(Execution, Reading):
 
     model: Required[InputPath] = ""
     """Directory with an HF config.json and safetensors weights, or `package.module:factory`."""
+    ignore_tensors: Identity[Globs] = ()
+    """Glob on names of tensors in the model directory that may be left unused, repeatable. Default:
+    a tensor that the model does not take, and that could matter, is an error."""
     data: Required[InputPath] = ""
     """Examples, as a fit takes them: file, directory or glob of Parquet, JSONL or Arrow."""
     out: Required[Place] = ""

@@ -25,6 +25,8 @@ from raycurv.errors import UserError
 from raycurv.mathematics.methods import MethodName, methods_with, open_method
 from raycurv.mathematics.tiles import LARGEST_EIGH, SMALLEST_TILE
 
+# Settings whose flag is repeated for each of several values.
+REPEATED = ("blocks", "ignore_tensors")
 # Gradients of a rank-m Fisher, unless said otherwise.
 ROWS = 64
 
@@ -35,6 +37,9 @@ class FitSettings(Execution, Reading):
 
     model: Required[InputPath] = ""
     """Directory with an HF config.json and safetensors weights, or `package.module:factory`."""
+    ignore_tensors: Identity[Globs] = ()
+    """Glob on names of tensors in the model directory that may be left unused, repeatable. Default:
+    a tensor that the model does not take, and that could matter, is an error."""
     data: InputPath = ""
     """File, directory or glob of Parquet, JSONL or Arrow with `text`, `input_ids`,
     `prompt` + `completion`, or `inputs` + `labels`."""

@@ -67,7 +67,7 @@ def fit(
 
 def _fit(shell: Shell[FitSettings]) -> None:
     settings, store, inputs = shell.settings, shell.store, shell.inputs
-    network = inputs.open_model(settings.model, settings.trust_remote_code)
+    network = inputs.open_model(settings.model, settings.trust_remote_code, settings.ignore_tensors)
     objective = inputs.or_named("objective", settings)
     data = inputs.or_named("data", settings)
     opened = open_objective(objective)
@@ -83,8 +83,9 @@ def _fit(shell: Shell[FitSettings]) -> None:
             "model": network.fingerprint(),
             "data": {} if parents.combined else _mark_of(data),
         }
-        places = {"model": _lasting(settings.model), "data": shown(settings.data)}
-        manifest = shell.begin(prints, places | parents.places(), parents.marks())
+        places: dict[str, Any] = {"model": _lasting(settings.model), "data": shown(settings.data)}
+        places |= parents.places() | shell.notes_of(network)
+        manifest = shell.begin(prints, places, parents.marks())
         phases = {"tables", "gradients"} if settings.gradients else {"tables"}
         finished = phases <= set(manifest.complete)
         if not finished:

@@ -29,7 +29,7 @@ from raycurv.files.manifest import Manifest
 from raycurv.files.store import Store, open_store
 from raycurv.files.tables import read_directory
 from raycurv.files.tensorfile import is_complete
-from raycurv.jobs.fit.fit_settings import FitSettings
+from raycurv.jobs.fit.fit_settings import REPEATED, FitSettings
 from raycurv.jobs.fitted import check_model, read_fit
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.factors import factors_of
@@ -215,13 +215,18 @@ def _open(how: str, name: str, out: Store) -> Parent:
 
 def _differences(run: Parent, wanted: dict[str, Any]) -> list[str]:
     """Which of the shared settings differ; the seed counts where labels were drawn by it."""
-    own = run.fit.settings
+    own = _shared(run.fit)
     drawn = own["fisher"] == "sampled"
     return [key for key in SHARED if own[key] != wanted[key] and (key != "seed" or drawn)]
 
 
+def _shared(fit: Manifest) -> dict[str, Any]:
+    """Settings of a fit, with the defaults of those that its version did not have."""
+    return identity(FitSettings(), inputs=False) | fit.settings
+
+
 def _check_settings(run: Parent, first: Parent) -> None:
-    own, wanted = run.fit.settings, first.fit.settings
+    own, wanted = _shared(run.fit), _shared(first.fit)
     differing = _differences(run, wanted)
     if differing:
         raise UserError(
@@ -232,9 +237,7 @@ def _check_settings(run: Parent, first: Parent) -> None:
 
 
 def _check_own_settings(run: Parent, settings: FitSettings) -> None:
-    there = run.fit.settings
-    mine = {k: getattr(settings, k) for k in SHARED}
-    mine["blocks"] = list(settings.blocks)
+    there, mine = _shared(run.fit), identity(settings, inputs=False)
     differing = _differences(run, mine)
     if differing:
         raise UserError(
@@ -254,7 +257,7 @@ def _given(key: str, value: Any) -> str:
         return f"no {_flag(key)}"
     values = value if isinstance(value, list) else [value]
     return " ".join(
-        f"{_flag(key)} {v!r}" if key == "blocks" else f"{_flag(key)} {v}" for v in values
+        f"{_flag(key)} {v!r}" if key in REPEATED else f"{_flag(key)} {v}" for v in values
     )
 
 

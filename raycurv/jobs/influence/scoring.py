@@ -99,8 +99,9 @@ def _score(shell: Shell[InfluenceSettings]) -> None:
     prints: dict[str, Any] = {"fit": _fit_mark(fitted.manifest), "queries": fingerprint(queries)}
     if train is not None:
         prints["train"] = fingerprint(train)
-    places = {"queries": shown(settings.queries), "train": shown(settings.train)}
-    manifest = shell.begin(prints, {"run": fitted.store.root} | places, {"dtype": dtype})
+    places: dict[str, Any] = {"queries": shown(settings.queries), "train": shown(settings.train)}
+    places |= {"run": fitted.store.root} | shell.notes_of(fitted.network)
+    manifest = shell.begin(prints, places, {"dtype": dtype})
     products = blocks if settings.ihvp else ()
     if shell.is_complete("scores", lambda: _forget_damaged(store, manifest, products)):
         return

@@ -108,7 +108,7 @@ def _prune(shell: Shell[PruneSettings]) -> dict[str, Any]:
     blocks, heads = blocks_to_prune(settings, fitted.store, network)
     check_statistics(settings, fitted.store, fit, blocks)
     prints = {"fit": {"settings": fit.settings}} | fit.fingerprints
-    manifest = shell.begin(prints, {"run": fitted.store.root})
+    manifest = shell.begin(prints, {"run": fitted.store.root} | shell.notes_of(network))
     if shell.is_complete("tables", lambda: _begin_again(store, manifest)):
         store.delete_directory("work")
         return _numbers(manifest)

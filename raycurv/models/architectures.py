@@ -1,0 +1,137 @@
+"""What kind of model a directory holds, by the class that its ``config.json`` names.
+
+A causal language model is opened from its directory. Any other class (a classifier, a masked
+language model, an encoder and decoder) would run as one, too, since its weights fit in part, and
+its next-token loss would mean nothing: it is refused by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import transformers
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from raycurv.errors import UserError
+
+_OWN = "give it as package.module:factory with an objective of your own"
+_CLASSES = "give it as package.module:factory with --objective classification"
+# Tables of classes in transformers, in the order in which they are asked: what a class of them is,
+# and how it can be given.
+_KINDS = (
+    ("SEQUENCE_CLASSIFICATION", "a classifier", _CLASSES),
+    ("TOKEN_CLASSIFICATION", "a classifier of tokens", _OWN),
+    ("QUESTION_ANSWERING", "a model that finds answers in a text", _OWN),
+    ("MULTIPLE_CHOICE", "a model that chooses among answers", _OWN),
+    ("NEXT_SENTENCE_PREDICTION", "a classifier of pairs of sentences", _CLASSES),
+    ("MASKED_LM", "a masked language model, whose tokens see those behind them", _OWN),
+    ("SEQ_TO_SEQ_CAUSAL_LM", "an encoder with a decoder", _OWN),
+    ("SPEECH_SEQ_2_SEQ", "an encoder of speech with a decoder", _OWN),
+    ("IMAGE_TEXT_TO_TEXT", "a model of images and text", _OWN),
+    ("MULTIMODAL_LM", "a model of several kinds of input", _OWN),
+    ("IMAGE_CLASSIFICATION", "a classifier of images", _CLASSES),
+    ("AUDIO_CLASSIFICATION", "a classifier of sound", _CLASSES),
+    ("CTC", "a model of speech", _OWN),
+    ("PRETRAINING", "a model with the heads of its pretraining", _OWN),
+)
+# A class that transformers does not have is told by the end of its name.
+_ENDINGS = (
+    ("ForSequenceClassification", "a classifier", _CLASSES),
+    ("ForTokenClassification", "a classifier of tokens", _OWN),
+    ("ForQuestionAnswering", "a model that finds answers in a text", _OWN),
+    ("ForMaskedLM", "a masked language model, whose tokens see those behind them", _OWN),
+    ("ForConditionalGeneration", "an encoder with a decoder, or a model of images and text", _OWN),
+    ("RewardModel", "a reward model", _CLASSES),
+)
+# Models of several kinds of input, whose text is a causal language model's.
+_WITH_TEXT = ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
+
+
+def check_architecture(content: Mapping[str, Any], path: str, trust_remote_code: bool) -> None:
+    """Refuse a configuration of anything but a causal language model.
+
+    Args:
+        content: of ``config.json``.
+        path: of it.
+        trust_remote_code: whether the class may be one of the directory's own code.
+
+    Raises:
+        UserError: names the class, and what it is; or there is no class for such a model.
+    """
+    kind, named = content.get("model_type"), content.get("architectures")
+    if not isinstance(kind, str):
+        raise UserError(
+            path,
+            "a model_type",
+            "none" if kind is None else f"a {type(kind).__name__}",
+            "Take config.json from where the model was saved: the class of a model follows from "
+            "its model_type.",
+        )
+    named = [named] if isinstance(named, str) else named or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        got, remedy = str(named)[:80], "Take config.json from where the model was saved."
+        raise UserError(path, "architectures as a list of names", got, remedy)
+    own = content.get("auto_map")
+    if own and (trust_remote_code or kind not in CONFIG_MAPPING_NAMES):
+        return  # a class of the directory's own code, or nothing without it
+    if kind not in CONFIG_MAPPING_NAMES:
+        raise UserError(
+            path,
+            f"a model_type that transformers {transformers.__version__} knows",
+            repr(kind[:80]),
+            "Open the directory with a version of transformers that has it, or give the model as "
+            "package.module:factory.",
+        )
+    causal = _names("CAUSAL_LM", kind)
+    if not named and causal:
+        return  # the weights will tell
+    if any(name.lower() in {one.lower() for one in causal} for name in named):
+        return
+    if causal and any(name in _names(table, kind) for table in _WITH_TEXT for name in named):
+        return
+    name = named[0][:80] if named else f"{kind} model"
+    what, how = (
+        _described(name, bool(own)) if named else ("a kind without a causal language model", _OWN)
+    )
+    article = "an" if name[0] in "AEIO" else "a"
+    raise UserError(
+        path,
+        f"a causal language model{f' such as {causal[0]}' if causal else ''}",
+        f"{article} {name}: {what}",
+        f"raycurv opens causal language models from a directory: {how}.",
+    )
+
+
+def _names(table: str, kind: str | None = None) -> tuple[str, ...]:
+    """Names of the classes in a table of transformers, of one model type or of all."""
+    found = getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES", {})
+    values = found.values() if kind is None else [found[kind]] if kind in found else []
+    return tuple(_flat(values))
+
+
+def _flat(values: Any) -> Iterator[str]:
+    for value in values:
+        yield from [value] if isinstance(value, str) else value
+
+
+def _described(name: str, own_code: bool) -> tuple[str, str]:
+    """What a class is that is no causal language model of its type, and how it can be given."""
+    for table, what, how in _KINDS:
+        if name in _names(table):
+            return what, how
+    if name in set(_flat(modeling_auto.MODEL_MAPPING_NAMES.values())):
+        return "a bare model without a language model's head", _OWN
+    for ending, what, how in _ENDINGS:
+        if name.endswith(ending):
+            return what, how
+    if own_code:
+        return "a class of the directory's own code", "--trust-remote-code runs that code"
+    if name in _names("CAUSAL_LM"):
+        return "of another model_type than config.json names", "correct architectures or model_type"
+    return (
+        f"a class that transformers {transformers.__version__} does not have for this model_type",
+        "give it as package.module:factory, or correct architectures in config.json if the weights "
+        "are such a model's",
+    )

@@ -1,0 +1,127 @@
+"""What a directory is that holds no model to open: advice comes after a look at what is there."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from raycurv.errors import UserError
+from raycurv.models.checkpoint import INDEX, SINGLE
+from raycurv.models.checkpoint_files import TOKENIZER_FILES
+from raycurv.models.config_file import CONFIG
+
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_EXPECTED = f"a directory with {CONFIG} and safetensors, or package.module:factory"
+_SAVE = "save_pretrained of transformers writes them"
+
+
+def check_directory(directory: Path) -> None:
+    """Refuse a path that holds no model in HF's format, by what it is instead.
+
+    Raises:
+        UserError: nothing there, a file, or a directory of another kind.
+    """
+    if not directory.is_dir():
+        got = "a file" if directory.exists() else "no such directory"
+        remedy = "Give the directory that holds it." if directory.exists() else _CHECK
+        raise UserError(f"model {directory}", _EXPECTED, got, remedy)
+    there = sorted(os.listdir(directory))
+    has_config = CONFIG in there
+    if has_config and (SINGLE in there or INDEX in there):
+        return
+    got, remedy = _kind(directory, there, has_config)
+    raise UserError(f"model {directory}", _EXPECTED, got, remedy)
+
+
+def check_outline_directory(directory: Path) -> None:
+    """As :func:`check_directory`, where ``config.json`` alone is enough."""
+    if not (directory / CONFIG).exists():
+        check_directory(directory)
+    if (
+        ADAPTER_CONFIG in os.listdir(directory)
+        and not (directory / INDEX).exists() | (directory / SINGLE).exists()
+    ):
+        check_directory(directory)
+
+
+_CHECK = "Check the path of the model."
+
+
+def _kind(directory: Path, there: list[str], has_config: bool) -> tuple[str, str]:
+    """What a directory without a model is, and what to do."""
+
+    def any_of(*endings: str) -> str:
+        return next((name for name in there if name.endswith(endings)), "")
+
+    if not there:
+        return "an empty directory", _CHECK
+    if ADAPTER_CONFIG in there or ADAPTER in there:
+        base = _said(directory / ADAPTER_CONFIG, "base_model_name_or_path")
+        of = f" of {base}" if base else ""
+        return f"an adapter{of} ({ADAPTER_CONFIG}), not a whole model", (
+            "Merge it into its base with PEFT: AutoPeftModelForCausalLM.from_pretrained(…)"
+            ".merge_and_unload().save_pretrained(…), and give that directory."
+        )
+    if "run.json" in there:
+        job = _said(directory / "run.json", "job") or "a job"
+        return f"results of {job} (run.json)", "Give the directory of the model itself."
+    if "model_index.json" in there:
+        return "a pipeline of several models (model_index.json)", (
+            "Give the directory of one of its models below it, if it is a language model."
+        )
+    if "snapshots" in there and "blobs" in there:
+        snapshots = sorted(os.listdir(directory / "snapshots"))
+        last = snapshots[-1] if snapshots else "…"
+        return "a repository in the hub's cache", f"Give a snapshot below it: snapshots/{last}."
+    gguf = any_of(".gguf")
+    if gguf:
+        return f"a model in GGUF ({gguf})", "Use the checkpoint that it was converted from."
+    pickled = any_of("pytorch_model.bin", "pytorch_model.bin.index.json", ".bin", ".pt", ".ckpt")
+    original = any_of("consolidated.00.pth", "params.json", ".pth")
+    lacking = f"neither {SINGLE} nor {INDEX}"
+    if has_config and pickled:
+        return f"{lacking}, but {pickled}", (
+            "Open it with from_pretrained and save it with save_pretrained, which writes "
+            "safetensors."
+        )
+    if original:
+        return f"a checkpoint in a layout of its own ({original})", (
+            "Use its version in HF's format, or convert it with transformers' script for the model."
+        )
+    if pickled:
+        return f"{pickled} without {CONFIG}", f"{_SAVE.capitalize()} with their configuration."
+    foreign = any_of(".h5", ".msgpack", ".onnx")
+    if foreign:
+        return f"weights of another library ({foreign})", "Use the checkpoint in safetensors."
+    if any_of("dataset_info.json", "dataset_dict.json", ".parquet", ".jsonl", ".arrow"):
+        return "a data set", "Give it as --data, and the directory of a model as --model."
+    checkpoints = [name for name in there if name.startswith("checkpoint-")]
+    if checkpoints:
+        newest = max(checkpoints, key=lambda name: (len(name), name))
+        return f"a directory of checkpoints, among them {newest}", f"Give one: {newest}."
+    if has_config:
+        weights = any_of(".safetensors")
+        if weights:
+            return f"{lacking}, but {weights}", (
+                f"Name the one file {SINGLE}, or copy the index of several."
+            )
+        return lacking, f"Copy the weights; {_SAVE}."
+    if SINGLE in there or INDEX in there:
+        return f"weights without {CONFIG}", f"Copy {CONFIG}; {_SAVE}."
+    if any(name in there for name in TOKENIZER_FILES):
+        return f"a tokenizer without a model (no {CONFIG})", f"Copy the model; {_SAVE}."
+    return f"no {CONFIG} among {', '.join(there[:4])}{', …' if len(there) > 4 else ''}", _CHECK
+
+
+def _said(path: Path, key: str) -> str:
+    """What a small JSON file says under a key, or nothing: it is only told to a person."""
+    try:
+        if not path.is_file() or path.stat().st_size > 1 << 20:
+            return ""
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
+        text = str(found.get(key) or "")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return ""
+    return text[:200] if text.isprintable() else ""
