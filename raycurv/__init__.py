@@ -4,8 +4,19 @@ Importing this package takes milliseconds: torch, Ray and Arrow are imported whe
 them is first asked for.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import os
+import sys
+
+# Python searches the working directory (of `python -m raycurv`) or jobs/ (of a script there) before
+# all libraries; a file that lies there and is called like one is not meant. These two modules are
+# in memory already, all others are searched for.
+_SCRIPTS = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(__file__))), "jobs")
+_AS_MODULE = sys.argv[:1] == ["-m"] and sys.orig_argv[1:3] == ["-m", "raycurv"]
+if not sys.flags.safe_path and (_AS_MODULE or [*map(os.path.realpath, sys.path[:1])] == [_SCRIPTS]):
+    del sys.path[0]
+
+from importlib import import_module  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
 
 if TYPE_CHECKING:
     from raycurv.errors import DamagedFile, NumericalError, RaycurvError, UserError

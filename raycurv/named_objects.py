@@ -52,22 +52,6 @@ def import_named(name: str, folder: str | os.PathLike[str] | None = None) -> Any
     return found
 
 
-def leave_out_first_entry() -> None:
-    """Take off ``sys.path`` what Python put in front of it for the program that it runs: the
-    working directory for ``python -m``, or the directory of a script, where files may lie that are
-    called like a library.
-
-    To be called by the program itself, before it imports libraries. It stays where this package
-    lies in that directory, since other processes of the job look for it there.
-    """
-    first = sys.path[0] if sys.path and not sys.flags.safe_path else None
-    if first is not None and os.path.realpath(first or os.getcwd()) != _OWN_FOLDER:
-        del sys.path[0]
-
-
-_OWN_FOLDER = os.path.realpath(os.path.join(os.path.dirname(__file__), os.pardir))
-
-
 class _Beside(MetaPathFinder):
     """Finds top-level modules in one directory, for those who may look there.
 

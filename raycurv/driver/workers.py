@@ -3,6 +3,7 @@ them."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -91,6 +92,7 @@ class Workers:
             logits_chunk=settings.logits_chunk,
             gives_back=SWEPT if len(self.groups) > 1 else RESIDENT,
             measurement=measurement,
+            folder=os.getcwd(),
         )
         self._deal(blocks)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 
 import ray
 from ray.exceptions import AuthenticationError
+from ray.job_config import JobConfig
 
 from raycurv.errors import UserError
 from raycurv.onray.address import check_answers
@@ -37,14 +39,33 @@ def connect(address: str) -> bool:
     quiet = {"logging_level": "warning", "log_to_driver": False}
     with _listeners_kept():
         if address == "local":
-            ray.init(address="local", include_dashboard=False, **quiet)
+            ray.init(address="local", include_dashboard=False, job_config=_own_path(), **quiet)
             return True
         check_answers(address)
         try:
-            ray.init(address=address, **quiet)
+            ray.init(address=address, job_config=_own_path(), **quiet)
         except (ConnectionError, RuntimeError, AuthenticationError) as error:
             raise _refused(address, error) from error
     return True
+
+
+class _PathAsGiven(JobConfig):  # type: ignore[misc]
+    """A job whose processes are not given the working directory as a place of modules."""
+
+    def _runtime_env_has_working_dir(self) -> bool:
+        # Asked by ray.init alone, before it puts that directory in front of all libraries.
+        return True
+
+
+def _own_path() -> JobConfig | None:
+    """Where the job's processes look for modules: in the working directory only if this one does,
+    too, or has this package from there."""
+    here = os.path.realpath(os.getcwd())
+    package = os.path.realpath(os.path.join(os.path.dirname(__file__), os.pardir, os.pardir))
+    if here in (package, *map(os.path.realpath, sys.path)):
+        return None
+    script = os.path.dirname(os.path.realpath(sys.argv[0]))
+    return _PathAsGiven(_py_driver_sys_path=[script] if script in sys.path else [])
 
 
 @contextmanager

@@ -51,6 +51,7 @@ class StageSpec:
         objective: name, or the objective itself.
         measurement: whose measurement queries have, if not the objective's: the name of another
             objective, or itself.
+        folder: directory in which named objectives are looked for, too.
         seed: of drawn labels.
         logits_chunk: logits formed at once.
         threads: for CPU kernels; ``None`` leaves them alone.
@@ -69,6 +70,7 @@ class StageSpec:
     threads: int | None = None
     gives_back: int = RESIDENT
     measurement: Any = None
+    folder: str | None = None
 
 
 # Among a commit's tensors: the microbatches that its sums contain.
@@ -102,9 +104,9 @@ class Stage:
         self.blocks = spec.blocks
         self._device = torch.device(spec.device)
         self._segment = spec.model.build(spec.units, spec.dtype, self._device)
-        self._objective = self._measured = open_objective(spec.objective)
+        self._objective = self._measured = open_objective(spec.objective, spec.folder)
         if spec.measurement is not None:
-            self._measured = open_measurement(spec.measurement)
+            self._measured = open_measurement(spec.measurement, spec.folder)
         self._capture = Capture(self._segment.module, spec.blocks)
         self._open: dict[int, _Open] = {}
         self._pass: Pass | None = None

@@ -324,10 +324,11 @@ def is_shipped(name: str) -> bool:
     return name in _SHIPPED
 
 
-def open_objective(name: str | Objective) -> Objective:
-    """The objective of that name: one that ships with raycurv, or ``package.module:Name``;
+def open_objective(name: str | Objective, folder: str | None = None) -> Objective:
+    """The objective of that name: one that ships with raycurv, or ``package.module:Name``, looked
+    for in ``folder``, too (the working directory when ``None``);
     UserError if there is none, it cannot be imported, or it lacks loss or sample."""
-    named, own = _found(name)
+    named, own = _found(name, folder)
     missing = [method for method in ("loss", "sample") if not hasattr(own, method)]
     if missing:
         raise UserError(
@@ -339,10 +340,11 @@ def open_objective(name: str | Objective) -> Objective:
     return _complete(named, own)
 
 
-def open_measurement(name: str | Objective) -> Objective:
-    """The objective whose measurement queries are measured by; only that may be asked of it.
+def open_measurement(name: str | Objective, folder: str | None = None) -> Objective:
+    """The objective whose measurement queries are measured by, looked for as by
+    :func:`open_objective`; only that may be asked of it.
     UserError if there is none, it cannot be imported, or it has neither measurement nor loss."""
-    named, own = _found(name)
+    named, own = _found(name, folder)
     if not (hasattr(own, "measurement") or hasattr(own, "loss")):
         raise UserError(
             f"--objective {named}",
@@ -353,7 +355,7 @@ def open_measurement(name: str | Objective) -> Objective:
     return _complete(named, own)
 
 
-def _found(name: str | Objective) -> tuple[str, Any]:
+def _found(name: str | Objective, folder: str | None) -> tuple[str, Any]:
     """An objective as its author made it, and what messages call it."""
     if not isinstance(name, str):
         return type(name).__name__, name
@@ -367,7 +369,7 @@ def _found(name: str | Objective) -> tuple[str, Any]:
             "Name an objective that ships with raycurv, or your own as package.module:Name.",
         )
     try:
-        found = import_named(name)
+        found = import_named(name, folder)
         made = found() if isinstance(found, type) else found
     except Exception as error:  # the user's module raises whatever it does
         raise UserError(
