@@ -100,6 +100,17 @@ class NumericalError(RaycurvError):
     """A computation whose result cannot be trusted (not finite, or a failed decomposition)."""
 
 
+def not_finite(where: str, what: str, got: str = "NaN or infinity") -> NumericalError:
+    """The error of a result that is no number, or too large for its dtype."""
+    return NumericalError(
+        where,
+        f"finite numbers in {what}",
+        got,
+        "Give --dtype float64 (for scores, IHVPs and pruning also a larger --damping), or leave out "
+        "the examples of extreme values.",
+    )
+
+
 class NoSpace(RaycurvError):
     """A disk had no room for a file; what was finished before is whole."""
 

@@ -30,7 +30,7 @@ from raycurv.mathematics.gradient_statistics import (
     GradientStatistics,
     GradientSum,
 )
-from raycurv.mathematics.influence.ihvp import BlockProducts
+from raycurv.mathematics.influence.ihvp import BlockProducts, check_products
 
 
 def read_blocks(store: Store) -> tuple[Block, ...]:
@@ -257,7 +257,8 @@ def gradient_notes(store: Store, block: str) -> tuple[GradientNumbers, int]:
 def write_products(
     store: Store, block: str, products: BlockProducts, queries: Sequence[str]
 ) -> None:
-    """Write the IHVPs of a block."""
+    """Write the IHVPs of a block; NumericalError if one is not finite."""
+    check_products(block, products, queries)
     write_tensors(store, ihvp_file(block), products.tensors(), {"queries": json.dumps(queries)})
 
 

@@ -63,7 +63,8 @@ class Spool:
         """Write a file; NoSpace if the disk is full."""
         if not self._store.exists("state.json"):
             self._write_state()
-        write_tensors(self._store, _name(stream, kind, boundary, microbatch), tensors, {})
+        name = _name(stream, kind, boundary, microbatch)
+        write_tensors(self._store, name, tensors, {}, finite=False)
 
     def read(self, stream: str, kind: Kind, boundary: int, microbatch: int) -> dict[str, Tensor]:
         """Read a file; LostSpool if it is gone, truncated or altered: what is left is deleted."""

@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from raycurv.errors import not_finite
 from raycurv.files.store import Store
 
 SCHEMA_VERSION = "1"
@@ -28,6 +30,9 @@ _ZEROS = b"0" * 32
 _WHOLE = "a whole Parquet file"
 # As Thrift writes a string of 32 bytes behind its name.
 _MARK = _CHECKSUM.encode() + bytes([0x18, 32])
+
+# Columns that say which row one is.
+_ROW_NAMES = ("query_id", "train_id", "id", "block", "factor", "index", "row", "head")
 
 _TYPES = {
     "string": pa.string(),
@@ -163,6 +168,9 @@ def write_tables(
     Args:
         repeated: columns whose values come many times, which alone are to be looked up; by
             default Parquet finds out.
+
+    Raises:
+        NumericalError: a number is NaN or infinite; names its row.
     """
     if notes is not None:
         schema = schema.with_metadata(dict(notes))
@@ -170,6 +178,7 @@ def write_tables(
     looked_up = True if repeated is None else list(repeated)
     with pq.ParquetWriter(sink, schema, compression="zstd", use_dictionary=looked_up) as writer:
         for table in tables:
+            _check_finite(store.path(name), table)
             writer.write_table(table, row_group_size=row_group_size)
         writer.add_key_value_metadata({_CHECKSUM: _ZEROS.decode()})
     data = sink.getvalue()
@@ -177,6 +186,35 @@ def write_tables(
     assert at is not None and bytes(data[at : at + len(_ZEROS)]) == _ZEROS
     checksum = _checksum(data, at)
     store.write(name, [data[:at], checksum, data[at + len(_ZEROS) :]])
+
+
+def _check_finite(file: str, table: pa.Table) -> None:
+    """Refuse NaN and infinities, in lists as well; nulls stay."""
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        flat = column
+        while _is_list(flat.type):
+            flat = pc.list_flatten(flat)
+        if not pa.types.is_floating(flat.type):
+            continue
+        finite = pc.is_finite(flat)
+        if pc.all(finite).as_py() is False:
+            wrong = pc.index(finite, False).as_py()
+            row = table.slice(_row_of(column, wrong), 1).to_pylist()[0]
+            names = [f"{key} {value!r}" for key, value in row.items() if key in _ROW_NAMES]
+            raise not_finite(", ".join([file, *names]), f"`{name}`", str(flat[wrong]))
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+
+def _row_of(column: pa.ChunkedArray, place: int) -> int:
+    """The row that a number of a column, its lists laid end to end, stands in."""
+    level, rows = column.combine_chunks(), np.arange(len(column))
+    while _is_list(level.type):
+        rows = rows[pc.list_parent_indices(level).to_numpy()]
+        level = pc.list_flatten(level)
+    return int(rows[place])
 
 
 def _checksum_place(data: pa.Buffer) -> int | None:

@@ -16,8 +16,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from raycurv.errors import DamagedFile
+from raycurv.errors import DamagedFile, not_finite
 from raycurv.files.store import Store
+from raycurv.mathematics.sums import is_finite
 from raycurv.models.checkpoint import DTYPES, encode_header, hashed, header_entries, tensor_bytes
 
 # Where the checksum of the header stands among those of the tensors.
@@ -29,9 +30,26 @@ def _header_checksum(entries: Mapping[str, Any], metadata: Mapping[str, str]) ->
 
 
 def write_tensors(
-    store: Store, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+    store: Store,
+    name: str,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    finite: bool = True,
 ) -> None:
-    """Write a safetensors file, atomically, whose header carries ``metadata`` along."""
+    """Write a safetensors file, atomically, whose header carries ``metadata`` along.
+
+    Args:
+        finite: refuse numbers that are not; hidden states on their way may hold them.
+
+    Raises:
+        NumericalError: a number is NaN or infinite.
+    """
+    for key, tensor in tensors.items():
+        if finite and not is_finite(tensor):
+            block = f"block {metadata['block']}, " if "block" in metadata else ""
+            raise not_finite(
+                f"{block}{store.path(name)}", f"{key} of {str(tensor.dtype).removeprefix('torch.')}"
+            )
     header = header_entries(tensors)
     chunks = [tensor_bytes(tensor) for tensor in tensors.values()]
     checksums = {key: hashed(data) for key, data in zip(tensors, chunks, strict=True)}

@@ -25,9 +25,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raycurv.errors import UserError
+from raycurv.errors import NumericalError, UserError
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.eigen import Eigenbasis
+from raycurv.mathematics.sums import is_finite
 
 SpectralFunction = Callable[[Tensor], Tensor]
 
@@ -250,8 +251,20 @@ class BlockCurvature(Curvature):
 
         Raises:
             UserError: λ is zero and so is an entry of Λ.
+            NumericalError: an entry is beyond what the dtype holds.
         """
-        return self.inverse(setting)(self.lam_OI.to(device).double()).to(dtype)
+        wide = self.inverse(setting)(self.lam_OI.to(device).double())
+        found = wide.to(dtype)
+        # Rounded to zero or infinity it would be a plausible score, or none.
+        if not self.is_zero and not (is_finite(found) and bool(found.all())):
+            name = str(dtype).removeprefix("torch.")
+            raise NumericalError(
+                f"block {self.block.name}",
+                f"1 / (Λ + λ) that {name} holds",
+                f"{float(wide.min()):.3g} to {float(wide.max()):.3g}, with --damping {setting}",
+                "Give --dtype float64, or a --damping that brings Λ + λ nearer to 1.",
+            )
+        return found
 
 
 class IdentityCurvature(BlockCurvature):

@@ -38,10 +38,18 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def is_finite(values: Tensor) -> bool:
+    """Whether no number of a tensor is NaN or infinite, without a mask of its shape."""
+    if not values.is_floating_point() or not values.numel():
+        return True
+    # Both carry NaN and infinities through, in one pass.
+    low, high = torch.aminmax(values)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
 def check_sum(total: Tensor, where: str) -> None:
     """Refuse a sum of a factor or block (``where``) that is not finite, with a NumericalError."""
-    # One number tells, without a mask of the sum's shape.
-    if not torch.isfinite(total.sum(dtype=torch.float64)):
+    if not is_finite(total):
         raise NumericalError(
             where,
             "a finite sum",

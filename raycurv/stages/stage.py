@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from raycurv.batch import Batch, Hidden
+from raycurv.errors import not_finite
 from raycurv.files.store import Store
 from raycurv.files.tensorfile import open_tensors, write_tensors
 from raycurv.mathematics.blocks import Block
@@ -23,7 +24,7 @@ from raycurv.mathematics.capture import Capture, Record, check_finite
 from raycurv.mathematics.frozen_linear import FrozenLinear
 from raycurv.mathematics.loss.differentiation import differentiate
 from raycurv.mathematics.loss.objective import Objective, open_measurement, open_objective
-from raycurv.mathematics.sums import Results
+from raycurv.mathematics.sums import Results, is_finite
 from raycurv.models.model import Model
 from raycurv.models.patched import repatch
 from raycurv.stages.heap import RESIDENT, give_back, give_back_at_once
@@ -275,6 +276,7 @@ class Stage:
             draws.append(self._capture.captured(record, draw, own_labels))
             check_finite(draws[-1])
         results = self._gathered.add(draws, index not in self._seen)
+        _check_results(results, record.batch)
         self._seen.add(index)
         self._last = index
         leaving = tuple(map(torch.stack, back)) if opened.entered is not None else None
@@ -337,6 +339,14 @@ class Stage:
     def _slice_positions(self, batch: Batch, hidden: Tensor) -> int:
         classes = self.spec.model.vocab_size or hidden.shape[-1]
         return max(1, self.spec.logits_chunk // (batch.size * classes))
+
+
+def _check_results(results: Results, batch: Batch) -> None:
+    """Refuse numbers of an example that are not finite, with a NumericalError that names it."""
+    for name, values in results.items():
+        if not is_finite(values):
+            n = next(n for n, one in enumerate(values) if not is_finite(one))
+            raise not_finite(f"example {batch.ids[n]!r}", f"its {name}")
 
 
 def _own(entered: Hidden | None) -> Hidden | None:

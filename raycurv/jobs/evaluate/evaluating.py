@@ -20,7 +20,7 @@ from raycurv.data.sources import fingerprint
 from raycurv.data.uri import shown
 from raycurv.driver.corpus import Corpus, open_corpus, part_file
 from raycurv.driver.settings import DTYPES, identity
-from raycurv.errors import DamagedFile, UserError
+from raycurv.errors import DamagedFile, UserError, not_finite
 from raycurv.files.manifest import Manifest
 from raycurv.files.store import Store
 from raycurv.files.tables import evaluation_schema, footer, read_rows, write_table
@@ -168,8 +168,15 @@ def _summed(
     tokens: int,
     per_token: bool,
 ) -> Numbers:
-    """The numbers of a model; sums do not depend on an order, for they are exact."""
-    total = math.fsum(losses_N)
+    """The numbers of a model; sums do not depend on an order, for they are exact.
+
+    Raises:
+        NumericalError: the losses add up to more than a float holds.
+    """
+    try:
+        total = math.fsum(losses_N)
+    except OverflowError:
+        raise not_finite("the losses of all examples", "their sum", "an overflow") from None
     found: Numbers = {
         "loss": total / len(losses_N),
         "loss_per_target": total / targets,

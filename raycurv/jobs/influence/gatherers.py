@@ -14,7 +14,12 @@ from raycurv.files.row_files import open_rows
 from raycurv.files.store import Store
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.curvature import Damping
-from raycurv.mathematics.influence.ihvp import BlockProducts, QueryGradients, QueryProducts
+from raycurv.mathematics.influence.ihvp import (
+    BlockProducts,
+    QueryGradients,
+    QueryProducts,
+    check_products,
+)
 from raycurv.mathematics.influence.scores import PairwiseScores, SelfScores, SpectralSelfScores
 from raycurv.mathematics.rank import rank_scores
 from raycurv.mathematics.rank.rank_inverse import RankInverses
@@ -79,6 +84,7 @@ class ProductsGatherer(Gatherer):
         if self.held is None:
             write_products(self.out, name, result, self.queries)
         else:
+            check_products(name, result, self.queries)
             self.held[name] = result
 
 

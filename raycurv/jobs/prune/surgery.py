@@ -15,6 +15,7 @@ first whether it is there.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -23,7 +24,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from raycurv.errors import DamagedFile, NumericalError
+from raycurv.errors import DamagedFile, not_finite
 from raycurv.files.artifacts import read_gradient
 from raycurv.files.curvature_files import CurvatureFiles
 from raycurv.files.row_files import open_inverses, open_rows
@@ -49,6 +50,7 @@ from raycurv.mathematics.pruning.structures import column_runs, column_sums, inp
 from raycurv.mathematics.pruning.surgeon import BlockSurgeon, Surgeon
 from raycurv.mathematics.pruning.update import Solver, Update
 from raycurv.mathematics.rank.rank_inverse import RankInverse
+from raycurv.mathematics.sums import is_finite
 from raycurv.models.model import Model
 
 # Elements of a table that are made at once: its lists count them in 32 bits.
@@ -233,12 +235,9 @@ def _saliencies(op: Surgery) -> dict[str, Tensor]:
         saliency = magnitude(w_OI)
     else:
         saliency = surgeon.obd() if settings.saliency == "obd" else surgeon.obs()
-    if bool(saliency.isnan().any()):
-        raise NumericalError(
-            f"block {op.block.name}", "saliencies that are numbers",
-            f"{int(saliency.isnan().sum())} NaN",
-            "Look for values that are not finite in its weights and its curvature.",
-        )  # fmt: skip
+    if not is_finite(saliency):
+        wrong = int((~saliency.isfinite()).sum())
+        raise not_finite(f"block {op.block.name}", "its saliencies", f"{wrong} that are not")
     # By magnitude and OBD a set costs what its weights do one by one.
     joint = surgeon if settings.saliency == "obs" else None
     found = {"saliency": saliency[:, : inputs_of(op.block)].contiguous()}
@@ -382,6 +381,11 @@ def update_block(op: Surgery, z_M: Tensor | None, notes: dict[str, str]) -> Upda
         # Solved in float32 at least, whatever the checkpoint's dtype.
         moved = surgeon.remaining(keep, op.solver(), z_M)
     rise = None if surgeon is None else surgeon.increase(moved.w_OI.double() - w_OI.double())
+    where = f"block {op.block.name}"
+    if not is_finite(moved.w_OI):
+        raise not_finite(where, f"its new weights, of {w_OI.dtype}".replace("torch.", ""))
+    if rise is not None and not math.isfinite(rise.alone):
+        raise not_finite(where, "the predicted rise of the loss", str(rise.alone))
     write_weight(op.out.inside(step_place(op.step)), op.block, moved.w_OI)
     if op.last:
         _write_saliencies(op, keep, notes)

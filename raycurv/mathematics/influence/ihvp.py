@@ -20,13 +20,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from raycurv.errors import not_finite
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Captured
 from raycurv.mathematics.curvature import BlockCurvature, Damping, Preconditioner
 from raycurv.mathematics.eigen import Eigenbasis, own_axes
 from raycurv.mathematics.gradients import Rotations
 from raycurv.mathematics.kinds.catalogue import kind_of_block
-from raycurv.mathematics.sums import PlainSum, Results, Sums, working_dtype
+from raycurv.mathematics.sums import PlainSum, Results, Sums, is_finite, working_dtype
 
 _OVERSAMPLING = 8
 _POWER_STEPS = 2
@@ -83,6 +84,14 @@ class BlockProducts:
         return {name: t for name, t in named.items() if t is not None}
 
 
+def check_products(block: str, products: BlockProducts, queries: Sequence[str]) -> None:
+    """Refuse IHVPs of a block that are not finite, with a NumericalError that names the query."""
+    for values in products.tensors().values():
+        if not is_finite(values):
+            wrong = next(q for q, one in zip(queries, values, strict=True) if not is_finite(one))
+            raise not_finite(f"block {block}, query {wrong!r}", "its IHVP")
+
+
 def kept_rank(rank: int | None, d_out: int, d_in: int) -> int | None:
     """Rank that a block of this shape is truncated to; ``None`` where whole is no larger."""
     if rank is None or rank * (d_out + d_in) >= d_out * d_in:
@@ -137,7 +146,9 @@ def test_matrix(seed: int, query_id: str, block: str, d_in: int, width: int) -> 
 def truncated(
     m_NOI: Tensor, rank: int, seed: int, queries: Sequence[str], block: str
 ) -> tuple[Tensor, Tensor]:
-    """:func:`truncated_svd` of some queries' matrices of a block, with their own test matrices."""
+    """:func:`truncated_svd` of some queries' matrices of a block, with their own test matrices;
+    NumericalError for one that is not finite."""
+    check_products(block, BlockProducts(full=m_NOI), queries)
     d_out, d_in = m_NOI.shape[1:]
     width = min(rank + _OVERSAMPLING, d_out, d_in)
     tests = torch.stack([test_matrix(seed, query, block, d_in, width) for query in queries])
