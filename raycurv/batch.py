@@ -77,6 +77,31 @@ class Batch:
         examples = torch.arange(self.size, device=outputs.device)
         return outputs[examples, at.clamp(0, outputs.shape[1] - 1)], here
 
+    def part(self, examples: Sequence[int], positions: int | None = None) -> Batch:
+        """Some examples, by their places in the microbatch, and of token data no more than the
+        first so many positions."""
+        rows = torch.tensor(list(examples), device=self.inputs.device)
+        end = None if self.mask is None else positions
+
+        def cut(tensor: Tensor) -> Tensor:
+            tokens = self.mask is not None and tensor.shape[:2] == self.mask.shape
+            return tensor[rows, :end] if tokens else tensor[rows]
+
+        return replace(
+            self,
+            ids=tuple(self.ids[n] for n in examples),
+            inputs=cut(self.inputs),
+            mask=None if self.mask is None else cut(self.mask),
+            labels=None if self.labels is None else cut(self.labels),
+            loss_mask=None if self.loss_mask is None else cut(self.loss_mask),
+            drawn=None if self.drawn is None else torch.stack([cut(y) for y in self.drawn]),
+            numbers=tuple(self.numbers[n] for n in examples) if self.numbers else (),
+            columns={
+                name: c[rows] if isinstance(c, Tensor) else [c[n] for n in examples]
+                for name, c in self.columns.items()
+            },
+        )
+
     def to(self, device: torch.device) -> Batch:
         """The same microbatch with its tensors on ``device``."""
 

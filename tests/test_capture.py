@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from dense import worst
 from networks import Mixer
+from results import assert_same
 from torch import Tensor, nn
 
 import raycurv
@@ -48,8 +51,8 @@ def captured(module: nn.Module, x: Tensor, mask: Tensor | None = None) -> tuple[
         out = module(x)
     blocks = capture.discover(record)
     capture.blocks = {block.name: block for block in blocks}
-    if record.leaves:
-        torch.autograd.grad(out.square().sum(), record.leaves, allow_unused=True)
+    if out.requires_grad:
+        out.square().sum().backward()
     return capture, capture.captured(record)
 
 
@@ -66,21 +69,43 @@ def test_an_input_changed_in_place_after_its_capture_is_an_error_that_names_the_
         captured(Module(forward), rows())
 
 
-def test_an_output_changed_in_place_keeps_the_gradient_of_what_it_was() -> None:
+@pytest.mark.parametrize("shape", [(4, 3), (4, 2, 3)], ids=str)
+def test_an_output_changed_in_place_keeps_the_gradient_of_what_it_was(
+    shape: tuple[int, ...],
+) -> None:
     def inplace(m: nn.Module, x: Tensor) -> Tensor:
-        return m.b(torch.relu_(m.a(x)))
+        return torch.relu_(m.b(torch.relu_(m.a(x))))
 
     def plain(m: nn.Module, x: Tensor) -> Tensor:
-        return m.b(torch.relu(m.a(x)))
+        return torch.relu(m.b(torch.relu(m.a(x))))
 
     torch.manual_seed(0)
     one = Module(inplace)
     other = Module(plain)
     other.load_state_dict(one.state_dict())
-    (_, got), (_, want) = captured(one, rows()), captured(other, rows())
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
+    (_, got), (_, want) = captured(one, x), captured(other, x)
     for name in ("a", "b"):
+        assert want.gradients[name] is not None
         assert torch.equal(got.gradients[name], want.gradients[name])
         assert torch.equal(got.inputs[f"{name}.input"], want.inputs[f"{name}.input"])
+
+
+def test_layers_over_positions_may_be_followed_by_an_operation_in_place(tmp_path: Path) -> None:
+    def network(inplace: bool) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Linear(3, 5), nn.ReLU(inplace), nn.Linear(5, 5), nn.ReLU(inplace),
+            nn.Linear(5, 4), nn.Flatten(),
+        )  # fmt: skip
+
+    rows = [{"inputs": x.tolist(), "labels": n} for n, x in enumerate(torch.randn(6, 2, 3))]
+    for name, inplace in (("in place", True), ("plain", False)):
+        raycurv.fit(
+            partial(network, inplace), rows, tmp_path / name, objective="classification",
+            address="none", quiet=True, gradients=True,
+        )  # fmt: skip
+    assert_same(tmp_path / "in place", tmp_path / "plain")
 
 
 def test_blocks_that_read_one_tensor_share_a_factor_when_their_columns_agree() -> None:
@@ -153,8 +178,10 @@ def test_hooks_come_off_again_and_hold_nothing() -> None:
     module = Module(lambda m, x: m.b(m.a(x)))
     capture = Capture(module, choose_blocks(module, ()))
     assert all(len(m._forward_hooks) == 1 for m in (module.a, module.b))
+    assert not any(p.requires_grad for p in module.parameters())
     capture.close()
     assert not any(m._forward_hooks for m in (module.a, module.b))
+    assert all(p.requires_grad for p in module.parameters())
     capture = Capture(module, choose_blocks(module, ()))
     del capture
     gc.collect()

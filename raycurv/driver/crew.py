@@ -30,6 +30,7 @@ class Crew:
     """Takes microbatches through all replicas, and their sums to the end of the pass."""
 
     def __init__(self, passage: Passage) -> None:
+        self._workers = passage.workers
         self._pool, self._store = passage.workers.pool, passage.workers.store
         self._work, self._ends = passage.work, passage.ends
         self._lines = [Line(passage, replica) for replica in range(self._pool.replicas)]
@@ -98,6 +99,9 @@ class Crew:
 
     def finish(self) -> None:
         """Add up what was gathered over replicas, write it, and end the pass."""
+        if self._work.differentiates:
+            for proof in self._everywhere(lambda calls, r, s: calls.proof()).values():
+                self._workers.take_proof(proof)
         names = self._everywhere(lambda calls, r, s: calls.names())
         # Stages side by side; a name at a time of each.
         by_stage = [[(s, name) for name in names[0, s]] for s in range(self._pool.stages)]

@@ -85,7 +85,7 @@ class Sweep:
         streams: Mapping[str, Feed],
         target: Target | None = None,
     ) -> None:
-        self._workers, self.streams = workers, dict(streams)
+        self._workers, self._manifest, self.streams = workers, manifest, dict(streams)
         self._spool: Spool | None = None
         if self.last > 0:
             units = [[workers.cuts[stage].stop for stage in group] for group in workers.groups]
@@ -127,7 +127,10 @@ class Sweep:
             ends = self._back(group, task, lowest)
             try:
                 pipeline = self._pipeline(group, task, ends, label)
-                return pipeline.run(task.sink, self.commit_directory(task.work.name, group))
+                names = pipeline.run(task.sink, self.commit_directory(task.work.name, group))
+                if task.work.differentiates:
+                    self._record_agreement(group)
+                return names
             except LostSpool as lost:
                 self._remake(lost, task)
 
@@ -154,6 +157,22 @@ class Sweep:
             self._spool.level = self.last
 
     # Parts
+
+    def _record_agreement(self, group: int) -> None:
+        """Write down at once how well captured gradients agree with autograd's, in all stages so
+        far: a job that goes on from here may not look at these again. ``None`` stays once a part of
+        the work was done without."""
+        workers, facts = self._workers, self._manifest.facts
+        before, found = facts.get("capture_check", {"worst": -1.0}), workers.agreement
+        if not workers.check_capture:
+            facts["capture_check"] = None
+        elif before is not None and found is not None and found.worst > before["worst"]:
+            facts["capture_check"] = {
+                "worst": found.worst, "block": found.block, "tolerance": found.tolerance,
+            }  # fmt: skip
+            self._manifest.write(workers.store)
+        if group == 0:
+            workers.say_agreement()
 
     def _missing(
         self, name: str, kind: Literal["hidden", "gradient"], boundary: int, feed: Feed

@@ -18,6 +18,7 @@ from raycurv.driver.timeline_table import write_timeline
 from raycurv.errors import UserError
 from raycurv.files.store import Store
 from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.capture_check import Agreement
 from raycurv.models.model import Model
 from raycurv.models.patched import parts
 from raycurv.progress.phase import PhaseProgress
@@ -25,7 +26,7 @@ from raycurv.progress.reporter import Reporter
 from raycurv.stages.dealing import cut_stages, group_stages
 from raycurv.stages.heap import RESIDENT, SWEPT
 from raycurv.stages.pool import InProcess, Need, Pool
-from raycurv.stages.stage import StageSpec
+from raycurv.stages.stage import Proof, StageSpec
 
 T = TypeVar("T")
 
@@ -50,6 +51,7 @@ class Workers:
         measurement: of queries, where it is not the objective's: the name of another objective, or
             itself.
         seed: of drawn labels.
+        check_capture: whether stages hold captured gradients against autograd's.
 
     Attributes:
         store: of the results, which every node must reach; the timeline goes there.
@@ -58,6 +60,8 @@ class Workers:
         by_stage: blocks of each stage.
         groups: stages that are resident together, as ranges of their numbers.
         resident: number of the group whose stages are loaded, if any is.
+        check_capture: as given.
+        agreement: of captured gradients with autograd's, in the stages that have said so by now.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class Workers:
         reporter: Reporter,
         store: Store,
         measurement: Any = None,
+        check_capture: bool = False,
     ) -> None:
         self.settings, self.reporter, self.store = settings, reporter, store
         self.dtype = dtype
@@ -80,6 +85,9 @@ class Workers:
         homes = settings.homes if settings.schedule == "swept" else stages
         self.groups = group_stages(stages, homes)
         self.resident: int | None = None
+        self.check_capture = check_capture
+        self.agreement: Agreement | None = None
+        self._said_agreement = self._said_plain = False
         # What all stages have in common.
         self._spec = StageSpec(
             index=0,
@@ -93,6 +101,7 @@ class Workers:
             gives_back=SWEPT if len(self.groups) > 1 else RESIDENT,
             measurement=measurement,
             folder=os.getcwd(),
+            check_capture=check_capture,
         )
         self._deal(blocks)
 
@@ -150,6 +159,28 @@ class Workers:
                 preflight(self.store, self.own)
             self._pool.spans.watch = self.reporter.watch
         return self._pool
+
+    def take_proof(self, proof: Proof) -> None:
+        """Note what a stage says of its captured gradients."""
+        mine = self.agreement
+        if proof.agreement is not None:
+            self.agreement = proof.agreement if mine is None else mine.joined(proof.agreement)
+        if proof.plain_checkpoints and not self._said_plain:
+            self._said_plain = True
+            self.reporter.say(
+                "gradient checkpointing (use_reentrant=True) inside the model is switched off: "
+                "activations of a microbatch stay in memory"
+            )
+
+    def say_agreement(self) -> None:
+        """Say once how well captured gradients agree with autograd's."""
+        found = self.agreement
+        if found is not None and not self._said_agreement:
+            self._said_agreement = True
+            self.reporter.say(
+                f"captured gradients agree with autograd's within {found.worst:.1g} (most that is "
+                f"borne: {found.tolerance:g}; seen in {found.seconds:.2g} s)"
+            )
 
     def feed(self, corpus: Corpus, drawn: Drawn | None = None) -> Feed:
         """The microbatches of a corpus, with the labels that were drawn for it if a pass reads

@@ -154,6 +154,7 @@ class Shell(Generic[S]):
         dtype: torch.dtype,
         seed: int,
         measurement: str | Objective | None = None,
+        check_capture: bool = False,
     ) -> Iterator[Workers]:
         """The processes of the job, which are let go of at the end whatever happens.
 
@@ -164,10 +165,11 @@ class Shell(Generic[S]):
             dtype: of the model's computation.
             seed: of drawn labels.
             measurement: of queries, where it is not the objective's.
+            check_capture: whether captured gradients are held against autograd's.
         """
         found = Workers(
             self.settings, network, objective, blocks, dtype, seed, self.reporter, self.store,
-            measurement,
+            measurement, check_capture,
         )  # fmt: skip
         try:
             yield found

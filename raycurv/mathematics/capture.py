@@ -1,8 +1,9 @@
 """What a microbatch leaves for curvature: every block's inputs and output gradients, as rows.
 
-Weights are frozen, so no weight gradient is ever computed; the exact per-example gradient of a
-block is the sum of ``g aᵀ`` over its captured rows. How its kind of weight is caught and laid out
-as rows is the kind's own business (:mod:`raycurv.mathematics.kinds.kind`).
+Weights are frozen, so no weight gradient is computed; the exact per-example gradient of a block is
+the sum of ``g aᵀ`` over its captured rows, which :mod:`raycurv.mathematics.capture_check` proves.
+How its kind of weight is caught and laid out as rows is the kind's own business
+(:mod:`raycurv.mathematics.kinds.kind`).
 
 Axis letters: N examples, T rows of an example (tokens x calls of the module, or output positions),
 S groups of a convolution, I inputs (with the bias column), O outputs.
@@ -11,9 +12,10 @@ S groups of a convolution, I inputs (with the bias column), O outputs.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,7 +59,6 @@ class Record:
 
     batch: Batch
     calls: dict[str, list[ModuleCall]] = field(default_factory=dict)
-    leaves: list[Tensor] = field(default_factory=list)
     span: tuple[int, int] | None = None
     draw: int = 0
 
@@ -74,28 +75,40 @@ class Record:
 class Capture:
     """Captures the blocks of one stage.
 
-    Several microbatches may be open at once; each has its own :class:`Record`.
+    Several microbatches may be open at once; each has its own :class:`Record`. Gradients are caught
+    by hooks, so a backward has to run through all of the graph: ``torch.autograd.backward``, and
+    not ``grad``, which takes only the ways that lead to what it is asked for.
+
+    Attributes:
+        blocks: by name.
+        kinds, modules: of each block, by its name.
     """
 
     def __init__(self, module: nn.Module, blocks: Sequence[Block]) -> None:
         self.blocks = {block.name: block for block in blocks}
         self._record: Record | None = None
-        self._kinds: dict[str, Kind] = {block.name: kind_of_block(block) for block in blocks}
-        self._modules = {block.name: module.get_submodule(block.module) for block in blocks}
+        self._backward = False
+        self.kinds: dict[str, Kind] = {block.name: kind_of_block(block) for block in blocks}
+        self.modules = {block.name: module.get_submodule(block.module) for block in blocks}
         self._layouts = {
-            block.name: self._kinds[block.name].layout(block, self._modules[block.name])
+            block.name: self.kinds[block.name].layout(block, self.modules[block.name])
             for block in blocks
         }
         by_module: dict[str, list[Block]] = {}
         for block in blocks:
             by_module.setdefault(block.module, []).append(block)
-        note, self._ends = _noting(weakref.ref(self)), []
+        note = _noting(weakref.ref(self))
+        self._ends: list[Callable[[], object]] = []
         for first, *others in by_module.values():
-            owner = self._modules[first.name]
-            owner.requires_grad_(False)
-            self._ends.append(self._kinds[first.name].catch(owner, (first, *others), note))
+            owner = self.modules[first.name]
+            for parameter in owner.parameters():
+                if parameter.requires_grad:
+                    parameter.requires_grad_(False)
+                    self._ends.append(partial(parameter.requires_grad_, True))
+            self._ends.append(self.kinds[first.name].catch(owner, (first, *others), note))
 
     def close(self) -> None:
+        """Leave the modules as they were."""
         for end in self._ends:
             end()
 
@@ -107,6 +120,16 @@ class Capture:
             yield record
         finally:
             self._record = None
+
+    @contextmanager
+    def going_back(self) -> Iterator[None]:
+        """Within it, a part of the forward that runs again for the backward (a checkpoint) makes
+        the graph that it made when it was recorded."""
+        self._backward = True
+        try:
+            yield
+        finally:
+            self._backward = False
 
     def discover(self, record: Record) -> tuple[Block, ...]:
         """The blocks with their input factors, found by which of them read the same tensor."""
@@ -165,7 +188,7 @@ class Capture:
 
     def _inputs(self, record: Record, block: Block) -> tuple[list[Tensor], list[Tensor | None]]:
         """Of each call its rows ``[N, T, I]``, and which count, ``[N, T]``, where not all do."""
-        kind, module = self._kinds[block.name], self._modules[block.name]
+        kind, module = self.kinds[block.name], self.modules[block.name]
         parts, live = [], []
         for call in record.calls[block.name]:
             if call.x._version != call.version:
@@ -197,7 +220,7 @@ class Capture:
         calls, parts = record.calls[block.name], []
         if all(draw not in call.g for call in calls):
             return None
-        kind, module = self._kinds[block.name], self._modules[block.name]
+        kind, module = self.kinds[block.name], self.modules[block.name]
         for call, a, mask in zip(calls, inputs, live, strict=True):
             if draw not in call.g:
                 parts.append(call.x.new_zeros((*a.shape[:2], block.d_out)))
@@ -251,9 +274,34 @@ def check_finite(captured: Captured) -> None:
             )
 
 
+class _Root(torch.autograd.Function):
+    # Of the anchor, whose only use is to require a gradient, and an output. A copy, so that the
+    # model may go on to change it in place.
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, y: Tensor) -> Tensor:
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def _rooted(y: Any) -> Any:
+    """A module's output, with a graph that starts here where everything before is frozen; never a
+    view, whose hooks an in-place operation of the model's would leave behind without a word."""
+    if not isinstance(y, Tensor) or not torch.is_grad_enabled():
+        return y
+    if y.requires_grad:
+        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+    anchor = torch.zeros((), device=y.device, requires_grad=True)
+    return _Root.apply(anchor, y)  # type: ignore[no-untyped-call]
+
+
 def _noting(capture: weakref.ref[Capture]) -> Note:
     def note(block: str, x: Any, y: Any, detail: Any = None) -> Any:
         owner = capture()
+        if owner is not None and owner._backward:
+            return _rooted(y)
         record = None if owner is None else owner._record
         if record is None:
             return y
@@ -269,14 +317,9 @@ def _noting(capture: weakref.ref[Capture]) -> Note:
             positions = record.batch.mask.shape[1]
         call = ModuleCall(x.detach(), x._version, record.batch.size, start, positions, detail)
         record.calls.setdefault(block, []).append(call)
-        if not torch.is_grad_enabled():
-            return y
+        y = _rooted(y)
         if not y.requires_grad:
-            # Everything before is frozen: the graph starts here. The leaf is cloned so that the
-            # model may go on to change its output in place.
-            leaf = y.detach().requires_grad_()
-            record.leaves.append(leaf)
-            y = leaf.clone()
+            return y
 
         def keep(g: Tensor) -> None:
             call.g[record.draw] = g.detach()

@@ -84,6 +84,7 @@ class HFOutline(Outline):
     """
 
     token_inputs = True
+    any_length = True
     anatomy: Anatomy
     _skeleton: nn.Module | None
     # Patterns of names that the model's class knows to be of no use.

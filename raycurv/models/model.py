@@ -59,6 +59,7 @@ class Outline(ABC):
         max_positions: longest sequence, in tokens, if the model says so.
         trust_remote_code: whether code that the model's directory brings along may run.
         notices: what a person should know of how it was opened, sentences without a full stop.
+        any_length: whether its layers take sequences of every length below that.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Outline(ABC):
     tied_head: str | None = None
     max_positions: int | None = None
     notices: tuple[str, ...] = ()
+    any_length: bool = False
     vocab_size: int | None = None
     tokenizer_dir: str | None = None
     token_inputs: bool

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.capture_check import EXAMPLES, POSITIONS
 from raycurv.mathematics.gradients import CHUNK, PIECE, rotate_before
 from raycurv.mathematics.sums import FOLD_EVERY
 from raycurv.planning.shapes import DataShape, Recipe, StageShape, squares
@@ -97,8 +98,9 @@ def cast_elements(recipe: Recipe, elements: int) -> int:
 def running(
     stage: StageShape, recipe: Recipe, data: DataShape, held: Bytes, gathering: Bytes
 ) -> tuple[Moment, ...]:
-    """The moments of a microbatch: at the turn or the start of its backward, and when its captured
-    tensors are gathered."""
+    """The moments of a microbatch: when captured gradients are held against autograd's, before the
+    first of them; at the turn or the start of its backward; and when its captured tensors are
+    gathered."""
     item, rows, draws = recipe.dtype.itemsize, data.rows, recipe.back
     inputs = rows * item * sum(_input_widths(stage).values())
     gradients = rows * item * draws * sum(b.d_out for b in stage.blocks)
@@ -114,9 +116,27 @@ def running(
     }
     backward = {"hidden states": hidden * (2 + draws)} | _layer(stage, recipe, data)
     return (
+        # In a stage that nothing is open in.
+        Moment("capture check", held, _check(stage, recipe, data), data.microbatches, graphs=True),
         Moment("turn", held, backward | _head(stage, recipe, data, True), graphs=True),
         Moment("gathering", held, captured | gathering, open_below=1, graphs=True),
     )
+
+
+def _check(stage: StageShape, recipe: Recipe, data: DataShape) -> Bytes:
+    """The graph of a few examples, what was captured of them, and the gradient of a weight with
+    what it is held against."""
+    item, examples = recipe.dtype.itemsize, min(EXAMPLES, data.batch_examples)
+    positions = min(POSITIONS, data.batch_positions) if stage.any_length else data.batch_positions
+    rows = examples * positions
+    widths = sum(w + bias for w, bias in _inputs(stage) if bias) + sum(
+        b.d_out for b in stage.blocks
+    )
+    return {
+        "activations of some examples": stage.graph * rows // data.rows,
+        "captured of some examples": rows * item * widths,
+        "gradient of a weight": item * stage.largest_block + 12 * PIECE,
+    }
 
 
 def _inputs(stage: StageShape) -> Iterator[tuple[int, bool]]:

@@ -146,6 +146,7 @@ class StageShape:
         width: columns of the hidden states.
         first, last: whether it holds that end of the chain.
         vocabulary: logits of a position, in the last stage; 0 elsewhere.
+        any_length: whether its layers take sequences of every length.
     """
 
     index: int
@@ -158,6 +159,7 @@ class StageShape:
     first: bool
     last: bool
     vocabulary: int
+    any_length: bool
 
     @property
     def elements(self) -> int:
@@ -223,6 +225,7 @@ def stage_shapes(
                 first=units.start == 0,
                 last=last,
                 vocabulary=(outline.vocab_size or 0) if last else 0,
+                any_length=outline.any_length,
             )
         )
     return tuple(shapes)

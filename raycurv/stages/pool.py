@@ -20,7 +20,7 @@ from raycurv.models.model import Model
 from raycurv.stages.heap import give_back
 from raycurv.stages.passes import Pass
 from raycurv.stages.spans import SpanLog, actor_name, timed
-from raycurv.stages.stage import Commit, Stage, StageSpec
+from raycurv.stages.stage import Commit, Proof, Stage, StageSpec
 
 # Bytes up to which tasks in one process run beside each other.
 _SMALL = 2**28
@@ -120,6 +120,9 @@ class StageCalls:
 
     def write(self, name: str, result: Handle[Any] | None = None) -> Handle[None]:
         return self._one("write", name, result)
+
+    def proof(self) -> Handle[Proof]:
+        return self._one("proof")
 
     def finish(self) -> Handle[None]:
         return self._one("finish")

@@ -7,6 +7,7 @@ states, and what goes with them; gradients come back for those of floating point
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +22,16 @@ from raycurv.files.store import Store
 from raycurv.files.tensorfile import open_tensors, write_tensors
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Capture, Record, check_finite
+from raycurv.mathematics.capture_check import (
+    EXAMPLES,
+    POSITIONS,
+    TOLERANCE,
+    Agreement,
+    chosen_examples,
+    disagreements,
+    refuse,
+)
+from raycurv.mathematics.checkpointing import PlainCheckpoints
 from raycurv.mathematics.frozen_linear import FrozenLinear
 from raycurv.mathematics.loss.differentiation import differentiate
 from raycurv.mathematics.loss.objective import Objective, open_measurement, open_objective
@@ -57,6 +68,8 @@ class StageSpec:
         logits_chunk: logits formed at once.
         threads: for CPU kernels; ``None`` leaves them alone.
         gives_back: bytes from which a freed tensor goes back to the system at once.
+        check_capture: whether captured gradients are held against autograd's, see
+            :mod:`raycurv.mathematics.capture_check`.
     """
 
     index: int
@@ -72,6 +85,21 @@ class StageSpec:
     gives_back: int = RESIDENT
     measurement: Any = None
     folder: str | None = None
+    check_capture: bool = False
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What a stage says of its captured gradients.
+
+    Attributes:
+        agreement: with autograd; ``None`` where nothing was checked.
+        plain_checkpoints: whether checkpoints of the model (``use_reentrant=True``) are called
+            plainly.
+    """
+
+    agreement: Agreement | None
+    plain_checkpoints: bool
 
 
 # Among a commit's tensors: the microbatches that its sums contain.
@@ -109,6 +137,10 @@ class Stage:
         if spec.measurement is not None:
             self._measured = open_measurement(spec.measurement, spec.folder)
         self._capture = Capture(self._segment.module, spec.blocks)
+        self._checkpoints = PlainCheckpoints()
+        self._agreement: Agreement | None = None
+        # What is differentiated -> how many examples of it have been looked at.
+        self._checked: dict[str, int] = {}
         self._open: dict[int, _Open] = {}
         self._pass: Pass | None = None
         self._gathered: Gathered | None = None
@@ -178,6 +210,8 @@ class Stage:
         assert self._pass is not None
         differentiates = self._pass.differentiates
         batch = batch.to(self._device)
+        if differentiates:
+            self._check_capture(batch, hidden)
         entered = self._entering(hidden, differentiates)
         record = Record(batch)
         with self._graph(differentiates, record):
@@ -212,8 +246,7 @@ class Stage:
             return self.backward(batch.index, gradients)
         batch = batch.to(self._device)
         record = Record(batch) if opened is None else opened.record
-        target = self._pass.target
-        objective = self._measured if target == "measurement" else self._objective
+        target, objective = self._pass.target, self._measures()
 
         def begin_draw(draw: int) -> None:
             record.draw = draw
@@ -258,20 +291,19 @@ class Stage:
             for tensor, gradient in zip(_differentiable(opened.left), gradients, strict=True)
             if tensor.requires_grad
         ]
-        sources, count = [*entered, *record.leaves], len(gradients[0])
+        count = len(gradients[0])
         for draw in range(count):
             record.draw = draw
-            found: Sequence[Tensor | None] = [None] * len(sources)
             if left:
-                found = torch.autograd.grad(
-                    [tensor for tensor, _ in left],
-                    sources,
-                    [gradient[draw] for _, gradient in left],
-                    retain_graph=draw + 1 < count,
-                    allow_unused=True,
-                )
-            for tensor, gradients_back, own in zip(entered, back, found, strict=False):
-                gradients_back.append(torch.zeros_like(tensor) if own is None else own)
+                with self._capture.going_back(), FrozenLinear():
+                    torch.autograd.backward(
+                        [tensor for tensor, _ in left],
+                        [gradient[draw] for _, gradient in left],
+                        retain_graph=draw + 1 < count,
+                    )
+            for tensor, gradients_back in zip(entered, back, strict=True):
+                found, tensor.grad = tensor.grad, None
+                gradients_back.append(torch.zeros_like(tensor) if found is None else found)
             own_labels = target == "labels" or (target == "both" and draw + 1 == count)
             draws.append(self._capture.captured(record, draw, own_labels))
             check_finite(draws[-1])
@@ -307,6 +339,10 @@ class Stage:
         assert self._gathered is not None
         self._gathered.write(name, self._gathered.result(name) if result is None else result)
 
+    def proof(self) -> Proof:
+        """How well captured gradients agreed with autograd's so far."""
+        return Proof(self._agreement, self._checkpoints.met)
+
     def finish(self) -> None:
         """End the pass, and forget its sums."""
         self._open.clear()
@@ -315,8 +351,76 @@ class Stage:
     @contextmanager
     def _graph(self, differentiates: bool, record: Record) -> Iterator[None]:
         recording = self._capture.recording(record)
-        with torch.set_grad_enabled(differentiates), FrozenLinear(), recording:
+        with torch.set_grad_enabled(differentiates), FrozenLinear(), self._checkpoints, recording:
             yield
+
+    def _measures(self) -> Objective:
+        """The objective of the pass."""
+        assert self._pass is not None
+        return self._measured if self._pass.target == "measurement" else self._objective
+
+    def _check_capture(self, batch: Batch, hidden: Hidden | None) -> None:
+        """Hold captured gradients against autograd's, on some examples of the first microbatch of
+        each kind of pass, and of the first one of several examples.
+
+        Raises:
+            UserError: a block's gradient is not what its rows say, or not that of one example.
+        """
+        assert self._pass is not None
+        target, some = self._pass.target, min(batch.size, EXAMPLES)
+        if not self.spec.check_capture or not self.blocks or self._checked.get(target, 0) >= some:
+            return
+        self._checked[target] = some
+        began, dtype = time.monotonic(), self.spec.dtype
+        rows = chosen_examples(batch)
+        errors = self._disagreements(batch, hidden, rows)
+        if errors is None:
+            errors = self._disagreements(batch, hidden, rows[:1])
+        assert errors is not None
+        worst, tolerance = max(errors, key=lambda name: errors[name]), TOLERANCE[dtype]
+        if errors[worst] > tolerance:
+            alone = errors
+            if len(rows) > 1:
+                alone = self._disagreements(batch, hidden, rows[:1]) or errors
+            refuse(self._capture, errors, alone[worst] <= tolerance, tolerance)
+        found = Agreement(errors[worst], worst, tolerance, time.monotonic() - began)
+        self._agreement = found if self._agreement is None else self._agreement.joined(found)
+
+    def _disagreements(
+        self, batch: Batch, hidden: Hidden | None, rows: Sequence[int]
+    ) -> dict[str, float] | None:
+        """See :func:`raycurv.mathematics.capture_check.disagreements`; of these examples."""
+        positions = None
+        if self.spec.model.any_length and (hidden is None or len(hidden) == 1):
+            positions = POSITIONS
+        part, entered = batch.part(rows, positions), None
+        if hidden is not None:
+            cut = slice(None) if batch.mask is None else slice(positions)
+            entered = tuple(
+                tensor[list(rows)][:, cut] if tensor.ndim > 1 and len(tensor) == batch.size
+                else tensor for tensor in hidden
+            )  # fmt: skip
+        objective = self._measures()
+
+        def through(record: Record) -> list[tuple[Tensor, int]]:
+            with self._checkpoints:
+                left = self._segment.forward(part, _own(self._entering(entered, True)))
+                roots = [(tensor, 0) for tensor in left]
+                if not self._segment.last:
+                    return roots
+                if not objective.per_token or left[0].ndim < 3:
+                    return [(self._head(objective, record, left[0], 0), 0), *roots]
+                end = min(left[0].shape[1], self._slice_positions(part, left[0]))
+                # In two slices, as the positions of a long vocabulary are.
+                middle = -(-end // 2)
+                slices = [(0, middle), (middle, end)] if middle < end else [(0, end)]
+                heads = [
+                    (self._head(objective, record, left[0][:, start:stop], start), start)
+                    for start, stop in slices
+                ]
+                return [*heads, *roots]
+
+        return disagreements(self._capture, part, through, self.spec.dtype)
 
     def _entering(self, hidden: Hidden | None, differentiates: bool) -> Hidden | None:
         if hidden is None:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from raycurv.data.uri import shown
 from raycurv.driver.settings import (
+    Capturing,
     Count,
     DtypeName,
     Execution,
@@ -32,7 +33,7 @@ ROWS = 64
 
 
 @dataclass(frozen=True)
-class FitSettings(Execution, Reading):
+class FitSettings(Execution, Reading, Capturing):
     """Curvature of a model on a data set, into a run directory."""
 
     model: Required[InputPath] = ""

@@ -77,7 +77,9 @@ def _fit(shell: Shell[FitSettings]) -> None:
     if open_method(settings.method).factors:
         check_axes(blocks, settings.max_factor_dim)
     dtype = DTYPES[settings.dtype]
-    with shell.workers(network, objective, blocks, dtype, settings.seed) as workers:
+    with shell.workers(
+        network, objective, blocks, dtype, settings.seed, check_capture=settings.check_capture
+    ) as workers:
         parents = open_parents(settings, store, network)
         prints = {
             "model": network.fingerprint(),

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from raycurv.driver.settings import (
+    Capturing,
     Count,
     DampingText,
     DtypeName,
@@ -26,7 +27,7 @@ from raycurv.errors import UserError
 
 
 @dataclass(frozen=True)
-class InfluenceSettings(Execution, Reading):
+class InfluenceSettings(Execution, Reading, Capturing):
     """Scores of every query against every training example."""
 
     run: Required[InputPath] = ""

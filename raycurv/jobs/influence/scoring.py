@@ -114,8 +114,9 @@ def _score(shell: Shell[InfluenceSettings]) -> None:
     training = others[0] if others else None
     seed: int = fitted.settings["seed"]
     with shell.workers(
-        fitted.network, fitted.objective, blocks, DTYPES[dtype], seed, named
-    ) as workers:
+        fitted.network, fitted.objective, blocks, DTYPES[dtype], seed, named,
+        settings.check_capture,
+    ) as workers:  # fmt: skip
         recipe = recipe_of(fitted.settings | {"dtype": dtype}, settings.logits_chunk, settings)
         recipe = replace(recipe, whole_queries=not measured.per_token)
         lengths = None if training is None else training.lengths

@@ -199,7 +199,9 @@ def _behind(parts: list[Tensor], per_token: bool) -> Tensor:
 def _gradient(value: Tensor, leaf: Tensor, again: bool) -> Tensor:
     if not value.requires_grad:
         return torch.zeros_like(leaf)
-    (found,) = torch.autograd.grad(value, leaf, retain_graph=again, allow_unused=True)
+    # All of the graph, whose hooks catch the gradients of blocks in the head: see Capture.
+    torch.autograd.backward(value, retain_graph=again)
+    found, leaf.grad = leaf.grad, None
     return torch.zeros_like(leaf) if found is None else found
 
 
