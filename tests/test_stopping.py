@@ -1,12 +1,16 @@
-"""Claims about SIGTERM and SIGINT: a job keeps what it has done, says so, and is gone in seconds.
+"""Claims about SIGTERM, SIGINT and SIGHUP: a job keeps what it has done, says so, and is gone in
+seconds.
 
 What must be equal is equal bit for bit: one thread a process, float64, the same microbatches.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -20,12 +24,24 @@ from commands import classified, flags_of, run_here, start, write_rows
 from failures import timeline
 from test_resume import assert_same
 
+from raycurv.jobs import last_line
+from raycurv.progress import stopping
+
 torch.set_num_threads(1)
 
 ROWS = 80
 # On two quiet cores it takes less than the three seconds that `ray job stop` waits; others may be
 # at work on the machine of the tests.
 SECONDS = 10.0
+# 127.0.0.1, as itself and within IPv6, and ::1, as Linux has them: words whose last byte is first.
+OWN_ADDRESSES = ("0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000")
+
+
+def token_of(pid: int) -> str | None:
+    """The token of Ray's in a process's environment, where Ray asks for it."""
+    words = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    found = dict(word.partition("=")[::2] for word in words)
+    return found.get("RAY_AUTH_TOKEN") if found.get("RAY_AUTH_MODE") == "token" else None
 
 
 @dataclass(frozen=True)
@@ -85,14 +101,38 @@ def alive(pid: int) -> bool:
     return state != "Z"
 
 
+def beyond_this_machine(pids: list[int]) -> list[str]:
+    """Addresses other than this machine's own at which processes listen."""
+    sockets = set()
+    for link in (link for pid in pids for link in Path(f"/proc/{pid}/fd").iterdir()):
+        with contextlib.suppress(OSError):
+            sockets.add(os.readlink(link))
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            words = line.split()
+            # 127.0.0.1, as itself and within IPv6, and ::1; words of four bytes, the last first.
+            own = words[1].startswith(
+                ("0100007F:", "0000000000000000FFFF00000100007F:", 24 * "0" + "01000000:")
+            )
+            if words[3] == "0A" and f"socket:[{words[9]}]" in sockets and not own:
+                found.append(words[1])
+    return found
+
+
 def stop(
     name: str,
     flags: list[str],
     ready: Callable[[], bool],
     number: int = signal.SIGTERM,
-    **environment: str,
+    look: Callable[[list[int]], None] = lambda pids: None,
+    **environment: str | None,
 ) -> dict[str, Any]:
-    """Send a job a signal as soon as the moment has come; gives what its last line says."""
+    """Send a job a signal as soon as the moment has come; gives what its last line says.
+
+    Args:
+        look: is given the job's processes at that moment.
+    """
     process = start(name, flags, RAY_worker_niceness="0", **environment)
     until = time.monotonic() + 120
     while not ready():
@@ -100,6 +140,11 @@ def stop(
         assert time.monotonic() < until, "the moment did not come"
         time.sleep(0.002)
     started = below(process.pid)
+    look([process.pid, *started])
+    # A terminal that goes away tells everybody.
+    for pid in started if number == signal.SIGHUP else []:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
     process.send_signal(number)
     sent = time.monotonic()
     process.wait(timeout=60)
@@ -123,16 +168,25 @@ def done(out: Path, name: str) -> int:
 
 
 # Over 20 s on a busy machine: two jobs one after the other, one of which starts a Ray of its own.
-@pytest.mark.parametrize(
-    ("address", "number"), [("none", signal.SIGINT), ("local", signal.SIGTERM)]
-)
+@pytest.mark.parametrize(("address", "number"), [("none", signal.SIGINT), ("local", signal.SIGHUP)])
 def test_a_pass_commits_what_it_has_done_and_goes_on_from_there(
     address: str, number: int, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, trace = tmp_path / "run", tmp_path / "trace"
     flags = job.flags(out, address)
     trace.touch()
-    said = stop("fit.py", flags, lambda: trace.stat().st_size > 20, number, PACED_TRACE=str(trace))
+
+    def look(pids: list[int]) -> None:
+        # A Ray of its own is for this machine alone, and for who knows its token.
+        assert beyond_this_machine(pids) == []
+        # Titles that Ray gives to workers take the place of their environment.
+        tokens = {token_of(pid) for pid in pids[1:]} - {None}
+        assert len(tokens) == (address == "local")
+
+    said = stop(
+        "fit.py", flags, lambda: trace.stat().st_size > 20, number, look,
+        PACED_TRACE=str(trace), RAY_AUTH_MODE=None, RAY_AUTH_TOKEN=None,
+    )  # fmt: skip
     assert said["out"] == str(out) and "first pass: A and G" in said["phases"]
     # No commit was due for a minute.
     committed = done(out, "covariance")
@@ -194,8 +248,32 @@ def test_a_job_stops_while_its_model_loads(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_job_that_only_loads_its_libraries_stops_too(job: Job, tmp_path: Path) -> None:
     begun = time.monotonic()
-    said = stop("fit.py", job.flags(tmp_path / "run", "none"), lambda: time.monotonic() > begun + 1)
+    flags = job.flags(tmp_path / "run", "none")
+    said = stop("fit.py", flags, lambda: time.monotonic() > begun + 1, signal.SIGHUP)
     assert not (tmp_path / "run").exists() and "out" not in said
+
+
+def test_a_hangup_that_is_ignored_stays_ignored() -> None:
+    # As nohup starts a job.
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert signal.SIGHUP not in stopping.heard()
+        with stopping.listening(), last_line.loading(last_line.LastLine("fit.py")):
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stopping.asked()
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with pytest.raises(stopping.Stopped), stopping.listening():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_what_listens_to_everybody_is_seen() -> None:
+    # The negative control of what is said of a job's ports.
+    for host, seen in (("127.0.0.1", False), ("0.0.0.0", True), ("::1", False), ("::", True)):
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.create_server((host, 0), family=family):
+            assert bool(beyond_this_machine([os.getpid()])) == seen, host
 
 
 def test_without_a_signal_nothing_stops(job: Job) -> None:

@@ -144,6 +144,10 @@ class Workers:
             if self.in_process:
                 self._pool = InProcess()
             else:
+                from raycurv.onray.address import keep_apart
+
+                if self.own:
+                    keep_apart()
                 # Ray takes a second to import, which a job without it need not wait for.
                 from raycurv.onray.preflight import preflight
                 from raycurv.onray.ray_pool import OnRay

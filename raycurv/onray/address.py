@@ -1,18 +1,51 @@
-"""Whether a Ray cluster answers at an address, asked without Ray: ``ray.init`` waits for minutes,
-and logs while it does."""
+"""What is to be known and said before Ray is imported: whether a cluster answers at an address
+(``ray.init`` waits for minutes, and logs while it does), and that a cluster of a job's own is for
+this machine alone."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 import socket
+from pathlib import Path
 
 from raycurv.errors import UserError
+from raycurv.progress.streams import own_process
 
 # To connect; and for an answer after that.
 _SECONDS, _ANSWER_SECONDS = 2.0, 3.0
 # gRPC's own health checking, v1, which Ray's head takes part in: the question is an empty message,
 # and in the answer field 1 is 1, for SERVING.
 _HEALTH, _SERVING = "/grpc.health.v1.Health/Check", b"\x08\x01"
+
+
+def keep_apart() -> None:
+    """Have the cluster that this process is about to start listen to this machine alone, and to
+    those alone who know its token.
+
+    Ray reads where to listen when it is imported, and this is its one way to say so: with clusters
+    disabled a node's address is 127.0.0.1, and all that it starts listens there. Whoever has set
+    one of these variables, or a token, is not overruled.
+    """
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    if os.environ.setdefault("RAY_AUTH_MODE", "token").lower() != "token":
+        return
+    if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
+        return
+    token = secrets.token_hex(32)
+    if own_process():
+        # Of nobody else, and gone with the process. Ray remembers one for as long as a process
+        # lives, so that a caller's, who may connect to another cluster later, gets the usual one.
+        os.environ["RAY_AUTH_TOKEN"] = token
+        return
+    # Ray itself would make the file readable by everybody. Where it is, it is somebody's to keep.
+    place = Path.home() / ".ray" / "auth_token"
+    with contextlib.suppress(OSError):
+        place.parent.mkdir(mode=0o700, exist_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        with open(os.open(place, flags, 0o600), "w") as file:
+            file.write(token)
 
 
 def check_answers(address: str) -> None:

@@ -39,7 +39,10 @@ def connect(address: str) -> bool:
     quiet = {"logging_level": "warning", "log_to_driver": False}
     with _listeners_kept():
         if address == "local":
-            ray.init(address="local", include_dashboard=False, job_config=_own_path(), **quiet)
+            with _deaf_to_hangups():
+                ray.init(
+                    address="local", include_dashboard=False, job_config=_own_path(), **quiet
+                )
             return True
         check_answers(address)
         try:
@@ -87,6 +90,20 @@ def _listeners_kept() -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _deaf_to_hangups() -> Iterator[None]:
+    """Processes that are started here never hear a SIGHUP, which a terminal that goes away sends to
+    all that is in it: the job commits what they hold, and ends them. This one hears it later."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _refused(address: str, error: Exception) -> UserError:

@@ -20,6 +20,7 @@ from typing import Any, TextIO
 # All of C0 and C1 but for tabs and ends of lines.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
+_own = False
 _results: TextIO | None = None
 _secrets: list[str] = []
 
@@ -92,6 +93,11 @@ class Forgiving(io.TextIOBase):
                 os.close(nowhere)
 
 
+def own_process() -> bool:
+    """Whether this process is a job and nothing else, which ends with it."""
+    return _own
+
+
 def results() -> TextIO:
     """Where results go: the stdout of a job's process, or of who called it."""
     return sys.stdout if _results is None else _results
@@ -120,8 +126,9 @@ def kept_for_results() -> Iterator[None]:
     opened on /dev/null first, or a file opened later would get their numbers. Where a caller has
     put another stream into ``sys.stdout`` only Python's streams are exchanged, and put back.
     """
-    global _results
+    global _own, _results
     if sys.stdout is None or sys.stdout is sys.__stdout__:
+        _own = True
         _open_missing()
         Forgiving(sys.stdout).flush()
         kept = os.dup(1)
