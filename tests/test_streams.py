@@ -16,6 +16,7 @@ import pytest
 from commands import ROOT, Outcome, classified, environment, failure_in, run_here, write_rows
 
 import raycurv
+from raycurv.onray.address import keep_apart
 from raycurv.progress import streams
 from raycurv.progress.reporter import Reporter
 from raycurv.progress.streams import Forgiving
@@ -180,6 +181,43 @@ def test_what_cannot_be_imported_ends_in_a_last_line_too(monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "raycurv.jobs.timeline.watching", None)
     outcome = run_here("timeline.py", ["--run", "/nowhere"])
     assert outcome.code == 1 and failure_in(outcome)["error"]["kind"] == "ModuleNotFoundError"
+
+
+def test_a_working_directory_that_is_gone_is_a_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    outcome = run_here("timeline.py", ["--run", "/nowhere"])
+    assert outcome.code == 2 and failure_in(outcome)["error"]["where"] == "the working directory"
+
+
+def test_a_mode_of_authentication_that_ray_would_ignore_is_a_mistake(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
+        # Also so that they are put back.
+        monkeypatch.setenv(name, "0")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_MODE", "tokn")
+    with pytest.raises(raycurv.UserError, match="RAY_AUTH_MODE: expected token or disabled"):
+        keep_apart(own_process=True)
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    # A caller's token is a file of its own, one for all that the process connects to.
+    keep_apart(own_process=False)
+    (token,) = (tmp_path / ".ray").iterdir()
+    assert token.name == "auth_token" and token.stat().st_mode & 0o777 == 0o600
+    assert len(token.read_text()) == 64 and "RAY_AUTH_TOKEN" not in os.environ
+    token.write_text("somebody's")
+    keep_apart(own_process=False)
+    assert token.read_text() == "somebody's"
+    keep_apart(own_process=True)
+    assert os.environ["RAY_AUTH_MODE"] == "token" and len(os.environ["RAY_AUTH_TOKEN"]) == 64
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "mine")
+    keep_apart(own_process=True)
+    assert os.environ["RAY_AUTH_TOKEN"] == "mine"
 
 
 def test_python_callers_keep_their_streams(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,7 @@ from raycurv.models.model import Model
 from raycurv.models.patched import parts
 from raycurv.progress.phase import PhaseProgress
 from raycurv.progress.reporter import Reporter
+from raycurv.progress.streams import own_process
 from raycurv.stages.dealing import cut_stages, group_stages
 from raycurv.stages.heap import RESIDENT, SWEPT
 from raycurv.stages.pool import InProcess, Need, Pool
@@ -147,7 +148,7 @@ class Workers:
                 from raycurv.onray.address import keep_apart
 
                 if self.own:
-                    keep_apart()
+                    keep_apart(own_process())
                 # Ray takes a second to import, which a job without it need not wait for.
                 from raycurv.onray.preflight import preflight
                 from raycurv.onray.ray_pool import OnRay

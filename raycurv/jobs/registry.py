@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from typing import Any
 
+from raycurv.errors import UserError
 from raycurv.jobs.last_line import LastLine, loading
 from raycurv.progress.streams import kept_for_results
 
@@ -92,11 +94,23 @@ def start(name: str, arguments: Sequence[str] | None = None, program: str = "") 
     line = LastLine(job.script)
     with kept_for_results(), loading(line):
         try:
+            _check_working_directory()
             settings, function = job.load()
             from raycurv.jobs.command import run_job
         except BaseException as error:
             raise SystemExit(line.failed(error)) from None
         run_job(settings, function, line, arguments, program or job.script, job.leaves)
+
+
+def _check_working_directory() -> None:
+    """Refuse, with a UserError, a working directory that was deleted: relative names mean nothing
+    there, and libraries end the process that they are loaded in."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError(
+            "the working directory", "one that is there", str(error), "Change to another one."
+        ) from None
 
 
 def _load(place: str) -> Any:

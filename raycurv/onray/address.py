@@ -11,7 +11,6 @@ import socket
 from pathlib import Path
 
 from raycurv.errors import UserError
-from raycurv.progress.streams import own_process
 
 # To connect; and for an answer after that.
 _SECONDS, _ANSWER_SECONDS = 2.0, 3.0
@@ -20,21 +19,32 @@ _SECONDS, _ANSWER_SECONDS = 2.0, 3.0
 _HEALTH, _SERVING = "/grpc.health.v1.Health/Check", b"\x08\x01"
 
 
-def keep_apart() -> None:
+def keep_apart(own_process: bool) -> None:
     """Have the cluster that this process is about to start listen to this machine alone, and to
     those alone who know its token.
 
     Ray reads where to listen when it is imported, and this is its one way to say so: with clusters
     disabled a node's address is 127.0.0.1, and all that it starts listens there. Whoever has set
     one of these variables, or a token, is not overruled.
+
+    Args:
+        own_process: whether this process is a job and nothing else.
+
+    Raises:
+        UserError: ``RAY_AUTH_MODE`` is none of Ray's, which would take it for ``disabled``.
     """
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    if os.environ.setdefault("RAY_AUTH_MODE", "token").lower() != "token":
-        return
-    if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
+    mode = os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if mode.lower() not in ("token", "disabled"):
+        raise UserError(
+            "RAY_AUTH_MODE", "token or disabled", repr(mode),
+            "Unset it: a Ray of the job's own then asks for a token.",
+        )  # fmt: skip
+    given = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if mode.lower() == "disabled" or given:
         return
     token = secrets.token_hex(32)
-    if own_process():
+    if own_process:
         # Of nobody else, and gone with the process. Ray remembers one for as long as a process
         # lives, so that a caller's, who may connect to another cluster later, gets the usual one.
         os.environ["RAY_AUTH_TOKEN"] = token

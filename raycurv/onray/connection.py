@@ -39,10 +39,19 @@ def connect(address: str) -> bool:
     quiet = {"logging_level": "warning", "log_to_driver": False}
     with _listeners_kept():
         if address == "local":
-            with _deaf_to_hangups():
-                ray.init(
-                    address="local", include_dashboard=False, job_config=_own_path(), **quiet
-                )
+            try:
+                with _deaf_to_hangups():
+                    ray.init(
+                        address="local", include_dashboard=False, job_config=_own_path(), **quiet
+                    )
+            except (OSError, AuthenticationError) as error:
+                # A token or a directory for sockets that the environment names.
+                raise UserError(
+                    "--address local", "a Ray that starts on this machine",
+                    " ".join(str(error).split()),
+                    "Set right, or unset, RAY_AUTH_TOKEN_PATH and RAY_TMPDIR; or use "
+                    "--address none.",
+                ) from error  # fmt: skip
             return True
         check_answers(address)
         try:
