@@ -112,7 +112,7 @@ PRUNED = {
     "block": pa.string(), "weights": pa.int64(), "removed": pa.int64(), "sparsity": pa.float64(),
     "saliency": pa.float64(), "predicted": pa.float64(), "measured": pa.float64(),
     "update": pa.string(), "iterations": pa.int32(), "residual": pa.float64(),
-    "seconds": pa.float64(),
+    "seconds": pa.float64(), "zero_before": pa.int64(),
 }  # fmt: skip
 HEADS = {
     "block": pa.string(), "head": pa.int32(), "start": pa.int32(), "stop": pa.int32(),

@@ -95,7 +95,7 @@ PRUNED = _schema(
     """
     block string, weights int64, removed int64, sparsity float64, saliency float64,
     predicted float64, measured float64, update string, iterations int32, residual float64,
-    seconds float64
+    seconds float64, zero_before int64
     """
 )
 HEADS = _schema("block string, head int32, start int32, stop int32, saliency float32, keep bool")

@@ -45,8 +45,9 @@ class PruneSettings(Execution):
     """Where the pruned checkpoint, saliencies and masks go: an absolute path, or a URI that
     pyarrow.fs understands."""
     sparsity: Identity[Share | None] = None
-    """Share of the weights (rows, heads) to remove, from 0 on and below 1. Default: 0.5; `N:M`
-    says its own."""
+    """Share of the weights (rows, heads) that is gone in the end, from 0 on and below 1; what was
+    zero before counts, and stays zero even where that is more. Default: 0.5; `N:M` says its
+    own."""
     structure: Identity[str] = "unstructured"
     """What goes: `unstructured`, single weights; `N:M` such as 2:4, where N of each M consecutive
     inputs of every output stay; `rows`, whole outputs with their bias; `heads`, all that an
@@ -56,6 +57,9 @@ class PruneSettings(Execution):
     (Optimal Brain Damage): with the others where they are; `magnitude`: squares of weights."""
     scope: Identity[Literal["global", "block"]] = "global"
     """Whether what goes is chosen among all blocks together or in each block by itself."""
+    revive: Identity[bool] = False
+    """Let weights that are zero in the checkpoint take part as any others. Default: they stay zero,
+    and count as removed."""
     no_update: Identity[bool] = False
     """Leave the remaining weights where they are."""
     damping: Identity[DampingText] = "0.1"
@@ -121,9 +125,10 @@ class PruneSettings(Execution):
         except UserError as error:
             raise UserError("--structure", error.expected, error.got, error.remedy) from error
 
-    def share(self, step: int) -> float:
-        """The share that is gone after a step, counted from 1."""
+    def share(self, step: int, zero: float = 0.0) -> float:
+        """The share that is gone after a step, counted from 1, where some was before the first."""
         final = SPARSITY if self.sparsity is None else self.sparsity
-        if step == self.steps:
+        if step == self.steps or final <= zero:
             return final
-        return 1.0 - float((1.0 - final) ** (step / self.steps))
+        left = 1.0 - zero
+        return 1.0 - left * float(((1.0 - final) / left) ** (step / self.steps))

@@ -18,6 +18,8 @@ from __future__ import annotations
 import glob
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from operator import truediv
 from typing import Any
 
 import numpy as np
@@ -49,6 +51,7 @@ from raycurv.jobs.prune.surgery import (
     Surgery,
     Updated,
     count_equal,
+    count_zeros,
     mask_block,
     project_mean_gradient,
     refine_histogram,
@@ -124,7 +127,10 @@ def _prune(shell: Shell[PruneSettings]) -> dict[str, Any]:
 
 
 def _numbers(manifest: Manifest) -> dict[str, Any]:
-    names = ("sparsity", "predicted", "measured", "loss", "pruned_loss", "correlation")
+    names = (
+        "sparsity", "removed", "zero_before", "predicted", "measured", "loss", "pruned_loss",
+        "correlation",
+    )  # fmt: skip
     return {name: manifest.facts[name] for name in names if manifest.facts.get(name) is not None}
 
 
@@ -173,6 +179,14 @@ class _Prune:
         """What was done, in one line."""
         facts = self.manifest.facts
         text = f"{facts['sparsity']:.1%} of {facts['weights']:,} weights removed"
+        before = facts.get("zero_before")
+        if before:
+            more = facts["removed"] - before
+            text = (
+                f"{facts['sparsity']:.1%} of {facts['weights']:,} weights are zero: {before:,} "
+                "were before and stay so, "
+                + (f"{more:,} were removed" if more else "no more were to go (see --revive)")
+            )
         if facts.get("predicted") is not None:
             text += f"; predicted rise of the loss {facts['predicted']:.4g} an example"
         if facts.get("measured") is not None:
@@ -281,12 +295,26 @@ class _Prune:
                 Patched(base, [patches[block.name]]) if block.name in patches else base,
                 block,
                 self.settings,
-                self.settings.share(step),
+                self.settings.share(step, self._zeros[block.name]),
                 self.fit.settings["dtype"] == "float64",
                 self.heads.get(block.name, 0),
             )
             for block in self.blocks
         ]
+
+    @cached_property
+    def _zeros(self) -> dict[str, float]:
+        """By block, the share that is zero before the first of several steps: of the block's own
+        weights where each is pruned by itself, else of all together."""
+        settings, names = self.settings, [block.name for block in self.blocks]
+        if settings.steps == 1 or settings.revive or settings.structure != "unstructured":
+            return dict.fromkeys(names, 0.0)
+        arguments = [(self.network, block) for block in self.blocks]
+        zeros = in_order(self.workers.run_tasks("zeros", count_zeros, arguments))
+        sizes = [b.d_out * inputs_of(b) for b in self.blocks]
+        if settings.scope == "global":
+            return dict.fromkeys(names, sum(zeros) / sum(sizes))
+        return dict(zip(names, map(truediv, zeros, sizes), strict=True))
 
     def _with_rank(self, operations: list[Surgery]) -> list[Surgery]:
         """With what a ranked method knows of all blocks together."""
@@ -404,16 +432,18 @@ class _Prune:
         facts |= {
             "weights": weights,
             "removed": removed,
+            "zero_before": sum(said.get("gone_before", 0) for said in steps[0]["blocks"]),
             "sparsity": removed / weights,
             "predicted": None if None in totals else sum(totals),
         }
         rows = [
             {"block": b.name, "sparsity": p.removed / p.weights}
-            | {k: v for k, v in asdict(p).items() if k != "update"}
+            | {k: v for k, v in asdict(p).items() if k not in ("update", "gone_before")}
             | {"update": p.update, "measured": measured.get(b.name)}
             for b, p in zip(self.blocks, last, strict=True)
         ]
         for row, *each in zip(rows, *(s["blocks"] for s in steps), strict=True):
+            row["zero_before"] = each[0].get("gone_before", 0)
             for key in ("predicted", "saliency", "seconds"):
                 values = [said[key] for said in each]
                 row[key] = None if None in values else sum(values)

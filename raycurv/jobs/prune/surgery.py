@@ -39,6 +39,7 @@ from raycurv.mathematics.pruning.masks import (
     all_kept,
     candidates,
     columns_mask,
+    kept_of,
     rows_mask,
     single_weights,
 )
@@ -133,9 +134,10 @@ class Surgery:
         return self.network.block_weight(self.block)
 
     def kept_before(self) -> Tensor:
-        """What is still there before the step, bool ``[O, I]``."""
+        """What is still there before the step, bool ``[O, I]``: at first what is not zero."""
         if self.step == 1:
-            return all_kept(self.block)
+            revive = self.settings.revive
+            return all_kept(self.block) if revive else kept_of(self.block, self.weight())
         return open_tensors(self.out, self.file("keep", self.step - 1)).read("keep")
 
     def units_before(self) -> Tensor:
@@ -198,6 +200,11 @@ class Surgery:
 def step_place(step: int) -> str:
     """Where what belongs to one step lies."""
     return f"work/step-{step}"
+
+
+def count_zeros(network: Model, block: Block) -> int:
+    """How many of a block's weights are zero, its bias left out."""
+    return int((network.block_weight(block)[:, : inputs_of(block)] == 0).sum())
 
 
 def project_mean_gradient(op: Surgery) -> Tensor | None:
@@ -320,13 +327,14 @@ class PrunedBlock:
 
     Attributes:
         weights: how many there are, biases left out.
-        removed: how many are gone.
+        removed: how many are gone, before the step or in it.
         saliency: sum of those that went in this step.
         predicted: rise of the mean loss per example that the quadratic model predicts for the
             block's whole step; ``None`` without curvature.
         update: ``ok``, ``none``, ``zero`` or ``not converged``.
         iterations, residual: of the equations of what remains.
         seconds: the task took.
+        gone_before: how many were gone before the step; before the first, those that were zero.
     """
 
     weights: int
@@ -337,6 +345,7 @@ class PrunedBlock:
     iterations: int
     residual: float
     seconds: float
+    gone_before: int = 0
 
 
 @dataclass(frozen=True)
@@ -391,7 +400,8 @@ def update_block(op: Surgery, z_M: Tensor | None, notes: dict[str, str]) -> Upda
         _write_saliencies(op, keep, notes)
     inputs = inputs_of(op.block)
     gone = ~keep[:, :inputs]
-    now = gone & op.kept_before()[:, :inputs]
+    there = op.kept_before()[:, :inputs]
+    now = gone & there
     pruned = PrunedBlock(
         gone.numel(),
         int(gone.sum()),
@@ -401,6 +411,7 @@ def update_block(op: Surgery, z_M: Tensor | None, notes: dict[str, str]) -> Upda
         moved.iterations,
         moved.residual,
         time.perf_counter() - started,
+        int((~there).sum()),
     )
     seen, first = (None, 0.0) if rise is None else (rise.seen, rise.first)
     tensors = {} if seen is None else {"seen": seen}

@@ -23,6 +23,17 @@ def all_kept(block: Block, device: torch.device | None = None) -> Tensor:
     return torch.ones(block.d_out, block.d_in, dtype=torch.bool, device=device)
 
 
+def kept_of(block: Block, w_OI: Tensor) -> Tensor:
+    """The mask before anything goes of a matrix whose zeros count as gone.
+
+    A bias of zero stays, unless its output is zero throughout: that went as a whole.
+    """
+    keep = w_OI != 0
+    if block.bias:
+        keep[:, -1] = keep.any(dim=1)
+    return keep
+
+
 def count_gone(sparsity: float, total: int) -> int:
     """``⌊sparsity · total⌋`` in decimals: 0.29 of 100 are 29, not 28.
 
