@@ -610,8 +610,9 @@ def test_a_model_without_weights_and_one_that_keeps_none_are_pruned(tmp_path: Pa
         return network
 
     run = raycurv.fit(empty, ROWS, tmp_path / "empty", **FIT)
+    assert run.prune(tmp_path / "revived", **HERE, revive=True).sparsity == 47 / 95
     found = run.prune(tmp_path / "a", **HERE)
-    assert found.sparsity == 47 / 95
+    assert found.sparsity == 1.0
     assert all(r["update"] in ("ok", "zero") for r in found.blocks().to_pylist())
     made = load_file(Path(found.model) / "model.safetensors")
     assert not any(t.any() for k, t in made.items() if k.endswith("weight"))
