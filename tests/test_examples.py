@@ -484,7 +484,11 @@ MISTAKES: dict[str, tuple[list[dict[str, Any]], dict[str, Any], list[str]]] = {
     ),
     "mask of text": ([{"input_ids": [1], "loss_mask": ["a"]}], {}, ["booleans", "string"]),
     "text of numbers": ([{"text": 1.5}], {}, ["`text`", "1.5"]),
-    "one label for tokens": ([{"input_ids": [1], "labels": 3}], {}, ["whole numbers", "int64"]),
+    "one label for tokens": (
+        [{"input_ids": [1], "labels": 3}],
+        {},
+        ["whole numbers", "int64", "`inputs`"],
+    ),
     "null token": ([{"input_ids": [1]}, {"input_ids": [1, None]}], {}, ["row 1", "null"]),
     "null example": ([{"input_ids": [1]}, {"input_ids": None}], {}, ["row 1", "null"]),
     "null id": ([{"id": None, "input_ids": [1]}], {}, ["row 0", "`id`", "null"]),

@@ -91,7 +91,7 @@ def test_chunks_are_bounded(tmp_path: Path) -> None:
         (part,) = open_parts(tmp_path / name)
         assert max(len(rows.numbers) for rows in part.read(("text",), ())) <= 1024
         (tmp_path / name).unlink()
-    wide = pa.table({"text": ["x" * (6 << 20)] * 5})
+    wide = pa.table({"text": ["x" * (3 << 19)] * 5})
     pq.write_table(wide, tmp_path / "wide.parquet", use_dictionary=False)
     for source in (wide, wide.to_pylist(), tmp_path / "wide.parquet"):
         (part,) = open_parts(source)
@@ -112,7 +112,7 @@ def tree(root: Path) -> Path:
         "state.json",
         "dataset_info.json",
         "sub/cache-0123.arrow",
-        "_delta_log/0.json",
+        "_temporary/0.json",
     ]
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -238,7 +238,7 @@ def test_nothing_readable_is_named(tmp_path: Path) -> None:
     for source in (tmp_path, tmp_path / "a.csv"):
         error = message(source)
         assert ".parquet" in error.expected
-        assert "1 other files (a.csv)" in error.got
+        assert "1 other file (a.csv)" in error.got
 
 
 def test_an_unknown_uri_is_named() -> None:

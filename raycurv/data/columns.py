@@ -14,6 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raycurv.data.bounds import ID_BYTES
+from raycurv.data.conversations import conversation, keys_of
 from raycurv.errors import UserError
 
 Place: TypeAlias = Callable[[int], str]
@@ -27,13 +29,15 @@ def first_null(column: Any) -> int:
 def strings(name: str, column: Any, place: Place) -> list[str]:
     """Texts, one in every row."""
     column = _decoded(column)
+    keys = keys_of(column.type)
+    if keys:
+        raise conversation(place(0), name, keys)
     if not _is_string(column.type):
         raise _wrong_type(name, column, place, "text")
     if column.null_count:  # a dictionary may hold a null that its indices do not show
         where = place(first_null(column))
         raise UserError(where, f"text in `{name}`", "null", f"Fill in `{name}`.")
-    values: list[str] = column.to_pylist()
-    return values
+    return _texts(name, column, place)
 
 
 def is_text(column: Any) -> bool:
@@ -48,8 +52,17 @@ def ids(column: Any, place: Place) -> list[str | None]:
         column = column.cast(pa.large_string())
     if not (_is_string(column.type) or pa.types.is_null(column.type)):
         raise _wrong_type("id", column, place, "strings or whole numbers")
-    values: list[str | None] = column.to_pylist()
-    return values
+    lengths = row_bytes(column)
+    if len(column) and lengths.max() > ID_BYTES:
+        at = int(lengths.argmax())
+        raise UserError(
+            place(at),
+            f"an `id` of at most {ID_BYTES >> 10} KiB",
+            f"one of {int(lengths[at]):,} bytes",
+            "Give short ids, or leave out the column `id` to have the examples named after their "
+            "files and rows.",
+        )
+    return _texts("id", column, place)
 
 
 def integer_lists(name: str, column: Any, place: Place) -> list[np.ndarray | None]:
@@ -164,6 +177,45 @@ def numbers(
     return values
 
 
+def row_bytes(column: Any) -> np.ndarray:
+    """What each row of a column would take in memory once it is decoded, int64 ``[rows]``.
+
+    Rows of dictionaries and views may share bytes that are there once. A column of a kind that is
+    not read (a struct, say) counts as nothing.
+    """
+    kind, rows = column.type, len(column)
+    if not rows:
+        return np.zeros(0, np.int64)
+    if isinstance(kind, pa.BaseExtensionType):
+        return row_bytes(column.storage)
+    if pa.types.is_dictionary(kind):
+        indices = pc.fill_null(column.indices.cast(pa.int64()), 0).to_numpy(zero_copy_only=False)
+        values = np.append(row_bytes(column.dictionary), 0)  # of a dictionary without values
+        taken: np.ndarray = values[indices]
+        return taken
+    if pa.types.is_string_view(kind):
+        # Views of 16 bytes, which begin with the length.
+        views = np.frombuffer(column.buffers()[1], "<i4").reshape(-1, 4)[column.offset :][:rows]
+        return np.where(column.is_valid().to_numpy(zero_copy_only=False), views[:, 0], 0)
+    if _is_string(kind):
+        return _lengths(pc.binary_length(column))
+    if pa.types.is_fixed_size_list(kind):
+        values = row_bytes(column.values)
+        inner = values[column.offset * kind.list_size :][: rows * kind.list_size]
+        summed: np.ndarray = inner.reshape(rows, kind.list_size).sum(axis=1)
+        return summed
+    if _is_list(kind):
+        lengths = _lengths(pc.list_value_length(column))
+        width = _width(kind.value_type)
+        if width is not None:
+            return lengths * width
+        ends = np.concatenate([[0], np.cumsum(row_bytes(column.values), dtype=np.int64)])
+        starts = column.offsets.to_numpy(zero_copy_only=False)[:rows].astype(np.int64)
+        inside: np.ndarray = ends[starts + lengths] - ends[starts]
+        return inside
+    return np.full(rows, _width(kind) or 0, np.int64)
+
+
 def list_column(arrays: Sequence[np.ndarray | None], value_type: Any) -> Any:
     """Flat arrays as one Arrow column of lists; null for ``None``."""
     lengths = [0 if array is None else array.size for array in arrays]
@@ -195,6 +247,31 @@ def _decoded(column: Any) -> Any:
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     return column
+
+
+def _texts(name: str, column: Any, place: Place) -> list[Any]:
+    """A column of text as Python's, null as ``None``; a file may hold other bytes as text."""
+    try:
+        values: list[Any] = column.to_pylist()
+    except UnicodeDecodeError:
+        for row in range(len(column)):
+            try:
+                column[row].as_py()
+            except UnicodeDecodeError as error:
+                got, remedy = f"other bytes ({error.reason})", f"Write `{name}` again, as UTF-8."
+                raise UserError(place(row), f"UTF-8 in `{name}`", got, remedy) from error
+        raise
+    return values
+
+
+def _lengths(column: Any) -> np.ndarray:
+    lengths: np.ndarray = pc.fill_null(column, 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    return lengths
+
+
+def _width(kind: Any) -> int | None:
+    """Bytes of a value of a primitive type, ``None`` for other types."""
+    return -(-kind.bit_width // 8) if pa.types.is_primitive(kind) else None
 
 
 def _is_string(kind: Any) -> bool:
@@ -251,5 +328,11 @@ def _cut(column: Any, values: np.ndarray, offsets: np.ndarray) -> list[np.ndarra
 
 def _wrong_type(name: str, column: Any, place: Place, wanted: str) -> UserError:
     return UserError(
-        place(0), f"{wanted} in the column `{name}`", f"{column.type}", f"Convert `{name}`."
+        place(0), f"{wanted} in the column `{name}`", type_name(column), f"Convert `{name}`."
     )
+
+
+def type_name(column: Any) -> str:
+    """What a column's type is called, shortened: it may be as deep as its maker likes."""
+    text = str(column.type)
+    return text if len(text) <= 120 else f"{text[:117]}..."

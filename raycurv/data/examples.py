@@ -30,6 +30,7 @@ EXAMPLES_SCHEMA = pa.schema(
         # Numbers keep their width, so that what comes back is what went in.
         pa.field("inputs_float32", pa.large_list(pa.float32())),
         pa.field("inputs_float64", pa.large_list(pa.float64())),
+        pa.field("inputs_int64", pa.large_list(pa.int64())),
         pa.field("inputs_shape", pa.large_list(pa.int64())),
         pa.field("labels_int64", pa.large_list(pa.int64())),
         pa.field("labels_float64", pa.large_list(pa.float64())),
@@ -47,7 +48,8 @@ class Example:
         index: its number among the examples of its data, from 0 without gaps.
         id: its name, unique in its data.
         input_ids: ``[T]`` int32, T at least 1; ``None`` for numbers.
-        inputs: float32 or float64, of one shape in all examples; ``None`` for tokens.
+        inputs: float32 or float64, or int64 where the model's embedding looks them up; of one shape
+            in all examples; ``None`` for tokens.
         labels: of tokens ``[T]`` int64, -100 where a token is no target; of numbers int64 ``[]``
             (a class) or float64 ``[]`` or ``[D]`` (a regression). ``None`` when the data has none.
         loss_mask: ``[T]`` bool, which tokens are targets, False wherever the label is -100;
@@ -109,6 +111,7 @@ def examples_to_table(examples: Sequence[Example]) -> Any:
         "input_ids": [example.input_ids for example in examples],
         "inputs_float32": of_dtype(inputs, np.float32),
         "inputs_float64": of_dtype(inputs, np.float64),
+        "inputs_int64": of_dtype(inputs, np.int64),
         "inputs_shape": shapes(inputs),
         "labels_int64": of_dtype(labels, np.int64),
         "labels_float64": of_dtype(labels, np.float64),
@@ -152,13 +155,13 @@ def table_to_examples(table: Any) -> list[Example]:
             if name.startswith("column:")
         }
 
-        def shaped(name: str, wide: str, narrow: str, i: int, cells: Any = cells) -> Any:
+        def shaped(name: str, dtypes: Sequence[str], i: int, cells: Any = cells) -> Any:
             shape = cells[f"{name}_shape"][i]
             if shape is None:
                 return None
-            flat = cells[f"{name}_{wide}"][i]
-            flat = cells[f"{name}_{narrow}"][i] if flat is None else flat
-            return flat.reshape(shape)
+            # A column that an older version did not write has nothing.
+            found = (cells[f"{name}_{d}"][i] for d in dtypes if f"{name}_{d}" in cells)
+            return next(flat for flat in found if flat is not None).reshape(shape)
 
         for i in range(batch.num_rows):
             examples.append(
@@ -166,8 +169,8 @@ def table_to_examples(table: Any) -> list[Example]:
                     index[i],
                     id[i],
                     cells["input_ids"][i],
-                    shaped("inputs", "float64", "float32", i),
-                    shaped("labels", "float64", "int64", i),
+                    shaped("inputs", ("float64", "float32", "int64"), i),
+                    shaped("labels", ("float64", "int64"), i),
                     cells["loss_mask"][i],
                     {name: values[i] for name, values in further.items()},
                 )

@@ -141,7 +141,9 @@ def make_batch(
         if examples[0].labels is not None:
             labels = _numbers(np.stack([_there(example.labels) for example in examples]), dtype)
         drawn_ = None if drawn is None else _numbers(np.stack(drawn, axis=1), dtype)
-        batch = Batch(index, ids, torch.from_numpy(inputs).to(dtype), labels=labels, drawn=drawn_)
+        whole = np.issubdtype(inputs.dtype, np.integer)
+        values = torch.from_numpy(inputs).to(torch.int64 if whole else dtype)
+        batch = Batch(index, ids, values, labels=labels, drawn=drawn_)
     else:
         batch = _token_batch(index, ids, examples, dtype, drawn)
     return replace(batch, columns={n: _column(n, examples, dtype) for n in examples[0].columns})

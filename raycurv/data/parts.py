@@ -1,7 +1,8 @@
 """Parts of a source: one file or one table in memory each, read in chunks of numbered rows.
 
-A part names its columns, and hands out its rows in chunks whose memory is bounded (``CHUNK_ROWS``
-rows, about ``CHUNK_BYTES`` bytes), always in data order.
+A part names its columns, and hands out its rows in chunks whose memory is bounded (bounds.py),
+always in data order. What a file says of itself is not believed: it is checked before it is
+decoded, and what is decoded before it is used.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import reprlib
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,12 +25,13 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 
-from raycurv.data.columns import first_null
+from raycurv.data.bounds import CHUNK_BYTES, CHUNK_ROWS, LINE_BYTES, check_expansion, chunks
+from raycurv.data.columns import first_null, row_bytes
+from raycurv.data.conversations import conversation, keys_of
+from raycurv.data.ipc_sizes import MAGIC, message_sizes
 from raycurv.errors import UserError, user_errors
 from raycurv.models.checkpoint import sampled_hash
 
-CHUNK_ROWS = 1024
-CHUNK_BYTES = 16 << 20
 READ_BYTES = 4 << 20  # read of a column of a Parquet file at once
 # What a fingerprint looks at of each file: so many bytes, in so many windows.
 SAMPLE_BYTES, SAMPLES = 256 << 10, 16
@@ -45,7 +48,11 @@ TYPES_WANTED = {
     "inputs": "lists of numbers",
     "labels": "numbers or lists of numbers",
     "loss_mask": "lists of booleans",
+    "attention_mask": "lists of zeros and ones",
 }
+PARQUET = "a Parquet file"
+PARQUET_WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
+_ARROW_START = 8  # where an Arrow file's stream begins
 CONVERSION_ERRORS = (pa.ArrowException, TypeError, ValueError, OverflowError)
 READ_ERRORS = (pa.ArrowException, OSError)
 
@@ -58,11 +65,13 @@ class Rows:
         numbers: the rows' 0-based numbers within the part, ascending int64.
         columns: one Arrow array a column, as long as ``numbers``; null where a row does not have
             an optional column (an explicit null in the data has been refused by then).
+        others: names of columns that are there and were not asked for.
     """
 
     location: str
     numbers: np.ndarray
     columns: dict[str, Any]
+    others: frozenset[str] = frozenset()
 
     def place(self, i: int) -> str:
         """Where row ``i`` of this chunk stands, for messages."""
@@ -71,7 +80,7 @@ class Rows:
     def take(self, keep: np.ndarray) -> Rows:
         """The rows at the positions ``keep``."""
         taken = {name: column.take(pa.array(keep)) for name, column in self.columns.items()}
-        return Rows(self.location, self.numbers[keep], taken)
+        return Rows(self.location, self.numbers[keep], taken, self.others)
 
 
 class Part(ABC):
@@ -84,6 +93,10 @@ class Part(ABC):
     @abstractmethod
     def columns(self) -> tuple[str, ...] | None:
         """Names of the columns; ``None`` when the part has no rows."""
+
+    @abstractmethod
+    def message_keys(self, name: str) -> tuple[str, ...]:
+        """The keys of the messages in a column of conversations; none in other columns."""
 
     @abstractmethod
     def read(self, required: Sequence[str], optional: Sequence[str]) -> Iterator[Rows]:
@@ -101,19 +114,27 @@ class _Batches(Part):
     @abstractmethod
     def _batches(self) -> Iterator[Any]: ...
 
+    @abstractmethod
+    def _stored_bytes(self) -> int:
+        """The bytes that stand for all rows."""
+
     def columns(self) -> tuple[str, ...] | None:
         for batch in self._batches():
             if batch.num_rows:
                 return tuple(batch.schema.names)
         return None
 
-    def read(self, required: Sequence[str], optional: Sequence[str]) -> Iterator[Rows]:
-        first = 0
+    def message_keys(self, name: str) -> tuple[str, ...]:
         for batch in self._batches():
+            return keys_of(batch.schema.field(name).type)
+        return ()
+
+    def read(self, required: Sequence[str], optional: Sequence[str]) -> Iterator[Rows]:
+        first, stored = 0, self._stored_bytes()
+        for batch in self._batches():
+            others = frozenset(batch.schema.names)
             chosen = batch.select(_present(batch.schema.names, required, optional))
-            step = _chunk_rows(chosen.nbytes, chosen.num_rows)
-            for start in range(0, chosen.num_rows, step):
-                yield _arrow_rows(self.location, first + start, chosen.slice(start, step))
+            yield from _arrow_rows(self.location, first, chosen, others, stored)
             first += batch.num_rows
 
 
@@ -128,6 +149,11 @@ class _Records(Part):
         for _, record in self._records():
             return tuple(record)
         return None
+
+    def message_keys(self, name: str) -> tuple[str, ...]:
+        for _, record in self._records():
+            return keys_of(record.get(name))
+        return ()
 
     def read(self, required: Sequence[str], optional: Sequence[str]) -> Iterator[Rows]:
         records: list[Mapping[str, Any]] = []
@@ -170,36 +196,98 @@ class FilePart(Part):
 
 @dataclass(frozen=True)
 class ParquetPart(FilePart):
+    """A Parquet file."""
+
     def columns(self) -> tuple[str, ...] | None:
-        with self._open() as file:
+        with self._open() as (file, _):
             return tuple(file.schema_arrow.names) if file.metadata.num_rows else None
 
+    def message_keys(self, name: str) -> tuple[str, ...]:
+        with self._open() as (file, _):
+            return keys_of(file.schema_arrow.field(name).type)
+
     def read(self, required: Sequence[str], optional: Sequence[str]) -> Iterator[Rows]:
-        with self._open() as file:
-            names = _present(file.schema_arrow.names, required, optional)
-            groups = range(file.metadata.num_row_groups)
-            size = sum(file.metadata.row_group(group).total_byte_size for group in groups)
-            step = _chunk_rows(size, file.metadata.num_rows) if names else CHUNK_ROWS
-            first = 0
-            with _not_what_it_says(self.location, "a Parquet file"):
-                for batch in file.iter_batches(step, columns=names):
-                    yield _arrow_rows(self.location, first, batch)
-                    first += batch.num_rows
+        with self._open() as (file, size):
+            metadata, schema = file.metadata, file.schema_arrow
+        names = _present(schema.names, required, optional)
+        step = self._step(metadata, names, size) if names else CHUNK_ROWS
+        # A text that the file has once for many rows stays so until a chunk of them is asked for.
+        texts = [name for name in names if _is_text(schema, name)]
+        others, first = frozenset(schema.names), 0
+        with self._open(texts, metadata) as (file, _), _not_what_it_says(self.location, PARQUET):
+            for batch in file.iter_batches(step, columns=names):
+                yield from _arrow_rows(self.location, first, batch, others, size)
+                first += batch.num_rows
 
     @contextmanager
-    def _open(self) -> Iterator[Any]:
+    def _open(self, texts: Sequence[str] = (), metadata: Any = None) -> Iterator[tuple[Any, int]]:
+        """The file and its size in bytes; of ``texts`` equal ones are read once."""
         with _unreadable(self.location):
             file = self.filesystem.open_input_file(self.path)
         with file:
-            with _not_what_it_says(self.location, "a Parquet file"):
+            with _not_what_it_says(self.location, PARQUET):
                 # Neither the whole file ahead nor a whole row group, which may be all of it.
-                parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=READ_BYTES)
-            yield parquet
+                parquet = pq.ParquetFile(
+                    file, pre_buffer=False, buffer_size=READ_BYTES, read_dictionary=list(texts),
+                    metadata=metadata,
+                )  # fmt: skip
+            yield parquet, int(file.size())
+
+    def _step(self, metadata: Any, names: Sequence[str], size: int) -> int:
+        """How many rows of these columns to read at a time; UserError for a row group that takes
+        far more memory than it has bytes in a file of ``size``."""
+        paths = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+        above = tuple(f"{name}." for name in names)
+        leaves = [i for i, path in enumerate(paths) if path in names or path.startswith(above)]
+        step = CHUNK_ROWS
+        for number in range(metadata.num_row_groups):
+            group = metadata.row_group(number)
+            decoded, stored, place = group.num_rows, 0, f"{self.location}, row group {number}"
+            for leaf in leaves:
+                column = group.column(leaf)
+                counts = (column.num_values, column.total_uncompressed_size)
+                with _not_what_it_says(self.location, PARQUET):
+                    if min(*counts, column.total_compressed_size, group.num_rows) < 0:
+                        raise pa.ArrowInvalid(f"sizes below 0 in row group {number}")
+                decoded += _decoded_bytes(column, metadata.schema.column(leaf))
+                stored += column.total_compressed_size
+                if "DELTA_BYTE_ARRAY" in column.encodings:
+                    # Each value may repeat the one before it: together they know no bound.
+                    step = min(step, CHUNK_BYTES // max(counts[1], 1))
+            check_expansion(
+                place, decoded, min(stored, size),
+                "Write it with smaller row groups (pyarrow.parquet.write_table(table, path, "
+                "row_group_size=100)), and long examples as several.",
+            )  # fmt: skip
+            step = min(step, CHUNK_BYTES * group.num_rows // max(decoded, 1))
+        return max(step, 1)
+
+
+def _is_text(schema: Any, name: str) -> bool:
+    if schema.names.count(name) != 1:
+        return False
+    kind = schema.field(name).type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _decoded_bytes(column: Any, described: Any) -> int:
+    """What a column of a row group takes in memory, equal texts once."""
+    width = PARQUET_WIDTHS.get(column.physical_type)
+    if column.physical_type == "FIXED_LEN_BYTE_ARRAY":
+        width = max(described.length, 1)
+    if width is None:
+        return int(column.total_uncompressed_size + 8 * column.num_values)
+    return int(width * column.num_values)
 
 
 @dataclass(frozen=True)
 class ArrowPart(FilePart, _Batches):
-    """An Arrow IPC file or stream."""
+    """An Arrow IPC file or stream, both read as a stream: a file is one between its magic and its
+    footer."""
+
+    def _stored_bytes(self) -> int:
+        with _unreadable(self.location), self.filesystem.open_input_file(self.path) as file:
+            return int(file.size())
 
     def _batches(self) -> Iterator[Any]:
         with _unreadable(self.location):
@@ -207,15 +295,36 @@ class ArrowPart(FilePart, _Batches):
             local = isinstance(self.filesystem, pyarrow.fs.LocalFileSystem)
             file = pa.memory_map(self.path) if local else self.filesystem.open_input_file(self.path)
         with file, _not_what_it_says(self.location, "an Arrow IPC file or stream"):
-            if file.size() == 0:
+            size, batches = file.size(), None
+            if size == 0:
                 raise pa.ArrowInvalid("the file is empty")
-            random_access = file.read(6) == b"ARROW1"
-            file.seek(0)
-            if random_access:
-                reader = pa.ipc.open_file(file)
-                yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
-            else:
-                yield from pa.ipc.open_stream(file)
+            if file.read(len(MAGIC)) == MAGIC:
+                file.seek(0)
+                batches = pa.ipc.open_file(file).num_record_batches
+            file.seek(0 if batches is None else _ARROW_START)
+            reader = pa.ipc.open_stream(file)
+            for number in count():
+                if not self._next(file, size, number):
+                    break
+                yield reader.read_next_batch()
+            if batches not in (None, number):
+                raise pa.ArrowInvalid(f"{number} record batches, and {batches} in the footer")
+
+    def _next(self, file: Any, size: int, number: int) -> bool:
+        """Whether a further batch comes; UserError if it takes far more memory than the file has
+        bytes. Leaves the file where it is."""
+        at = file.tell()
+        decoded, found = 0, False
+        for message in message_sizes(file, at, size):
+            decoded, found = decoded + message.decoded + message.rows, message.batch
+            if found:
+                break
+        file.seek(at)
+        check_expansion(
+            f"{self.location}, record batch {number}", decoded, size,
+            "Write it with smaller record batches, and long examples as several.",
+        )  # fmt: skip
+        return found
 
 
 @dataclass(frozen=True)
@@ -228,9 +337,17 @@ class JsonlPart(FilePart, _Records):
         with io.BufferedReader(stream, 1 << 20) as file:
             for number in count(1):
                 with _unreadable(self.location):
-                    line = file.readline()
+                    line = file.readline(LINE_BYTES + 1)
                 if not line:
                     return
+                if len(line) > LINE_BYTES:
+                    raise UserError(
+                        f"{self.location}, line {number}",
+                        f"a line of at most {LINE_BYTES >> 20} MiB",
+                        "a longer one",
+                        "Write one example a line, a long text as several of them, and large "
+                        "arrays of numbers as Parquet.",
+                    )
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 if line.strip():
@@ -238,9 +355,9 @@ class JsonlPart(FilePart, _Records):
 
     def _record(self, number: int, line: bytes) -> dict[str, Any]:
         try:
-            record = json.loads(line.decode())
+            record = _DECODER.decode(line.decode())
         except (ValueError, RecursionError) as error:
-            got = f"{error} in {_shown(line)}"
+            got = f"{_brief(error)} in {_shown(line)}"
         else:
             if isinstance(record, dict):
                 return record
@@ -253,6 +370,18 @@ class JsonlPart(FilePart, _Records):
             "round them and without line breaks inside.",
         )
 
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, in which no key comes twice: one of the two values would be lost."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {_shown(twice)} twice")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 FORMATS: dict[str, type[FilePart]] = {
     ".parquet": ParquetPart,
@@ -277,6 +406,9 @@ class TablePart(_Batches):
 
     def _batches(self) -> Iterator[Any]:
         yield from self.table.to_batches()
+
+    def _stored_bytes(self) -> int:
+        return int(self.table.get_total_buffer_size())
 
     def fingerprint(self) -> dict[str, Any]:
         """The number of its rows, and the hash of all of its content."""
@@ -341,16 +473,35 @@ def _present(found: Sequence[str], required: Sequence[str], optional: Sequence[s
     return [*required, *(name for name in optional if name in found)]
 
 
-def _chunk_rows(size: int, count: int) -> int:
-    return max(1, min(CHUNK_ROWS, CHUNK_BYTES * count // max(size, 1)))
+def _arrow_rows(
+    location: str, first: int, batch: Any, others: frozenset[str], stored: int
+) -> Iterator[Rows]:
+    """The rows of a record batch, numbered from ``first`` on, in chunks.
 
-
-def _arrow_rows(location: str, first: int, batch: Any) -> Rows:
-    columns = dict(zip(batch.schema.names, batch.columns, strict=True))
-    for name, column in columns.items():
+    Args:
+        others: names of all columns that there are.
+        stored: the bytes that stand for all rows of the part.
+    """
+    with _not_what_it_says(location, "whole columns"):
+        batch.validate(full=True)
+    names = batch.schema.names
+    for name, column in zip(names, batch.columns, strict=True):
         if column.null_count:
             raise _null(f"{location}, row {first + first_null(column)}", name)
-    return Rows(location, np.arange(first, first + batch.num_rows), columns)
+    sizes = np.zeros(batch.num_rows, np.int64)
+    for column in batch.columns:
+        sizes += row_bytes(column)
+    if len(sizes):
+        largest = int(sizes.argmax())
+        check_expansion(
+            f"{location}, row {first + largest}", int(sizes[largest]), stored,
+            "Write a long example as several.",
+        )  # fmt: skip
+    for start, stop in chunks(sizes):
+        cut = batch.slice(start, stop - start)
+        columns = dict(zip(names, cut.columns, strict=True))
+        numbers = np.arange(first + start, first + stop)
+        yield Rows(location, numbers, columns, others - columns.keys())
 
 
 def _record_rows(
@@ -380,7 +531,8 @@ def _record_rows(
                 raise _null(f"{location}, row {first + i}", name)
         plain = [None if value is missing else _plain(name, value) for value in values]
         columns[name] = _column(location, first, name, plain)
-    return Rows(location, np.arange(first, first + len(records)), columns)
+    others = frozenset(map(str, set().union(*records))) - columns.keys()
+    return Rows(location, np.arange(first, first + len(records)), columns, others)
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -404,13 +556,18 @@ def _column(location: str, first: int, name: str, values: list[Any]) -> Any:
     try:
         return convert(len(values))
     except CONVERSION_ERRORS as error:
+        if name in ROW_TYPES:
+            for row, value in enumerate(values):
+                keys = keys_of(value)
+                if keys:
+                    raise conversation(f"{location}, row {first + row}", name, keys) from error
         # A prefix that fails fails however it goes on, so the first bad row can be bisected.
         row = bisect_left(range(len(values)), True, key=lambda i: fails(i + 1))
         wanted = TYPES_WANTED.get(name, "text, or numbers of one shape")
         raise UserError(
             f"{location}, row {first + row}",
             f"`{name}` of one type in all rows ({wanted})",
-            f"{_shown(values[row])} ({error})",
+            f"{_shown(values[row])} ({_brief(error)})",
             f"Correct or leave out this value of `{name}`.",
         ) from error
 
@@ -419,8 +576,21 @@ def _column(location: str, first: int, name: str, values: list[Any]) -> Any:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    """A value in at most 60 characters, however long or deep it is."""
+    if isinstance(value, (str, bytes)):
+        value = value[:60]
+    text = _SHORT.repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _brief(error: Exception) -> str:
+    """What an error says, which may quote the value that it is about."""
+    text = str(error) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlist, _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 20, 4, 80, 80
 
 
 def _unreadable(location: str) -> AbstractContextManager[None]:

@@ -2,39 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
+import pyarrow as pa
 
-from raycurv.data import columns
+from raycurv.data import beside_tokens, columns
+from raycurv.data.bounds import TEXT_BYTES, TOKENISED_BYTES, chunks
+from raycurv.data.conversations import COLUMNS as CONVERSATIONS
+from raycurv.data.conversations import conversation
 from raycurv.data.digests import Digests, Smallest
-from raycurv.data.examples import NOT_A_TARGET, VOCABULARY_LIMIT, Example
+from raycurv.data.examples import NOT_A_TARGET, VOCABULARY_LIMIT, Example, loss_terms
+from raycurv.data.findings import Findings
 from raycurv.data.parts import Part, Rows
-from raycurv.data.sources import Source, open_parts
+from raycurv.data.sources import Source, find_parts
 from raycurv.data.tokenizer import Tokenizer, affixes
-from raycurv.errors import UserError
+from raycurv.errors import UserError, user_errors
 
 # In order of preference; each with the columns that it takes.
-INPUT_COLUMNS = (("input_ids",), ("prompt", "completion"), ("text",), ("inputs",))
+TOKENS: tuple[tuple[str, ...], ...] = (("input_ids",), ("prompt", "completion"), ("text",))
+NUMBERS: tuple[tuple[str, ...], ...] = (("inputs",),)
+# What a file of a stranger's can raise in the libraries that read it.
+DATA_ERRORS = (
+    pa.ArrowException, OSError, MemoryError, RecursionError, ArithmeticError, ValueError,
+)  # fmt: skip
 OPTIONAL_COLUMNS = ("id", "labels", "loss_mask")
+# Rows of an embedding that looks a model's inputs up, of whole numbers; None if none does.
+LooksUp: TypeAlias = Callable[[np.ndarray], "int | None"]
 
 
 @dataclass
 class ExampleReader:
     """Reads, tokenises, checks and numbers the examples of a source, once, in its order.
 
-    Streams: what stays in memory is one chunk of rows, and 16 bytes for every id.
+    Streams: what stays in memory is one chunk of rows (bounds.py), and 16 bytes for every id.
 
     The columns are ``input_ids``; ``prompt`` and ``completion``; ``text``; or ``inputs``: the first
     of these that is there. Optional are ``id`` (otherwise the path below the data's root and the
     0-based row, ``sub/file.parquet:17``, and the row alone of a table in memory), ``labels`` and
-    ``loss_mask``. A prompt and its completion are tokenised apart; the tokenizer's special tokens
-    stand before the prompt and after the completion, and the targets are the completion's tokens
-    with those after it, as they would be of a text.
+    ``loss_mask``; beside ``input_ids`` also those of beside_tokens.py. A prompt and its completion
+    are tokenised apart; the tokenizer's special tokens stand before the prompt and after the
+    completion, and the targets are the completion's tokens with those after it, as they would be
+    of a text. ``findings`` has what was left out.
 
     Args:
         source: see ``raycurv.data.sources.open_parts``.
@@ -48,6 +62,12 @@ class ExampleReader:
             does not depend on the data's order. A row that is then split counts once.
         token_inputs: whether the model takes tokens (``True``) or numbers (``False``); ``None``
             when not known.
+        either: whether it may as well take the others: ``inputs`` of whole numbers, say, that its
+            embedding looks up.
+        per_token: whether the loss is one of tokens, so that there must be some.
+        looks_up: gives the rows of the embedding that looks the inputs up, for the first example's.
+        empty: what to do with a row of no token: ``error``, or ``skip``, which also leaves out a
+            text of no character. The other rows keep their ids; ``max_examples`` counts it.
         further: columns besides, each of text or of numbers of one shape, that every example must
             have. A truncated example keeps what it has there, and each piece of a split one.
 
@@ -64,8 +84,14 @@ class ExampleReader:
     max_examples: int | None = None
     seed: int = 0
     token_inputs: bool | None = None
+    either: bool = False
+    per_token: bool = False
+    looks_up: LooksUp | None = None
+    empty: Literal["error", "skip"] = "error"
     further: Sequence[str] = ()
 
+    # What was met so far.
+    findings: Findings = field(default_factory=Findings)
     # What the examples must agree on, as those that have been read have it.
     seen: Digests = field(default_factory=Digests)
     kind: tuple[str, ...] = ()
@@ -73,6 +99,8 @@ class ExampleReader:
     labelled: bool | None = None
     labels_shape: tuple[int, ...] | None = None
     classes: bool | None = None
+    vocabulary: int | None = None
+    """Rows of the embedding that looks ``inputs`` up; 0 if they are no more than numbers."""
     further_as: dict[str, np.ndarray | None] = field(default_factory=dict)
     """Of each further column the first value, if it is of numbers."""
 
@@ -85,7 +113,9 @@ class ExampleReader:
         if self.long not in ("error", "truncate", "split"):
             got = repr(self.long)
             raise UserError("--long", "error, truncate or split", got, "Choose one of them.")
-        self.parts = open_parts(self.source)
+        found = find_parts(self.source)
+        self.parts = found.parts
+        self.findings.left_out_files = list(found.left_out)
 
     def examples(self) -> Iterator[Example]:
         sample = None if self.max_examples is None else self._sample(self.max_examples)
@@ -98,19 +128,22 @@ class ExampleReader:
             first += count
             if not len(rows.numbers):
                 continue
-            ids = _ids(part, rows)
-            if sample is None:
-                self._check_unique(ids, rows)
-            make = self._of_numbers if self.kind == ("inputs",) else self._of_tokens
-            for example in make(rows, ids, _named(rows, ids)):
-                yield replace(example, index=index)
-                index += 1
+            with _told(part):
+                ids = _ids(part, rows)
+                if sample is None:
+                    self._check_unique(ids, rows)
+                make = self._of_numbers if self.kind in NUMBERS else self._of_tokens
+                for example in make(rows, ids, _named(rows, ids)):
+                    yield replace(example, index=index)
+                    index += 1
         if not index:
             files = f"{len(self.parts)} file{'s' if len(self.parts) > 1 else ''}"
             raise UserError(
                 str(self.source) if isinstance(self.source, (str, Path)) else "data",
                 "at least one example",
-                "none in " + (files if self.parts[0].name else self.parts[0].location),
+                "none in "
+                + (files if self.parts[0].name else self.parts[0].location)
+                + (f" but {left:,} empty ones" if (left := self.findings.empty_examples) else ""),
                 "Check that the data is complete.",
             )
 
@@ -118,30 +151,34 @@ class ExampleReader:
 
     def _rows(self) -> Iterator[tuple[Part, Rows]]:
         for part in self.parts:
-            found = part.columns()
-            if found is None:
-                continue
-            self.kind = self._kind(part, found)
-            others = tuple(name for name in self.further if name not in self.kind)
-            for rows in part.read((*self.kind, *others), OPTIONAL_COLUMNS):
-                yield part, rows
+            with _told(part):
+                found = part.columns()
+                if found is None:
+                    continue
+                self.kind = self._kind(part, found)
+                others = tuple(name for name in self.further if name not in self.kind)
+                beside = beside_tokens.READ if self.kind == ("input_ids",) else ()
+                for rows in part.read((*self.kind, *others), (*OPTIONAL_COLUMNS, *beside)):
+                    if self.kind in (("input_ids",), ("inputs",)):
+                        beside_tokens.refuse_others(rows)
+                    self.findings.unused_columns |= rows.others
+                    yield part, rows
 
     def _kind(self, part: Part, found: Sequence[str]) -> tuple[str, ...]:
         """The columns of inputs that this part has, and the model takes."""
-        usable = [
-            kind
-            for kind in INPUT_COLUMNS
-            if self.token_inputs is None or self.token_inputs == (kind != ("inputs",))
-        ]
+        usable = self._usable()
         kind = next((kind for kind in usable if set(kind) <= set(found)), None)
         if kind is None:
+            talk = next((name for name in CONVERSATIONS if name in found), None)
+            if talk is not None and any(kind in TOKENS for kind in usable):
+                raise conversation(part.location, talk, part.message_keys(talk))
             model = {None: "", True: ", for a model of tokens", False: ", for a model of numbers"}
             raise UserError(
                 part.location,
                 "a column "
                 + " or ".join(" + ".join(f"`{c}`" for c in kind) for kind in usable)
-                + model[self.token_inputs],
-                "the columns " + ", ".join(f"`{name}`" for name in found),
+                + model[None if self.either else self.token_inputs],
+                "the columns " + _listed(found),
                 "Rename the column that holds the inputs.",
             )
         if kind == ("inputs",) and "loss_mask" in found:
@@ -151,7 +188,7 @@ class ExampleReader:
                 "`loss_mask` beside `inputs`",
                 "Leave out the column: numbers have no tokens to mask.",
             )
-        if self.kind and (self.kind == ("inputs",)) != (kind == ("inputs",)):
+        if self.kind and (self.kind in NUMBERS) != (kind in NUMBERS):
             raise UserError(
                 part.location,
                 f"inputs like those of the files before it ({' + '.join(self.kind)})",
@@ -163,22 +200,32 @@ class ExampleReader:
                 raise UserError(
                     part.location,
                     f"a column `{name}`, which the objective reads",
-                    "the columns " + ", ".join(f"`{name}`" for name in found),
+                    "the columns " + _listed(found),
                     "Add it to the data, or choose another --objective.",
                 )
-        named = (*kind, *OPTIONAL_COLUMNS, *self.further)
+        named = (*kind, *OPTIONAL_COLUMNS, *beside_tokens.READ, *self.further)
         twice = [name for name in named if list(found).count(name) > 1]
         if twice:
             wanted, remedy = f"one column `{twice[0]}`", "Rename all but one."
             raise UserError(part.location, wanted, "several", remedy)
         return kind
 
+    def _usable(self) -> tuple[tuple[str, ...], ...]:
+        """The columns of inputs that the model may take, in order of preference."""
+        if self.token_inputs is None:
+            return (*TOKENS, *NUMBERS)
+        if self.per_token and (self.token_inputs or self.either):
+            return TOKENS
+        first, second = (TOKENS, NUMBERS) if self.token_inputs else (NUMBERS, TOKENS)
+        return (*first, *second) if self.either else first
+
     def _named_rows(self) -> Iterator[tuple[Rows, list[str]]]:
         """Only what names the rows, for passes that need no more."""
         for part in self.parts:
-            if part.columns() is not None:
-                for rows in part.read((), ("id",)):
-                    yield rows, _ids(part, rows)
+            with _told(part):
+                if part.columns() is not None:
+                    for rows in part.read((), ("id",)):
+                        yield rows, _ids(part, rows)
 
     def _sample(self, size: int) -> np.ndarray:
         """Which rows to read: those of the ``size`` smallest hashes, ascending."""
@@ -210,50 +257,138 @@ class ExampleReader:
     # Tokens
 
     def _of_tokens(self, rows: Rows, ids: Sequence[str], place: columns.Place) -> Iterator[Example]:
-        tokens, targets = self._tokens(rows, place)
-        for i, ids_T in enumerate(tokens):
-            if not len(ids_T):
-                raise UserError(place(i), "at least one token", "none", "Leave out empty examples.")
+        tokens, targets, blank = self._tokens(rows, place)
         self._check_vocabulary("input_ids", tokens, place)
         nothing: list[np.ndarray | None] = [None] * len(ids)
         labels, masks = nothing, nothing
         if "labels" in rows.columns:
-            labels = columns.integer_lists("labels", rows.columns["labels"], place)
+            labels = self._token_labels(rows, place)
             self._check_lengths("labels", labels, tokens, place)
             self._check_vocabulary("labels", labels, place)
         if "loss_mask" in rows.columns:
             masks = columns.boolean_lists("loss_mask", rows.columns["loss_mask"], place)
             self._check_lengths("loss_mask", masks, tokens, place)
+        spans = self._spans(rows, tokens, labels, place)
         further = self._further(rows, place)
         for i, (ids_T, labels_T) in enumerate(zip(tokens, labels, strict=True)):
+            if self.empty == "skip" and (blank[i] or spans[i].stop == spans[i].start):
+                self.findings.empty_examples += 1
+                continue
             targets_T = _both(masks[i], targets[i])
             if labels_T is not None and (labels_T == NOT_A_TARGET).any():
                 targets_T = _both(targets_T, labels_T != NOT_A_TARGET)
             example = Example(
                 0, ids[i], ids_T.astype(np.int32), None, labels_T, targets_T, further[i]
             )
+            if spans[i] != slice(0, len(ids_T)):
+                example = _slice(example, ids[i], spans[i].start, spans[i].stop)
+            if not example.length:
+                raise UserError(
+                    place(i),
+                    "at least one token",
+                    "none" if not len(ids_T) else "none but padding",
+                    "Leave out empty examples, or give --empty skip.",
+                )
             yield from self._fitted(example, place(i), rows.place(i))
+
+    def _spans(
+        self,
+        rows: Rows,
+        tokens: list[np.ndarray],
+        labels: Sequence[np.ndarray | None],
+        place: columns.Place,
+    ) -> list[slice]:
+        """What of each row is text and no padding."""
+        spans = [slice(0, len(ids_T)) for ids_T in tokens]
+        if "attention_mask" in rows.columns:
+            name = "attention_mask"
+            masks = columns.boolean_lists(name, rows.columns[name], place)
+            self._check_lengths(name, masks, tokens, place)
+            found = self.findings
+            for i, mask_T in enumerate(masks):
+                if mask_T is None or mask_T.all():
+                    continue
+                spans[i] = beside_tokens.text_span(mask_T, place(i))
+                found.padded_examples += 1
+                found.padding_tokens += int(np.count_nonzero(~mask_T))
+                labels_T = labels[i]
+                if labels_T is not None:
+                    targets = (labels_T != NOT_A_TARGET) & ~mask_T
+                    found.targets_at_padding += int(np.count_nonzero(targets))
+        beside_tokens.check_positions(rows, tokens, spans, place)
+        return spans
+
+    def _token_labels(self, rows: Rows, place: columns.Place) -> list[np.ndarray | None]:
+        column = rows.columns["labels"]
+        if pa.types.is_integer(column.type):
+            # Of a loss of tokens, or of a loss of whole examples.
+            remedy = "Rename the column if it is no label of tokens: these are their own labels."
+            if not self.per_token:
+                remedy = (
+                    "For a class of a whole text give token ids as `inputs`, as many in every "
+                    "row, with `labels`: a model of a factory (package.module:factory) whose "
+                    "embedding looks them up takes them."
+                )
+            raise UserError(
+                place(0),
+                "lists of whole numbers in `labels`, one a token",
+                f"one whole number a row ({column.type})",
+                remedy,
+            )
+        return columns.integer_lists("labels", column, place)
 
     def _tokens(
         self, rows: Rows, place: columns.Place
-    ) -> tuple[list[np.ndarray], list[np.ndarray | None]]:
-        """Each row's token ids (int64), and which of them are targets (``None`` for all)."""
+    ) -> tuple[list[np.ndarray], list[np.ndarray | None], list[bool]]:
+        """Each row's token ids (int64), which of them are targets (``None`` for all), and whether
+        it is a text of no character."""
         if self.kind == ("input_ids",):
             lists = columns.integer_lists("input_ids", rows.columns["input_ids"], place)
-            return [ids_T for ids_T in lists if ids_T is not None], [None] * len(lists)
+            present = [ids_T for ids_T in lists if ids_T is not None]
+            return present, [None] * len(lists), [False] * len(lists)
         texts = [columns.strings(name, rows.columns[name], place) for name in self.kind]
+        blank = [not any(parts) for parts in zip(*texts, strict=True)]
         if self.kind == ("text",):
-            encoded = self._tokenizer().encode(texts[0], special=True)
-            return [np.array(ids, np.int64) for ids in encoded], [None] * len(encoded)
+            tokens = self._encoded("text", texts[0], True, place)
+            return tokens, [None] * len(tokens), blank
         before, after = self._affixes
-        prompts, completions = (self._tokenizer().encode(t, special=False) for t in texts)
-        tokens: list[np.ndarray] = []
+        prompts, completions = (
+            self._encoded(name, own, False, place)
+            for name, own in zip(self.kind, texts, strict=True)
+        )
+        tokens = []
         targets: list[np.ndarray | None] = []
         for prompt, completion in zip(prompts, completions, strict=True):
-            ids = [*before, *prompt, *completion, *after]
-            tokens.append(np.array(ids, np.int64))
+            ids = np.concatenate([before, prompt, completion, after]).astype(np.int64)
+            tokens.append(ids)
             targets.append(np.arange(len(ids)) >= len(before) + len(prompt))
-        return tokens, targets
+        return tokens, targets, blank
+
+    def _encoded(
+        self, name: str, texts: Sequence[str], special: bool, place: columns.Place
+    ) -> list[np.ndarray]:
+        """The token ids of texts, which go through the tokenizer a bounded number at a time."""
+        sizes = np.array([len(text.encode()) for text in texts])
+        if sizes.max(initial=0) > TEXT_BYTES:
+            at = int(sizes.argmax())
+            raise UserError(
+                place(at),
+                f"a text of at most {TEXT_BYTES >> 20} MiB in `{name}`",
+                f"{sizes[at]:,} bytes",
+                "Write it as several examples, or tokenise it yourself and give `input_ids`: a "
+                "tokenizer holds 100 to 300 bytes for each of a text.",
+            )
+        tokens: list[np.ndarray] = []
+        for start, stop in chunks(sizes, TOKENISED_BYTES):
+            with user_errors(
+                f"{place(start)} and the {stop - start - 1} after it",
+                f"texts in `{name}` that the model's tokenizer takes",
+                "Try it on them, or give `input_ids`.",
+                Exception,  # tokenizers raise whatever they meet
+            ):
+                encoded = self._tokenizer().encode(texts[start:stop], special=special)
+            tokens += [np.array(ids, np.int64) for ids in encoded]
+        return tokens
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -307,14 +442,8 @@ class ExampleReader:
         place: columns.Place,
     ) -> None:
         for i, (values_T, ids_T) in enumerate(zip(lists, tokens, strict=True)):
-            if values_T is not None and len(values_T) != len(ids_T):
-                raise UserError(
-                    place(i),
-                    f"`{name}` of {len(ids_T)} entries, one a token",
-                    f"{len(values_T)}",
-                    f"Align `{name}` with the tokens: entry t speaks of token t (no shift); beside "
-                    "text, the tokenizer's special tokens count too.",
-                )
+            if values_T is not None:
+                beside_tokens.check_length(name, values_T, len(ids_T), place(i))
 
     def _fitted(self, example: Example, where: str, place: str) -> Iterator[Example]:
         """The example within the limit of length: itself, its beginning, or its pieces."""
@@ -337,7 +466,10 @@ class ExampleReader:
                 remedy + ".",
             )
         if self.long == "truncate":
-            yield _slice(example, example.id, 0, limit)
+            cut = _slice(example, example.id, 0, limit)
+            self.findings.truncated_examples += 1
+            self.findings.targets_cut_off += loss_terms(cut) == 0 < loss_terms(example)
+            yield cut
             return
         begins = range(0, example.length, limit)
         pieces = [_slice(example, f"{example.id}#{k}", a, a + limit) for k, a in enumerate(begins)]
@@ -394,8 +526,7 @@ class ExampleReader:
     def _of_numbers(
         self, rows: Rows, ids: Sequence[str], place: columns.Place
     ) -> Iterator[Example]:
-        column = rows.columns["inputs"]
-        inputs = columns.numbers("inputs", column, place, self.shape, exact_integers=False)
+        inputs = self._inputs(rows, place)
         if inputs.ndim == 1:
             raise UserError(
                 place(0),
@@ -410,6 +541,42 @@ class ExampleReader:
             # A view would keep its whole chunk alive as long as any of its examples.
             own = None if labels is None else labels[i].copy()
             yield Example(0, id, inputs=inputs[i].copy(), labels=own, columns=further[i])
+
+    def _inputs(self, rows: Rows, place: columns.Place) -> np.ndarray:
+        """Numbers as floats, or as int64 where the model's embedding looks them up."""
+        column = rows.columns["inputs"]
+        if self.vocabulary != 0 and self.looks_up is not None:
+            inputs = columns.numbers("inputs", column, place, self.shape, exact_integers=True)
+            whole = inputs.dtype == np.int64
+            if self.vocabulary is None:
+                self.vocabulary = (self.looks_up(inputs[0]) if whole else None) or 0
+            elif not whole:
+                raise UserError(
+                    place(0),
+                    "whole numbers in `inputs`, as in the examples before it",
+                    "a fraction",
+                    "The model looks them up in an embedding: give whole numbers everywhere.",
+                )
+            if self.vocabulary:
+                wrong = (inputs < 0) | (inputs >= self.vocabulary)
+                if wrong.any():
+                    at = int(wrong.reshape(len(inputs), -1).any(axis=1).argmax())
+                    raise UserError(
+                        place(at),
+                        f"whole numbers from 0 to {self.vocabulary - 1} in `inputs` (the model's "
+                        f"embedding has {self.vocabulary} rows)",
+                        str(inputs[at][wrong[at]].flat[0]),
+                        "Tokenise the data as the model's were.",
+                    )
+                return inputs
+        if self.token_inputs:
+            raise UserError(
+                place(0),
+                "whole numbers in `inputs`, which the model's embedding looks up",
+                f"{columns.type_name(column)}, which it does not",
+                "Give token ids, as many in every row, as the model's forward takes them.",
+            )
+        return columns.numbers("inputs", column, place, self.shape, exact_integers=False)
 
     def _labels(self, rows: Rows, place: columns.Place) -> np.ndarray | None:
         here = "labels" in rows.columns
@@ -453,6 +620,21 @@ def _ids(part: Part, rows: Rows) -> list[str]:
 
 def _named(rows: Rows, ids: Sequence[str]) -> columns.Place:
     return lambda i: f"example {ids[i]!r} ({rows.place(i)})"
+
+
+def _listed(found: Sequence[str]) -> str:
+    names = ", ".join(f"`{name}`" for name in found[:20])
+    return names if len(found) <= 20 else f"{names} and {len(found) - 20} more"
+
+
+def _told(part: Part) -> AbstractContextManager[None]:
+    """Whatever a part's content makes libraries raise is a mistake in it."""
+    return user_errors(
+        part.location,
+        "data that can be read",
+        "Write the file again, with less in a row if it lacks memory.",
+        *DATA_ERRORS,
+    )
 
 
 def _both(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:

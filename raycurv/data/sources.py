@@ -5,29 +5,55 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.fs
 
+from raycurv.data.folders import (
+    STATE_BYTES,
+    STATE_FILE,
+    check_folders,
+    check_saved,
+    check_splits,
+    holds_examples,
+    not_read,
+)
 from raycurv.data.parts import FORMATS, READ_ERRORS, Part, RowsPart, TablePart
 from raycurv.data.uri import check_endpoint, check_place, is_uri, redacted, shown
-from raycurv.errors import UserError
+from raycurv.errors import UserError, user_errors
+from raycurv.names import kind_of, plain_name, regular_file
 
 Source: TypeAlias = "str | Path | pa.Table | Sequence[Mapping[str, Any]]"
 
 READABLE = "Parquet (.parquet), JSONL (.jsonl, .ndjson, .json) or Arrow (.arrow, .feather)"
 
-# What Hugging Face datasets puts beside the data of a saved data set. The caches of its `map` are
-# Arrow files too, and reading them would count every example twice.
-BESIDE_THE_DATA = {"state.json", "dataset_info.json", "dataset_dict.json", "dataset_infos.json"}
-CACHES = re.compile(r"cache-.*\.arrow")
+
+@dataclass(frozen=True)
+class Found:
+    """What a source holds.
+
+    Attributes:
+        parts: in data order.
+        left_out: names of files of a format that is read, which were left out of a folder: hidden
+            ones, and caches.
+    """
+
+    parts: list[Part]
+    left_out: tuple[str, ...] = ()
 
 
 def open_parts(source: Source) -> list[Part]:
-    """The parts of a source, sorted by their names.
+    """The parts of a source, sorted by their names; see :func:`find_parts`."""
+    return find_parts(source).parts
+
+
+def find_parts(source: Source) -> Found:
+    """The parts of a source, sorted by their names, and what was left out.
 
     Args:
         source: a file, a directory (searched through all its subdirectories; names that begin with
@@ -35,15 +61,16 @@ def open_parts(source: Source) -> list[Part]:
             understands, a ``pyarrow.Table``, or a list of dicts.
 
     Raises:
-        UserError: there is no such data, or nothing readable in it.
+        UserError: there is no such data; nothing readable in it; a directory holds other files
+            besides, several splits, or a link out of it.
     """
     if isinstance(source, pa.Table):
-        return [TablePart(source)]
+        return Found([TablePart(source)])
     if isinstance(source, (str, Path)):
         check_place("data", str(source))
-        return list(_files(str(source)))
+        return _files(str(source))
     if isinstance(source, (list, tuple)):
-        return [RowsPart(source)]
+        return Found([RowsPart(source)])
     raise UserError(
         "data",
         "a path, a glob, a URI, a pyarrow.Table or a list of dicts",
@@ -72,50 +99,161 @@ def fingerprint(source: Source) -> dict[str, Any]:
 # Files ---------------------------------------------------------------------------------------
 
 
-def _files(source: str) -> Iterator[Part]:
+@dataclass
+class _Listing:
+    """Files of a source: a root, and names below it.
+
+    Attributes:
+        files: to be read if they are of a format that is.
+        left_out: of such a format, and not to be read.
+    """
+
+    filesystem: Any
+    root: str
+    files: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    def path(self, name: str) -> str:
+        """What the file system calls a file."""
+        return f"{self.root.rstrip('/')}/{name}" if self.root else name
+
+
+def _files(source: str) -> Found:
     """The parts of a path, a glob or a URI of either, sorted by name."""
     remote = is_uri(source)
-    filesystem, root, names = (
-        _find_remote(source) if remote else _find_local(os.path.expanduser(source))
-    )
-    readable = [name for name in names if os.path.splitext(name)[1].lower() in FORMATS]
-    if not readable:
-        some = ", ".join(sorted(names)[:5])
+    listing = _find_remote(source) if remote else _find_local(os.path.expanduser(source))
+    names = sorted(set(listing.files))
+    readable = [name for name in names if _ending(name) in FORMATS]
+    if not names:
         raise UserError(
             shown(source),
             f"{READABLE} files",
-            f"none of these, but {len(names)} other files ({some})" if names else "no file at all",
+            "no file at all",
             "Check the path; a glob needs quotes on the command line, and ** for subdirectories.",
         )
-    for name in sorted(set(readable)):
-        part = FORMATS[os.path.splitext(name)[1].lower()]
-        path = f"{root.rstrip('/')}/{name}" if root else name
+    if len(readable) < len(names):
+        others = [name for name in names if name not in set(readable)]
+        raise not_read(shown(source), "" if remote else listing.root, others, readable, READABLE)
+    parts: list[Part] = []
+    for name in readable:
+        path = listing.path(name)
         # Of a URI pyarrow gives back a bare path; the message shows what the user typed.
         location = f"{name} in {shown(source)}" if remote else path
-        yield part(name, location, path, filesystem)
+        parts.append(FORMATS[_ending(name)](name, location, path, listing.filesystem))
+    _check_states(listing, readable, shown(source) if remote else "")
+    return Found(parts, tuple(sorted(set(listing.left_out))))
 
 
-def _find_local(source: str) -> tuple[Any, str, list[str]]:
-    """File system, root, and names of the files below it; hidden and side files are left out."""
+def _ending(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _check_states(listing: _Listing, readable: Sequence[str], uri: str) -> None:
+    """Hold the data sets that Hugging Face datasets saved against what is said of them."""
+    folders: dict[str, list[str]] = {}
+    for name in readable:
+        if _ending(name) == ".arrow":
+            folder, _, file = name.rpartition("/")
+            folders.setdefault(folder, []).append(file)
+    for folder, files in folders.items():
+        name = f"{folder}/{STATE_FILE}" if folder else STATE_FILE
+        path = listing.path(name)
+        where = f"{name} in {uri}" if uri else path
+        with user_errors(
+            where, "a file that can be read", "Check it.", *READ_ERRORS, got="{error}"
+        ):
+            info = listing.filesystem.get_file_info(path)
+            if info.type != pyarrow.fs.FileType.File:
+                continue
+            with listing.filesystem.open_input_stream(path) as file:
+                state = bytes(file.read(STATE_BYTES + 1))
+        check_saved(where, os.path.dirname(path), files, state)
+
+
+def _find_local(source: str) -> _Listing:
+    """What a path or a glob of this machine names."""
     filesystem = pyarrow.fs.LocalFileSystem()
     if os.path.isfile(source):
-        return filesystem, os.path.dirname(source), [os.path.basename(source)]
+        return _Listing(filesystem, os.path.dirname(source), [os.path.basename(source)])
     if os.path.isdir(source):
-        return filesystem, source, _walk(source)
+        listing = _Listing(filesystem, source)
+        _add_folder(listing, source, "")
+        return listing
     if not glob.has_magic(source):
         raise _no_such_data(source)
-    root = _glob_root(source)
-    names = []
+    listing = _Listing(filesystem, _glob_root(source))
     for match in glob.glob(source, recursive=True):
-        below = os.path.relpath(match, root or ".").replace(os.sep, "/")
+        below = os.path.relpath(match, listing.root or ".").replace(os.sep, "/")
         if os.path.isdir(match):
-            names += [f"{below}/{name}" if below != "." else name for name in _walk(match)]
-        elif _wanted(os.path.basename(match)):
-            names.append(below)
-    return filesystem, root, names
+            _add_folder(listing, match, "" if below == "." else f"{below}/")
+        elif not holds_examples(os.path.basename(match)):
+            listing.left_out += [below] if _ending(below) in FORMATS else []
+        elif os.path.isfile(match):
+            listing.files.append(below)
+        else:
+            raise UserError(match, "a file", kind_of(os.lstat(match).st_mode), "Take it away.")
+    return listing
 
 
-def _find_remote(source: str) -> tuple[Any, str, list[str]]:
+def _add_folder(listing: _Listing, folder: str, below: str) -> None:
+    """Add the files of a folder of this machine.
+
+    Args:
+        below: its name below the listing's root, with a slash at the end, or nothing.
+    """
+    files, folders = _walk(folder)
+    check_folders(folder, folders, files)
+    wanted = [name for name in files if holds_examples(name.rpartition("/")[2])]
+    for name in wanted:
+        _check_file(folder, name)
+    readable = [name for name in wanted if _ending(name) in FORMATS]
+    check_splits(folder, readable)
+    listing.files += [f"{below}{name}" for name in wanted]
+    others = set(files) - set(wanted)
+    listing.left_out += [f"{below}{name}" for name in others if _ending(name) in FORMATS]
+
+
+def _walk(root: str) -> tuple[list[str], list[str]]:
+    """Names of all files below a folder, but for those in hidden ones, and of all folders."""
+
+    def refuse(error: OSError) -> None:
+        remedy = "Check its permissions."
+        raise UserError(str(error.filename), "a folder that can be read", str(error), remedy)
+
+    found: list[str] = []
+    folders: list[str] = []
+    for directory, inner, files in os.walk(root, onerror=refuse):
+        below = os.path.relpath(directory, root).replace(os.sep, "/")
+        prefix = "" if below == "." else f"{below}/"
+        folders += [f"{prefix}{name}" for name in inner]
+        inner[:] = [name for name in inner if not name.startswith((".", "_"))]
+        for name in inner:
+            if os.path.islink(os.path.join(directory, name)):
+                raise UserError(
+                    os.path.join(directory, name),
+                    "a folder",
+                    "a link to one, which is not followed",
+                    "Give the folder that it leads to, or a glob of the files to read.",
+                )
+        found += [f"{prefix}{name}" for name in files]
+    return found, folders
+
+
+def _check_file(root: str, name: str) -> None:
+    """Refuse a name that is none, what is no file, and a link that leaves the folder."""
+    plain_name(name, root)
+    mode = os.lstat(os.path.join(root, name)).st_mode
+    if stat.S_ISREG(mode):
+        return
+    base, snapshots, rest = os.path.realpath(root).rpartition("/snapshots/")
+    if snapshots and os.path.isdir(f"{base}/blobs"):
+        # Of the hub's cache a folder may be given that lies below a snapshot.
+        revision, _, below = rest.partition("/")
+        root, name = f"{base}/snapshots/{revision}", f"{below}/{name}" if below else name
+    regular_file(root, name, root)
+
+
+def _find_remote(source: str) -> _Listing:
     # What follows a question mark is the file system's options, not a glob.
     address, mark, options = source.partition("?")
     magic = re.search(r"[*\[]", address) is not None
@@ -128,7 +266,12 @@ def _find_remote(source: str) -> tuple[Any, str, list[str]]:
             raise _no_such_data(source)
         if info.type == pyarrow.fs.FileType.File:
             base, _, name = path.rpartition("/")
-            return filesystem, base, [name]
+            return _Listing(filesystem, base, [name])
+        local = isinstance(filesystem, pyarrow.fs.LocalFileSystem)
+        listing = _Listing(filesystem, path)
+        if local and not magic:
+            _add_folder(listing, path, "")
+            return listing
         below = filesystem.get_file_info(pyarrow.fs.FileSelector(path, recursive=True))
     except (*READ_ERRORS, ImportError) as error:
         raise UserError(
@@ -138,26 +281,22 @@ def _find_remote(source: str) -> tuple[Any, str, list[str]]:
             "Check the scheme, the address and the credentials, or copy the data to a local disk.",
         ) from None  # the error itself may show credentials
     start = len(path.rstrip("/")) + 1
-    files = [info.path[start:] for info in below if info.type == pyarrow.fs.FileType.File]
-    names = [name for name in files if all(_wanted(step) for step in name.split("/"))]
+    kinds = pyarrow.fs.FileType
+    files = [info.path[start:] for info in below if info.type == kinds.File]
+    hidden = [any(step.startswith((".", "_")) for step in f.split("/")[:-1]) for f in files]
+    files = [name for name, under in zip(files, hidden, strict=True) if not under]
     if magic:
         pattern = _glob_pattern(address[len(root) :].lstrip("/"))
-        names = [name for name in names if pattern.fullmatch(name)]
-    return filesystem, path, names
-
-
-def _walk(root: str) -> list[str]:
-    names = []
-    for directory, subdirectories, files in os.walk(root):
-        subdirectories[:] = [name for name in subdirectories if _wanted(name)]
-        below = os.path.relpath(directory, root).replace(os.sep, "/")
-        names += [name if below == "." else f"{below}/{name}" for name in files if _wanted(name)]
-    return names
-
-
-def _wanted(name: str) -> bool:
-    beside = name in BESIDE_THE_DATA or CACHES.fullmatch(name) is not None
-    return not (beside or name.startswith((".", "_")))
+        files = [name for name in files if pattern.fullmatch(name)]
+    else:
+        folders = [info.path[start:] for info in below if info.type == kinds.Directory]
+        check_folders(shown(source), folders, files)
+    listing.files = [name for name in files if holds_examples(name.rpartition("/")[2])]
+    others = set(files) - set(listing.files)
+    listing.left_out = [name for name in others if _ending(name) in FORMATS]
+    if not magic:
+        check_splits(shown(source), [n for n in listing.files if _ending(n) in FORMATS])
+    return listing
 
 
 def _glob_root(pattern: str) -> str:

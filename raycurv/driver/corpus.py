@@ -1,14 +1,14 @@
 """The examples of a run as they lie in its directory: tokenised once, read in windows by each pass.
 
 data/part-00000.parquet      the examples, 1,024 a file
-data/corpus.json             how many, their lengths' sum, the hash of their source
+data/corpus.json             how many, what tokenised them, what of their source was left out
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -24,12 +24,13 @@ from raycurv.data.examples import (
     no_loss_terms,
     table_to_examples,
 )
+from raycurv.data.findings import sentences
 from raycurv.data.microbatch import Microbatches, make_batch, padding_share, plan_microbatches
 from raycurv.data.reading import ExampleReader
 from raycurv.data.sources import Source
 from raycurv.data.tokenizer import LazyTokenizer
 from raycurv.driver.settings import Reading
-from raycurv.errors import DamagedFile
+from raycurv.errors import DamagedFile, UserError
 from raycurv.files.store import Store
 from raycurv.files.tables import read_rows, read_table, write_table
 from raycurv.models.model import Model
@@ -57,6 +58,8 @@ class Corpus:
         lengths: tokens of every example (1 without a token axis), int32.
         terms: how many examples have a loss term.
         tokenizer: what tokenised them; empty for data without text.
+        columns: further ones, that an objective reads.
+        findings: what of their source was left out, as :class:`Findings` records it.
     """
 
     store: Store
@@ -66,9 +69,48 @@ class Corpus:
     terms: int
     tokenizer: dict[str, Any]
     columns: tuple[str, ...] = ()
+    findings: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def name(self) -> str:
+        """What they are: ``data``, ``queries`` or ``train``."""
+        return self.directory.rpartition("/")[2]
+
+    def facts(self) -> dict[str, Any]:
+        """For ``run.json``: how many there are, and what of their source was left out."""
+        without = len(self) - self.terms
+        count = {"examples_without_loss": without} if without else {}
+        return {"examples": len(self), **count, **self.findings}
+
+    def said(self) -> list[str]:
+        """What a person is told of how they were read, a line each."""
+        told = sentences(self.findings, len(self), len(self) - self.terms)
+        return [f"{self.name}: {sentence}" for sentence in told]
+
+    def check_targets(self, flag: str) -> None:
+        """Refuse examples without a loss term, where the loss of each is asked for.
+
+        Args:
+            flag: the flag that named their source.
+
+        Raises:
+            UserError: names the first.
+        """
+        if self.terms == len(self):
+            return
+        first = next(example for example in self.examples() if not loss_terms(example))
+        cut = self.findings.get("targets_cut_off", 0)
+        raise UserError(
+            f"example {first.id!r} of {flag}",
+            "a target after its first token, whose loss is asked for",
+            f"none, as in {len(self) - self.terms:,} of {len(self):,} examples"
+            + (f" (of {cut:,} of them --long truncate cut all targets off)" if cut else ""),
+            "Leave these examples out"
+            + (", or give a larger --max-length, or --long split." if cut else "."),
+        )
 
     @cached_property
     def tokens(self) -> int:
@@ -125,6 +167,7 @@ def open_corpus(
     seed: int,
     columns: Sequence[str] = (),
     needs_loss: bool = True,
+    per_token: bool = True,
 ) -> Corpus:
     """The examples of a source, read from it once and from the store ever after.
 
@@ -133,6 +176,7 @@ def open_corpus(
         max_examples: a seeded sample of so many.
         columns: further ones, which an objective reads.
         needs_loss: whether an example needs a loss term, for its loss is what is asked for.
+        per_token: whether the objective's loss is one of tokens.
 
     Raises:
         UserError: see :class:`raycurv.data.reading.ExampleReader`; or no example has a loss term.
@@ -152,11 +196,16 @@ def open_corpus(
         max_examples=max_examples,
         seed=seed,
         token_inputs=model.token_inputs,
+        either=model.either_inputs,
+        per_token=per_token,
+        looks_up=lambda inputs: model.looks_up(torch.from_numpy(inputs)[None]),
+        empty=reading.empty,
         further=columns,
     )
     corpus = store_corpus(
         store, directory, reader.examples(), flag,
         lambda: {} if tokenizer is None else tokenizer.describe(), needs_loss,
+        reader.findings.recorded,
     )  # fmt: skip
     give_back(collect=False)
     return corpus
@@ -169,6 +218,7 @@ def store_corpus(
     flag: str,
     describe: Callable[[], dict[str, Any]],
     needs_loss: bool = True,
+    findings: Callable[[], dict[str, Any]] = dict,
 ) -> Corpus:
     """Write examples, numbered from 0 on, as a corpus.
 
@@ -176,6 +226,7 @@ def store_corpus(
         flag: where they come from, for errors.
         describe: what tokenised them; asked when all have been read.
         needs_loss: whether an example needs a loss term.
+        findings: what of their source was left out; asked when all have been read.
 
     Raises:
         UserError: no example has a loss term.
@@ -200,11 +251,13 @@ def store_corpus(
     # A writer takes as much as its row group, several times over.
     write_table(store, f"{directory}/index.parquet", index, row_group_size=_GROUP)
     described = describe()
+    noted = findings()
     said = {
         "examples": count, "with_loss": terms, "tokenizer": described, "columns": list(columns),
+        "findings": noted,
     }  # fmt: skip
     store.write_json(f"{directory}/corpus.json", said)
-    return Corpus(store, directory, one_array(named), tokens, terms, described, columns)
+    return Corpus(store, directory, one_array(named), tokens, terms, described, columns, noted)
 
 
 def stored_corpus(store: Store, directory: str) -> Corpus | None:
@@ -220,7 +273,8 @@ def stored_corpus(store: Store, directory: str) -> Corpus | None:
         return None
     ids, lengths = one_array(index["id"]), index["tokens"].to_numpy()
     terms, tokenizer, columns = said["with_loss"], said["tokenizer"], said.get("columns", ())
-    return Corpus(store, directory, ids, lengths, terms, tokenizer, tuple(columns))
+    findings = said.get("findings", {})  # older runs have none
+    return Corpus(store, directory, ids, lengths, terms, tokenizer, tuple(columns), findings)
 
 
 def corpus_of_run(store: Store) -> Corpus:

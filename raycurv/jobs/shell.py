@@ -113,12 +113,17 @@ class Shell(Generic[S]):
         return False
 
     def examples(self, *sources: Callable[[], Corpus]) -> list[Corpus]:
-        """Read and store the examples of every source, as a phase with its progress."""
+        """Read and store the examples of every source, as a phase with its progress; what of them
+        was left out is told and recorded."""
         found = []
         with self.reporter.phase("examples", len(sources), "sources") as phase:
             for open_source in sources:
                 found.append(open_source())
                 phase.advance(1)
+        for corpus in found:
+            for sentence in corpus.said():
+                self.reporter.say(sentence)
+        self.manifest.facts["reading"] = {corpus.name: corpus.facts() for corpus in found}
         return found
 
     def check_plan(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -66,6 +66,7 @@ class FactoryModel(Model):
         self.unit_costs = tuple(float(max(1, numel)) for numel in numels)
         self._bytes = [_float_and_other_bytes(part) for part in parts]
         self.token_inputs = _takes_tokens(whole)
+        self.either_inputs = self.token_inputs or bool(_embeddings(whole))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_whole": None}
@@ -75,6 +76,26 @@ class FactoryModel(Model):
         if self._whole is None:
             self._whole = self._same()
         return self._whole
+
+    def looks_up(self, inputs: Tensor) -> int | None:
+        whole = self.skeleton()
+        found: list[int] = []
+
+        def watch(module: nn.Module, given: tuple[Any, ...]) -> None:
+            values = given[0] if given else None
+            flat = values.flatten().to(inputs.dtype) if isinstance(values, Tensor) else None
+            if flat is not None and torch.equal(flat, inputs.flatten()):
+                found.append(cast(int, module.num_embeddings))
+
+        hooks = [module.register_forward_pre_hook(watch) for module in _embeddings(whole)]
+        try:
+            # What comes behind the embedding is of no interest, and may fail for its own reasons.
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), suppress(Exception):
+                whole(inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return min(found, default=None)
 
     def unit_of(self, module_name: str) -> int:
         return self._unit_of.get(module_name.split(".")[0], 0)
@@ -329,6 +350,12 @@ def _fingerprint(whole: nn.Module) -> dict[str, dict[str, Any]]:
         for name, tensor in sorted(whole.state_dict().items())
         if isinstance(tensor, Tensor)
     }
+
+
+def _embeddings(whole: nn.Module) -> list[nn.Module]:
+    """The modules that look whole numbers up in a table."""
+    kinds = nn.Embedding | nn.EmbeddingBag
+    return [module for module in whole.modules() if isinstance(module, kinds)]
 
 
 def _takes_tokens(whole: nn.Module) -> bool:

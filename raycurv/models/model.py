@@ -57,6 +57,8 @@ class Outline(ABC):
             ``()`` for everywhere.
         tied_head: name of the output embedding if its weight is the input embedding's.
         max_positions: longest sequence, in tokens, if the model says so.
+        token_inputs: whether examples are tokens, or else numbers.
+        either_inputs: whether they may as well be of the other kind.
         trust_remote_code: whether code that the model's directory brings along may run.
         notices: what a person should know of how it was opened, sentences without a full stop.
         any_length: whether its layers take sequences of every length below that.
@@ -74,6 +76,7 @@ class Outline(ABC):
     vocab_size: int | None = None
     tokenizer_dir: str | None = None
     token_inputs: bool
+    either_inputs: bool = False
     trust_remote_code: bool = False
 
     @abstractmethod
@@ -98,6 +101,11 @@ class Outline(ABC):
 
 class Model(Outline):
     """A description of a model: picklable, without weights of its own when it is pickled."""
+
+    def looks_up(self, inputs: Tensor) -> int | None:
+        """How many rows the embedding has that looks up an example's inputs, whole numbers
+        ``[1, ...]``; ``None`` if none of the model's does."""
+        return None
 
     @abstractmethod
     def fingerprint(self) -> dict[str, dict[str, Any]]:

@@ -86,8 +86,11 @@ def _evaluate(shell: Shell[EvaluateSettings]) -> Numbers:
         return _numbers(manifest)
     most, seed, columns = settings.max_examples, settings.seed, opened.columns
     (corpus,) = shell.examples(
-        lambda: open_corpus(store, "data", source, "--data", network, settings, most, seed, columns)
-    )
+        lambda: open_corpus(
+            store, "data", source, "--data", network, settings, most, seed, columns,
+            per_token=per_token,
+        )
+    )  # fmt: skip
     if not per_token:
         _refuse_unlabelled(corpus)
     dtype = DTYPES[settings.dtype]

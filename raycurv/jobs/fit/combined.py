@@ -51,11 +51,13 @@ def open_examples(
     source: Source,
     network: Model,
     columns: Sequence[str],
+    per_token: bool,
 ) -> Corpus:
     """The examples of a fit: of its own source, or of the runs that it puts together.
 
     Args:
         columns: further ones of the source, which the objective reads.
+        per_token: whether its loss is one of tokens.
 
     Raises:
         UserError: a mistake in the source; an example that the extended run has already; examples
@@ -68,7 +70,7 @@ def open_examples(
     settings = shell.settings
     corpus = open_corpus(
         shell.store, "data", source, "--data", network, settings, settings.max_examples,
-        settings.seed, columns,
+        settings.seed, columns, per_token=per_token,
     )  # fmt: skip
     check_new(parents, corpus)
     return corpus

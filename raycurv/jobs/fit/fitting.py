@@ -96,7 +96,7 @@ def _fit(shell: Shell[FitSettings]) -> None:
         def examples() -> Corpus:
             if isinstance(data, Corpus):
                 return data
-            return open_examples(shell, parents, data, network, opened.columns)
+            return open_examples(shell, parents, data, network, opened.columns, opened.per_token)
 
         (corpus,) = shell.examples(examples)
         if settings.rows is not None and settings.rows > len(corpus):

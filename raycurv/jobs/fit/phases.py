@@ -78,9 +78,6 @@ class FitLoop:
             f"stage{'s' if stages > 1 else ''}{resident}; {len(fit.corpus):,} examples, "
             f"{fit.corpus.tokens:,} tokens, {padding:.1%} padding"
         )
-        without = len(fit.corpus) - fit.corpus.terms
-        if without:
-            workers.reporter.say(f"{without:,} examples have no loss term: loss 0, gradient 0")
 
     def _done(self, name: str) -> None:
         manifest = self._fit.manifest

@@ -111,6 +111,8 @@ def _score(shell: Shell[InfluenceSettings]) -> None:
         most = settings.max_examples
         sources.append(lambda: corpora.open("train", train, prints["train"], most, objective))
     asked, *others = shell.examples(*sources)
+    if measured.per_token and _measures_loss(measured):
+        asked.check_targets("--queries")
     training = others[0] if others else None
     seed: int = fitted.settings["seed"]
     with shell.workers(
@@ -149,6 +151,12 @@ def _forget_damaged(store: Store, manifest: Manifest, products: Sequence[Block])
     return True
 
 
+def _measures_loss(objective: Objective) -> bool:
+    """Whether what is measured of a query is its loss: an example without one measures nothing."""
+    own = getattr(type(objective), "measurement", None)
+    return own is Objective.measurement or objective.measurement is objective.loss
+
+
 def _fit_mark(fit: Manifest) -> dict[str, Any]:
     return {"settings": fit.settings, "data": fit.fingerprints["data"]}
 
@@ -177,7 +185,9 @@ class _Corpora:
         settings, fit, network = self.settings, self.fitted.manifest, self.fitted.network
         flag, columns, of_fit = f"--{name}", asks.columns, self.objective.columns
         same = mark == fit.fingerprints["data"] and set(columns) <= set(of_fit)
-        same &= all(getattr(settings, key) == fit.settings[key] for key in ("max_length", "long"))
+        # A fit of before there was a setting has its default.
+        alike = {"max_length": None, "long": "error", "empty": "error"}
+        same &= all(getattr(settings, k) == fit.settings.get(k, v) for k, v in alike.items())
         if same and max_examples is None and fit.settings["max_examples"] is None:
             # Reading beside another job needs no lock: files are whole. Making them again does.
             there = stored_corpus(self.fitted.store, "data")
@@ -186,12 +196,12 @@ class _Corpora:
             with hold(self.fitted.store, "influence.py", flag="--run"):
                 return open_corpus(
                     self.fitted.store, "data", source, flag, network, settings, None,
-                    settings.seed, of_fit,
+                    settings.seed, of_fit, per_token=self.objective.per_token,
                 )  # fmt: skip
         # A measurement of one's own may look at what is no target.
         return open_corpus(
             self.store, f"work/{name}", source, flag, network, settings, max_examples,
-            settings.seed, columns, needs_loss=asks is self.objective,
+            settings.seed, columns, needs_loss=asks is self.objective, per_token=asks.per_token,
         )  # fmt: skip
 
 

@@ -193,5 +193,7 @@ def _data(settings: PlanSettings, outline: Outline) -> ShapeOf:
         max_examples=settings.max_examples,
         seed=settings.seed,
         token_inputs=outline.token_inputs,
+        either=outline.either_inputs,
+        empty=settings.empty,
     )
     return of_lengths(np.fromiter((example.length for example in reader.examples()), np.int32))

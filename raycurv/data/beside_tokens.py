@@ -1,0 +1,124 @@
+"""Columns beside ``input_ids`` that say how a model is to take them: followed, or refused.
+
+    attention_mask    padding at either end is cut off: padded and unpadded data are the same
+    position_ids      only 0, 1, 2, ...
+    token_type_ids    only zeros, which is what a model has without them
+    others            that would change what a model computes: refused by name
+
+Padding on the left is cut off like that on the right: the text is the same text, and its positions
+begin with 0, as ``generate`` of Hugging Face's counts them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from raycurv.data import columns
+from raycurv.data.parts import Rows
+from raycurv.errors import UserError
+
+# Looked at beside tokens; not of text, which raycurv tokenises itself.
+READ = ("attention_mask", "position_ids", "token_type_ids")
+# Never looked at: what to do about them.
+_LOSS = "Rename it to `loss_mask`, whose zeros leave tokens out of the loss, or leave it out."
+_PACKED = "Give each sequence as an example of its own, or leave the column out."
+_INPUT = "Only token ids go into the model: leave the column out if they are all that it needs."
+REFUSED = {
+    "completion_mask": _LOSS,
+    "assistant_masks": _LOSS,
+    "seq_lengths": _PACKED,
+    "cu_seqlens": _PACKED,
+    "cu_seq_lens_q": _PACKED,
+    "cu_seq_lens_k": _PACKED,
+    "seq_idx": _PACKED,
+    "inputs_embeds": _INPUT,
+    "pixel_values": _INPUT,
+    "input_features": _INPUT,
+    "input_values": _INPUT,
+    "decoder_input_ids": _INPUT,
+    "decoder_attention_mask": _INPUT,
+    "encoder_hidden_states": _INPUT,
+}
+
+
+def refuse_others(rows: Rows) -> None:
+    """Refuse columns that would change what a model makes of the tokens.
+
+    Raises:
+        UserError: names the first of them.
+    """
+    for name, remedy in REFUSED.items():
+        if name in rows.others:
+            raise UserError(
+                rows.location,
+                "columns beside the tokens that raycurv follows, or that change nothing",
+                f"`{name}`",
+                remedy,
+            )
+
+
+def text_span(mask_T: np.ndarray, where: str) -> slice:
+    """Which positions an attention mask leaves, ``[T]`` bool: a run without a gap.
+
+    Raises:
+        UserError: tokens within the text are masked.
+    """
+    tokens = int(np.count_nonzero(mask_T))
+    first = int(mask_T.argmax()) if tokens else 0
+    span = slice(first, first + tokens)
+    if not mask_T[span].all():
+        gap = first + int((~mask_T[first:]).argmax())
+        raise UserError(
+            where,
+            "an `attention_mask` of zeros at the ends only, where the padding is",
+            f"0 at position {gap}, and tokens behind it",
+            "Leave masked tokens out of `input_ids`, or correct the mask; to leave tokens out of "
+            "the loss alone give a `loss_mask`.",
+        )
+    return span
+
+
+def check_positions(
+    rows: Rows, tokens: list[np.ndarray], spans: list[slice], place: columns.Place
+) -> None:
+    """Refuse positions and kinds of tokens that are not those that a model has without them.
+
+    Args:
+        tokens: of every row, with its padding.
+        spans: what of every row is text.
+
+    Raises:
+        UserError: names the row and the first wrong entry.
+    """
+    for name in READ[1:]:
+        if name not in rows.columns:
+            continue
+        for i, values_T in enumerate(columns.integer_lists(name, rows.columns[name], place)):
+            if values_T is None:
+                continue
+            check_length(name, values_T, len(tokens[i]), place(i))
+            text_T = values_T[spans[i]]
+            ordered = name == "position_ids"
+            wrong = text_T != (np.arange(len(text_T)) if ordered else 0)
+            if wrong.any():
+                at = int(wrong.argmax())
+                raise UserError(
+                    place(i),
+                    f"`{name}` of {'0, 1, 2, ... over the text' if ordered else 'zeros'}, "
+                    "or none",
+                    f"{text_T[at]} at token {at}",
+                    "Give each sequence as an example of its own." if ordered
+                    else "Leave the column out, if the model was trained without.",
+                )  # fmt: skip
+
+
+def check_length(name: str, values_T: np.ndarray, tokens: int, where: str) -> None:
+    """Refuse a list that has not one entry a token."""
+    if len(values_T) != tokens:
+        raise UserError(
+            where,
+            f"`{name}` of {tokens} entries, one a token",
+            f"{len(values_T)}",
+            f"Align `{name}` with the tokens: entry t speaks of token t (no shift); beside "
+            "text, the tokenizer's special tokens count too.",
+        )

@@ -1,0 +1,89 @@
+"""What a reader of examples met and did not take as it stands: counted, told, recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+# Of names at most so many are recorded, and so many told.
+_RECORDED, _TOLD = 100, 8
+
+
+@dataclass
+class Findings:
+    """Counts over all examples, and names.
+
+    Attributes:
+        unused_columns: columns of the data that nothing was read from.
+        left_out_files: files of a format that is read, left out of a folder: hidden ones, caches.
+        empty_examples: rows without any token, left out by ``--empty skip``.
+        padded_examples: rows whose ``attention_mask`` marks padding, which was cut off.
+        padding_tokens: tokens of that padding.
+        targets_at_padding: of these tokens, those that ``labels`` make targets: cut off, too.
+        truncated_examples: examples whose end was cut off by ``--long truncate``.
+        targets_cut_off: of these, those that have no target left and had some.
+    """
+
+    unused_columns: set[str] = field(default_factory=set)
+    left_out_files: list[str] = field(default_factory=list)
+    empty_examples: int = 0
+    padded_examples: int = 0
+    padding_tokens: int = 0
+    targets_at_padding: int = 0
+    truncated_examples: int = 0
+    targets_cut_off: int = 0
+
+    def recorded(self) -> dict[str, Any]:
+        """What there is of it, for JSON."""
+        found = {name: value for name, value in asdict(self).items() if value}
+        return {
+            name: value if isinstance(value, int) else sorted(value)[:_RECORDED]
+            for name, value in found.items()
+        }
+
+
+def sentences(recorded: Mapping[str, Any], examples: int, without_target: int) -> list[str]:
+    """What a person is told of a corpus, a line each.
+
+    Args:
+        recorded: what :meth:`Findings.recorded` gave.
+        examples: how many there are.
+        without_target: of them, those without a loss term.
+    """
+    said = []
+    if without_target:
+        cut = recorded.get("targets_cut_off", 0)
+        behind = f", all targets of {cut:,} were cut off by --long truncate" if cut else ""
+        said.append(
+            f"{without_target:,} of {examples:,} examples have no loss term{behind}: "
+            "loss 0, gradient 0"
+        )
+    if "truncated_examples" in recorded:
+        said.append(f"{recorded['truncated_examples']:,} examples were cut to the longest length")
+    if "empty_examples" in recorded:
+        said.append(f"{recorded['empty_examples']:,} empty rows were left out")
+    if "padded_examples" in recorded:
+        said.append(
+            f"{recorded['padding_tokens']:,} tokens of padding of {recorded['padded_examples']:,} "
+            "examples were cut off, by their attention_mask"
+        )
+    if "targets_at_padding" in recorded:
+        said.append(
+            f"{recorded['targets_at_padding']:,} labels at padding count as no targets, though "
+            "they are not -100"
+        )
+    for name, what in (
+        ("unused_columns", "columns that were not read"),
+        ("left_out_files", "hidden files and caches that were not read"),
+    ):
+        if name in recorded:
+            said.append(f"{what}: {_named(recorded[name])}")
+    return said
+
+
+def _named(names: list[str]) -> str:
+    # Names of a stranger's: what a terminal would obey is escaped.
+    shown = [name if name.isprintable() else repr(name) for name in names[:_TOLD]]
+    more = f" and {len(names) - _TOLD} more" if len(names) > _TOLD else ""
+    return ", ".join(name if len(name) <= 60 else f"{name[:57]}..." for name in shown) + more
