@@ -395,9 +395,12 @@ def test_queries_are_measured_by_a_function_of_ones_own(fits, tmp_path) -> None:
     for name, (objective, settings) in ways.items():
         scores = measured_by(fits, LLAMA, PROMPTS, objective, tmp_path / name, **settings)
         assert worst(matrix(scores, PROMPTS, LLAMA), want) < 1e-9, name
-    # Control: the fit's own measurement is another one.
-    plain = measured_by(fits, LLAMA, PROMPTS, None, tmp_path / "the loss")
-    assert worst(matrix(plain, PROMPTS, LLAMA), want) > 1e-2
+    # Control: the fit's own measurement is another one, and a prompt of one token has none.
+    with pytest.raises(raycurv.UserError, match=r"'prompt 1' of --queries.*1 of 4 examples"):
+        measured_by(fits, LLAMA, PROMPTS, None, tmp_path / "a loss of nothing")
+    kept = [0, 2, 3]
+    plain = measured_by(fits, LLAMA, [PROMPTS[q] for q in kept], None, tmp_path / "the loss")
+    assert worst(matrix(plain, [PROMPTS[q] for q in kept], LLAMA), want[kept]) > 1e-2
 
 
 def test_the_log_odds_of_a_class_are_a_measurement(fits, tmp_path) -> None:
