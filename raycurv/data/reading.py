@@ -268,10 +268,11 @@ class ExampleReader:
         if "loss_mask" in rows.columns:
             masks = columns.boolean_lists("loss_mask", rows.columns["loss_mask"], place)
             self._check_lengths("loss_mask", masks, tokens, place)
-        spans = self._spans(rows, tokens, labels, place)
+        spans, skip = self._spans(rows, tokens, labels, place), self.empty == "skip"
         further = self._further(rows, place)
         for i, (ids_T, labels_T) in enumerate(zip(tokens, labels, strict=True)):
-            if self.empty == "skip" and (blank[i] or spans[i].stop == spans[i].start):
+            span = None if spans is None else spans[i]
+            if skip and (blank[i] or not len(ids_T if span is None else ids_T[span])):
                 self.findings.empty_examples += 1
                 continue
             targets_T = _both(masks[i], targets[i])
@@ -280,8 +281,8 @@ class ExampleReader:
             example = Example(
                 0, ids[i], ids_T.astype(np.int32), None, labels_T, targets_T, further[i]
             )
-            if spans[i] != slice(0, len(ids_T)):
-                example = _slice(example, ids[i], spans[i].start, spans[i].stop)
+            if span is not None:
+                example = _slice(example, ids[i], span.start, span.stop)
             if not example.length:
                 raise UserError(
                     place(i),
@@ -297,8 +298,10 @@ class ExampleReader:
         tokens: list[np.ndarray],
         labels: Sequence[np.ndarray | None],
         place: columns.Place,
-    ) -> list[slice]:
-        """What of each row is text and no padding."""
+    ) -> list[slice] | None:
+        """What of each row is text and no padding; ``None`` where nothing is said of it."""
+        if not rows.columns.keys() & set(beside_tokens.READ):
+            return None
         spans = [slice(0, len(ids_T)) for ids_T in tokens]
         if "attention_mask" in rows.columns:
             name = "attention_mask"
