@@ -111,8 +111,12 @@ def not_finite(where: str, what: str, got: str = "NaN or infinity") -> Numerical
     )
 
 
-class NoSpace(RaycurvError):
-    """A disk had no room for a file; what was finished before is whole."""
+class DiskError(RaycurvError):
+    """A file that the system would not read or write; what was finished before is whole."""
+
+
+class NoSpace(DiskError):
+    """A disk had no room for a file."""
 
 
 class DamagedFile(RaycurvError):

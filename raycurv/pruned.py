@@ -8,10 +8,10 @@ from typing import Any
 import pyarrow as pa
 
 from raycurv.errors import UserError
-from raycurv.files.manifest import Manifest
 from raycurv.files.store import Store, open_store
 from raycurv.files.tables import SALIENCY, read_directory, read_table
 from raycurv.jobs.prune.pruning import PRUNED_FILE
+from raycurv.jobs.recorded import finished
 
 
 class Pruned:
@@ -23,7 +23,7 @@ class Pruned:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self.manifest = Manifest.finished(store, "prune", "tables", "a finished pruning")
+        self.manifest = finished(store, "prune", "tables", "a finished pruning")
 
     def __repr__(self) -> str:
         return f"<raycurv pruned {self.path}: {self.sparsity:.1%} of the weights removed>"

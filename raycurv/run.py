@@ -24,7 +24,7 @@ from raycurv.files.curvature_files import CurvatureFiles
 from raycurv.files.manifest import Manifest
 from raycurv.files.row_files import open_rows
 from raycurv.files.store import Store, open_store
-from raycurv.files.tables import iterate_directory, read_directory, scores_schema
+from raycurv.files.tables import read_directory, read_table, scores_schema
 from raycurv.jobs.fit.fit_settings import FitSettings
 from raycurv.jobs.fit.fitting import fit as run_fit
 from raycurv.jobs.fit.parents import SHARED
@@ -34,8 +34,10 @@ from raycurv.jobs.influence.scoring import influence as run_influence
 from raycurv.jobs.inputs import AnyModel, AnySource, Inputs, settings_and_inputs
 from raycurv.jobs.prune.prune_settings import PruneSettings
 from raycurv.jobs.prune.pruning import prune as run_prune
+from raycurv.jobs.recorded import finished
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.curvature import Curvature
+from raycurv.mathematics.factors import factors_of
 from raycurv.mathematics.gradient_statistics import GradientStatistics
 from raycurv.mathematics.loss.objective import Objective
 from raycurv.mathematics.methods import open_method
@@ -129,15 +131,28 @@ class Run:
 
     def blocks(self) -> pa.Table:
         """A row for each block: shape, trace, mean eigenvalue, effective ranks, outcome."""
-        return read_directory(self._store, "tables/blocks")
+        return self._table("blocks", len(read_blocks(self._store)))
 
     def spectrum(self) -> pa.Table:
         """One row an eigenvalue of a factor, largest first."""
-        return read_directory(self._store, "tables/spectrum")
+        widths = 0
+        if open_method(self.manifest.settings["method"]).factors:
+            widths = sum(f.width for f in factors_of(read_blocks(self._store)).values())
+        return self._table("spectrum", widths)
 
     def examples(self) -> pa.Table:
         """A row for each training example: tokens, loss, squared gradient norm."""
-        return read_directory(self._store, "tables/examples")
+        return self._table("examples", self.manifest.facts["examples"])
+
+    def _table(self, name: str, rows: int) -> pa.Table:
+        """A table of so many rows; DamagedFile if a file of it is gone, or one is too many."""
+        table = read_directory(self._store, f"tables/{name}")
+        if len(table) != rows:
+            raise DamagedFile(
+                self._store.path(f"tables/{name}"), f"{rows:,} rows", f"{len(table):,}",
+                "Run the fit again: it makes what is missing.",
+            )  # fmt: skip
+        return table
 
     def gradients(self) -> pa.Table:
         """A row for each block: norms, noise and signal of gradients, traces of their squares.
@@ -148,7 +163,7 @@ class Run:
             UserError: the fit was without ``gradients``.
         """
         self._check_gradients()
-        return read_directory(self._store, "tables/gradients")
+        return self._table("gradients", len(read_blocks(self._store)))
 
     def gradient_norms(self) -> pa.Table:
         """A row for each training example: its squared gradient norm, that of all
@@ -161,7 +176,7 @@ class Run:
             UserError: the fit was without ``gradients``.
         """
         self._check_gradients()
-        return read_directory(self._store, "tables/gradient_norms")
+        return self._table("gradient_norms", self.manifest.facts["examples"])
 
     def gradient(self, block: str) -> GradientStatistics:
         """Mean and mean squares of one block's per-example gradients, ``[O, I]`` each.
@@ -396,7 +411,7 @@ class Scores:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self.manifest = Manifest.finished(store, "influence", "scores", "finished scores")
+        self.manifest = finished(store, "influence", "scores", "finished scores")
 
     @property
     def path(self) -> str:
@@ -406,11 +421,13 @@ class Scores:
     def table(self) -> pa.Table:
         """All rows: ``query_id``, ``train_id``, ``score`` and what else was asked for."""
         double = self.manifest.settings["dtype"] == "float64"
-        return read_directory(self._store, "scores", scores_schema(double))
+        tables = list(self._parts("scores"))
+        return pa.concat_tables(tables) if tables else scores_schema(double).empty_table()
 
     def self_influence(self) -> pa.Table:
         """``id`` and ``score`` of every training example against itself (with ``--self``)."""
-        return read_directory(self._store, "self")
+        tables = list(self._parts("self"))
+        return pa.concat_tables(tables) if tables else pa.schema([]).empty_table()
 
     def top(self, query_id: str, k: int = 5) -> pa.Table:
         """The k training examples of the highest scores on a query, highest first.
@@ -418,7 +435,7 @@ class Scores:
         Raises:
             UserError: no such query.
         """
-        parts = [t.filter(pc.equal(t["query_id"], query_id)) for t in self._parts()]
+        parts = [t.filter(pc.equal(t["query_id"], query_id)) for t in self._parts("scores")]
         mine = pa.concat_tables([p for p in parts if len(p)]) if any(map(len, parts)) else None
         if mine is None:
             raise UserError(
@@ -452,8 +469,17 @@ class Scores:
         matrix[q, n] = table["score"].to_numpy()
         return matrix, queries.to_pylist(), trains.to_pylist()
 
-    def _parts(self) -> Iterator[pa.Table]:
-        yield from iterate_directory(self._store, "scores")
+    def _parts(self, directory: str) -> Iterator[pa.Table]:
+        """The files of a table, in the order of their names: those that the job wrote, and all."""
+        passes: dict[str, dict[str, int]] = self.manifest.facts["files"]
+        names = {n for files in passes.values() for n in files if n.startswith(f"{directory}/")}
+        for name in sorted(names):
+            if not self._store.exists(name):
+                raise DamagedFile(
+                    self._store.path(name), "a file of scores", "nothing",
+                    "Run the same command again: it makes what is missing.",
+                )  # fmt: skip
+            yield read_table(self._store, name)
 
 
 class Products:

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -378,6 +378,19 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+@contextlib.contextmanager
+def rewritten(folder: Path, name: str = "run.json") -> Iterator[dict[str, Any]]:
+    """What a JSON file of a directory says, to be changed in the body, and then sealed again as if
+    a job had written it."""
+    from raycurv.files.store import Store
+
+    store = Store(str(folder))
+    said = store.read_json(name)
+    assert said is not None
+    yield said
+    store.write_json(name, said)
 
 
 class Holder:

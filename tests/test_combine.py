@@ -5,6 +5,7 @@ Labels are drawn by example id, so runs of parts of the data have the labels of 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import classified, classifier, failure_in, flags_of, run_here, write_rows
+from commands import (
+    classified,
+    classifier,
+    failure_in,
+    flags_of,
+    rewritten,
+    run_here,
+    write_rows,
+)
 from dense import worst
 from networks import LLAMA, MLP, REGRESSION, Case, arrays
 from results import assert_same
@@ -316,8 +325,8 @@ def test_labels_that_were_drawn_otherwise_are_counted(fits, tmp_path: Path) -> N
         MLP.network, list(rest.data), tmp_path / "rest", objective="classification", seed=5,
         dtype="float64", keep_sums=True, address="none", quiet=True,
     )  # fmt: skip
-    path = tmp_path / "rest" / "run.json"
-    path.write_text(path.read_text().replace('"seed": 5', '"seed": 0'))
+    with rewritten(tmp_path / "rest") as said:
+        said["settings"]["seed"] = 0
     other = raycurv.open(other.path)
     left = fits.run(MLP).subtract(other, out=fits.place(), address="none", quiet=True)
     drawn = [
@@ -503,8 +512,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     write_rows(made.folder / "new.parquet", rows[6:])
     folder = made.folder / "unfinished"
     folder.mkdir()
-    said = (made.folder / "a" / "run.json").read_text()
-    (folder / "run.json").write_text(said.replace('"tables"', '"corrected"'))
+    shutil.copy(made.folder / "a" / "run.json", folder)
+    with rewritten(folder) as said:
+        said["complete"].remove("tables")
     return made
 
 

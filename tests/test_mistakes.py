@@ -22,6 +22,7 @@ from commands import (
     dead,
     failure_in,
     flags_of,
+    rewritten,
     run,
     run_here,
     save_llama,
@@ -346,9 +347,8 @@ FIT: dict[str, Mistake] = {
 
 def _unfinished(place: Place) -> Settings:
     copy = place.copy("run")
-    said = json.loads((copy / "run.json").read_text())
-    said["complete"] = ["layout", "factors"]
-    (copy / "run.json").write_text(json.dumps(said))
+    with rewritten(copy) as said:
+        said["complete"] = ["layout", "factors"]
     return {"run": copy}
 
 
@@ -357,9 +357,8 @@ def _changed_checkpoint(place: Place) -> Settings:
         tensors["model.layers.1.self_attn.v_proj.weight"][0, 0] += 1
 
     copy = place.copy("run")
-    said = json.loads((copy / "run.json").read_text())
-    said["facts"]["model"] = str(place.weights(change))
-    (copy / "run.json").write_text(json.dumps(said))
+    with rewritten(copy) as said:
+        said["facts"]["model"] = str(place.weights(change))
     return {"run": copy}
 
 

@@ -26,6 +26,7 @@ from commands import (
     dead,
     failure_in,
     flags_of,
+    rewritten,
     run_here,
     snapshot,
     write_rows,
@@ -435,17 +436,15 @@ def _statistics(place: Path, folder: Path) -> Settings:
 
 def _unfinished(place: Path, folder: Path) -> Settings:
     shutil.copytree(place / "ekfac", folder / "run")
-    said = json.loads((folder / "run/run.json").read_text())
-    said["complete"] = ["layout", "factors"]
-    (folder / "run/run.json").write_text(json.dumps(said))
+    with rewritten(folder / "run") as said:
+        said["complete"] = ["layout", "factors"]
     return {"run": folder / "run"}
 
 
 def _changed_model(place: Path, folder: Path) -> Settings:
     shutil.copytree(place / "ekfac", folder / "run")
-    said = json.loads((folder / "run/run.json").read_text())
-    said["facts"]["model"] = "test_prune_jobs:others"
-    (folder / "run/run.json").write_text(json.dumps(said))
+    with rewritten(folder / "run") as said:
+        said["facts"]["model"] = "test_prune_jobs:others"
     return {"run": folder / "run", "model": "test_prune_jobs:others"}
 
 

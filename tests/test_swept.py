@@ -28,7 +28,7 @@ from test_resume import (
 )
 
 import raycurv
-from raycurv.files.spool import KINDS, LostSpool, Spool, spool_directory
+from raycurv.files.spool import KINDS, LostSpool, Spool, spool_store
 from raycurv.files.store import Store
 from raycurv.jobs.inputs import Inputs
 from raycurv.stages.dealing import group_stages
@@ -164,10 +164,10 @@ def test_spools_are_local() -> None:
     with pytest.raises(
         raycurv.UserError, match=r"--spool-dir: expected a local directory.*nothing"
     ):
-        spool_directory(bucket, None)
+        spool_store(bucket, None)
     with pytest.raises(raycurv.UserError, match="Spools are never remote"):
-        spool_directory(bucket, "s3://bucket/spool?endpoint_override=localhost:9")
-    assert spool_directory(bucket, "/disk").startswith("/disk/raycurv-")
+        spool_store(bucket, "s3://bucket/spool?endpoint_override=localhost:9")
+    assert spool_store(bucket, "/disk").root.startswith("/disk/raycurv-")
 
 
 # Stopping and going on
@@ -345,7 +345,7 @@ def test_what_the_spool_loses_of_scores_is_made_again(
 
 
 def test_a_damaged_spool_file_is_never_read_as_if_it_were_whole(tmp_path: Path) -> None:
-    spool = Spool(str(tmp_path / "spool"), "mark", 3)
+    spool = Spool(Store(str(tmp_path / "spool")), "mark", 3)
     tensors = {"hidden": torch.arange(12.0)}
     spool.write("examples", "hidden", 1, 0, tensors)
     (path,) = spooled_in(tmp_path / "spool")
@@ -362,8 +362,8 @@ def test_a_damaged_spool_file_is_never_read_as_if_it_were_whole(tmp_path: Path) 
     path.write_bytes(good)
     assert torch.equal(spool.read("examples", "hidden", 1, 0)["hidden"], tensors["hidden"])
     # Another run's spool in the same place is not believed.
-    assert Spool(str(tmp_path / "spool"), "mark", 3).has("examples", "hidden", 1, 0)
-    assert not Spool(str(tmp_path / "spool"), "other", 3).has("examples", "hidden", 1, 0)
+    assert Spool(Store(str(tmp_path / "spool")), "mark", 3).has("examples", "hidden", 1, 0)
+    assert not Spool(Store(str(tmp_path / "spool")), "other", 3).has("examples", "hidden", 1, 0)
 
 
 def spooled_in(folder: Path) -> list[Path]:

@@ -14,6 +14,8 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 
+from raycurv.errors import DamagedFile
+from raycurv.files.parsing import made_of
 from raycurv.files.store import Store
 
 # Of the sums in a commit. Version 1 had no such entry, and other names of the same sums.
@@ -45,12 +47,32 @@ class Committed:
         return [name for replica in self.sums for name in replica]
 
 
+def read_commit(store: Store, place: str) -> Committed | None:
+    """What is committed of a pass, of whatever plan; ``None`` when nothing is.
+
+    Raises:
+        DamagedFile: ``commit.json`` is not what was written.
+    """
+    name = f"{place}/commit.json"
+    said = store.read_json(name)
+    if said is None:
+        return None
+    try:
+        found = made_of(Committed, {"format": 1} | said)
+        if found.done < 0:
+            raise ValueError(f"{found.done} microbatches")
+    except ValueError as error:
+        raise DamagedFile(
+            store.path(name), "a commit", str(error), "Delete it and run the command again."
+        ) from error
+    return found
+
+
 def last_commit(store: Store, place: str, mark: str) -> Committed | None:
     """A pass's last commit, if it is of the plan so marked and its files are there."""
-    said = store.read_json(f"{place}/commit.json")
-    if said is None or said["plan"] != mark:
+    found = read_commit(store, place)
+    if found is None or found.plan != mark:
         return None
-    found = Committed(**{"format": 1} | said)
     if found.format != FORMAT and not found.finished:
         return None
     if not all(store.exists(name) for name in (*found.rows, *found.files)):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -30,7 +31,8 @@ from raycurv.data.reading import ExampleReader
 from raycurv.data.sources import Source
 from raycurv.data.tokenizer import LazyTokenizer
 from raycurv.driver.settings import Reading
-from raycurv.errors import DamagedFile, UserError
+from raycurv.errors import DamagedFile, RaycurvError, UserError
+from raycurv.files.parsing import made_of
 from raycurv.files.store import Store
 from raycurv.files.tables import read_rows, read_table, write_table
 from raycurv.models.model import Model
@@ -39,6 +41,7 @@ from raycurv.stages.heap import give_back
 PART = 1024
 WINDOW = 1024
 _GROUP = 1 << 14  # rows of a row group of the index
+_INDEX = pa.schema([("id", pa.string()), ("tokens", pa.int32())])
 
 T = TypeVar("T")
 Array = np.ndarray[Any, Any]
@@ -153,7 +156,20 @@ class Corpus:
             yield from self._part(part)
 
     def _part(self, part: int) -> list[Example]:
-        return table_to_examples(read_table(self.store, part_file(self.directory, part)))
+        name = part_file(self.directory, part)
+        with _as_written(self.store, name, "examples"):
+            return table_to_examples(read_table(self.store, name))
+
+
+@dataclass(frozen=True)
+class _Described:
+    """What ``corpus.json`` says, see :class:`Corpus`."""
+
+    examples: int
+    with_loss: int
+    tokenizer: dict[str, Any]
+    columns: list[str] = field(default_factory=list)
+    findings: dict[str, Any] = field(default_factory=dict)
 
 
 def open_corpus(
@@ -251,30 +267,39 @@ def store_corpus(
     # A writer takes as much as its row group, several times over.
     write_table(store, f"{directory}/index.parquet", index, row_group_size=_GROUP)
     described = describe()
-    noted = findings()
-    said = {
-        "examples": count, "with_loss": terms, "tokenizer": described, "columns": list(columns),
-        "findings": noted,
-    }  # fmt: skip
-    store.write_json(f"{directory}/corpus.json", said)
-    return Corpus(store, directory, one_array(named), tokens, terms, described, columns, noted)
+    said = _Described(count, terms, described, list(columns), findings())
+    store.write_json(f"{directory}/corpus.json", asdict(said))
+    return Corpus(
+        store, directory, one_array(named), tokens, terms, described, columns, said.findings
+    )
 
 
 def stored_corpus(store: Store, directory: str) -> Corpus | None:
     """The corpus if it is there whole; a damaged one is read from its source again."""
-    said = store.read_json(f"{directory}/corpus.json")
-    if said is None:
+    name = f"{directory}/corpus.json"
+    found = store.read_json(name)
+    if found is None:
         return None
     try:
-        index = read_table(store, f"{directory}/index.parquet")
+        said = made_of(_Described, found)
+        if not 0 <= said.with_loss <= said.examples:
+            raise ValueError(f"{said.with_loss} of {said.examples} examples")
+    except ValueError as error:
+        raise DamagedFile(
+            store.path(name), "what was written of the examples", str(error),
+            "Delete it and run the command again.",
+        ) from error  # fmt: skip
+    try:
+        index = read_table(store, f"{directory}/index.parquet", _INDEX)
     except (DamagedFile, FileNotFoundError):
         return None
-    if len(index) != said["examples"] or not parts_there(store, directory, len(index)):
+    if len(index) != said.examples or not parts_there(store, directory, len(index)):
         return None
     ids, lengths = one_array(index["id"]), index["tokens"].to_numpy()
-    terms, tokenizer, columns = said["with_loss"], said["tokenizer"], said.get("columns", ())
-    findings = said.get("findings", {})  # older runs have none
-    return Corpus(store, directory, ids, lengths, terms, tokenizer, tuple(columns), findings)
+    return Corpus(
+        store, directory, ids, lengths, said.with_loss, said.tokenizer, tuple(said.columns),
+        said.findings,
+    )  # fmt: skip
 
 
 def corpus_of_run(store: Store) -> Corpus:
@@ -287,6 +312,17 @@ def corpus_of_run(store: Store) -> Corpus:
             "Run its fit again: it makes what is missing.",
         )  # fmt: skip
     return found
+
+
+@contextmanager
+def _as_written(store: Store, name: str, what: str) -> Iterator[None]:
+    """What is raised by a table whose columns are not those that were written is a DamagedFile."""
+    try:
+        yield
+    except (KeyError, ValueError, TypeError, AttributeError, pa.ArrowException) as error:
+        if isinstance(error, RaycurvError):
+            raise
+        raise store.damaged(name, what, f"{type(error).__name__}: {error}") from error
 
 
 def one_array(column: pa.ChunkedArray) -> pa.LargeStringArray:
@@ -346,8 +382,9 @@ class DrawnLabels:
         """The labels of some examples of one part, ``[draws, ...]`` each."""
         part = members[0] // PART
         if self._held[0] != part:
-            table = read_table(self._store, part_file(self._directory, part))
-            self._held = (part, drawn_labels(table))
+            name = part_file(self._directory, part)
+            with _as_written(self._store, name, "drawn labels"):
+                self._held = (part, drawn_labels(read_table(self._store, name)))
         return [self._held[1][n - part * PART] for n in members]
 
 

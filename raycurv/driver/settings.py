@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -23,6 +23,7 @@ import tyro
 
 from raycurv.data.uri import check_place, shown
 from raycurv.errors import UserError
+from raycurv.files.parsing import misfit, shortened
 from raycurv.mathematics.curvature import Damping
 from raycurv.stages.failures import Limits
 
@@ -286,20 +287,62 @@ def check_fields(settings: Any) -> None:
     """
     missing = []
     for name, kinds, marks in declarations(type(settings)):
-        value, flag = getattr(settings, name), f"--{name.replace('_', '-')}"
-        if value is None and type(None) in kinds:
-            continue
-        choices = [choice for k in kinds if get_origin(k) is Literal for choice in get_args(k)]
-        if choices and value not in choices:
-            raise UserError(flag, f"one of {', '.join(choices)}", repr(value), "")
-        if int in kinds and not (isinstance(value, Integral) and not isinstance(value, bool)):
-            raise UserError(flag, "a whole number", repr(value), "")
-        for mark in marks:
-            if isinstance(mark, Checked):
-                mark.check(flag, value)
+        value, flag = getattr(settings, name), flag_of(name)
+        _check_value(flag, kinds, marks, value)
         if REQUIRED in marks and not value:
             missing.append(flag)
     check_given(missing)
+
+
+def check_recorded(settings: type, recorded: Mapping[str, Any], marked: Sequence[str]) -> None:
+    """Check settings that a run has on record: each one that results depend on, of the type and
+    with the values that its field declares.
+
+    Args:
+        settings: the dataclass.
+        recorded: as :func:`identity` gives them; what a later version added may be missing.
+        marked: fields that are recorded as marks of other runs: texts or nothing.
+
+    Raises:
+        UserError: names the flag that is wrong, or what is no flag.
+    """
+    declared = {n: (k, marks) for n, k, marks in declarations(settings) if IDENTITY in marks}
+    for name, value in recorded.items():
+        if name not in declared:
+            raise UserError("settings", "those of this job", shortened(f"also {name!r}"), "")
+        kinds, marks = declared[name]
+        allowed = [None, list[str]] if name in marked else [_in_json(kind) for kind in kinds]
+        wrongs = [misfit(value, type(None) if kind is None else kind) for kind in allowed]
+        if all(wrongs):
+            raise UserError(flag_of(name), "a value of its type", wrongs[0], "")
+        if name not in marked:
+            given = tuple(value) if isinstance(value, list) else value
+            _check_value(flag_of(name), kinds, marks, given)
+
+
+def flag_of(name: str) -> str:
+    """The flag of a field."""
+    return f"--{name.replace('_', '-')}"
+
+
+def _in_json(kind: Any) -> Any:
+    """The type that a field's value has once it is recorded."""
+    if get_origin(kind) is Literal:
+        return str
+    return list[get_args(kind)[0]] if get_origin(kind) is tuple else kind  # type: ignore[misc]
+
+
+def _check_value(flag: str, kinds: Sequence[Any], marks: Sequence[Any], value: Any) -> None:
+    if value is None and type(None) in kinds:
+        return
+    choices = [choice for k in kinds if get_origin(k) is Literal for choice in get_args(k)]
+    if choices and value not in choices:
+        raise UserError(flag, f"one of {', '.join(choices)}", repr(value), "")
+    if int in kinds and not (isinstance(value, Integral) and not isinstance(value, bool)):
+        raise UserError(flag, "a whole number", repr(value), "")
+    for mark in marks:
+        if isinstance(mark, Checked):
+            mark.check(flag, value)
 
 
 def check_given(missing: Sequence[str]) -> None:

@@ -30,7 +30,7 @@ from raycurv.driver.pipeline import Pipeline
 from raycurv.driver.sinks import Sink
 from raycurv.driver.workers import Workers
 from raycurv.files.manifest import Manifest
-from raycurv.files.spool import LostSpool, Spool, spool_directory
+from raycurv.files.spool import LostSpool, Spool, spool_store
 from raycurv.mathematics.loss.differentiation import Target
 from raycurv.mathematics.sums import Results
 from raycurv.stages.passes import Pass, loss_pass
@@ -93,8 +93,8 @@ class Sweep:
             said = [_FORMAT, manifest.settings, manifest.fingerprints, units, plans, target]
             text = json.dumps(said, sort_keys=True).encode()
             mark = hashlib.blake2b(text, digest_size=16).hexdigest()
-            directory = spool_directory(workers.store, workers.settings.spool_dir)
-            self._spool = Spool(directory, mark, len(workers.groups))
+            store = spool_store(workers.store, workers.settings.spool_dir)
+            self._spool = Spool(store, mark, len(workers.groups))
 
     @property
     def last(self) -> int:

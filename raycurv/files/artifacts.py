@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
-from raycurv.errors import DamagedFile
+from raycurv.errors import DamagedFile, UserError
+from raycurv.files.parsing import made_of, misfit, shortened
 from raycurv.files.store import Store
 from raycurv.files.tensorfile import TensorFile, open_tensors, write_tensors
 from raycurv.mathematics.blocks import Block
@@ -31,6 +33,16 @@ from raycurv.mathematics.gradient_statistics import (
     GradientSum,
 )
 from raycurv.mathematics.influence.ihvp import BlockProducts, check_products
+from raycurv.mathematics.kinds.catalogue import kind_of_block
+from raycurv.models.jsonfile import strict_json
+from raycurv.names import plain_name
+
+BLOCKS_FILE = "blocks.json"
+
+
+def write_block_list(store: Store, name: str, blocks: Iterable[Block]) -> None:
+    """Write blocks, all or some of a run's."""
+    store.write_json(name, {"blocks": [asdict(block) for block in blocks]})
 
 
 def read_blocks(store: Store) -> tuple[Block, ...]:
@@ -38,20 +50,51 @@ def read_blocks(store: Store) -> tuple[Block, ...]:
 
     Raises:
         DamagedFile: ``blocks.json`` is gone, or not what a fit wrote.
+        UserError: as for :meth:`Store.read_json`.
     """
-    name = "blocks.json"
-    said = store.read_json(name)
+    blocks = read_block_list(store, BLOCKS_FILE)
+    first = {block.input_factor: block for block in reversed(blocks)}
+    for block in blocks:
+        shared = first[block.input_factor]
+        if block.input_factor != f"{shared.name}.input" or block.d_in != shared.d_in:
+            got = f"block {block.name} that reads {shortened(repr(block.input_factor))}"
+            raise _no_blocks(store, BLOCKS_FILE, got)
+    return blocks
+
+
+def read_block_list(store: Store, name: str) -> tuple[Block, ...]:
+    """What :func:`write_block_list` wrote; raises as :func:`read_blocks`."""
+    said = store.read_list(name, "blocks")
+    if said is None:
+        raise _no_blocks(store, name, "nothing")
     try:
-        blocks = tuple(Block(**b) for b in said)
-        inputs = {f"{block.name}.input" for block in blocks}
-        if not {block.input_factor for block in blocks} <= inputs:
-            raise TypeError("an input factor of no block")
-        return blocks
-    except TypeError as error:
-        raise DamagedFile(
-            store.path(name), "the blocks of a run", "nothing" if said is None else str(error),
-            f"Run the fit again, without a {name} there: it makes a new one.",
-        ) from error  # fmt: skip
+        blocks = tuple(made_of(Block, one) for one in said)
+        for block in blocks:
+            _check_block(block)
+    except (ValueError, UserError) as error:
+        got = error.got if isinstance(error, UserError) else str(error)
+        raise _no_blocks(store, name, got) from error
+    names = [block.name for block in blocks]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _no_blocks(store, name, f"{shortened(repr(twice))} twice")
+    return blocks
+
+
+def _check_block(block: Block) -> None:
+    """Refuse, with a ValueError or UserError, what can be no block: it names files."""
+    plain_name(corrected_file(block.name), f"block {block.name}")
+    kind_of_block(block)
+    sizes = (block.d_in, block.d_out, block.groups, 1 + (block.index or 0))
+    if min(sizes) < 1 or block.d_in <= block.bias:
+        raise ValueError(f"block {block.name} of {block.d_in} x {block.d_out}")
+
+
+def _no_blocks(store: Store, name: str, got: str) -> DamagedFile:
+    return DamagedFile(
+        store.path(name), "the blocks of a run", got,
+        f"Run the fit again, without a {name} there: it makes a new one.",
+    )  # fmt: skip
 
 
 def factor_file(name: str) -> str:
@@ -85,11 +128,21 @@ def _numbered(key: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
     return {f"{key}.{i}": t for i, t in enumerate(tensors)}
 
 
-def _collected(file: TensorFile, key: str) -> tuple[Tensor, ...]:
-    if key in file.names:
-        return (file.read(key),)
+def _collected(
+    file: TensorFile, key: str, width: int | None, axes: int = 2, least: float = -math.inf
+) -> tuple[Tensor, ...]:
+    """The tiles of a factor, square or (with one axis) their diagonals; DamagedFile unless they
+    make up an axis of that width."""
     count = sum(k.startswith(f"{key}.") for k in file.names)
-    return tuple(file.read(f"{key}.{i}") for i in range(count))
+    keys = [key] if key in file.names or not count else [f"{key}.{i}" for i in range(count)]
+    found = tuple(file.numbers(one, (None,) * axes, least) for one in keys)
+    widths = [len(tile) for tile in found]
+    square = all(set(tile.shape) == {n} for tile, n in zip(found, widths, strict=True))
+    if not square or (width is not None and sum(widths) != width):
+        shapes = ", ".join(" x ".join(map(str, tile.shape)) for tile in found)
+        wanted = f"{key} as tiles of an axis" + ("" if width is None else f" of {width}")
+        raise file.store.damaged(file.name, wanted, shapes)
+    return found
 
 
 def write_factor(store: Store, factor: FactorSum, dtype: torch.dtype) -> None:
@@ -100,13 +153,20 @@ def write_factor(store: Store, factor: FactorSum, dtype: torch.dtype) -> None:
     write_tensors(store, factor_file(factor.name), tensors, {"factor": factor.name})
 
 
-def read_factor(store: Store, name: str) -> FactorSum:
-    """Read a factor's sum, as float64."""
+def read_factor(store: Store, name: str, width: int | None = None) -> FactorSum:
+    """Read a factor's sum, as float64.
+
+    Args:
+        width: of the axis that it is of, where the caller knows it.
+
+    Raises:
+        DamagedFile: it is not what was written, or of another factor.
+    """
     file = open_tensors(store, factor_file(name))
-    stored = _collected(file, "sum")
+    file.belongs("factor", name)
+    stored = _collected(file, "sum", width)
     tiles = tuple(t.double() for t in stored)
-    rows = int(file.read("rows"))
-    return FactorSum(name, tiles, int(file.read("count")), rows, stored[0].dtype)
+    return FactorSum(name, tiles, file.count("count"), file.count("rows"), stored[0].dtype)
 
 
 def write_eigen(store: Store, factor: FactorSum, basis: Eigenbasis) -> None:
@@ -122,28 +182,66 @@ def write_eigen(store: Store, factor: FactorSum, basis: Eigenbasis) -> None:
     write_tensors(store, eigen_file(factor.name), tensors, metadata)
 
 
-def read_eigen(store: Store, name: str) -> Eigenbasis:
-    """Read a factor's eigenbasis."""
+def read_eigen(store: Store, name: str, width: int | None = None) -> Eigenbasis:
+    """Read a factor's eigenbasis.
+
+    Args:
+        width: of the axis that it is of, where the caller knows it.
+
+    Raises:
+        DamagedFile: it is not what was written, or of another factor.
+    """
     file = open_tensors(store, eigen_file(name))
-    return Eigenbasis(
-        _collected(file, "eigenvectors"),
-        _collected(file, "eigenvalues"),
-        file.metadata["outcome"],
-        float(file.metadata["seconds"]),
-    )
+    file.belongs("factor", name)
+    vectors = _collected(file, "eigenvectors", width)
+    values = _values(file, width)
+    if [len(v) for v in values] != [len(q) for q in vectors]:
+        raise store.damaged(file.name, "eigenvalues of the eigenvectors' tiles", "others")
+    return Eigenbasis(vectors, values, file.note("outcome"), file.noted("seconds"))
 
 
 def read_bases(
     store: Store, blocks: Iterable[Block], device: torch.device
 ) -> dict[str, Eigenbasis]:
     """The eigenbases of some blocks' factors, their eigenvectors on a device."""
-    return {name: read_eigen(store, name).to(device) for name in factors_of(blocks)}
+    found = factors_of(blocks)
+    return {n: read_eigen(store, n, factor.width).to(device) for n, factor in found.items()}
 
 
-def read_spectrum(store: Store, name: str) -> tuple[tuple[Tensor, ...], dict[str, str]]:
-    """A factor's eigenvalues, one ascending vector a tile, and its file's metadata."""
+def _values(file: TensorFile, width: int | None) -> tuple[Tensor, ...]:
+    """Eigenvalues, one ascending vector a tile."""
+    found = _collected(file, "eigenvalues", width, axes=1, least=0.0)
+    if any(bool((tile.diff() < 0).any()) for tile in found):
+        raise file.store.damaged(file.name, "ascending eigenvalues", "others")
+    return found
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """What a factor's file says beside its eigenvectors.
+
+    Attributes:
+        values: eigenvalues, one ascending vector a tile.
+        outcome: of the decomposition.
+        seconds: that it took.
+        rows: that entered the factor.
+    """
+
+    values: tuple[Tensor, ...]
+    outcome: str
+    seconds: float
+    rows: int
+
+
+def read_spectrum(store: Store, name: str, width: int | None = None) -> Spectrum:
+    """A factor's eigenvalues, and how they were found; raises as :func:`read_eigen`."""
     file = open_tensors(store, eigen_file(name))
-    return _collected(file, "eigenvalues"), file.metadata
+    file.belongs("factor", name)
+    rows = file.noted("rows")
+    if rows < 0 or rows != int(rows):
+        raise store.damaged(file.name, "rows as a count", repr(rows))
+    values = _values(file, width)
+    return Spectrum(values, file.note("outcome"), file.noted("seconds"), int(rows))
 
 
 def basis_mark(store: Store, block: Block) -> str:
@@ -206,22 +304,46 @@ def read_corrected(store: Store, block: Block, draws: int, mark: str) -> Correct
             store.path(name), "a block's corrected eigenvalues", "nothing",
             "Run the fit again: it makes what is missing.",
         ) from error  # fmt: skip
-    if file.metadata["bases"] != mark:
+    file.belongs("block", block.name)
+    if file.note("bases") != mark:
         raise DamagedFile(
             store.path(name), "corrected eigenvalues in the bases that were taken over",
             "ones of other bases", "Start again with another --out: the run has changed since.",
         )  # fmt: skip
-    examples = int(file.read("examples"))
+    examples = file.count("examples")
     if "sum" in file.names:
-        count = int(file.read("count"))
-        return CorrectedSum(block.name, file.read("sum").double(), count, examples)
+        total = file.numbers("sum", (block.d_out, block.d_in), 0.0).double()
+        return CorrectedSum(block.name, total, file.count("count"), examples)
     count = examples * draws
-    return CorrectedSum(block.name, file.read("lam").double() * count, count, examples)
+    return CorrectedSum(block.name, read_lam(file, block).double() * count, count, examples)
 
 
-def corrected_notes(store: Store, block: Block) -> dict[str, str]:
-    """Trace, mean and bases of a block's Λ, without reading it."""
-    return open_tensors(store, corrected_file(block.name)).metadata
+def read_lam(file: TensorFile, block: Block) -> Tensor:
+    """A block's Λ ``[O, I]`` from its opened file; DamagedFile if it is not finite, below zero, of
+    another block or another shape."""
+    file.belongs("block", block.name)
+    return file.numbers("lam", (block.d_out, block.d_in), 0.0)
+
+
+@dataclass(frozen=True)
+class CorrectedNotes:
+    """What the file of a block's Λ says without being read whole.
+
+    Attributes:
+        trace, mean: of Λ before it was rounded.
+        bases: a mark of those that it was fitted in.
+    """
+
+    trace: float
+    mean: float
+    bases: str
+
+
+def corrected_notes(store: Store, block: Block) -> CorrectedNotes:
+    """Trace, mean and bases of a block's Λ; DamagedFile if they are not there."""
+    file = open_tensors(store, corrected_file(block.name))
+    file.belongs("block", block.name)
+    return CorrectedNotes(file.noted("trace"), file.noted("mean"), file.note("bases"))
 
 
 def write_gradient(store: Store, found: GradientSum, dtype: torch.dtype) -> None:
@@ -239,8 +361,12 @@ def read_gradient(store: Store, block: str) -> GradientStatistics:
     Raises:
         FileNotFoundError: there are none.
     """
-    found = open_tensors(store, gradient_file(block)).read_all()
+    file = open_tensors(store, gradient_file(block))
     numbers, batches = gradient_notes(store, block)
+    kinds = [kind for kind in ("mean", "mean_square", *SAMPLED) if kind in file.names]
+    found = {k: file.numbers(k, (None, None), -math.inf if k == "mean" else 0.0) for k in kinds}
+    if not {"mean", "mean_square"} <= found.keys() or len({t.shape for t in found.values()}) > 1:
+        raise store.damaged(file.name, "means of gradients and of their squares", "others")
     sampled, bartlett = (found.get(kind) for kind in SAMPLED)
     return GradientStatistics(
         block, found["mean"], found["mean_square"], sampled, bartlett, numbers.examples, batches
@@ -248,10 +374,20 @@ def read_gradient(store: Store, block: str) -> GradientStatistics:
 
 
 def gradient_notes(store: Store, block: str) -> tuple[GradientNumbers, int]:
-    """Norms, noise and traces of a block's gradients, and how many microbatches they are from."""
-    said = json.loads(open_tensors(store, gradient_file(block)).metadata["numbers"])
-    batches = int(said.pop("batches"))
-    return GradientNumbers(**said), batches
+    """Norms, noise and traces of a block's gradients, and how many microbatches they are from;
+    DamagedFile if they are not there."""
+    file = open_tensors(store, gradient_file(block))
+    file.belongs("block", block)
+    try:
+        said = strict_json(file.note("numbers").encode())
+        wrong = misfit(said, dict[str, int | float | None])
+        batches = 0 if wrong else int(said.pop("batches"))
+        numbers = made_of(GradientNumbers, said)
+        if min(batches, numbers.examples) < 0:
+            raise ValueError("a negative count")
+    except (KeyError, ValueError) as error:
+        raise store.damaged(file.name, "the numbers of gradients", str(error)) from error
+    return numbers, batches
 
 
 def write_products(
@@ -259,10 +395,39 @@ def write_products(
 ) -> None:
     """Write the IHVPs of a block; NumericalError if one is not finite."""
     check_products(block, products, queries)
-    write_tensors(store, ihvp_file(block), products.tensors(), {"queries": json.dumps(queries)})
+    notes = {"queries": json.dumps(queries), "block": block}
+    write_tensors(store, ihvp_file(block), products.tensors(), notes)
 
 
-def read_products(store: Store, block: str) -> tuple[BlockProducts, list[str]]:
-    """The IHVPs of a block and the ids of their queries."""
+def read_products(
+    store: Store, block: str, shape: tuple[int, int] | None = None
+) -> tuple[BlockProducts, list[str]]:
+    """The IHVPs of a block and the ids of their queries.
+
+    Args:
+        shape: ``O, I`` of the block, where the caller knows them.
+
+    Raises:
+        FileNotFoundError: there are none.
+        DamagedFile: they are not what was written, or of another block.
+    """
     file = open_tensors(store, ihvp_file(block))
-    return BlockProducts(**file.read_all()), json.loads(file.metadata["queries"])
+    if "block" in file.metadata:  # earlier versions did not say
+        file.belongs("block", block)
+    try:
+        queries = strict_json(file.note("queries").encode())
+        wrong = misfit(queries, list[str])
+    except ValueError as error:
+        wrong = str(error)
+    if wrong:
+        raise store.damaged(file.name, "the ids of queries", wrong)
+    count, (d_out, d_in) = len(queries), shape or (None, None)
+    shapes: dict[str, tuple[int | None, ...]] = {"full": (count, d_out, d_in)}
+    shapes["turned"] = shapes["full"]
+    shapes |= {"left": (count, None, d_out), "right": (count, None, d_in)}
+    if set(file.names) not in ({"full"}, {"turned"}, {"left", "right"}):
+        raise store.damaged(file.name, "full, or left and right", ", ".join(file.names))
+    products = BlockProducts(**{name: file.numbers(name, shapes[name]) for name in file.names})
+    if len({tensor.shape[1] for tensor in products.tensors().values()}) > 1:
+        raise store.damaged(file.name, "left and right of one rank", "two")
+    return products, queries

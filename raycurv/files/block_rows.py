@@ -57,27 +57,27 @@ def _row(store: Store, block: Block, stage: int, method: Method, examples: int) 
     outcomes: list[str] = []
     rows = 0
     if method.factors:
-        right, right_notes = read_spectrum(store, block.input_factor)
-        left, left_notes = read_spectrum(store, block.output_factor)
-        rows = int(left_notes["rows"])
+        inputs = read_spectrum(store, block.input_factor, block.d_in)
+        outputs = read_spectrum(store, block.output_factor, block.d_out)
+        right, left, rows = inputs.values, outputs.values, outputs.rows
         row |= {
             "tokens": rows,
             "input_tiles": [len(t) for t in right],
             "output_tiles": [len(t) for t in left],
             "input_effective_rank": effective_rank(torch.cat(list(right))),
             "output_effective_rank": effective_rank(torch.cat(list(left))),
-            "eigh_seconds": float(right_notes["seconds"]) + float(left_notes["seconds"]),
+            "eigh_seconds": inputs.seconds + outputs.seconds,
         }
-        outcomes = [right_notes["outcome"], left_notes["outcome"]]
+        outcomes = [inputs.outcome, outputs.outcome]
         if not method.corrected:
             traces = float(sum(t.sum() for t in right)), float(sum(t.sum() for t in left))
             row["trace"] = rows / max(examples, 1) * traces[0] * traces[1]
             row["mean_eigenvalue"] = row["trace"] / (block.d_in * block.d_out)
     if method.corrected:
         said = corrected_notes(store, block)
-        row |= {"trace": float(said["trace"]), "mean_eigenvalue": float(said["mean"])}
+        row |= {"trace": said.trace, "mean_eigenvalue": said.mean}
     if method.ranked:
-        row["trace"] = float(open_rows(store, block).file.metadata["trace"])
+        row["trace"] = open_rows(store, block).file.noted("trace")
         row["mean_eigenvalue"] = row["trace"] / (block.d_in * block.d_out)
     if row.get("mean_eigenvalue") == 0.0:
         outcomes.append("zero")
@@ -93,7 +93,7 @@ def write_spectrum(store: Store, factors: Mapping[str, Factor], notes: Mapping[s
     """
     parts = []
     for name, factor in factors.items():
-        tiles = read_spectrum(store, name)[0]
+        tiles = read_spectrum(store, name, factor.width).values
         held = tile_ranges(len(t) for t in tiles)
         for tile, (values, indices) in enumerate(zip(tiles, held, strict=True)):
             count = len(values)

@@ -8,7 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from raycurv.errors import DamagedFile
-from raycurv.files.artifacts import basis_mark, corrected_file, read_eigen, read_spectrum
+from raycurv.files.artifacts import (
+    basis_mark,
+    corrected_file,
+    read_eigen,
+    read_lam,
+    read_spectrum,
+)
 from raycurv.files.manifest import Manifest
 from raycurv.files.row_files import open_rows
 from raycurv.files.store import Store
@@ -20,7 +26,8 @@ from raycurv.mathematics.curvature import (
     IdentityCurvature,
     kfac_eigenvalues,
 )
-from raycurv.mathematics.eigen import Eigenbasis, own_axes
+from raycurv.mathematics.eigen import Eigenbasis
+from raycurv.mathematics.factors import factors_of
 from raycurv.mathematics.methods import Method, open_method
 from raycurv.mathematics.rank.rank_curvature import RankCurvature
 
@@ -95,21 +102,22 @@ class CurvatureFiles:
     def _read(
         self, block: Block, bases: dict[str, Eigenbasis], device: torch.device
     ) -> BlockCurvature:
-        for name, none in own_axes([block]).items():
+        for name, factor in factors_of([block]).items():
             if name not in bases:
-                factors = self.method.factors
-                bases[name] = read_eigen(self.store, name).to(device) if factors else none
+                bases[name] = Eigenbasis()
+                if self.method.factors:
+                    bases[name] = read_eigen(self.store, name, factor.width).to(device)
         right, left = bases[block.input_factor], bases[block.output_factor]
         if not self.method.corrected:
-            rows = int(read_spectrum(self.store, block.output_factor)[1]["rows"])
+            rows = read_spectrum(self.store, block.output_factor, block.d_out).rows
             lam = kfac_eigenvalues(left, right, rows / max(self.examples, 1))
             return BlockCurvature(block, right, left, lam)
         file = open_tensors(self.store, corrected_file(block.name))
-        if self.method.factors and file.metadata["bases"] != basis_mark(self.store, block):
+        if self.method.factors and file.note("bases") != basis_mark(self.store, block):
             raise DamagedFile(
                 self.store.path(corrected_file(block.name)),
                 "corrected eigenvalues fitted in the run's bases",
                 "ones of other bases",
                 "Run the fit again: it refits what does not belong together.",
             )
-        return BlockCurvature(block, right, left, file.read("lam"))
+        return BlockCurvature(block, right, left, read_lam(file, block))

@@ -26,7 +26,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from raycurv.errors import DamagedFile, LostLock
+from raycurv.files.parsing import misfit
 from raycurv.files.store import Store
+
+# Seconds that a lease may be good for.
+_LONGEST = 86_400.0
 
 # Leases that this process holds: to ask for one of them again needs no watching.
 _mine: set[str] = set()
@@ -119,7 +123,7 @@ class Lease:
         """Whether a lease is renewed; watches it for as long as it takes to tell."""
         if there.get("lease") in _mine:
             return True
-        good = float(there.get("good", self._rhythm.good))
+        good = _seconds(there, "good", self._rhythm.good)
         if self._age() > 2 * good:
             return False
         say(
@@ -128,7 +132,7 @@ class Lease:
         )
         end = _now() + good
         while _now() < end:
-            time.sleep(min(float(there.get("beat", self._rhythm.beat)), good) / 4)
+            time.sleep(min(_seconds(there, "beat", self._rhythm.beat), good) / 4)
             now = self._read()
             if now is None:
                 return False
@@ -184,6 +188,12 @@ class Lease:
 
 def _holder(lease: Mapping[str, Any]) -> str:
     return f"{lease.get('job')} in process {lease.get('pid')} on {lease.get('host')}"
+
+
+def _seconds(lease: Mapping[str, Any], name: str, usual: float) -> float:
+    """A time that a lease gives, if it is one: nobody is to wait for ever."""
+    given: Any = lease.get(name)
+    return usual if misfit(given, float) or not 0 < given <= _LONGEST else float(given)
 
 
 def _now() -> float:

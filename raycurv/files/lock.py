@@ -17,6 +17,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -25,9 +26,17 @@ from typing import Any
 
 from raycurv.errors import UserError, user_errors
 from raycurv.files.lease import Lease
+from raycurv.files.parsing import shortened
 from raycurv.files.store import Store
+from raycurv.models.jsonfile import strict_json
+from raycurv.names import kind_of
 
 NAME = "run.lock"
+
+# A link is not followed, and a pipe does not make one wait.
+_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+# Bytes that are read of what another job wrote there.
+_LARGEST = 4096
 
 # A file may go while it is opened, when the job that held it ends; not again and again.
 _TRIES = 100
@@ -89,12 +98,9 @@ def _locked(
     directory, path = store.path(), store.path(NAME)
     made = not os.path.isdir(directory)
     try:
-        file = _take(store)
+        file = _take(store, where)
     except BlockingIOError:
-        holder: Any = None
-        with suppress(OSError, ValueError), open(path) as text:
-            holder = json.load(text)
-        raise _held(where, holder) from None
+        raise _held(where, _owner(path)) from None
     except OSError:
         yield  # where no file can be made no job can write, and its own first file says why
         return
@@ -115,10 +121,22 @@ def _locked(
             os.close(file)
 
 
-def _take(store: Store) -> int:
+def _owner(path: str) -> Any:
+    """What the lock of another job says of it, if it is readable."""
+    with suppress(OSError, ValueError):
+        file = os.open(path, _FLAGS | os.O_RDONLY)
+        try:
+            return strict_json(os.read(file, _LARGEST))
+        finally:
+            os.close(file)
+    return None
+
+
+def _take(store: Store, where: str) -> int:
     """A descriptor of the locked file.
 
     Raises:
+        UserError: something else has that name.
         BlockingIOError: another descriptor holds it, in this process or another one; or others take
             it and let it go all the time.
         OSError: there can be no file, or no lock on it.
@@ -127,14 +145,20 @@ def _take(store: Store) -> int:
     for _ in range(_TRIES):
         store.make()
         try:
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            file = os.open(path, _FLAGS | os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:
             continue  # a refused job has just taken its empty directory away
-        except PermissionError:
+        except OSError as error:
+            if error.errno in (errno.EISDIR, errno.ELOOP, errno.ENXIO):
+                raise _no_lock(where, path) from error
+            if not isinstance(error, PermissionError):
+                raise
             # Another person's file in a shared directory can be locked without writing to it.
-            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            file = os.open(path, _FLAGS | os.O_RDONLY)
         taken = False
         try:
+            if not stat.S_ISREG(os.fstat(file).st_mode):
+                raise _no_lock(where, path)
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             taken = _same(file, path)
         except BlockingIOError:
@@ -158,7 +182,7 @@ def _take(store: Store) -> int:
 
 def _same(file: int, path: str) -> bool:
     try:
-        return os.path.samestat(os.fstat(file), os.stat(path))
+        return os.path.samestat(os.fstat(file), os.lstat(path))
     except FileNotFoundError:
         return False
 
@@ -177,13 +201,30 @@ os.register_at_fork(after_in_child=_close_copies)
 # Both --------------------------------------------------------------------------------------------
 
 
+def _no_lock(where: str, path: str) -> UserError:
+    kind = "something else"
+    with suppress(OSError):
+        kind = kind_of(os.lstat(path).st_mode)
+    return UserError(
+        where, f"its lock, {NAME}, as a file that a job made", kind,
+        f"Remove {path}: no job that runs has made it.",
+    )  # fmt: skip
+
+
 def _held(where: str, holder: Any) -> UserError:
     got = "one that another job has just taken"
-    if isinstance(holder, Mapping) and {"job", "host", "pid", "since"} <= holder.keys():
-        got = "{job} in process {pid} on {host}, since {since}".format(**holder)
+    said = holder if isinstance(holder, Mapping) else {}
+    if {"job", "host", "pid", "since"} <= said.keys():
+        # Whoever may write there may write anything.
+        job, host, pid, since = (_plain(said[key]) for key in ("job", "host", "pid", "since"))
+        got = f"{job} in process {pid} on {host}, since {since}"
     return UserError(
         where,
         "a directory that no other job works on",
         got,
         "Wait for its end or stop it (the lock goes with it), or give another directory.",
     )
+
+
+def _plain(value: Any) -> str:
+    return shortened("".join(c if c.isprintable() else "?" for c in str(value)[:200]))

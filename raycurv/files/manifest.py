@@ -12,11 +12,25 @@ from typing import Any
 import torch
 
 from raycurv import __version__
-from raycurv.errors import DamagedFile, UserError, user_errors
+from raycurv.errors import DamagedFile, DiskError, NoSpace, UserError
+from raycurv.files.parsing import made_of, misfit, shortened
 from raycurv.files.store import Store
-from raycurv.files.tables import SCHEMA_VERSION
 
 NAME = "run.json"
+
+_LOST = "Restore it, or give another directory: what it said cannot be made again."
+# What jobs write down as facts, by name; whole numbers are counts.
+_FACTS: dict[str, Any] = {
+    "model": str, "data": str, "run": str, "queries": str, "train": str,
+    "extend": list[str], "merge": list[str], "subtract": list[str],
+    "examples": int, "tokens": int, "examples_without_loss": int, "queries_scored": int,
+    "passes": int, "weights": int, "subtracted_with_other_labels": int,
+    "tokenizer": dict[str, Any], "gradients": dict[str, Any],
+    "files": dict[str, int | dict[str, int]], "steps": list[dict[str, Any]],
+    "residual": float, "sparsity": float, "loss": float, "loss_per_target": float,
+    "perplexity": float, "accuracy": float, "predicted": float | None, "measured": float | None,
+    "correlation": float | None, "pruned_loss": float | None,
+}  # fmt: skip
 
 # What the jobs put into a directory. Without a run.json these names belong to somebody else.
 _OURS = (
@@ -46,11 +60,7 @@ class Manifest:
 
     def write(self, store: Store) -> None:
         """Write ``run.json``, atomically."""
-        more = {
-            "schema": SCHEMA_VERSION,
-            "versions": dict(_versions()),
-            "threads": torch.get_num_threads(),
-        }
+        more = {"versions": dict(_versions()), "threads": torch.get_num_threads()}
         store.write_json(NAME, asdict(self) | more)
 
     def took(self, store: Store, seconds: Mapping[str, float]) -> None:
@@ -60,41 +70,49 @@ class Manifest:
         self.write(store)
 
     @classmethod
-    def finished(cls, store: Store, job: str, phase: str, what: str) -> Manifest:
-        """The manifest of a directory in which a job has finished, which made ``what``;
-        UserError if there is none, or ``phase``, the job's last, is not complete."""
-        found = cls.read(store)
-        if found is None or found.job != job or phase not in found.complete:
-            raise UserError(
-                store.root,
-                f"{what} of {job}.py",
-                "none",
-                f"Run {job}.py, or the same command again if it was stopped.",
-            )
-        return found
-
-    @classmethod
     def read(cls, store: Store) -> Manifest | None:
-        """The manifest of a directory, ``None`` when there is no ``run.json``; DamagedFile if
-        that is not JSON, UserError if it is another program's."""
-        try:
-            content = store.read_json(NAME)
-        except DamagedFile as error:
-            raise DamagedFile(
-                error.where, error.expected, error.got,
-                "Restore it, or give another directory: what it said cannot be made again.",
-            ) from error  # fmt: skip
+        """The manifest of a directory, ``None`` when there is no ``run.json``.
+
+        Raises:
+            DamagedFile: that is no JSON, not what was written, or holds what no job writes.
+            UserError: it is another program's, or a newer version's.
+        """
+        content = store.read_json(NAME, _LOST)
         if content is None:
             return None
-        keys = [one.name for one in fields(cls)]
-        if not isinstance(content, dict) or any(key not in content for key in keys):
+        if not content.keys() >= _KEYS:
             raise UserError(
                 store.path(NAME),
                 "a run.json of raycurv",
                 "another file of that name",
                 "Give another --out.",
             )
-        return cls(**{key: content[key] for key in keys})
+        try:
+            found = made_of(cls, {key: content[key] for key in _KEYS})
+            _check(found)
+        except ValueError as error:
+            raise DamagedFile(
+                store.path(NAME), "what a job wrote down", str(error), _LOST
+            ) from error
+        return found
+
+
+_KEYS = {one.name for one in fields(Manifest)}
+
+
+def _check(found: Manifest) -> None:
+    """Refuse, with a ValueError, what no job writes."""
+    if len(set(found.complete)) < len(found.complete):
+        raise ValueError(f"a phase is complete twice: {', '.join(found.complete)}")
+    if any(seconds < 0 for seconds in found.seconds.values()):
+        raise ValueError("a phase took less than no time")
+    for name, value in found.facts.items():
+        kind = _FACTS.get(name, Any)
+        wrong = misfit(value, kind)
+        if not wrong and kind is int and value < 0:
+            wrong = str(value)
+        if wrong:
+            raise ValueError(f"{shortened(name)!r} is {wrong}")
 
 
 @cache
@@ -106,16 +124,16 @@ def _versions() -> Mapping[str, str]:
     return {"raycurv": __version__} | others
 
 
-def continue_or_refuse(
-    store: Store, wanted: Manifest, usual: Mapping[str, Any] | None = None
-) -> Manifest:
+def continue_or_refuse(store: Store, there: Manifest | None, wanted: Manifest) -> Manifest:
     """The directory's manifest if it is the same run, ``wanted`` if the directory is new.
 
     A directory in which nothing was computed yet counts as new: after a mistake in the data, say,
     the corrected data are other data.
 
     Args:
-        usual: the values of settings that the run which is there does not know of.
+        store: of the directory.
+        there: what its ``run.json`` says, with the usual values of settings that it does not know.
+        wanted: the run that is to be.
 
     Raises:
         UserError: it holds another run (names everything that differs) or files of somebody else,
@@ -125,7 +143,6 @@ def continue_or_refuse(
     def refuse(expected: str, got: str, remedy: str = "Give another --out.") -> UserError:
         return UserError(f"--out {store.root}", expected, got, remedy)
 
-    there = Manifest.read(store)
     if there is None:
         others = [name for name in _OURS if store.there(name)]
         if others:
@@ -136,11 +153,10 @@ def continue_or_refuse(
     if there.job != wanted.job:
         expected = f"a new directory, or one of this job ({wanted.job})"
         raise refuse(expected, f"one of the job {there.job}")
-    before = {**(usual or {}), **there.settings}
     differences = [
-        f"--{key.replace('_', '-')} was {before.get(key)!r} and is now {value!r}"
+        f"--{key.replace('_', '-')} was {there.settings.get(key)!r} and is now {value!r}"
         for key, value in wanted.settings.items()
-        if before.get(key) != value
+        if there.settings.get(key) != value
     ]
     for key, value in wanted.fingerprints.items():
         differences += _differences(key, there.fingerprints.get(key, {}), value)
@@ -162,9 +178,16 @@ def continue_or_refuse(
 
 
 def _begin(store: Store, wanted: Manifest) -> None:
-    out, remedy = f"--out {store.root}", "Give another --out, or correct its permissions."
-    with user_errors(out, "a directory that can be written", remedy, OSError, got="{error}"):
+    try:
         wanted.write(store)
+    except NoSpace:
+        raise
+    except (OSError, DiskError) as error:
+        got = error.got if isinstance(error, DiskError) else str(error)
+        raise UserError(
+            f"--out {store.root}", "a directory that can be written", got,
+            "Give another --out, or correct its permissions.",
+        ) from error  # fmt: skip
 
 
 def _computed(store: Store, there: Manifest) -> bool:

@@ -46,7 +46,10 @@ class BlockRows:
     @property
     def count(self) -> int:
         """How many rows there are, M."""
-        return int(self.file.metadata["count"])
+        found = self.file.noted("count")
+        if found < 1 or found != int(found):
+            raise self.file.store.damaged(self.file.name, "a count of rows", repr(found))
+        return int(found)
 
     @property
     def size(self) -> int:
@@ -55,15 +58,19 @@ class BlockRows:
 
     def gram(self) -> Tensor:
         """``GGᵀ`` over the block's columns, float64."""
-        return self.file.read("gram")
+        return self.file.numbers("gram", (self.count, self.count))
 
     def runs(self) -> Iterator[tuple[slice, Tensor]]:
         """Runs of outputs and their rows ``[M, o, I]``, in the order of the outputs."""
-        start = 0
-        for number in range(int(self.file.metadata["runs"])):
-            rows = self.file.read(f"rows.{number}")
-            yield slice(start, start + rows.shape[1]), rows
-            start += rows.shape[1]
+        start = number = 0
+        while start < self.block.d_out:
+            rows = self.file.numbers(f"rows.{number}", (self.count, None, self.block.d_in))
+            stop, number = start + rows.shape[1], number + 1
+            if not start < stop <= self.block.d_out:
+                got = f"{stop} with run {number - 1}"
+                raise self.file.store.damaged(self.file.name, f"{self.block.d_out} outputs", got)
+            yield slice(start, stop), rows
+            start = stop
 
     def whole(self) -> Tensor:
         """``[M, O, I]``, of a small block."""
@@ -121,12 +128,14 @@ def open_rows(store: Store, block: Block) -> BlockRows:
         DamagedFile: they are gone, or damaged.
     """
     try:
-        return BlockRows(block, open_tensors(store, rows_file(block.name)))
+        file = open_tensors(store, rows_file(block.name))
     except FileNotFoundError as error:
         raise DamagedFile(
             f"{store.root}, block {block.name}", "the rows of its Fisher", str(error),
             "Run the fit again: it makes what is missing.",
         ) from error  # fmt: skip
+    file.belongs("block", block.name)
+    return BlockRows(block, file)
 
 
 def open_inverses(

@@ -13,11 +13,13 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from torch import Tensor
 
 from raycurv.errors import DamagedFile, UserError
+from raycurv.files.parsing import made_of
 from raycurv.files.store import Store
 from raycurv.files.tensorfile import is_complete, open_tensors, write_tensors
 
@@ -34,28 +36,41 @@ class LostSpool(Exception):
         self.boundary, self.microbatch = boundary, microbatch
 
 
+@dataclass(frozen=True)
+class _State:
+    """What ``state.json`` says: whose spool it is, and the group that is next."""
+
+    mark: str
+    level: int
+
+
 class Spool:
     """The spooled tensors of one sweep.
 
     Args:
-        directory: a local one, made when it is first written to.
+        store: of a local directory, made when it is first written to.
         mark: of the run, its plans and its groups: files of another mark are of no use.
     """
 
-    def __init__(self, directory: str, mark: str, groups: int) -> None:
-        self._store = Store(directory, lasting=False)
+    def __init__(self, store: Store, mark: str, groups: int) -> None:
+        self._store = store
         self.directory = self._store.root
         self._mark, self._groups = mark, groups
-        try:
-            state = self._store.read_json("state.json")
-        except DamagedFile:
-            state = None
-        if state is not None and state["mark"] == mark:
-            self.level = int(state["level"])
+        state = self._state()
+        if state is not None and state.mark == mark and 0 <= state.level < groups:
+            self.level = state.level
             self._forget_above()
         else:
             self.delete()
             self.level = groups - 1
+
+    def _state(self) -> _State | None:
+        """What an earlier run said of this spool, if that is readable."""
+        try:
+            said = self._store.read_json("state.json")
+            return None if said is None else made_of(_State, said)
+        except (DamagedFile, ValueError):
+            return None
 
     def write(
         self, stream: str, kind: Kind, boundary: int, microbatch: int, tensors: Mapping[str, Tensor]
@@ -101,7 +116,7 @@ class Spool:
                     self._store.delete_directory(_place(stream, kind, boundary))
 
     def _write_state(self) -> None:
-        self._store.write_json("state.json", {"mark": self._mark, "level": self.level})
+        self._store.write_json("state.json", asdict(_State(self._mark, self.level)))
 
 
 def _place(stream: str, kind: Kind, boundary: int) -> str:
@@ -112,16 +127,18 @@ def _name(stream: str, kind: Kind, boundary: int, microbatch: int) -> str:
     return f"{_place(stream, kind, boundary)}/{microbatch:07d}.safetensors"
 
 
-def spool_directory(run: Store, given: str | None) -> str:
-    """Where the spools of a run go: below ``given``, or below the run itself; UserError if that
-    is no local directory."""
+def spool_store(run: Store, given: str | None) -> Store:
+    """Where the spools of a run lie: below ``given``, for this user alone, or below the run itself;
+    UserError if that is no local directory."""
     if given is None:
         if not run.local:
             raise UserError(
                 "--spool-dir", "a local directory, since --out is on an object store", "nothing",
                 "Give --spool-dir a directory on a fast disk of the machine that runs the job.",
             )  # fmt: skip
-        return run.path("work/spool")
+        found = run.inside("work/spool")
+        found.lasting = False
+        return found
     place = Store(os.path.abspath(os.path.expanduser(given)) if "://" not in given else given)
     if not place.local:
         raise UserError(
@@ -129,4 +146,4 @@ def spool_directory(run: Store, given: str | None) -> str:
         )
     # Runs may share a disk for their spools; each has a directory of its own.
     own = hashlib.blake2b(run.root.encode(), digest_size=8).hexdigest()
-    return f"{place.path()}/raycurv-{own}"
+    return Store(f"{place.path()}/raycurv-{own}", lasting=False, private=True)

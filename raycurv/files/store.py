@@ -23,26 +23,38 @@ same command goes on from there.
 
 from __future__ import annotations
 
-import errno
 import json
 import mmap
 import os
-import shutil
+import stat
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
-from pathlib import Path
+from contextlib import contextmanager, suppress
+from functools import cached_property, lru_cache
 from typing import Any
 
 import pyarrow as pa
 from pyarrow import fs
 
 from raycurv.data.uri import below, check_endpoint, check_place, is_uri, redacted, shown
-from raycurv.errors import DamagedFile, NoSpace, UserError
+from raycurv.errors import DamagedFile, UserError
+from raycurv.files.disk import disk_errors, folder, no_space, remove_folder, told
+from raycurv.files.parsing import checksum, shortened
+from raycurv.models.jsonfile import strict_json
+from raycurv.names import inside, kind_of, plain_name
 
 # Bytes held at once while a file is copied.
 _CHUNK = 64 << 20
+# Bytes of a JSON file that is read: such a file describes tensors and tables, and holds none.
+_LARGEST_JSON = 1 << 28
+# Of the JSON files. Those of version 1 had no checksum.
+SCHEMA = "2"
+
+
+_READABLE = "a file that can be read"
+# Names are asked for again and again.
+_plain = lru_cache(1 << 14)(plain_name)
 
 
 class Store:
@@ -55,6 +67,7 @@ class Store:
         root: an absolute path, or a URI that ``pyarrow.fs`` understands.
         lasting: whether files must survive a power failure (they are synced); without, only the
             death of the process.
+        private: whether the root is for this user alone, and not named by the user.
 
     Attributes:
         uri: what opens it, with the credentials that were given.
@@ -63,14 +76,17 @@ class Store:
             travel to other processes.
     """
 
-    def __init__(self, root: str, lasting: bool = True) -> None:
+    def __init__(self, root: str, lasting: bool = True, private: bool = False) -> None:
         address, mark, options = root.partition("?") if is_uri(root) else (root, "", "")
         self.uri = f"{address.rstrip('/') or '/'}{mark}{options}"
-        self.root, self.lasting = shown(self.uri), lasting
+        self.root, self.lasting, self.private = shown(self.uri), lasting, private
         self.guard: Callable[[], None] | None = None
+        # Where this lies below the directory that was named, whose links are the user's own.
+        self._prefix = ""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"uri": self.uri, "root": self.root, "lasting": self.lasting, "guard": None}
+        kept = ("uri", "root", "lasting", "private", "_prefix")
+        return {name: getattr(self, name) for name in kept} | {"guard": None}
 
     def __repr__(self) -> str:
         return f"Store({self.root!r})"
@@ -113,15 +129,59 @@ class Store:
         return isinstance(self._opened[0], fs.LocalFileSystem)
 
     def path(self, name: str = "") -> str:
-        """What ``pyarrow.fs`` calls the file."""
-        return f"{self._opened[1]}/{name}" if name else self._opened[1]
+        """What ``pyarrow.fs`` calls the file; UserError for a name that is not plain."""
+        if not name:
+            return self._opened[1]
+        return f"{self._opened[1]}/{_plain(name, self.root)}"
 
     def inside(self, name: str) -> Store:
-        """The store of a directory below this one."""
+        """The store of a directory below this one; UserError for a name that is not plain."""
+        _plain(name, self.root)
         uri = below(self.uri, name) if is_uri(self.uri) else f"{self.uri}/{name}"
-        found = Store(uri, self.lasting)
-        found.guard = self.guard
+        found = Store(uri, self.lasting, self.private)
+        found.guard, found._prefix = self.guard, self._below(name)
         return found
+
+    def _below(self, name: str) -> str:
+        """A name as it is below the directory that was named."""
+        return "/".join(filter(None, (self._prefix, name)))
+
+    @cached_property
+    def _named(self) -> str:
+        """The directory that was named, on a local disk."""
+        return self.path().removesuffix(f"/{self._prefix}") if self._prefix else self.path()
+
+    def _real(self, name: str) -> str:
+        """Where a local file or folder lies, after links; UserError if that is elsewhere."""
+        full = self._below(_plain(name, self.root) if name else "")
+        places, _, leaf = full.rpartition("/")
+        if places not in self._folders:
+            there = inside(self._named, places, self._named) if places else self._named
+            self._folders[places] = os.path.realpath(there)
+        path = os.path.join(self._folders[places], leaf)
+        return os.fspath(inside(self._named, full, self._named)) if os.path.islink(path) else path
+
+    @cached_property
+    def _folders(self) -> dict[str, str]:
+        """Folders that were looked at, and where they lie: files are read from there. What is
+        written and deleted is looked at anew."""
+        return {}
+
+    def _status(self, name: str) -> os.stat_result | None:
+        """What the disk says of a local file or folder, ``None`` when there is none."""
+        try:
+            return os.stat(self._real(name))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise told(self.path(name), _READABLE, error) from error
+
+    @contextmanager
+    def _folder(self, names: str, make: bool) -> Iterator[int]:
+        """A descriptor of a local folder below the directory that was named."""
+        parts = names.split("/") if names else []
+        with folder(self._named, parts, make, self.private) as opened:
+            yield opened
 
     def check(self, where: str) -> None:
         """Refuse, with a UserError, an object store that does not answer (within seconds where the
@@ -149,7 +209,8 @@ class Store:
     def make(self) -> None:
         """Make what files need to lie in: the directory, or the bucket where the URI allows it."""
         if self.local:
-            os.makedirs(self.path(), exist_ok=True)
+            with self._folder(self._prefix, make=True):
+                pass
         elif self._makes_buckets:
             self._opened[0].create_dir(self._bucket)
 
@@ -162,30 +223,42 @@ class Store:
         return "allow_bucket_creation=true" in self.uri.partition("?")[2].lower().split("&")
 
     def write(self, name: str, chunks: Iterable[bytes | memoryview | pa.Buffer]) -> None:
-        """Write a file, atomically; NoSpace if the disk is full, and then nothing of it stays."""
+        """Write a file, atomically.
+
+        Raises:
+            NoSpace: the disk is full, and nothing of it stays.
+            DiskError: it cannot be written for another reason, likewise.
+            UserError: a link stands in the place of a folder.
+        """
         self._ask()
         path = self.path(name)
         if not self.local:
             self._upload(path, chunks)
             return
-        part = Path(f"{path}.part")
-        written = 0
+        places, _, leaf = self._below(name).rpartition("/")
+        part, written = f"{leaf}.part", 0
         try:
-            part.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
-                for chunk in chunks:
-                    file.write(chunk)
-                    written += len(chunk)
-                file.flush()
-                if self.lasting:
-                    os.fsync(file.fileno())
-            part.replace(path)
+            with self._folder(places, make=True) as opened:
+                # What a process left that died; whoever writes there now finds that it is gone.
+                with suppress(FileNotFoundError):
+                    os.unlink(part, dir_fd=opened)
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+                descriptor = os.open(part, flags, 0o666, dir_fd=opened)
+                try:
+                    with os.fdopen(descriptor, "wb") as file:
+                        for chunk in chunks:
+                            file.write(chunk)
+                            written += len(chunk)
+                        file.flush()
+                        if self.lasting:
+                            os.fsync(file.fileno())
+                    os.replace(part, leaf, src_dir_fd=opened, dst_dir_fd=opened)
+                except OSError:
+                    with suppress(OSError):
+                        os.unlink(part, dir_fd=opened)
+                    raise
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            part.unlink(missing_ok=True)
-            directory = part.parent if part.parent.exists() else Path("/")
-            raise _no_space(path, directory, written, error) from error
+            raise no_space(path, os.path.dirname(path), written, error) from error
 
     def _ask(self) -> None:
         if self.guard is not None:
@@ -206,25 +279,64 @@ class Store:
 
     def copy(self, name: str, source: Store) -> None:
         """Write the file of the same name in another store, byte for byte, atomically."""
-        with source.open(name) as file:
+        with source.reading(name) as file:
             self.write(name, iter(lambda: file.read(_CHUNK), b""))
 
     def open(self, name: str) -> pa.NativeFile:
-        """A random-access reader; FileNotFoundError if there is no such file."""
-        return self._opened[0].open_input_file(self.path(name))
+        """A random-access reader.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            DamagedFile: there is a directory, a pipe or a device in its place.
+            UserError: a link leads out of the directory.
+            DiskError: it cannot be read.
+        """
+        if not self.local:
+            return self._opened[0].open_input_file(self.path(name))
+        try:
+            return self._open_local(name)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise told(self.path(name), _READABLE, error) from error
+
+    def _open_local(self, name: str) -> pa.NativeFile:
+        real = self._real(name)
+        mode = os.stat(real).st_mode
+        if not stat.S_ISREG(mode):
+            raise self.damaged(name, "a file", kind_of(mode))
+        return self._opened[0].open_input_file(real)
+
+    @contextmanager
+    def reading(self, name: str) -> Iterator[pa.NativeFile]:
+        """As :meth:`open`, and what the disk says while it is read is a DiskError, too."""
+        if not self.local:
+            with self.open(name) as file:
+                yield file
+            return
+        with disk_errors(self.path(name), _READABLE), self._open_local(name) as file:
+            yield file
 
     def _info(self, name: str) -> fs.FileInfo:
         return self._opened[0].get_file_info(self.path(name))
 
     def exists(self, name: str) -> bool:
+        if self.local:
+            found = self._status(name)
+            return found is not None and stat.S_ISREG(found.st_mode)
         return bool(self._info(name).is_file)
 
     def there(self, name: str) -> bool:
         """Whether there is a file or a directory of that name."""
+        if self.local:
+            return self._status(name) is not None
         return bool(self._info(name).type != fs.FileType.NotFound)
 
     def size(self, name: str) -> int | None:
         """Bytes of a file, ``None`` when there is none."""
+        if self.local:
+            found = self._status(name)
+            return found.st_size if found is not None and stat.S_ISREG(found.st_mode) else None
         info = self._info(name)
         return int(info.size) if info.is_file else None
 
@@ -234,11 +346,29 @@ class Store:
         return None if time is None else float(time.timestamp())
 
     def names(self, directory: str = "", ending: str = "") -> list[str]:
-        """Names of the files below a directory, sorted."""
-        selector = fs.FileSelector(self.path(directory), allow_not_found=True, recursive=True)
-        start = len(self.path()) + 1
-        found = (i.path[start:] for i in self._opened[0].get_file_info(selector) if i.is_file)
+        """Names of the files below a directory, sorted; a local one must not lead elsewhere, nor
+        anything in it."""
+        if self.local:
+            found: Iterable[str] = self._walk(directory, ending)
+        else:
+            selector = fs.FileSelector(self.path(directory), allow_not_found=True, recursive=True)
+            start = len(self.path()) + 1
+            found = (i.path[start:] for i in self._opened[0].get_file_info(selector) if i.is_file)
         return sorted(name for name in found if name.endswith(ending))
+
+    def _walk(self, directory: str, ending: str) -> Iterator[str]:
+        # What has a file's name and is none is a name, too: who opens it is told.
+        with disk_errors(self.path(directory), "a directory that can be read"):
+            real = self._real(directory)
+            for place, folders, files in os.walk(real, onerror=_unless_gone):
+                inner = os.path.relpath(place, real)
+                above = "/".join(part for part in (directory, inner) if part not in ("", "."))
+                for name in (*folders, *files):
+                    full = f"{above}/{name}" if above else name
+                    if os.path.islink(os.path.join(place, name)):
+                        self._real(full)
+                    if name in files or (ending and name.endswith(ending)):
+                        yield full
 
     def directories(self) -> list[str]:
         """Names of the directories right below the root, sorted."""
@@ -248,14 +378,35 @@ class Store:
     def delete(self, name: str) -> None:
         """Delete a file; nothing happens when there is none."""
         self._ask()
-        if self.exists(name):
-            self._opened[0].delete_file(self.path(name))
+        if not self.local:
+            if self.exists(name):
+                self._opened[0].delete_file(self.path(name))
+            return
+        places, _, leaf = self._below(_plain(name, self.root)).rpartition("/")
+        with disk_errors(self.path(name), "a file that can be deleted"):
+            try:
+                with self._folder(places, make=False) as opened:
+                    os.unlink(leaf, dir_fd=opened)
+            except (FileNotFoundError, IsADirectoryError):
+                return
 
     def delete_directory(self, name: str) -> None:
         """Delete a directory with all in it; nothing happens when there is none."""
         self._ask()
-        if self._info(name).type == fs.FileType.Directory:
-            self._opened[0].delete_dir(self.path(name))
+        if not self.local:
+            if self._info(name).type == fs.FileType.Directory:
+                self._opened[0].delete_dir(self.path(name))
+            return
+        path = self.path(name)
+        full = self._below(name)
+        places, _, leaf = full.rpartition("/")
+        with disk_errors(path, "a directory that can be deleted"), suppress(FileNotFoundError):
+            if full:
+                with self._folder(places, make=False) as opened:
+                    remove_folder(leaf, opened, path)
+            else:
+                with folder(os.path.dirname(path), (), make=False) as opened:
+                    remove_folder(os.path.basename(path), opened, path)
 
     def damaged(self, name: str, expected: str, got: str) -> DamagedFile:
         """The error of a file that is not as it was written."""
@@ -266,21 +417,70 @@ class Store:
             "Delete the file and run the command again: only what is missing is computed.",
         )
 
-    def write_json(self, name: str, value: Any) -> None:
-        self.write(name, [json.dumps(value, indent=2, sort_keys=True).encode() + b"\n"])
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write an object as JSON, with the version of these files and a checksum of its content;
+        neither is among what :meth:`read_json` gives."""
+        sealed = {**value, "schema": SCHEMA, "checksum": checksum({**value, "schema": SCHEMA})}
+        self.write(name, [json.dumps(sealed, indent=2, sort_keys=True).encode() + b"\n"])
 
-    def read_json(self, name: str) -> Any:
-        """Read a JSON file, ``None`` when there is none; DamagedFile if it is not JSON."""
+    def read_json(
+        self, name: str, remedy: str = "Delete it and run the command again."
+    ) -> dict[str, Any] | None:
+        """What :meth:`write_json` was given, ``None`` when there is no such file. What a version
+        wrote that knew no checksums is taken as it is; a list of it is under ``""``.
+
+        Args:
+            remedy: what to do about one that is damaged.
+
+        Raises:
+            DamagedFile: it is no JSON, or not what was written.
+            UserError: a newer version wrote it.
+        """
         if not self.exists(name):
+            if self.there(name):
+                raise DamagedFile(self.path(name), "a JSON file", "something else", remedy)
             return None
-        with self.open(name) as file:
-            data = bytes(file.read())
-        try:
-            return json.loads(data)
-        except ValueError as error:
+        with self.reading(name) as file:
+            try:
+                if file.size() > _LARGEST_JSON:
+                    raise ValueError(f"{file.size():,} bytes")
+                said = strict_json(bytes(file.read()))
+                if isinstance(said, list):
+                    return {"": said}
+                if not isinstance(said, dict):
+                    raise ValueError("neither an object nor a list")
+            except ValueError as error:
+                got = shortened(str(error))
+                raise DamagedFile(self.path(name), "a JSON file", got, remedy) from error
+        mark, schema = said.pop("checksum", None), said.get("schema", "1")
+        if schema not in ("1", SCHEMA) and mark == checksum(said):
+            raise UserError(
+                self.path(name), f"a file of version {SCHEMA} or before", f"one of {schema}",
+                "Use the version of raycurv that wrote it, or a later one.",
+            )  # fmt: skip
+        if mark != checksum(said) and not (mark is None and schema == "1"):
             raise DamagedFile(
-                self.path(name), "a JSON file", str(error), "Delete it and run the command again."
-            ) from error
+                self.path(name), "what raycurv wrote, with its checksum", "another content", remedy
+            )
+        said.pop("schema", None)
+        return said
+
+    def read_list(self, name: str, key: str) -> list[Any] | None:
+        """The list that :meth:`write_json` was given under a key, or that an earlier version wrote
+        by itself; ``None`` when there is no such file, otherwise as :meth:`read_json`."""
+        said = self.read_json(name)
+        found = None if said is None else said.get(key, said.get(""))
+        if said is not None and (len(said) != 1 or not isinstance(found, list)):
+            raise DamagedFile(
+                self.path(name), f"a list of {key}", "another content",
+                "Delete it and run the command again.",
+            )  # fmt: skip
+        return found
+
+
+def _unless_gone(error: OSError) -> None:
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        raise error
 
 
 def _at_hand(path: str, chunks: Iterable[bytes | memoryview | pa.Buffer]) -> list[pa.Buffer]:
@@ -298,20 +498,7 @@ def _at_hand(path: str, chunks: Iterable[bytes | memoryview | pa.Buffer]) -> lis
                 return []
             return [pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))]
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise _no_space(path, Path(tempfile.gettempdir()), written, error) from error
-
-
-def _no_space(path: str, directory: Path, written: int, error: OSError) -> NoSpace:
-    return NoSpace(
-        path,
-        f"room on the disk of {directory} for the file",
-        f"{error.strerror} after {written:,} bytes "
-        f"({shutil.disk_usage(directory).free:,} bytes are free)",
-        "Make room and run the same command again: everything finished is whole, and the run goes "
-        "on from there.",
-    )
+        raise no_space(path, tempfile.gettempdir(), written, error) from error
 
 
 def open_store(out: str | os.PathLike[str], flag: str) -> Store:

@@ -1,15 +1,15 @@
 """The Parquet tables: their columns, and how files of them are written and read.
 
-Footers carry ``raycurv.schema`` (the version below), ``raycurv.run`` (the run's settings as JSON)
-and ``raycurv.checksum``, a hash of the whole file with zeros in the place of the hash, which is
-verified when raycurv reads.
+Footers carry ``raycurv.schema`` (the version below), ``raycurv.run`` (the run's settings as JSON),
+``raycurv.file``, the name of the file, and ``raycurv.checksum``, a hash of the whole file with
+zeros in the place of the hash; the latter two are verified when raycurv reads.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raycurv.errors import not_finite
+from raycurv.files.parsing import shortened
 from raycurv.files.store import Store
 
 SCHEMA_VERSION = "1"
@@ -25,7 +26,7 @@ SCHEMA_VERSION = "1"
 # Rows that are made and written at a time where there may be many.
 ROWS = 1 << 15
 
-_CHECKSUM = "raycurv.checksum"
+_CHECKSUM, _FILE = "raycurv.checksum", "raycurv.file"
 _ZEROS = b"0" * 32
 _WHOLE = "a whole Parquet file"
 # As Thrift writes a string of 32 bytes behind its name.
@@ -99,6 +100,10 @@ PRUNED = _schema(
     """
 )
 HEADS = _schema("block string, head int32, start int32, stop int32, saliency float32, keep bool")
+
+
+# What every table of examples has.
+IDS = _schema("id string")
 
 
 def examples_schema(double: bool) -> pa.Schema:
@@ -180,7 +185,8 @@ def write_tables(
         for table in tables:
             _check_finite(store.path(name), table)
             writer.write_table(table, row_group_size=row_group_size)
-        writer.add_key_value_metadata({_CHECKSUM: _ZEROS.decode()})
+        leaf = name.rpartition("/")[2]
+        writer.add_key_value_metadata({_FILE: leaf, _CHECKSUM: _ZEROS.decode()})
     data = sink.getvalue()
     at = _checksum_place(data)
     assert at is not None and bytes(data[at : at + len(_ZEROS)]) == _ZEROS
@@ -233,41 +239,75 @@ def _checksum(data: pa.Buffer, at: int) -> bytes:
     return digest.hexdigest().encode()
 
 
-def read_table(store: Store, name: str) -> pa.Table:
-    """Read one Parquet file; FileNotFoundError if there is none, DamagedFile if it is truncated or
-    does not match its checksum."""
-    with store.open(name) as file:
+def read_table(
+    store: Store, name: str, schema: pa.Schema | None = None, filled: Sequence[str] = ()
+) -> pa.Table:
+    """Read one Parquet file.
+
+    Args:
+        schema: columns that it must have, and their types; it may have more.
+        filled: those of them that have a value in every row.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DamagedFile: it is truncated, does not match its checksum, or lacks a column.
+    """
+    with store.reading(name) as file:
         data = file.read_buffer()
     at = _checksum_place(data)
     if at is None or bytes(data[at : at + len(_ZEROS)]) != _checksum(data, at):
         raise store.damaged(name, _WHOLE, "a file that does not match its checksum")
-    table = pq.ParquetFile(pa.BufferReader(data)).read()
-    footer = dict(table.schema.metadata)
-    del footer[_CHECKSUM.encode()]
+    try:
+        table = pq.ParquetFile(pa.BufferReader(data)).read()
+        footer = dict(table.schema.metadata or {})
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise store.damaged(name, _WHOLE, shortened(str(error))) from error
+    footer.pop(_CHECKSUM.encode(), None)
+    own = footer.pop(_FILE.encode(), b"").decode(errors="replace")
+    if own and own != name.rpartition("/")[2]:  # earlier versions did not say
+        raise store.damaged(name, "the file that was written here", f"a copy of {own}")
+    for field in schema or ():
+        if field.name not in table.column_names or table[field.name].type != field.type:
+            raise store.damaged(name, f"a column {field.name} of {field.type}", "none")
+        if field.name in filled and table[field.name].null_count:
+            raise store.damaged(name, f"a value of {field.name} in every row", "none in some")
     return table.replace_schema_metadata(footer)
 
 
 def read_rows(store: Store, name: str) -> int:
     """How many rows a Parquet file has, from its footer; DamagedFile if it has none."""
-    with store.open(name) as file:
+    with store.reading(name) as file:
         try:
             return int(pq.ParquetFile(file).metadata.num_rows)
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise store.damaged(name, _WHOLE, str(error)) from error
+            raise store.damaged(name, _WHOLE, shortened(str(error))) from error
 
 
-def read_directory(store: Store, directory: str, schema: pa.Schema | None = None) -> pa.Table:
-    """All Parquet files of a directory as one table, in the order of their names."""
-    tables = list(iterate_directory(store, directory))
+def read_directory(
+    store: Store,
+    directory: str,
+    schema: pa.Schema | None = None,
+    needed: bool = False,
+    filled: Sequence[str] = (),
+) -> pa.Table:
+    """All Parquet files of a directory as one table, in the order of their names.
+
+    Args:
+        schema: of a table without any file.
+        needed: every file must have its columns.
+        filled: as for :func:`read_table`.
+
+    Raises:
+        DamagedFile: as for :func:`read_table`; or two files have other columns.
+    """
+    wanted = schema if needed else None
+    tables = [read_table(store, n, wanted, filled) for n in store.names(directory, ".parquet")]
     if not tables:
         return (schema or pa.schema([])).empty_table()
-    return pa.concat_tables(tables)
-
-
-def iterate_directory(store: Store, directory: str) -> Iterator[pa.Table]:
-    """The Parquet files of a directory, one table each, in the order of their names."""
-    for name in store.names(directory, ".parquet"):
-        yield read_table(store, name)
+    try:
+        return pa.concat_tables(tables)
+    except pa.ArrowInvalid as error:
+        raise store.damaged(directory, "tables of the same columns", str(error)) from error
 
 
 def as_lists(values: np.ndarray[Any, Any], number: pa.DataType) -> pa.ListArray:

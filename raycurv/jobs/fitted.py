@@ -18,6 +18,7 @@ from raycurv.files.manifest import Manifest
 from raycurv.files.store import Store, open_store
 from raycurv.jobs.fit.fit_settings import REPEATED, FitSettings
 from raycurv.jobs.inputs import Inputs
+from raycurv.jobs.recorded import read_run
 from raycurv.mathematics.loss.objective import Objective, is_shipped
 from raycurv.models.model import Model
 from raycurv.models.opening import open_directory
@@ -145,7 +146,7 @@ def read_fit(store: Store, flag: str = "") -> Manifest:
         UserError: no run there, another job's, or one that is not finished.
     """
     flag = flag or f"--run {store.root}"
-    fit = Manifest.read(store)
+    fit = read_run(store)
     if fit is None or fit.job != "fit":
         raise UserError(
             flag,

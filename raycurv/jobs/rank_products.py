@@ -91,7 +91,7 @@ def project_gradients(
     """A block's share of what the inverse needs to know of the queries' gradients."""
     if inverse is None:
         return None
-    values = read_products(job.gradients, block.name)[0].dense()
+    values = read_products(job.gradients, block.name, (block.d_out, block.d_in))[0].dense()
     return open_rows(job.fitted, block).project(values, inverse)
 
 
@@ -103,7 +103,7 @@ def apply_inverse(
     Args:
         projection: of whole gradients, over all blocks of the inverse; ``None`` for its own.
     """
-    found, queries = read_products(job.gradients, block.name)
+    found, queries = read_products(job.gradients, block.name, (block.d_out, block.d_in))
     values = found.dense()
     result, seen = torch.zeros_like(values, dtype=job._number), None
     if inverse is not None:

@@ -38,9 +38,13 @@ class Job:
         """What the job calls itself in its last line and in messages, however it is started."""
         return f"{self.name}.py"
 
+    def load_settings(self) -> Any:
+        """The settings' class."""
+        return _load(self.settings)
+
     def load(self) -> tuple[Any, Callable[..., Any]]:
         """The settings' class, and a function of settings and ``reporter``; imports libraries."""
-        settings, function = _load(self.settings), _load(self.function)
+        settings, function = self.load_settings(), _load(self.function)
         if self.leaves:
             return settings, function
         return settings, partial(_without_reporter, function)

@@ -28,6 +28,7 @@ from raycurv.files.store import Store, open_store
 from raycurv.jobs.check import check_plan
 from raycurv.jobs.drafts import Drafts, arrangement_of
 from raycurv.jobs.inputs import Inputs
+from raycurv.jobs.recorded import read_run
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.loss.objective import Objective
 from raycurv.models.model import Model
@@ -74,11 +75,9 @@ class Shell(Generic[S]):
             UserError: the directory holds another run, or files of somebody else.
         """
         said = identity(self.settings, inputs=False) | dict(settings or {})
-        # A version without a setting did what that setting's default does.
-        usual = identity(type(self.settings)(), inputs=False)
         trusted = {"trust_remote_code": self.settings.trust_remote_code}
         wanted = Manifest(self.job, said, dict(fingerprints), dict(facts) | trusted)
-        self.manifest = continue_or_refuse(self.store, wanted, usual)
+        self.manifest = continue_or_refuse(self.store, read_run(self.store), wanted)
         return self.manifest
 
     def notes_of(self, network: Model) -> dict[str, list[str]]:

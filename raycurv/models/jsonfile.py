@@ -37,6 +37,26 @@ def read_json(path: Path, where: str, expected: str, remedy: str) -> dict[str, A
     return parse_json(read_bytes(path, MOST_BYTES, where), where, expected, remedy)
 
 
+def strict_json(data: bytes) -> Any:
+    """What JSON text in UTF-8 says; ValueError, and no other, if it is none, is nested too deeply,
+    or has a key twice."""
+    try:
+        return _DECODER.decode(data.decode("utf-8"))
+    except RecursionError as error:
+        raise ValueError("values nested too deeply") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {twice[:200]!r} twice")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once)
+
+
 def parse_json(
     data: bytes, where: str, expected: str, remedy: str, got: str = "{error}"
 ) -> dict[str, Any]:
@@ -53,13 +73,6 @@ def parse_json(
         UserError: no JSON, not an object, a key twice, or beyond the bounds above.
     """
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
-            raise ValueError(f"the key {twice[:200]!r} twice")
-        return found
-
     def invalid(error: str) -> UserError:
         return UserError(where, expected, got.format(error=error), remedy)
 
@@ -68,8 +81,8 @@ def parse_json(
     if values > MOST_VALUES:
         raise invalid(f"more than {MOST_VALUES:,} values of JSON")
     try:
-        found = json.loads(data.decode("utf-8"), object_pairs_hook=once)
-    except (ValueError, RecursionError) as error:
+        found = strict_json(data)
+    except ValueError as error:
         raise invalid(str(error)[:300]) from error
     if not isinstance(found, dict):
         raise invalid(f"a {type(found).__name__} of JSON")

@@ -157,7 +157,7 @@ class Corrections(PassStep):
         store = self.fit.store
         if not is_complete(store, corrected_file(block.name)):
             return False
-        if corrected_notes(store, block)["bases"] != self._mark(block):
+        if corrected_notes(store, block).bases != self._mark(block):
             return False
         return not self.fit.recipe.keep_sums or keeps_sum(store, block)
 

@@ -12,11 +12,14 @@ from raycurv.batch import Batch, Hidden
 from raycurv.driver.feed import Feed, Given
 from raycurv.driver.workers import Workers
 from raycurv.errors import DamagedFile
-from raycurv.files.artifacts import read_blocks
+from raycurv.files.artifacts import (
+    BLOCKS_FILE,
+    read_block_list,
+    read_blocks,
+    write_block_list,
+)
 from raycurv.mathematics.blocks import Block
 from raycurv.stages.pool import Handle, Pool, StageLost
-
-_FILE = "blocks.json"
 
 
 class SharedInputs:
@@ -28,14 +31,14 @@ class SharedInputs:
     @property
     def known(self) -> bool:
         """Whether all groups were looked at."""
-        return self._store.exists(_FILE)
+        return self._store.exists(BLOCKS_FILE)
 
     def read(self, chosen: tuple[Block, ...]) -> tuple[Block, ...]:
         """The blocks with their factors; DamagedFile if they are not those that were chosen."""
         there = read_blocks(self._store)
         if {dataclasses.replace(b, input_factor="") for b in there} != set(chosen):
             raise DamagedFile(
-                self._store.path(_FILE), "the blocks of the model", "others",
+                self._store.path(BLOCKS_FILE), "the blocks of the model", "others",
                 "Delete it and run the command again.",
             )  # fmt: skip
         return there
@@ -59,16 +62,16 @@ class SharedInputs:
                 except StageLost as lost:
                     pool.repair(0, lost)
             phase.advance(pool.stages)
-        self._store.write_json(name, [dataclasses.asdict(b) for b in mine])
+        write_block_list(self._store, name, mine)
 
     def write(self) -> tuple[Block, ...]:
         """``blocks.json``, from what was seen of every group."""
         found = tuple(
-            Block(**said)
+            block
             for group in range(len(self._workers.groups))
-            for said in self._store.read_json(self._part(group))
+            for block in read_block_list(self._store, self._part(group))
         )
-        self._store.write_json(_FILE, [dataclasses.asdict(b) for b in found])
+        write_block_list(self._store, BLOCKS_FILE, found)
         self._store.delete_directory("work/layout")
         return found
 

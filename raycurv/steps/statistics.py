@@ -159,7 +159,7 @@ class Statistics(PassStep):
         store.delete_directory(place)
         for part, table in rows_by_part(store, names):
             write_table(store, part_file(place, part), table.select(["index", BLOCK_NORMS]))
-        store.write_json(_blocks_file(group), [block.name for block in self.fit.blocks_of(group)])
+        store.write_json(_blocks_file(group), {"blocks": self._names(group)})
 
     def tables_there(self) -> bool:
         return self._norms_there() and table_there(self.fit.store, GRADIENTS_FILE)
@@ -205,10 +205,12 @@ class Statistics(PassStep):
             name for name in names if not is_complete(self.fit.store, gradient_file(name))
         )
 
+    def _names(self, group: int) -> list[str]:
+        return [block.name for block in self.fit.blocks_of(group)]
+
     def _kept(self, group: int) -> bool:
         """Whether the norms of these very blocks are kept."""
-        said = self.fit.store.read_json(_blocks_file(group))
-        if said != [block.name for block in self.fit.blocks_of(group)]:
+        if self.fit.store.read_list(_blocks_file(group), "blocks") != self._names(group):
             return False
         return parts_there(self.fit.store, _place(group), len(self.fit.corpus))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from raycurv.data.uri import shown
 from raycurv.driver.settings import (
@@ -20,6 +20,7 @@ from raycurv.driver.settings import (
     Required,
     Runs,
     Seed,
+    bounded,
     check_given,
 )
 from raycurv.errors import UserError
@@ -30,6 +31,14 @@ from raycurv.mathematics.tiles import LARGEST_EIGH, SMALLEST_TILE
 REPEATED = ("blocks", "ignore_tensors")
 # Gradients of a rank-m Fisher, unless said otherwise.
 ROWS = 64
+Width = Annotated[
+    int,
+    bounded(
+        f"a number from {SMALLEST_TILE} to {LARGEST_EIGH} (what LAPACK decomposes)",
+        lambda d: SMALLEST_TILE <= d <= LARGEST_EIGH,
+        "Some thousands are usual; leave it out to decompose every factor whole.",
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,7 @@ class FitSettings(Execution, Reading, Capturing):
     blocks: Identity[Globs] = ()
     """Glob on dotted module names, repeatable; `!GLOB` leaves out. By default every linear layer of
     the decoder blocks."""
-    max_factor_dim: Identity[int | None] = None
+    max_factor_dim: Identity[Width | None] = None
     """Widest factor that is decomposed whole; a wider axis is cut into diagonal tiles. At least 8;
     an axis beyond 32,766 cannot be decomposed without."""
     max_examples: Identity[Count | None] = None
@@ -103,14 +112,6 @@ class FitSettings(Execution, Reading, Capturing):
                 "--draws", "1 with --fisher empirical, whose labels are the data's own",
                 str(self.draws), "Leave --draws out, or use --fisher sampled.",
             )  # fmt: skip
-        widest = self.max_factor_dim
-        if widest is not None and not SMALLEST_TILE <= widest <= LARGEST_EIGH:
-            raise UserError(
-                "--max-factor-dim",
-                f"a number from {SMALLEST_TILE} to {LARGEST_EIGH} (what LAPACK decomposes)",
-                str(widest),
-                "Some thousands are usual; leave it out to decompose every factor whole.",
-            )
 
     def _check_data(self) -> None:
         check_given([] if self.data else ["--data"])

@@ -27,7 +27,7 @@ from raycurv.errors import UserError
 from raycurv.files.artifacts import factor_file, keeps_sum, read_blocks
 from raycurv.files.manifest import Manifest
 from raycurv.files.store import Store, open_store
-from raycurv.files.tables import read_directory
+from raycurv.files.tables import IDS, read_directory
 from raycurv.files.tensorfile import is_complete
 from raycurv.jobs.fit.fit_settings import REPEATED, FitSettings
 from raycurv.jobs.fitted import check_model, read_fit
@@ -81,7 +81,7 @@ class Parent:
     @cached_property
     def ids(self) -> pa.LargeStringArray:
         """Ids of all examples that entered its curvature."""
-        return one_array(read_directory(self.store, "tables/examples")["id"])
+        return one_array(read_directory(self.store, "tables/examples", IDS, needed=True)["id"])
 
 
 @dataclass(frozen=True)

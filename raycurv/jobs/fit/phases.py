@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from raycurv.driver.commits import read_commit
 from raycurv.driver.sinks import Sink
 from raycurv.driver.sweep import Sweep, Task
 from raycurv.files.block_rows import BLOCKS_FILE, write_blocks
@@ -23,6 +24,8 @@ from raycurv.steps.step import Fit, PassStep, TaskStep, table_there
 
 # The name of the examples among what is spooled.
 _STREAM = "examples"
+# Where phases stand among those that are complete, which are the steps' own (1).
+_PHASES = {"layout": 0, "gradients": 2, "tables": 3}
 
 
 class FitLoop:
@@ -53,7 +56,7 @@ class FitLoop:
                 sweep.end()
             sweep.forward(shared.meet)
             workers.assign(shared.write())
-            self._done("layout")
+        self._done("layout")
         before: set[int] = set()
         # A file that goes while others are made is found in the next round.
         while unfinished := {g for g in fit.groups if any(s.lacking(g) for s in self._steps)}:
@@ -61,6 +64,7 @@ class FitLoop:
             before = unfinished if sweep.level == sweep.last else set()
             self._sweep(sweep, min(unfinished))
         sweep.end()
+        self._done(*(step.name for step in self._steps if step.name))
         if not self._tables_there():
             self._write_tables()
         fit.store.delete_directory("work")
@@ -79,11 +83,16 @@ class FitLoop:
             f"{fit.corpus.tokens:,} tokens, {padding:.1%} padding"
         )
 
-    def _done(self, name: str) -> None:
-        manifest = self._fit.manifest
-        if name not in manifest.complete:
-            manifest.complete.append(name)
-        manifest.write(self._fit.store)
+    def _done(self, *names: str) -> None:
+        """Say that phases are complete, whether or not this run has made what they leave: one that
+        is stopped between the last file of a phase and this word finds nothing left to make."""
+        fit = self._fit
+        done = {*fit.manifest.complete, *names}
+        places = {step.name: place for place, step in enumerate(self._steps)}
+        fit.manifest.complete = sorted(
+            done, key=lambda name: (_PHASES.get(name, 1), places.get(name, 0), name)
+        )
+        fit.manifest.write(fit.store)
 
     def _take_over(self) -> None:
         """Bases of the run that is extended; or sums of those that are combined, decomposed."""
@@ -178,16 +187,16 @@ class FitLoop:
     def _forget_unless(self, place: str, sums: frozenset[str], wanted: frozenset[str]) -> None:
         """Delete the commits of a pass unless it was begun with all that is wanted of it now."""
         store = self._fit.store
-        commit = store.read_json(f"{place}/commit.json")
-        begun = store.read_json(f"{place}/gathers.json")
+        commit = read_commit(store, place)
+        begun = store.read_list(f"{place}/gathers.json", "gathers")
         if commit is not None and (
             # A result of a finished pass, or of a sum that was left out, has gone since.
-            (commit["finished"] and sums) or begun is None or not wanted <= set(begun)
+            (commit.finished and sums) or begun is None or not all(w in begun for w in wanted)
         ):
             store.delete_directory(place)
             commit = None
         if commit is None:
-            store.write_json(f"{place}/gathers.json", sorted(wanted))
+            store.write_json(f"{place}/gathers.json", {"gathers": sorted(wanted)})
 
     def _tables_there(self) -> bool:
         return (

@@ -116,7 +116,7 @@ class ScoreGatherer(Gatherer):
     def open(
         self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device
     ) -> PairwiseScores:
-        products = {b.name: self._products(b.name).to(device) for b in blocks}
+        products = {b.name: self._products(b).to(device) for b in blocks}
         own = self._own(blocks, dtype, device) if self.self_influence else None
         turned = [b for b in blocks if products[b.name].turned is not None]
         bases = read_bases(self.curvature.store, turned, device) if own is None else None
@@ -134,9 +134,11 @@ class ScoreGatherer(Gatherer):
         rows = {b.name: open_rows(self.curvature.store, b).whole() for b in blocks}
         return RankSelfScores(blocks, rows, self.inverses)
 
-    def _products(self, block: str) -> BlockProducts:
-        held = self.held.get(block)
-        return read_products(self.products, block)[0] if held is None else held
+    def _products(self, block: Block) -> BlockProducts:
+        held = self.held.get(block.name)
+        if held is not None:
+            return held
+        return read_products(self.products, block.name, (block.d_out, block.d_in))[0]
 
     def write(self, name: str, result: Any, blocks: Mapping[str, Block]) -> None:
         """Scores went to the driver, microbatch by microbatch."""

@@ -21,7 +21,7 @@ import torch
 
 from raycurv.data.sources import Source, fingerprint
 from raycurv.data.uri import shown
-from raycurv.driver.commits import last_commit, plan_mark
+from raycurv.driver.commits import last_commit, plan_mark, read_commit
 from raycurv.driver.corpus import Corpus, open_corpus, stored_corpus
 from raycurv.driver.settings import DTYPES, identity, parse_bytes
 from raycurv.driver.sinks import Sink
@@ -413,8 +413,8 @@ class _Influence:
         task = Task("queries", sweep.streams["queries"], work, work.replay(), carries=False)
         if group in unasked:
             commits = sweep.commit_directory(work.name, group)
-            commit = self.store.read_json(f"{commits}/commit.json")
-            if commit is not None and commit["finished"]:
+            commit = read_commit(self.store, commits)
+            if commit is not None and commit.finished:
                 # A product of a finished pass has gone since: it has to run again.
                 self.store.delete_directory(commits)
             sweep.run(group, task, f"queries: IHVPs{label}", lowest)

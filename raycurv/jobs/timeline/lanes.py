@@ -20,6 +20,7 @@ from raycurv.progress.streams import printable
 from raycurv.stages.spans import Span, actor_order
 
 Interval = tuple[float, float]
+_FILLED = ("phase", "actor", "operation", "start", "end", "transport")
 SECONDS = ("compute", "transport", "rebuilding", "waiting")
 
 
@@ -118,7 +119,7 @@ def read_lanes(
         UserError: there is no timeline, no such phase, or nothing in that time.
         DamagedFile: a file of the timeline is not whole.
     """
-    table = read_directory(store, DIRECTORY, TIMELINE)
+    table = read_directory(store, DIRECTORY, TIMELINE, needed=True, filled=_FILLED)
     if not len(table):
         raise UserError(
             store.path(DIRECTORY), "the timeline of a run", "none",
