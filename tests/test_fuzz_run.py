@@ -171,7 +171,7 @@ def forge(path: Path, rng: np.random.Generator) -> None:
             del tensors[key]
         if notes and rng.random() < 0.3:
             notes[list(notes)[int(rng.integers(len(notes)))]] = "nan"
-        write_tensors(store, path.name, tensors, notes)
+        write_tensors(store, path.name, tensors, notes, finite=False)
     else:
         table = read_table(store, path.name)
         column = table.column_names[int(rng.integers(table.num_columns))]
