@@ -74,12 +74,12 @@ class PlainSum:
         return {"part": self.part}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from :meth:`state`."""
-        self.part.copy_(state["part"])
+        """Go on from :meth:`state`; KeyError or ValueError if that is none of such a sum."""
+        self.part.copy_(_as_large(state["part"], self.part))
 
     def join(self, state: Mapping[str, Tensor]) -> None:
-        """Add another sum, given as its :meth:`state`."""
-        self.part.add_(state["part"].to(self.part.device))
+        """Add another sum, given as its :meth:`state`; raises as :meth:`load`."""
+        self.part.add_(_as_large(state["part"], self.part).to(self.part.device))
 
 
 class RunningSum(PlainSum):
@@ -139,7 +139,9 @@ class RunningSum(PlainSum):
         super().load(state)
         self.pending = int(state["pending"])
         master = state.get("master")
-        self.master = None if master is None else master.to(self.part.device, copy=True)
+        if master is not None:
+            master = _as_large(master, self.part).to(self.part.device, torch.float64, copy=True)
+        self.master = master
 
     def join(self, state: Mapping[str, Tensor]) -> None:
         if self.part.dtype == torch.float64:
@@ -149,7 +151,7 @@ class RunningSum(PlainSum):
         assert self.master is not None
         for key in ("master", "part"):
             if key in state:
-                self.master.add_(state[key].to(self.master.device))
+                self.master.add_(_as_large(state[key], self.part).to(self.master.device))
 
 
 class Sums(ABC):
@@ -197,8 +199,8 @@ class Sums(ABC):
         by_key = _by_key(state)
         for key, one in self.sums.items():
             one.load(by_key[key])
-        for key in self.counts:
-            self.counts[key] = by_key[key]["count"].tolist()
+        for key, counted in self.counts.items():
+            self.counts[key] = _numbers(by_key[key]["count"], len(counted))
 
     def join(self, state: Mapping[str, Tensor]) -> None:
         """Add the sums of other examples, given as their :meth:`state`."""
@@ -206,7 +208,21 @@ class Sums(ABC):
         for key, one in self.sums.items():
             one.join(by_key[key])
         for key in self.counts:
-            self.count(key, *by_key[key]["count"].tolist())
+            self.count(key, *_numbers(by_key[key]["count"], len(self.counts[key])))
+
+
+def _numbers(counts: Tensor, how_many: int) -> list[int]:
+    if counts.dtype != torch.int64 or counts.shape != (how_many,):
+        raise ValueError(f"counts {tuple(counts.shape)} for {how_many}")
+    found: list[int] = counts.tolist()
+    return found
+
+
+def _as_large(given: Tensor, mine: Tensor) -> Tensor:
+    # A smaller one would be added to every part of the sum.
+    if given.shape != mine.shape or not given.is_floating_point():
+        raise ValueError(f"a sum {tuple(given.shape)} for one {tuple(mine.shape)}")
+    return given
 
 
 def _by_key(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

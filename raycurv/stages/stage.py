@@ -195,9 +195,16 @@ class Stage:
             state: dict[str, Tensor] = {}
             for name in names:
                 file = open_tensors(commit.store, name)
-                self._seen.update(file.read(_SEEN).tolist())
+                seen = file.read(_SEEN)
+                if seen.dtype != torch.int64 or seen.ndim != 1:
+                    raise commit.store.damaged(name, "numbers of microbatches", "other numbers")
+                self._seen.update(seen.tolist())
                 state |= {k: file.read(k) for k in file.names if k.rpartition("/")[0] in keys}
-            (self._gathered.load if number == 0 else self._gathered.join)(state)
+            try:
+                (self._gathered.load if number == 0 else self._gathered.join)(state)
+            except (KeyError, ValueError) as error:
+                got = f"others ({error})"
+                raise commit.store.damaged(names[0], "sums of this stage's blocks", got) from error
 
     def abort(self) -> tuple[int, ...]:
         """Drop the microbatches under way, which will come again; gives those in the sums."""
