@@ -280,6 +280,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "a value": (["--stages", "s3://KEY:SESAME@b"], "the command line"),
     "a word too many": (["s3://KEY:SESAME@b/a-long-name" * 5], "the command line"),
     "a signature": (["--data", "https://h/x?X-Amz-Signature=SESAME&sig=SESAME"], "https://h/x"),
+    "a command to the terminal": (["--schedule", "\x1b[2J"], "the command line"),
     "twice": (["--seed", "1", "--seed", "2"], "--seed"),
     "no stage": (["--stages", "0"], "--stages"),
     "a float": (["--batch-tokens", "1e9"], "the command line"),
@@ -315,7 +316,7 @@ def test_what_a_flag_cannot_mean_is_refused_without_its_secrets(
     assert said["kind"] == "UserError" and where in said["where"]
     assert "Traceback" not in outcome.err
     squeezed = "".join((outcome.err + outcome.out).split()).replace("│", "")
-    assert "SESAME" not in squeezed
+    assert "SESAME" not in squeezed and "\x1b" not in squeezed
     assert set(os.listdir(folder)) == before
 
 

@@ -38,7 +38,7 @@ _SCHEMES = (
     "file|http|https|ftp|ftps|sftp|ssh|ray"
 )
 # A URI with one slash, with none, or without its colon: to a file system, a relative path.
-_SLIPPED = re.compile(rf"\s*(?:{_SCHEMES})(?::(?!//)|//)", re.IGNORECASE)
+_SLIPPED = re.compile(rf"\s*(?:{_SCHEMES})(?::/?(?!/)|//)", re.IGNORECASE)
 # A URI, or one that has slipped, within a text; what ends a sentence is not part of it.
 _IN_TEXT = re.compile(
     rf"(?<![A-Za-z0-9+.-])(?:[A-Za-z][A-Za-z0-9+.-]*://|(?:{_SCHEMES}):/)"
@@ -102,7 +102,7 @@ def shown(text: str) -> str:
     """A URI without its credentials, and anything else as it is."""
     if not is_uri(text):
         slipped = _SLIPPED.match(text)
-        if slipped is None or (slipped[0].strip().lower() == "file:" and "@" not in text):
+        if slipped is None or (slipped[0].strip().lower().startswith("file:") and "@" not in text):
             return text
         # Nobody can tell which part is secret.
         return f"{slipped[0]}***"
@@ -125,14 +125,22 @@ def secrets_in(text: str) -> set[str]:
     found: set[str] = set()
     for uri in _IN_TEXT.findall(text):
         if not is_uri(uri):
-            found |= {uri.partition(":")[2].strip("/").rpartition("@")[0]}
+            user = uri.partition(":")[2].strip("/").rpartition("@")[0]
+            found |= {user, user.partition(":")[2]}
             continue
         scheme, _, user, rest = _parted(uri)
-        address, _, fragment = rest.partition("#")
+        place, _, fragment = rest.partition("#")
+        address, _, options = place.partition("?")
         if _name_of(scheme, user) != user:
             found |= {user, user.partition(":")[2]}
-        found |= {option.partition("=")[2] for option in address.partition("?")[2].split("&")
-                  if not _option(option)}  # fmt: skip
+        for option in options.split("&"):
+            value = option.partition("=")[2]
+            found |= secrets_in(unquote_plus(value)) if _option(option) else {value}
+        found |= {
+            part[0].partition("=")[2]
+            for part in _MISPLACED.finditer(address)
+            if _without_value(part) != part[0]
+        }
         found |= {fragment}
     forms = (str, unquote, unquote_plus, quote, quote_plus, lambda secret: quote(secret, ""))
     return {
@@ -144,12 +152,11 @@ def secrets_in(text: str) -> set[str]:
 def redacted(message: object, uri: str) -> str:
     """What a library says of a URI (``str(error)``), without the URI's credentials."""
     text = str(message)
-    if is_uri(uri):
-        _, _, user, _ = _parted(uri)
-        if user:
-            text = text.replace(f"{user}@", "")
-        for secret in sorted(secrets_in(uri), key=len, reverse=True):
-            text = text.replace(secret, "***")
+    user = _parted(uri)[2] if is_uri(uri) else ""
+    if user:
+        text = text.replace(f"{user}@", "")
+    for secret in sorted(secrets_in(uri), key=len, reverse=True):
+        text = text.replace(secret, "***")
     return hidden(text)
 
 

@@ -21,7 +21,7 @@ from raycurv.files.store import Store, open_store
 from raycurv.jobs.last_line import AGAIN, LastLine, parts
 from raycurv.progress import stopping
 from raycurv.progress.reporter import Reporter
-from raycurv.progress.streams import hide, results
+from raycurv.progress.streams import hide, printable, results
 
 Settings = TypeVar("Settings")
 
@@ -152,9 +152,10 @@ def _read(settings: type[Settings], arguments: Sequence[str] | None, program: st
 
 
 def _masked(argument: str, places: dict[str, str], given: Sequence[str]) -> str:
-    """An argument without its credentials; what it was is kept in ``places``."""
+    """An argument without its credentials, and without what a terminal would obey; what it was is
+    kept in ``places``."""
     flag, mark, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
-    shown = _KEYS.sub("***@", hidden(value))
+    shown = printable(_KEYS.sub("***@", hidden(value)))
     if shown == value:
         return argument
     # Another argument may be the same but for its credentials.
