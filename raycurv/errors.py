@@ -106,8 +106,8 @@ def not_finite(where: str, what: str, got: str = "NaN or infinity") -> Numerical
         where,
         f"finite numbers in {what}",
         got,
-        "Give --dtype float64 (for scores, IHVPs and pruning also a larger --damping), or leave "
-        "out the examples of extreme values.",
+        "Give --dtype float64 (for scores, IHVPs and pruning also a --damping nearer to the "
+        "eigenvalues), or leave out the examples of extreme values.",
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from raycurv.mathematics.loss.differentiation import differentiate
 
 IDS = ("ada", "bob", "cyd")
 HERE: dict[str, Any] = {"address": "none", "quiet": True, "dtype": "float64"}
+ROWS = classified(5)
 TARGETS = ("sampled", "labels", "both", "measurement", "nothing")
 
 
@@ -167,6 +168,54 @@ def test_a_label_that_is_no_target_may_be_any_number() -> None:
 # Of whole jobs
 
 
+class Predicting(nn.Module):
+    """A network whose outputs a function of the logits makes."""
+
+    def __init__(self, made: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.made, self.inner = made, nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.made(self.inner(x))
+
+
+ODD: dict[str, tuple[Callable[[Tensor], Tensor], str, str]] = {
+    "predictions": (lambda z: z.argmax(dim=1), "classification", "outputs of floating point"),
+    "complex": (lambda z: torch.complex(z, z), "classification", "outputs of floating point"),
+    "one for all": (
+        lambda z: z.mean(),
+        "regression",
+        "examples first, [5, …], got []",
+    ),
+    "of all in one": (lambda z: z.flatten(), "regression", "outputs with examples first"),
+    "NaN": (lambda z: (z - 100).log(), "classification", "'row 0': expected a finite loss"),
+}
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("what", ODD)
+def test_outputs_that_no_objective_takes_are_named(
+    what: str, labelled: bool, tmp_path: Path
+) -> None:
+    made, objective, says = ODD[what]
+    rows = [{k: v for k, v in row.items() if labelled or k != "labels"} for row in ROWS]
+    with pytest.raises(UserError) as caught:
+        raycurv.fit(lambda: Predicting(made), rows, tmp_path, objective=objective, **HERE)
+    assert says in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_a_layer_without_weights_is_named(tmp_path: Path) -> None:
+    def network() -> nn.Module:
+        return nn.Sequential(nn.Linear(5, 0), nn.Linear(0, 3))
+
+    made = network()
+    for flags, says in (({}, "block 0: .*got one of shape"), ({"blocks": ["1"]}, "block 1: ")):
+        with pytest.raises(UserError, match=says):
+            raycurv.fit(lambda: made, ROWS, tmp_path, objective="classification", **flags, **HERE)
+
+
 class Wide(nn.Module):
     """A network that reshapes what it gets."""
 
@@ -201,7 +250,6 @@ class Unfit:
         return outputs.argmax(dim=1)
 
 
-ROWS = classified(5)
 NETWORKS: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any], Sequence[str]]] = {
     "columns that the network has not": (
         "commands:classifier", [{**row, "inputs": [0.0] * 7} for row in ROWS], {},

@@ -108,6 +108,7 @@ def choose_blocks(
                 if wanted(block.name, not frozen or _is_trained(block, module))
             ]
             for block in mine:
+                _refuse_empty(block)
                 if not globs.include:
                     _refuse_computed_weight(block, module)
                 _refuse_shared_weight(block, module, holders, name == tied_head)
@@ -124,6 +125,16 @@ def choose_blocks(
             else "Widen the patterns.",
         )  # fmt: skip
     return tuple(chosen)
+
+
+def _refuse_empty(block: Block) -> None:
+    if not (block.d_out and block.d_in - block.bias):
+        raise UserError(
+            f"block {block.name}",
+            "a weight with numbers in it",
+            f"one of shape [{block.d_out}, {block.d_in - block.bias}]",
+            f"Leave it out: --blocks '!{block.name}'.",
+        )
 
 
 def frozen_parameters(skeleton: nn.Module) -> frozenset[int]:

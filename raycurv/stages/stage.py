@@ -448,8 +448,8 @@ class Stage:
         return self._segment.head(part)
 
     def _slice_positions(self, batch: Batch, hidden: Tensor) -> int:
-        classes = self.spec.model.vocab_size or hidden.shape[-1]
-        return max(1, self.spec.logits_chunk // (batch.size * classes))
+        classes = self.spec.model.vocab_size or (hidden.shape[-1] if hidden.ndim else 1)
+        return max(1, self.spec.logits_chunk // (batch.size * max(1, classes)))
 
 
 def _check_results(results: Results, batch: Batch) -> None:

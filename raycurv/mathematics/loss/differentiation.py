@@ -93,6 +93,20 @@ def differentiate(
     """
     samples = draws if target in ("sampled", "both") else 0
     count = 0 if target == "nothing" else samples + (target != "sampled")
+    if not hidden.ndim:
+        raise UserError(
+            "the model",
+            f"outputs with examples first, [{batch.size}, …]",
+            "[], one number for all",
+            "Let it return what each example's loss is made of.",
+        )
+    if count and not hidden.is_floating_point():
+        raise UserError(
+            "the model",
+            "outputs of floating point, which have gradients",
+            f"{str(hidden.dtype).removeprefix('torch.')}",
+            "Let it return what its predictions are made of (logits), not the predictions.",
+        )
     gradients = [torch.zeros_like(hidden) for _ in range(count)]
     values = torch.zeros(count, batch.size, dtype=torch.float64, device=hidden.device)
     loss: Tensor | None = None
