@@ -200,16 +200,26 @@ def test_a_run_of_trusted_code_grants_no_trust(directory: Directory, tmp_path: P
 
 def test_a_model_of_trusted_code_is_opened_in_another_process(directory: Directory) -> None:
     """An actor is given bytes, and has not imported the directory's code."""
-    model = open_model(str(directory.with_own_model().model), trust_remote_code=True)
+    ignored = ("nothing.of.that.name",)
+    model = open_model(str(directory.with_own_model().model), None, True, ignored)
     packed = pickle.dumps(model)
     for name in [n for n in sys.modules if n.partition(".")[0] == "transformers_modules"]:
         del sys.modules[name]
     again = pickle.loads(packed)
-    assert isinstance(again, HFModel) and again.trust_remote_code
+    assert isinstance(again, HFModel) and again.trust_remote_code and again.ignored == ignored
     segment = again.build(range(2), torch.float32, torch.device("cpu"))
     assert type(segment.module).__name__ == "OwnForCausalLM"
     plain = pickle.loads(pickle.dumps(open_model(str(save_llama(directory.trace / "plain")))))
     assert not plain.trust_remote_code
+
+
+def test_code_that_is_not_needed_is_told_and_does_not_run(directory: Directory) -> None:
+    named = {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    directory.change("config.json", auto_map=named)
+    (notice,) = open_model(str(directory.model)).notices
+    assert "modeling_own.OwnForCausalLM" in notice and not directory.ran
+    trusted = open_model(str(directory.model), trust_remote_code=True)
+    assert not trusted.notices and "model" in directory.ran
 
 
 def test_code_of_a_tokenizer_runs_with_the_flag_alone(

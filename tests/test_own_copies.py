@@ -374,6 +374,12 @@ def test_wrappers_that_only_run_a_network_are_looked_through(
     assert torch.equal(found, classifier()(inputs).detach())
 
 
+def test_weights_of_another_dtype_are_told() -> None:
+    assert open_model(classifier).notices == ()
+    (notice,) = open_model(lambda: classifier().to(torch.float16)).notices
+    assert "float16" in notice and "--dtype" in notice
+
+
 class Locked(nn.Linear):
     def __init__(self) -> None:
         super().__init__(5, 3)

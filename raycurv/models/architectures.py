@@ -74,8 +74,10 @@ def check_architecture(content: Mapping[str, Any], path: str, trust_remote_code:
         got, remedy = str(named)[:80], "Take config.json from where the model was saved."
         raise UserError(path, "architectures as a list of names", got, remedy)
     own = content.get("auto_map")
-    if own and (trust_remote_code or kind not in CONFIG_MAPPING_NAMES):
-        return  # a class of the directory's own code, or nothing without it
+    if own and kind not in CONFIG_MAPPING_NAMES:
+        return  # nothing is known of it without the directory's own code
+    if trust_remote_code and isinstance(own, dict) and "AutoModelForCausalLM" in own:
+        return  # a class of that code
     if kind not in CONFIG_MAPPING_NAMES:
         raise UserError(
             path,

@@ -67,6 +67,10 @@ class FactoryModel(Model):
         self._bytes = [_float_and_other_bytes(part) for part in parts]
         self.token_inputs = _takes_tokens(whole)
         self.either_inputs = self.token_inputs or bool(_embeddings(whole))
+        dtypes = {p.dtype for p in whole.parameters() if p.is_floating_point()} - {torch.float32}
+        if dtypes:
+            names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+            self.notices = (f"has weights of {names}; --dtype says what it is computed in",)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_whole": None}

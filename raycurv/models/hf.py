@@ -120,8 +120,12 @@ class HFOutline(Outline):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Classes of the directory's own can be named in no other process before it has opened it.
         if self._own_code:
-            return type(self), (self.name, self.directory, True)
+            return type(self), self._made_of()
         return super().__reduce_ex__(protocol)
+
+    def _made_of(self) -> tuple[Any, ...]:
+        """What it is opened by, in another process as well."""
+        return self.name, self.directory, self.trust_remote_code
 
     @property
     def _own_code(self) -> list[str]:
@@ -182,11 +186,18 @@ class HFModel(HFOutline, Model):
         self.ignored = tuple(ignored)
         super().__init__(name, directory, trust_remote_code)
 
+    def _made_of(self) -> tuple[Any, ...]:
+        return *super()._made_of(), self.ignored
+
     def _on_meta(self) -> nn.Module:
         self.checkpoint = Checkpoint(self.directory)
         path = str(self.directory / CONFIG)
         check_layers(self.content, self.checkpoint.entries, path)
         self.notices = tuple(self._about_files())
+        code = named_code(self.directory / CONFIG)
+        if code and not self.trust_remote_code:
+            about = "transformers' own class is used, and not the directory's code"
+            self.notices += (f"{about} ({', '.join(code)})",)
         whole = super()._on_meta()
         self._class = type(whole)
         # The names as they are; or without a wrapper's, where these are the only difference.
