@@ -83,12 +83,16 @@ def environment(**more: str | None) -> dict[str, str]:
 
 
 def start(
-    job: str, flags: Sequence[Any], errors: IO[str] | int = subprocess.PIPE, **more: str | None
+    job: str,
+    flags: Sequence[Any],
+    errors: IO[str] | int = subprocess.PIPE,
+    folder: Path = ROOT / "tests",
+    **more: str | None,
 ) -> subprocess.Popen[str]:
-    """The job as a process of its own, its working directory being that of the tests."""
+    """The job as a process of its own; its working directory is that of the tests, or another."""
     return subprocess.Popen(
         [sys.executable, str(ROOT / "jobs" / job), *map(str, flags)],
-        cwd=Path(__file__).parent,
+        cwd=folder,
         env=environment(**more),
         stdout=subprocess.PIPE if errors == subprocess.PIPE else subprocess.DEVNULL,
         stderr=errors,
@@ -96,9 +100,15 @@ def start(
     )
 
 
-def run(job: str, flags: Sequence[Any], seconds: float = 120.0, **more: str | None) -> Outcome:
+def run(
+    job: str,
+    flags: Sequence[Any],
+    seconds: float = 120.0,
+    folder: Path = ROOT / "tests",
+    **more: str | None,
+) -> Outcome:
     """The job as a process of its own, to its end."""
-    process = start(job, flags, **more)
+    process = start(job, flags, folder=folder, **more)
     try:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:

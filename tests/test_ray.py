@@ -416,7 +416,14 @@ def test_a_local_ray_of_the_default_kind_starts_though_an_address_is_set(tmp_pat
         "method": "diagonal",
         "address": "local",
     }
-    outcome = run("fit.py", flags_of(flags), RAY_ADDRESS="127.0.0.1:1", RAY_AUTH_MODE=None)
+    # Neither job nor actors nor tasks take what lies in the working directory for libraries.
+    for name in ("torch", "numpy", "tempfile", "transformers"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not a library')")
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    outcome = run(
+        "fit.py", flags_of(flags), folder=tmp_path, RAY_ADDRESS="127.0.0.1:1", RAY_AUTH_MODE=None,
+        PYTHONPATH=path,
+    )  # fmt: skip
     assert outcome.code == 0, outcome.err
     assert json.loads(outcome.out.splitlines()[-1])["status"] == "complete"
     here = raycurv.fit(
