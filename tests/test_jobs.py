@@ -622,5 +622,6 @@ def test_a_network_of_ones_own_goes_through_both_jobs(tmp_path: Path) -> None:
     assert fitted.code == 0, fitted.err
     assert not (tmp_path / "run" / "labels").exists()
     flags = {"run": tmp_path / "run", "queries": data, "train": data, "out": tmp_path / "scores"}
+    flags |= {"model": "commands:classifier"}
     assert run_here("influence.py", flags_of(flags | {"address": "none"})).code == 0
     assert matrix(tmp_path / "scores").shape == (30, 30)
