@@ -24,6 +24,7 @@ from commands import (
     environment,
     failure_in,
     flags_of,
+    rewritten,
     run_here,
     save_llama,
     texts,
@@ -296,11 +297,9 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def changed(run: Path, folder: Path, **values: str) -> Path:
     """A copy of a run of which ``facts.model`` or ``settings.objective`` is another."""
     shutil.copytree(run, folder)
-    said = json.loads((folder / "run.json").read_text())
-    said["facts"] |= {k: v for k, v in values.items() if k == "model"}
-    said["settings"] |= {k: v for k, v in values.items() if k == "objective"}
-    said.pop("checksum", None)
-    (folder / "run.json").write_text(json.dumps(said))
+    with rewritten(folder) as said:
+        said["facts"] |= {k: v for k, v in values.items() if k == "model"}
+        said["settings"] |= {k: v for k, v in values.items() if k == "objective"}
     return folder
 
 

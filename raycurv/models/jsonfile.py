@@ -25,7 +25,8 @@ def read_bytes(path: str | os.PathLike[str], most: int, where: str) -> bytes:
         # Neither waits for the other end of a pipe.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         with open(descriptor, "rb") as file:
-            data = file.read(most + 1)
+            # A buffer of what is asked for is there before anything is read.
+            data = file.read(min(most, os.fstat(descriptor).st_size) + 1)
     if len(data) > most:
         got, remedy = "more", "A file of this kind is far smaller: check what it is."
         raise UserError(where, f"at most {most:,} bytes of JSON", got, remedy)
