@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -211,7 +212,7 @@ def read_bases(
 def _values(file: TensorFile, width: int | None) -> tuple[Tensor, ...]:
     """Eigenvalues, one ascending vector a tile."""
     found = _collected(file, "eigenvalues", width, axes=1, least=0.0)
-    if any(bool((tile.diff() < 0).any()) for tile in found):
+    if any(bool((np.diff(tile.numpy()) < 0).any()) for tile in found):
         raise file.store.damaged(file.name, "ascending eigenvalues", "others")
     return found
 

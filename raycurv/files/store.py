@@ -144,7 +144,9 @@ class Store:
 
     def _below(self, name: str) -> str:
         """A name as it is below the directory that was named."""
-        return "/".join(filter(None, (self._prefix, name)))
+        if not self._prefix:
+            return name
+        return f"{self._prefix}/{name}" if name else self._prefix
 
     @cached_property
     def _named(self) -> str:
