@@ -1,4 +1,4 @@
-"""Every type of causal language model that transformers has, tiny: right, refused, or wrong?
+"""Every type of language model that transformers has, tiny: right, refused, or wrong?
 
     python benchmarks/families.py --out FILE.md          # all of them
     python benchmarks/families.py llama xglm             # some, to stdout
@@ -28,7 +28,7 @@ import torch
 import transformers
 import tyro
 from result_file import processor, table
-from tiny_families import causal_types, tiny_config, tiny_model
+from tiny_families import auto_class, causal_types, image_types, tiny_config, tiny_model
 from torch import nn
 
 import raycurv
@@ -78,9 +78,10 @@ def tried(kind: str, folder: Path, **more: Any) -> Found:
     """What becomes of one type of model."""
     name = kind + "".join(f" ({key})" for key in more)
     try:
-        tiny_model(tiny_config(kind, **more)).save_pretrained(folder)
+        config = tiny_config(kind, **more)
+        tiny_model(config).save_pretrained(folder)
         # Of some types transformers does not read back what it has saved.
-        true = true_loss(transformers.AutoModelForCausalLM.from_pretrained(folder).eval())
+        true = true_loss(auto_class(config).from_pretrained(folder).eval())
     except Exception as error:
         return Found(name, "not built", f"{type(error).__name__}: {_line(error)}")
     losses: dict[int, Any] = {}
@@ -116,7 +117,7 @@ def main(kinds: tyro.conf.Positional[tuple[str, ...]] = (), /, out: Path | None 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     started, found = time.perf_counter(), []
-    for kind in kinds or causal_types():
+    for kind in kinds or [*causal_types(), *image_types()]:
         # What has an encoder's attention unless it is told to be a decoder is tried as both.
         for more in ({}, {"is_decoder": True}) if _both(kind) else ({},):
             with tempfile.TemporaryDirectory() as folder:

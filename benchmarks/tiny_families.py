@@ -12,9 +12,13 @@ import torch
 import transformers
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 VOCAB = 61
+_MOST = 20_000_000  # parameters of a model that counts as tiny
 LAYERS = 2
 
 # fmt: off
@@ -37,7 +41,7 @@ _TWO = ("num_key_value_heads", "num_kv_heads", "linear_num_key_heads", "swa_num_
     "moe_k", "moe_topk", "num_experts_per_tok", "num_experts_per_token", "num_query_groups")
 _FOUR = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "rotary_dim",
     "qk_rope_head_dim")
-_EIGHT = ("head_dim", "kv_channels", "d_head", "dim_head", "attention_head_dim", "v_head_dim",
+_EIGHT = ("head_dim", "kv_channels", "d_head", "dim_head", "attention_head_dim",
     "qk_head_dim", "linear_key_head_dim", "linear_value_head_dim", "linear_head_dim",
     "attention_head_size", "swa_head_dim", "index_head_dim", "mamba_head_dim", "mamba_headdim",
     "query_pre_attn_scalar", "sliding_window", "sliding_window_size", "attention_window_size",
@@ -54,10 +58,10 @@ _SIZES: dict[str, int] = {
     "vocab_size": VOCAB, "vocab_size_per_layer_input": VOCAB, "decoder_vocab_size": VOCAB,
     "max_position_embeddings": 64, "n_positions": 64, "n_ctx": 64, "max_seq_len": 64,
     "max_target_positions": 64, "context_length": 64, "model_max_length": 64,
-    "original_max_position_embeddings": 64, "qk_nope_head_dim": 4, "mamba_expand": 2,
-    "mamba_d_head": 16, "mamba_d_ssm": 64, "num_kv_shared_layers": 0, "pronunciation_vocab_size": 9,
-    "shape_vocab_size": 9, "pronunciation_embed_dim": 8, "shape_embed_dim": 8,
-    "max_source_positions": 16,
+    "original_max_position_embeddings": 64, "qk_nope_head_dim": 4, "v_head_dim": 6,
+    "mamba_expand": 2, "mamba_d_head": 16, "mamba_d_ssm": 64, "num_kv_shared_layers": 0,
+    "pronunciation_vocab_size": 9, "shape_vocab_size": 9, "pronunciation_embed_dim": 8,
+    "shape_embed_dim": 8, "max_source_positions": 16,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }
 _VISION_SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
@@ -90,6 +94,20 @@ def causal_types() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
+def image_types() -> list[str]:
+    """Further types, of images and text, of which a text alone is asked for here."""
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return sorted(kind for kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if kind not in known)
+
+
+def auto_class(config: Any) -> Any:
+    """What opens a configuration of either."""
+    known = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    if known and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM
+
+
 def tiny_config(kind: str, **more: Any) -> Any:
     """The configuration of a type with small sizes, and with ``more`` of its fields set.
 
@@ -107,8 +125,12 @@ def tiny_config(kind: str, **more: Any) -> Any:
 def tiny_model(config: Any, seed: int = 0) -> nn.Module:
     """The model of a configuration, with weights that are far from their initial values: so norms
     are no identities, and biases are not zero."""
+    with torch.device("meta"):
+        size = sum(p.numel() for p in auto_class(config).from_config(config).parameters())
+    if size > _MOST:
+        raise ValueError(f"{size:,} parameters, too many for this machine")
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = auto_class(config).from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))

@@ -158,10 +158,10 @@ def test_the_help_of_the_command_waits_for_no_library() -> None:
 
 # Settings that may change between a run and its continuation, beside how it is run.
 FREE = {
-    "fit": {"check_capture", "out", "keep_sums", "gradients"},
-    "influence": {"check_capture", "out", "query_memory", "fit_objective"},
+    "fit": {"out", "keep_sums", "gradients", "check_capture", "check_causality"},
+    "influence": {"out", "query_memory", "fit_objective", "check_capture", "check_causality"},
     "prune": {"out", "objective"},
-    "evaluate": {"out"},
+    "evaluate": {"out", "check_causality"},
 }
 
 

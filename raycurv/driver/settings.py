@@ -261,6 +261,16 @@ class Capturing:
     weight is used beside its module, and no layer mixes examples."""
 
 
+@dataclass(frozen=True)
+class Predicting:
+    """What jobs share that ask a model for the loss of its predictions."""
+
+    check_causality: bool = True
+    """Try once, on two examples of at most 8 tokens (whole ones of a network from a factory),
+    whether outputs change with later tokens, which a next-token loss must not see. Off: where
+    looking ahead is meant, as behind a prefix."""
+
+
 # What is read from the declarations
 
 

@@ -63,6 +63,7 @@ class Workers:
         resident: number of the group whose stages are loaded, if any is.
         check_capture: as given.
         agreement: of captured gradients with autograd's, in the stages that have said so by now.
+        meets: is told the number of a group that has just been loaded.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Workers:
         self.check_capture = check_capture
         self.agreement: Agreement | None = None
         self._said_agreement = self._said_plain = False
+        self.meets: Callable[[int], None] = lambda group: None
         # What all stages have in common.
         self._spec = StageSpec(
             index=0,
@@ -105,6 +107,11 @@ class Workers:
             check_capture=check_capture,
         )
         self._deal(blocks)
+
+    @property
+    def model(self) -> Model:
+        """What the stages are of."""
+        return self._spec.model
 
     @property
     def device(self) -> str:
@@ -244,6 +251,7 @@ class Workers:
             ]
             self.pool.start(specs, self.settings.replicas)
             self.resident = group
+            self.meets(group)
             phase.advance(len(mine))
 
     def become(self, model: Model) -> None:

@@ -19,6 +19,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from raycurv.data.microbatch import Lengths
+from raycurv.driver.causality import CausalityCheck
 from raycurv.driver.corpus import Corpus
 from raycurv.driver.settings import Execution, identity
 from raycurv.driver.workers import Workers, check_address
@@ -179,6 +180,12 @@ class Shell(Generic[S]):
             yield found
         finally:
             found.close()
+
+    def check_causality(self, workers: Workers, objective: Objective, corpus: Corpus) -> None:
+        """Have the model tried, when its stages are built, for outputs that look ahead, where the
+        objective may not be given such; see :mod:`raycurv.driver.causality`."""
+        if objective.causal:
+            workers.meets = CausalityCheck(workers, corpus, self.manifest)
 
     def end(self, sentence: str, **places: str) -> None:
         """Record the seconds of each phase, and say what was done.

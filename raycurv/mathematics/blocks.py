@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -16,6 +17,11 @@ def block_name(module: str, parameter: str = "weight", index: int | None = None)
     if parameter == "weight" and index is None:
         return module
     return ".".join((module, parameter, *([] if index is None else [str(index)])))
+
+
+def role(name: str) -> str:
+    """A dotted name with ``*`` for its numbers, which weights of other layers share."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
 @dataclass(frozen=True)

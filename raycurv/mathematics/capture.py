@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from raycurv.batch import Batch
 from raycurv.errors import NumericalError, RaycurvError, UserError
-from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.blocks import Block, role
 from raycurv.mathematics.kinds.catalogue import kind_of_block
 from raycurv.mathematics.kinds.kind import Kind, ModuleCall, Note
 
@@ -310,7 +310,7 @@ def _noting(capture: weakref.ref[Capture]) -> Note:
                 f"block {block}",
                 "a module that maps one tensor to one tensor",
                 f"{type(x).__name__} to {type(y).__name__}",
-                f"Leave it out: --blocks '!{block}'.",
+                f"Leave out what is like it: --blocks '!{role(block)}'.",
             )
         start, positions = record.span or (None, None)
         if record.span is None and record.batch.mask is not None:

@@ -11,11 +11,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from raycurv.errors import UserError
-from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.blocks import Block, role
 from raycurv.mathematics.kinds.catalogue import kind_of, supported
 
 
@@ -86,9 +86,10 @@ def choose_blocks(
         if (kind := kind_of(module)) is not None
     }
     names = [block.name for blocks in described.values() for block in blocks]
+    parameters = dict(skeleton.named_parameters(remove_duplicate=False))
     globs.refuse_strangers(
-        {*modules, *names},
-        "a glob that matches a module's dotted name",
+        {*modules, *names, *parameters},
+        "a glob that matches a dotted name",
         f"Names in this model: {', '.join(names[:5])}, …",
     )
 
@@ -100,21 +101,32 @@ def choose_blocks(
 
     holders = _holders(modules)
     chosen: list[Block] = []
+    obstacles: list[_Obstacle] = []
     for name, module in modules.items():
-        if name in described:
-            mine = [
-                block
-                for block in described[name]
-                if wanted(block.name, not frozen or _is_trained(block, module))
-            ]
-            for block in mine:
-                _refuse_empty(block)
-                if not globs.include:
-                    _refuse_computed_weight(block, module)
-                _refuse_shared_weight(block, module, holders, name == tied_head)
-            chosen += mine
-        elif wanted(name) and (globs.include or not default_scope):
-            _refuse_other_weights(name, module, () if globs.include else frozen)
+        for block in described.get(name, ()):
+            if not wanted(block.name, not frozen or _is_trained(block, module)):
+                continue
+            if not globs.include:
+                _refuse_computed_weight(block, module)
+            obstacle = _empty(block) or _shared_weight(block, module, holders, name == tied_head)
+            if obstacle is None:
+                chosen.append(block)
+            else:
+                obstacles.append(obstacle)
+    for name, parameter in parameters.items():
+        owner, _, key = name.rpartition(".")
+        # Vectors (norms' scales, biases) have no Kronecker factors and no influence on those that
+        # have; a matrix that is silently left out would change what the scores mean.
+        if owner in described or not is_matrix(parameter) or not wanted(name):
+            continue
+        if globs.include or id(parameter) not in frozen:
+            got = f"a trainable weight of shape {tuple(parameter.shape)} of another kind"
+            label = type(skeleton.get_submodule(owner)).__name__
+            obstacles.append(
+                _Obstacle(owner or key, name, f"{name} ({label})", f"a {supported()}", got)
+            )
+    if obstacles:
+        raise _refusal(obstacles, [block.name for block in chosen])
     if not chosen:
         left = [n for n in names if not any(_matches(n, pattern) for pattern in globs.exclude)]
         raise UserError(
@@ -125,16 +137,6 @@ def choose_blocks(
             else "Widen the patterns.",
         )  # fmt: skip
     return tuple(chosen)
-
-
-def _refuse_empty(block: Block) -> None:
-    if not (block.d_out and block.d_in - block.bias):
-        raise UserError(
-            f"block {block.name}",
-            "a weight with numbers in it",
-            f"one of shape [{block.d_out}, {block.d_in - block.bias}]",
-            f"Leave it out: --blocks '!{block.name}'.",
-        )
 
 
 def frozen_parameters(skeleton: nn.Module) -> frozenset[int]:
@@ -154,20 +156,67 @@ def _holders(modules: dict[str, nn.Module]) -> dict[int, list[str]]:
     return holders
 
 
-def _refuse_shared_weight(
+@dataclass(frozen=True)
+class _Obstacle:
+    """A weight that can have no block and has to be left out by name.
+
+    Attributes:
+        module: what to leave out, where no other block is in it.
+        name: of the weight alone.
+        where, expected, got: of the error.
+    """
+
+    module: str
+    name: str
+    where: str
+    expected: str
+    got: str
+
+
+def _refusal(obstacles: Sequence[_Obstacle], chosen: Sequence[str]) -> UserError:
+    """All that has to be left out beside the chosen blocks, with the flags that do it."""
+
+    def meets(glob: str) -> bool:
+        return any(_matches(name, glob) for name in chosen)
+
+    globs: dict[str, None] = {}
+    for obstacle in obstacles:
+        own = obstacle.name if meets(obstacle.module) else obstacle.module
+        globs[own if meets(role(own)) else role(own)] = None
+    first, more = obstacles[0], len(obstacles) - 1
+    flags = " ".join(f"--blocks '!{glob}'" for glob in globs)
+    if not more:
+        return UserError(first.where, first.expected, first.got, f"Leave it out: {flags}.")
+    return UserError(
+        f"{first.where} and {more} more", first.expected, first.got,
+        f"Leave them out, all {more + 1}: {flags}.",
+    )  # fmt: skip
+
+
+def _empty(block: Block) -> _Obstacle | None:
+    """What stands in the way of a block on a weight without numbers."""
+    shape = [block.d_out, block.d_in - block.bias]
+    if all(shape):
+        return None
+    return _Obstacle(
+        block.name, block.name, f"block {block.name}", "a weight with numbers in it",
+        f"one of shape {shape}",
+    )  # fmt: skip
+
+
+def _shared_weight(
     block: Block, module: nn.Module, holders: dict[int, list[str]], tied: bool
-) -> None:
+) -> _Obstacle | None:
+    """What stands in the way of a block on a weight that is another module's, too."""
     held_by = holders.get(id(getattr(module, block.parameter)), ())
     others = [f"one that it shares with {name}" for name in held_by if name != block.module]
     if tied:
         others = ["an output embedding that is tied to the input embedding"]
-    if others:
-        raise UserError(
-            f"block {block.name}",
-            "a weight of its own",
-            others[0],
-            f"Leave it out: --blocks '!{block.name}'.",
-        )
+    if not others:
+        return None
+    return _Obstacle(
+        block.name, block.name, f"block {block.name}", "a weight of its own", others[0]
+    )
 
 
 def _is_trained(block: Block, module: nn.Module) -> bool:
@@ -198,14 +247,6 @@ def _refuse_computed_weight(block: Block, module: nn.Module) -> None:
     )  # fmt: skip
 
 
-def _refuse_other_weights(name: str, module: nn.Module, frozen: Collection[int]) -> None:
-    # Vectors (norms' scales, biases) have no Kronecker factors and no influence on those that have;
-    # a matrix that is silently left out would change what the scores mean.
-    for key, parameter in module.named_parameters(recurse=False):
-        if parameter.ndim >= 2 and id(parameter) not in frozen:
-            raise UserError(
-                f"{name}.{key} ({type(module).__name__})",
-                f"a {supported()}",
-                f"a trainable weight of shape {tuple(parameter.shape)} of another kind",
-                f"Leave it out: --blocks '!{name}'.",
-            )
+def is_matrix(parameter: Tensor) -> bool:
+    """Whether several axes of a parameter are longer than one."""
+    return sum(n > 1 for n in parameter.shape) >= 2

@@ -91,7 +91,7 @@ def check_architecture(content: Mapping[str, Any], path: str, trust_remote_code:
         return  # the weights will tell
     if any(name.lower() in {one.lower() for one in causal} for name in named):
         return
-    if causal and any(name in _names(table, kind) for table in _WITH_TEXT for name in named):
+    if any(name in _names(table, kind) for table in _WITH_TEXT for name in named):
         return
     name = named[0][:80] if named else f"{kind} model"
     what, how = (

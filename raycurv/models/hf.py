@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from raycurv.batch import Batch
 from raycurv.errors import RaycurvError, UserError
 from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.coverage import outermost
 from raycurv.models.anatomy import (
     AS_FACTORY,
     META,
@@ -108,6 +109,11 @@ class HFOutline(Outline):
         self.unit_costs = tuple(costs)
         self.default_scope = (f"{anatomy.layers}.",)
         self.tied_head = anatomy.head if anatomy.tied else None
+        self.idle = anatomy.idle
+        if self.idle:
+            run = [n for n, _ in whole.named_parameters() if n.rpartition(".")[0] not in self.idle]
+            idle = dict.fromkeys(outermost(name, run) for name in sorted(self.idle))
+            self.notices += (f"not run with tokens, and not loaded: {', '.join(idle)}",)
         text = self.config.get_text_config()
         self.max_positions = getattr(text, "max_position_embeddings", None)
         self.vocab_size = getattr(text, "vocab_size", None)
@@ -732,9 +738,15 @@ def _causal_model(config: Any, directory: Path, trust_remote_code: bool) -> nn.M
     path, wanted = directory / CONFIG, "the configuration of a causal language model"
     code = nothing_from_outside(path, trust_remote_code)
     with library_errors(str(path), wanted), META, _quiet(), code:
-        model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, trust_remote_code=trust_remote_code
-        )
+        # Of models of images and text, too, text alone is a causal language model's.
+        auto = transformers.AutoModelForCausalLM
+        if type(config) not in auto._model_mapping:
+            others = (
+                transformers.AutoModelForImageTextToText,
+                transformers.AutoModelForMultimodalLM,
+            )
+            auto = next((a for a in others if type(config) in a._model_mapping), auto)
+        model = auto.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     return cast(nn.Module, model)
 
 

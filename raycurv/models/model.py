@@ -56,6 +56,7 @@ class Outline(ABC):
         default_scope: prefixes of the module names in which blocks are chosen by default;
             ``()`` for everywhere.
         tied_head: name of the output embedding if its weight is the input embedding's.
+        idle: names of modules with weights of their own that its forward does not run.
         max_positions: longest sequence, in tokens, if the model says so.
         token_inputs: whether examples are tokens, or else numbers.
         either_inputs: whether they may as well be of the other kind.
@@ -70,6 +71,7 @@ class Outline(ABC):
     width: int | None = None
     default_scope: tuple[str, ...] = ()
     tied_head: str | None = None
+    idle: frozenset[str] = frozenset()
     max_positions: int | None = None
     notices: tuple[str, ...] = ()
     any_length: bool = False

@@ -171,14 +171,15 @@ class _FusedAttention(TorchFunctionMode):
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         query, key, value = args[:3]
-        self._multiply(2 * math.prod(query.shape[:-1]) * key.shape[-2] * 2 * query.shape[-1])
+        widths = query.shape[-1] + value.shape[-1]
+        self._multiply(2 * math.prod(query.shape[:-1]) * key.shape[-2] * widths)
         return cast(Any, _Fused).apply(query, key, value)
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = torch.empty_like(query)
+        out = query.new_empty((*query.shape[:-1], value.shape[-1]))
         sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, sums)
         return out

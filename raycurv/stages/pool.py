@@ -74,6 +74,11 @@ class StageCalls:
     ) -> tuple[Handle[Hidden], Handle[tuple[Block, ...]]]:
         return self._two("discover", batch, hidden, microbatch=0)
 
+    def compare(
+        self, batch: Handle[Batch], hidden: Handle[Hidden] | None, shared: int
+    ) -> tuple[Handle[Hidden], Handle[float | None]]:
+        return self._two("compare", batch, hidden, shared, microbatch=0)
+
     def assign(self, blocks: tuple[Block, ...]) -> Handle[None]:
         return self._one("assign", blocks)
 

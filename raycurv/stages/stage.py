@@ -164,6 +164,24 @@ class Stage:
                 self._head(self._objective, record, out[0][:, :1] if out[0].ndim > 2 else out[0], 0)
         return out, self._capture.discover(record)
 
+    def compare(
+        self, batch: Batch, hidden: Hidden | None, shared: int
+    ) -> tuple[Hidden, float | None]:
+        """Run two examples forward, and see at the model's end whether outputs are equal at their
+        first ``shared`` positions.
+
+        Gives the hidden states for the next stage; and at the end the largest difference, relative
+        to the largest output, or ``None`` where outputs are not finite or not of positions.
+        """
+        record = Record(batch.to(self._device))
+        with self._graph(False, record):
+            out = self._segment.forward(record.batch, _own(self._entering(hidden, False)))
+            if not self._segment.last or out[0].shape[:2] != batch.inputs.shape[:2]:
+                return out, None
+            first, second = self._head(self._objective, record, out[0][:, :shared], 0).double()
+        difference = (first - second).abs().max() / first.abs().max().clamp_min(1e-300)
+        return out, float(difference) if difference.isfinite() else None
+
     def assign(self, blocks: tuple[Block, ...]) -> None:
         """Take the factors' names as all stages agreed on them."""
         self.blocks = blocks

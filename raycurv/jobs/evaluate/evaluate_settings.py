@@ -12,6 +12,7 @@ from raycurv.driver.settings import (
     Identity,
     InputPath,
     Place,
+    Predicting,
     Reading,
     Required,
     Seed,
@@ -19,7 +20,7 @@ from raycurv.driver.settings import (
 
 
 @dataclass(frozen=True)
-class EvaluateSettings(Execution, Reading):
+class EvaluateSettings(Execution, Reading, Predicting):
     """Loss, perplexity and accuracy of a model on a data set."""
 
     model: Required[InputPath] = ""

@@ -98,6 +98,8 @@ def _evaluate(shell: Shell[EvaluateSettings]) -> Numbers:
     fit = {"method": "identity", "dtype": settings.dtype, "store_dtype": settings.dtype}
     shell.check_plan(network, (), recipe_of(fit, settings.logits_chunk), corpus.lengths)
     with shell.workers(network, objective, (), dtype, settings.seed) as workers:
+        if settings.check_causality:
+            shell.check_causality(workers, opened, corpus)
         losses = Losses(workers, manifest, corpus)
         manifest.facts |= _write_tables(losses, network, footer(identity(settings)), per_token)
     for directory in ("work", "data"):

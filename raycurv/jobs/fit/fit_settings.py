@@ -16,6 +16,7 @@ from raycurv.driver.settings import (
     Identity,
     InputPath,
     Place,
+    Predicting,
     Reading,
     Required,
     Runs,
@@ -42,7 +43,7 @@ Width = Annotated[
 
 
 @dataclass(frozen=True)
-class FitSettings(Execution, Reading, Capturing):
+class FitSettings(Execution, Reading, Capturing, Predicting):
     """Curvature of a model on a data set, into a run directory."""
 
     model: Required[InputPath] = ""

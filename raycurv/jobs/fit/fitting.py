@@ -38,6 +38,7 @@ from raycurv.jobs.fit.phases import FitLoop
 from raycurv.jobs.inputs import Inputs
 from raycurv.jobs.shell import Shell, open_shell
 from raycurv.mathematics.choice import choose_blocks
+from raycurv.mathematics.coverage import coverage
 from raycurv.mathematics.loss.objective import open_objective
 from raycurv.mathematics.methods import open_method
 from raycurv.mathematics.tiles import check_axes
@@ -74,6 +75,7 @@ def _fit(shell: Shell[FitSettings]) -> None:
     blocks = choose_blocks(
         network.skeleton(), settings.blocks, network.default_scope, network.tied_head
     )
+    covered = coverage(network.skeleton(), blocks, network.idle)
     if open_method(settings.method).factors:
         check_axes(blocks, settings.max_factor_dim)
     dtype = DTYPES[settings.dtype]
@@ -88,6 +90,8 @@ def _fit(shell: Shell[FitSettings]) -> None:
         places: dict[str, Any] = {"model": _lasting(settings.model), "data": shown(settings.data)}
         places |= parents.places() | shell.notes_of(network)
         manifest = shell.begin(prints, places, parents.marks())
+        manifest.facts["coverage"] = covered.facts()
+        shell.reporter.say(str(covered))
         phases = {"tables", "gradients"} if settings.gradients else {"tables"}
         finished = phases <= set(manifest.complete)
         if not finished:
@@ -107,6 +111,8 @@ def _fit(shell: Shell[FitSettings]) -> None:
         recipe = recipe_of(asdict(settings), settings.logits_chunk)
         if not finished and len(corpus):
             shell.check_plan(network, blocks, recipe, corpus.lengths)
+            if settings.check_causality:
+                shell.check_causality(workers, opened, corpus)
         under_way = Fit(
             recipe=recipe,
             fisher="sampled" if settings.fisher == "sampled" else "labels",

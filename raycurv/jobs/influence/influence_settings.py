@@ -16,6 +16,7 @@ from raycurv.driver.settings import (
     Identity,
     InputPath,
     Place,
+    Predicting,
     Rank,
     Reading,
     Required,
@@ -27,7 +28,7 @@ from raycurv.errors import UserError
 
 
 @dataclass(frozen=True)
-class InfluenceSettings(Execution, Reading, Capturing):
+class InfluenceSettings(Execution, Reading, Capturing, Predicting):
     """Scores of every query against every training example."""
 
     run: Required[InputPath] = ""

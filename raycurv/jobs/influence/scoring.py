@@ -123,6 +123,8 @@ def _score(shell: Shell[InfluenceSettings]) -> None:
         recipe = replace(recipe, whole_queries=not measured.per_token)
         lengths = None if training is None else training.lengths
         shell.check_plan(fitted.network, blocks, recipe, lengths, asked.lengths)
+        if settings.check_causality:
+            shell.check_causality(workers, objective, asked if training is None else training)
         curvature = CurvatureFiles.of(fitted.store, fitted.manifest)
         if settings.inverse is not None and not curvature.method.ranked:
             raise UserError(

@@ -55,6 +55,8 @@ class Objective(Protocol):
             counts; padding never counts. ``batch.start`` is the slice's first position, and
             ``batch.at_last`` finds last tokens. With ``False`` the methods are called once, on
             whole outputs ``[N, T, V]``: ``--batch-tokens`` times the vocabulary of memory.
+        causal: whether outputs must not depend on later tokens, as where each predicts the next:
+            tried once a job.
         columns: names of further columns of the data that the methods read, as
             ``batch.columns[name]``: numbers as a tensor ``[N, ...]``, of one shape in all examples,
             text as a list of strings. They speak of an example, not of its tokens: with ``--long
@@ -62,6 +64,7 @@ class Objective(Protocol):
     """
 
     per_token: bool = False
+    causal: bool = False
     columns: tuple[str, ...] = ()
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
@@ -93,6 +96,7 @@ class CausalLM(Objective):
     """
 
     per_token = True
+    causal = True
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         labels, counts = self._targets(outputs, batch)
@@ -406,6 +410,7 @@ class _Completed:
 
     def __init__(self, name: str, own: Any) -> None:
         self.per_token: bool = getattr(own, "per_token", False)
+        self.causal: bool = getattr(own, "causal", False)
         self.columns: tuple[str, ...] = tuple(getattr(own, "columns", ()))
 
         def method(called: str) -> Callable[..., Tensor]:
