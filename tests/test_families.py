@@ -92,7 +92,7 @@ REFUSED = {
     "mixtral": r"a mixture of experts \(MixtralExperts in model.layers.0.mlp.experts\)",
     "rwkv": r"a forward that changes its own weights \(rwkv.blocks.0.attention.output.weight\)",
     "gemma3n_text": "layer 0 also called with learned values",
-    "prophetnet": "last layers that fail alone",
+    "prophetnet": "a last layer that fails alone",
 }
 
 

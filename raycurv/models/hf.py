@@ -11,7 +11,7 @@ import hashlib
 import re
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ import transformers
 from torch import Tensor, nn
 
 from raycurv.batch import Batch
-from raycurv.errors import RaycurvError, UserError
+from raycurv.errors import RaycurvError, UserError, users_code
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.coverage import outermost
 from raycurv.models.anatomy import (
@@ -508,7 +508,8 @@ class HFSegment(Segment):
         assert (hidden is None) == self.first, "the first segment, and only that, takes no hidden"
         mask = batch.mask
         mask = mask.to(torch.int64) if mask is not None and self._masked else None
-        return (self._run(batch.inputs, None if hidden is None else hidden[0], mask),)
+        with self._calling(batch.inputs):
+            return (self._run(batch.inputs, None if hidden is None else hidden[0], mask),)
 
     def rehearse(self, hidden: Tensor | None) -> Tensor:
         """What :meth:`forward` gives of a segment on the meta device, and the head in the last; its
@@ -531,8 +532,18 @@ class HFSegment(Segment):
         position to another, so each position goes alone: no masks of t x t, no limit on N·t.
         """
         assert self.last, "only the last segment holds the head"
-        logits = self._logits(part.reshape(-1, 1, part.shape[-1]), None)
+        with self._calling(part):
+            logits = self._logits(part.reshape(-1, 1, part.shape[-1]), None)
         return logits.reshape(*part.shape[:-1], -1)
+
+    def _calling(self, given: Tensor) -> AbstractContextManager[None]:
+        """Around a call of HF's code: what it raises is about the model and its input."""
+        return users_code(
+            f"model {type(self.module).__name__}",
+            f"a forward that takes examples and positions of shape {list(given.shape)}",
+            "If transformers alone takes them, give the model as package.module:factory, which "
+            "runs as one stage.",
+        )
 
     def _logits(self, rows: Tensor, mask: Tensor | None) -> Tensor:
         parent, _, name = self._anatomy.layers.rpartition(".")
@@ -673,19 +684,20 @@ def _prune(module: Any, units: range, anatomy: Anatomy) -> None:
 
 
 def _try_cuts(whole: nn.Module, anatomy: Anatomy, directory: Path) -> None:
-    """Run the model once more on the meta device, cut into first, middle and last layers.
+    """Run the first, a middle and the last layer on the meta device, each as a segment of its own.
 
     Raises:
         UserError: a segment fails that is a part of a model that ran whole.
     """
+    # One layer each, for all layers have run whole.
     count = anatomy.count
-    parts = {
-        "first": range(1), "middle": range(1, count - 1), "last": range(max(1, count - 1), count),
-    }  # fmt: skip
+    parts = {"first": range(1)}
+    if count > 2:
+        parts["middle"] = range(1, 2)
+    if count > 1:
+        parts["last"] = range(count - 1, count)
     hidden: Tensor | None = None
     for part, units in parts.items():
-        if not units:
-            continue
         stand_ins = _stand_ins(whole, units, anatomy)
         held = {name: whole.get_submodule(name) for name in stand_ins}
         for name, stand_in in stand_ins.items():
@@ -694,7 +706,7 @@ def _try_cuts(whole: nn.Module, anatomy: Anatomy, directory: Path) -> None:
             hidden = HFSegment(whole, units, anatomy).rehearse(hidden)
         except Exception as error:
             # Foreign code, as in finding the parts.
-            got = f"{part} layers that fail alone: {type(error).__name__}: {error}"
+            got = f"a {part} layer that fails alone: {type(error).__name__}: {error}"
             raise refused(whole, directory, got) from error
         finally:
             for name, module in held.items():
