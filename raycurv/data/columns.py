@@ -70,7 +70,8 @@ def integer_lists(name: str, column: Any, place: Place) -> list[np.ndarray | Non
     what = "lists of whole numbers"
     flat, offsets = _flattened(name, column, place, what)
     if pa.types.is_floating(flat.type):
-        fractions = flat.to_numpy(zero_copy_only=False) % 1 != 0
+        values = flat.to_numpy(zero_copy_only=False)
+        fractions = values != np.floor(values)
         at = int(fractions.argmax())  # the first one; 0 when all are whole, but still floats
         got = f"{flat[at].as_py()!r} in a column of {column.type}"
         raise UserError(place(_row_of(offsets, at)), what, got, f"Convert `{name}` to integers.")

@@ -211,7 +211,7 @@ def check_saved(where: str, folder: str, arrow: Sequence[str], state: bytes) -> 
         if wrong:
             raise UserError(
                 where,
-                f"the {len(names)} files that it names, whole, and no other Arrow files",
+                f"the files that it names ({len(names)}), whole, and no other Arrow files",
                 got.format(repr(wrong[0])),
                 "Save the data set again (save_to_disk or to_parquet), or give the files to read "
                 "by a glob.",

@@ -29,6 +29,7 @@ from raycurv.data.bounds import CHUNK_BYTES, CHUNK_ROWS, LINE_BYTES, check_expan
 from raycurv.data.columns import first_null, row_bytes
 from raycurv.data.conversations import conversation, keys_of
 from raycurv.data.ipc_sizes import MAGIC, message_sizes
+from raycurv.data.parquet_sizes import group_sizes
 from raycurv.errors import UserError, user_errors
 from raycurv.models.checkpoint import sampled_hash
 
@@ -51,7 +52,6 @@ TYPES_WANTED = {
     "attention_mask": "lists of zeros and ones",
 }
 PARQUET = "a Parquet file"
-PARQUET_WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
 _ARROW_START = 8  # where an Arrow file's stream begins
 CONVERSION_ERRORS = (pa.ArrowException, TypeError, ValueError, OverflowError)
 READ_ERRORS = (pa.ArrowException, OSError)
@@ -210,7 +210,7 @@ class ParquetPart(FilePart):
         with self._open() as (file, size):
             metadata, schema = file.metadata, file.schema_arrow
         names = _present(schema.names, required, optional)
-        step = self._step(metadata, names, size) if names else CHUNK_ROWS
+        step = self._step(names) if names else CHUNK_ROWS
         # A text that the file has once for many rows stays so until a chunk of them is asked for.
         texts = [name for name in names if _is_text(schema, name)]
         others, first = frozenset(schema.names), 0
@@ -233,33 +233,23 @@ class ParquetPart(FilePart):
                 )  # fmt: skip
             yield parquet, int(file.size())
 
-    def _step(self, metadata: Any, names: Sequence[str], size: int) -> int:
+    def _step(self, names: Sequence[str]) -> int:
         """How many rows of these columns to read at a time; UserError for a row group that takes
-        far more memory than it has bytes in a file of ``size``."""
-        paths = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
-        above = tuple(f"{name}." for name in names)
-        leaves = [i for i, path in enumerate(paths) if path in names or path.startswith(above)]
+        far more memory than it has bytes in the file."""
         step = CHUNK_ROWS
-        for number in range(metadata.num_row_groups):
-            group = metadata.row_group(number)
-            decoded, stored, place = group.num_rows, 0, f"{self.location}, row group {number}"
-            for leaf in leaves:
-                column = group.column(leaf)
-                counts = (column.num_values, column.total_uncompressed_size)
-                with _not_what_it_says(self.location, PARQUET):
-                    if min(*counts, column.total_compressed_size, group.num_rows) < 0:
-                        raise pa.ArrowInvalid(f"sizes below 0 in row group {number}")
-                decoded += _decoded_bytes(column, metadata.schema.column(leaf))
-                stored += column.total_compressed_size
-                if "DELTA_BYTE_ARRAY" in column.encodings:
-                    # Each value may repeat the one before it: together they know no bound.
-                    step = min(step, CHUNK_BYTES // max(counts[1], 1))
-            check_expansion(
-                place, decoded, min(stored, size),
-                "Write it with smaller row groups (pyarrow.parquet.write_table(table, path, "
-                "row_group_size=100)), and long examples as several.",
-            )  # fmt: skip
-            step = min(step, CHUNK_BYTES * group.num_rows // max(decoded, 1))
+        with _unreadable(self.location):
+            file = self.filesystem.open_input_file(self.path)
+        with file, _not_what_it_says(self.location, PARQUET):
+            size = int(file.size())
+            for number, group in enumerate(group_sizes(file, size, names)):
+                check_expansion(
+                    f"{self.location}, row group {number}", group.decoded, group.stored,
+                    "Write it with smaller row groups (pyarrow.parquet.write_table(table, path, "
+                    "row_group_size=100)), and long examples as several.",
+                )  # fmt: skip
+                step = min(step, CHUNK_BYTES * group.rows // max(group.decoded, 1))
+                # Each text may be as long as all of what it repeats.
+                step = min(step, CHUNK_BYTES // max(group.longest, 1))
         return max(step, 1)
 
 
@@ -268,16 +258,6 @@ def _is_text(schema: Any, name: str) -> bool:
         return False
     kind = schema.field(name).type
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
-
-
-def _decoded_bytes(column: Any, described: Any) -> int:
-    """What a column of a row group takes in memory, equal texts once."""
-    width = PARQUET_WIDTHS.get(column.physical_type)
-    if column.physical_type == "FIXED_LEN_BYTE_ARRAY":
-        width = max(described.length, 1)
-    if width is None:
-        return int(column.total_uncompressed_size + 8 * column.num_values)
-    return int(width * column.num_values)
 
 
 @dataclass(frozen=True)
