@@ -26,7 +26,7 @@ class Pruned:
         self.manifest = finished(store, "prune", "tables", "a finished pruning")
 
     def __repr__(self) -> str:
-        return f"<raycurv pruned {self.path}: {self.sparsity:.1%} of the weights removed>"
+        return f"<raycurv pruned {self.path}: {self.sparsity:.1%} of the weights gone>"
 
     @property
     def path(self) -> str:
@@ -40,7 +40,7 @@ class Pruned:
 
     @property
     def sparsity(self) -> float:
-        """Share of the blocks' weights that is gone, biases left out."""
+        """Share of the blocks' weights that is gone, biases left out: what was zero before, too."""
         return float(self.manifest.facts["sparsity"])
 
     @property

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 import torch
 
+from raycurv.errors import not_finite
 from raycurv.files.artifacts import corrected_notes, gradient_notes, read_spectrum
 from raycurv.files.row_files import open_rows
 from raycurv.files.store import Store
@@ -126,7 +128,11 @@ def write_gradients(
         together = numbers if together is None else together.plus(numbers)
     write_table(store, GRADIENTS_FILE, pa.Table.from_pylist(rows, schema=GRADIENTS), notes)
     assert together is not None
-    return _numbers(together)
+    found = _numbers(together)
+    for name, value in found.items():
+        if value is not None and not math.isfinite(value):
+            raise not_finite("all blocks together", f"the gradients' {name}", str(value))
+    return found
 
 
 def _numbers(found: GradientNumbers) -> dict[str, Any]:

@@ -16,6 +16,7 @@ Every arrow leaves finished files, and a phase makes only those that are missing
 from __future__ import annotations
 
 import glob
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
@@ -30,6 +31,7 @@ from torch import Tensor
 from raycurv.driver.corpus import Corpus, corpus_of_run, store_corpus, stored_corpus
 from raycurv.driver.settings import DTYPES, IN_MEMORY, Execution, identity
 from raycurv.driver.workers import Workers, in_order
+from raycurv.errors import not_finite
 from raycurv.files.curvature_files import CurvatureFiles
 from raycurv.files.manifest import Manifest
 from raycurv.files.row_files import open_inverses
@@ -419,6 +421,8 @@ class _Prune:
         if self._joint and seen:
             # Blocks are not independent there.
             total = rank_increase(torch.stack(seen).sum(dim=0)) + sum(u.first for u in made)
+        if total is not None and not math.isfinite(total):
+            raise not_finite("all blocks together", "the predicted rise of the loss", str(total))
         return {"total": total, "blocks": [asdict(u.pruned) for u in made]}
 
     def _tables(self, pruned: Model) -> None:
@@ -473,6 +477,8 @@ class _Prune:
         losses = Losses(self.workers, self.manifest, self._sample())
         base = float(losses.of(self.network, "loss").mean())
         after = float(losses.of(pruned, "loss, pruned").mean())
+        if not math.isfinite(after - base):
+            raise not_finite("all examples together", "the mean loss", f"{base:g} and {after:g}")
         facts |= {"loss": base, "pruned_loss": after, "measured": after - base}
         if settings.measure == "total":
             return {}
@@ -519,4 +525,5 @@ def _correlation(rows: Sequence[dict[str, Any]]) -> float | None:
     predicted, measured = np.array(pairs).T
     if not (predicted.std() > 0 and measured.std() > 0):
         return None
-    return float(np.corrcoef(predicted, measured)[0, 1])
+    found = float(np.corrcoef(predicted, measured)[0, 1])
+    return found if math.isfinite(found) else None
