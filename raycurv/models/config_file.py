@@ -6,6 +6,7 @@ pieces. What is built per layer or per class is bounded here, before transformer
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -22,10 +23,11 @@ _MOST_BYTES, _MOST_VALUES, _MOST_DEPTH = 8 << 20, 400_000, 32
 _MOST = 2**53
 # Numbers of which so many objects of Python are made, and the most of each.
 _COUNTED = (
-    (re.compile(r"(^|_)(layers?|blocks?|depths?|stages?)$"), 4096),
+    (re.compile(r"(^|_)(layers?|blocks?|depths?|stages?|types)$"), 1024),
     (re.compile(r"(^|_)experts?$|experts_per|^num_labels$"), 100_000),
     (re.compile(r"(^|_)(attention_)?heads?$"), 100_000),
 )
+_MOST_LAYERS = 1024
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 _COMPRESSED = "compressed-tensors"
 # What a description of compressed tensors may say that nothing follows from, by itself.
@@ -58,12 +60,22 @@ def read_content(directory: Path) -> dict[str, Any]:
         elif isinstance(value, list):
             waiting += [(name, inner, depth + 1) for inner in value]
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            most = next((most for pattern, most in _COUNTED if pattern.search(name)), _MOST)
+            least, most = _bounds(name)
             # Infinity is what some configurations mean by no limit.
-            if abs(value) > most and (isinstance(value, int) or most < _MOST):
-                got = f"{value:.3g}" if abs(value) < 1e300 else "more than 1e300"
-                raise UserError(f"{path}, {name[:80]}", f"at most {most:,}", got, remedy)
+            if not least <= value <= most and not (abs(value) == math.inf and most == _MOST):
+                got = f"{value:,}" if abs(value) < 1e15 else "a number far beyond"
+                raise UserError(
+                    f"{path}, {name[:80]}", f"a number from {least:,} to {most:,}", got, remedy
+                )
     return content
+
+
+def _bounds(name: str) -> tuple[int, int]:
+    """What a number of a configuration may be."""
+    if name in _LAYERS:
+        return 1, _MOST_LAYERS
+    most = next((most for pattern, most in _COUNTED if pattern.search(name)), None)
+    return (-_MOST, _MOST) if most is None else (-1, most)
 
 
 def is_quantised(content: Mapping[str, Any]) -> bool:

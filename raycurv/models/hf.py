@@ -282,6 +282,8 @@ class HFModel(HFOutline, Model):
         that the user lets be; they are told."""
         used = set(self._used)
         unused = {name: key for name, key in self._names.items() if key not in used}
+        if not unused:
+            return
         entries = self.checkpoint.entries
         known = Known.of(whole, self._ignorable)
         left: dict[str, list[str]] = {}
@@ -731,7 +733,7 @@ def _read_config(directory: Path, content: Mapping[str, Any], trust_remote_code:
     wanted = f"a configuration that transformers {transformers.__version__} knows"
     # Each architecture checks its own fields, with errors of several libraries.
     code = nothing_from_outside(directory / CONFIG, trust_remote_code)
-    with library_errors(path, wanted), code:
+    with library_errors(path, wanted), _quiet(), code:
         config = transformers.AutoConfig.from_pretrained(
             str(directory), local_files_only=True, trust_remote_code=trust_remote_code
         )

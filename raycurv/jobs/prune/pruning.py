@@ -112,6 +112,7 @@ def _prune(shell: Shell[PruneSettings]) -> dict[str, Any]:
     network, fit, objective = fitted.network, fitted.manifest, fitted.objective
     blocks, heads = blocks_to_prune(settings, fitted.store, network)
     check_statistics(settings, fitted.store, fit, blocks)
+    network.files()  # a model that cannot be saved is a mistake now, not at the end
     prints = {"fit": {"settings": fit.settings}} | fit.fingerprints
     manifest = shell.begin(prints, {"run": fitted.store.root} | shell.notes_of(network))
     if shell.is_complete("tables", lambda: _begin_again(store, manifest)):
