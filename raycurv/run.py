@@ -24,7 +24,7 @@ from raycurv.files.curvature_files import CurvatureFiles
 from raycurv.files.manifest import Manifest
 from raycurv.files.row_files import open_rows
 from raycurv.files.store import Store, open_store
-from raycurv.files.tables import read_directory, read_table, scores_schema
+from raycurv.files.tables import read_directory, read_table, scores_schema, self_schema
 from raycurv.jobs.fit.fit_settings import FitSettings
 from raycurv.jobs.fit.fitting import fit as run_fit
 from raycurv.jobs.fit.parents import SHARED
@@ -420,14 +420,18 @@ class Scores:
 
     def table(self) -> pa.Table:
         """All rows: ``query_id``, ``train_id``, ``score`` and what else was asked for."""
-        double = self.manifest.settings["dtype"] == "float64"
         tables = list(self._parts("scores"))
-        return pa.concat_tables(tables) if tables else scores_schema(double).empty_table()
+        return pa.concat_tables(tables) if tables else self._schema("scores").empty_table()
 
     def self_influence(self) -> pa.Table:
         """``id`` and ``score`` of every training example against itself (with ``--self``)."""
         tables = list(self._parts("self"))
         return pa.concat_tables(tables) if tables else pa.schema([]).empty_table()
+
+    def _schema(self, directory: str) -> pa.Schema:
+        """The columns that every file of a table has."""
+        double = self.manifest.settings["dtype"] == "float64"
+        return scores_schema(double) if directory == "scores" else self_schema(double)
 
     def top(self, query_id: str, k: int = 5) -> pa.Table:
         """The k training examples of the highest scores on a query, highest first.
@@ -463,6 +467,11 @@ class Scores:
         table = self.table().select(["query_id", "train_id", "score"])
         queries = pc.unique(table["query_id"])
         trains = pc.unique(table["train_id"])
+        if len(table) != len(queries) * len(trains):
+            raise DamagedFile(
+                self.path, f"a score for each of {len(queries)} x {len(trains)}", f"{len(table)}",
+                "Run the same command again: it makes what is missing.",
+            )  # fmt: skip
         matrix = np.empty((len(queries), len(trains)), table["score"].type.to_pandas_dtype())
         q = pc.index_in(table["query_id"], value_set=queries).to_numpy()
         n = pc.index_in(table["train_id"], value_set=trains).to_numpy()
@@ -479,7 +488,8 @@ class Scores:
                     self._store.path(name), "a file of scores", "nothing",
                     "Run the same command again: it makes what is missing.",
                 )  # fmt: skip
-            yield read_table(self._store, name)
+            schema = self._schema(directory)
+            yield read_table(self._store, name, schema, schema.names)
 
 
 class Products:
