@@ -256,9 +256,9 @@ class Capturing:
 
     check_capture: bool = True
     """Hold every block's gradient, as it is made of what enters and leaves its module, against
-    autograd's own for the weight: on two examples of at most 128 tokens of the first microbatch,
-    which takes about a tenth of a microbatch's time. Off: the result is what is meant only where no
-    weight is used beside its module, and no layer mixes examples."""
+    autograd's own for the weight: on two examples of at most 64 tokens of the first microbatch,
+    which takes less than a quarter of a microbatch's time. Off: the result is what is meant only
+    where no weight is used beside its module, and no layer mixes examples."""
 
 
 @dataclass(frozen=True)

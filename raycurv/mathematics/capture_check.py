@@ -10,7 +10,7 @@ gradient and nothing of the other's (whose part would have the other's weight), 
 used by the module's own calls alone. Signs and powers of two are exact in every dtype: a difference
 is an error, or rounding.
 
-A few examples of some hundred tokens show it: a forward and a backward with hooks, and a forward
+Two examples of some dozen tokens show it: a forward and a backward with hooks, and a forward
 and a backward with the weights' gradients, which are compared and dropped one at a time. Both
 forwards are torch's own, in the same order, so that their activations are equal bit for bit: no
 unit near its kink, and no token between two experts, can make them differ.
@@ -38,7 +38,7 @@ from raycurv.mathematics.gradients import PIECE, example_gradients
 
 # Of the microbatch that is looked at: how many examples, and positions of each where a model takes
 # any number.
-EXAMPLES, POSITIONS = 2, 128
+EXAMPLES, POSITIONS = 2, 64
 # Largest ‖captured − autograd‖ over the larger of both norms. Sums of some hundred rows in another
 # order differ by 1e-15 in float64 and 1e-6 in float32; in bfloat16 autograd rounds every entry to
 # 8 bits, and each partial sum of a layer that is called several times (1e-2).
