@@ -158,6 +158,13 @@ def test_names_inside_a_wrapped_module_are_read_through(own: Path) -> None:
     assert all(torch.equal(t, expected[n]) for n, t in _logits(model).items())
 
 
+def test_a_checkpoint_of_no_tensors_lacks_all_weights(own: Path) -> None:
+    _weights(own, lambda w: {})
+    _refused(own, "config.json, num_hidden_layers")
+    _config(own, num_hidden_layers=1)
+    _refused(own, "12 missing")
+
+
 def test_a_prefix_is_not_taken_off_where_more_differs(own: Path) -> None:
     _weights(own, lambda w: {f"_orig_mod.{n}": t for n, t in w.items() if "norm" not in n})
     _refused(own, "missing", "model.norm.weight")

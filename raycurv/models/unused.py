@@ -44,7 +44,7 @@ def unwrapped(keys: Iterable[str], expected: Collection[str]) -> dict[str, str] 
     """
     keys = tuple(keys)
     names = [_INNER.sub("", key) for key in keys]
-    while True:
+    while names:
         for prefix in _OUTER:
             everywhere = all(name.startswith(prefix) for name in names)
             if everywhere and not any(name.startswith(prefix) for name in expected):
