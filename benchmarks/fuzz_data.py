@@ -1,7 +1,5 @@
 """Damaged and hostile files of data through the reader: examples come, or a mistake that is told.
 
-    python benchmarks/fuzz_data.py --count 10000 --seed 0
-
 Whole files of every format are changed by a seeded generator, in their bytes and in their rows, and
 read with settings that change, too. Whatever else is raised is a fault of raycurv's, and is shown
 with the number of its case: case n of a seed is the same however many are run.
@@ -9,16 +7,9 @@ with the number of its case: case n of a seed is the same however many are run.
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
-import resource
-import tempfile
-import time
-import traceback
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +21,8 @@ import torch
 from raycurv.data.examples import examples_to_table, table_to_examples
 from raycurv.data.microbatch import make_batch
 from raycurv.data.reading import ExampleReader
-from raycurv.errors import DamagedFile, UserError
 
 Random = np.random.Generator
-TOLD = (UserError, DamagedFile)
 VOCABULARY = 300
 
 
@@ -45,50 +34,15 @@ class ByteTokenizer:
         return [[*around, *text.encode(), *around] for text in texts]
 
 
-@dataclass
-class Outcome:
-    """How the cases ended.
-
-    Attributes:
-        ends: how many ended how: ``examples``, or the name of the error that was told.
-        faults: number of the case -> traceback of what must not be raised.
-        slowest: seconds of the slowest case, and its number.
-        memory: bytes of the largest resident memory of this process.
-    """
-
-    ends: Counter[str] = field(default_factory=Counter)
-    faults: dict[int, str] = field(default_factory=dict)
-    slowest: tuple[float, int] = (0.0, -1)
-    memory: int = 0
-
-
-def fuzz(count: int, seed: int, folder: Path, first: int = 0) -> Outcome:
-    """Read changed files.
+def data_cases(folder: Path, seed: int) -> Callable[[int], str]:
+    """Cases of changed files that are read: number -> ``examples``.
 
     Args:
-        count: how many.
-        seed: of all cases together.
         folder: an empty one, where the files may lie.
-        first: number of the first case.
+        seed: of all cases together.
     """
-    wholes, outcome = whole_files(), Outcome()
-    for number in range(first, first + count):
-        random = np.random.default_rng((seed, number))
-        started = time.monotonic()
-        try:
-            ended = _case(random, wholes, folder)
-        except TOLD as error:
-            ended = type(error).__name__
-            parts = (error.where, error.expected, error.got, error.remedy)
-            if not all(parts) or len(str(error)) > 4000:
-                outcome.faults[number] = f"a message without its parts, or too long: {parts!r:.600}"
-        except Exception:
-            ended = "fault"
-            outcome.faults[number] = traceback.format_exc()
-        outcome.ends[ended] += 1
-        outcome.slowest = max(outcome.slowest, (time.monotonic() - started, number))
-    outcome.memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return outcome
+    wholes = whole_files()
+    return lambda number: _case(np.random.default_rng((seed, number)), wholes, folder)
 
 
 def _case(random: Random, wholes: dict[str, bytes], folder: Path) -> str:
@@ -244,24 +198,3 @@ def _changed_bytes(random: Random, content: bytes) -> bytes:
     else:
         del data[at:]
     return bytes(data)
-
-
-def main() -> None:
-    """Run so many cases, and print how they ended."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--count", type=int, default=10_000, help="cases")
-    parser.add_argument("--seed", type=int, default=0, help="of all cases")
-    parser.add_argument("--first", type=int, default=0, help="number of the first case")
-    flags = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        outcome = fuzz(flags.count, flags.seed, Path(folder), flags.first)
-    for number, text in list(outcome.faults.items())[:20]:
-        print(f"case {number}:\n{text}")
-    seconds, slowest = outcome.slowest
-    print(dict(outcome.ends), f"slowest {seconds:.2f} s (case {slowest}),",
-          f"{outcome.memory / 2**20:.0f} MiB, {len(outcome.faults)} faults")  # fmt: skip
-    raise SystemExit(1 if outcome.faults else 0)
-
-
-if __name__ == "__main__":
-    main()

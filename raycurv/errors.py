@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 
 class RaycurvError(Exception):
@@ -20,7 +21,12 @@ class RaycurvError(Exception):
         expected: what should have been there.
         got: what was there.
         remedy: what to do next, as a full sentence.
+
+    Attributes:
+        exit_code: of a job that ends by it: 2 where what it was given is at fault, 1 otherwise.
     """
+
+    exit_code: ClassVar[int] = 1
 
     def __init__(self, where: str, expected: str, got: str, remedy: str = "") -> None:
         super().__init__(where, expected, got, remedy)
@@ -32,7 +38,9 @@ class RaycurvError(Exception):
 
 
 class UserError(RaycurvError, ValueError):
-    """A mistake in what the caller gave (flags, files, data, model): a job exits with code 2."""
+    """A mistake in what the caller gave (flags, files, data, model)."""
+
+    exit_code = 2
 
 
 @contextmanager
@@ -99,6 +107,8 @@ def _line_of(error: Exception) -> str | None:
 class NumericalError(RaycurvError):
     """A computation whose result cannot be trusted (not finite, or a failed decomposition)."""
 
+    exit_code = 2
+
 
 def not_finite(where: str, what: str, got: str = "NaN or infinity") -> NumericalError:
     """The error of a result that is no number, or too large for its dtype."""
@@ -121,6 +131,8 @@ class NoSpace(DiskError):
 
 class DamagedFile(RaycurvError):
     """A result file whose content does not match its own checksum or length."""
+
+    exit_code = 2
 
 
 class LostPeer(RaycurvError):

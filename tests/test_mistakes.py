@@ -684,5 +684,5 @@ def test_scores_of_the_extremes_make_no_matrix(shared: Path, tmp_path: Path) -> 
 
 def test_a_fit_that_lost_a_basis_is_named_with_the_remedy(place: Place) -> None:
     outcome = run_here("influence.py", influence_flags(place, _lost_basis(place)))
-    assert outcome.code == 1 and "Traceback" not in outcome.err
+    assert outcome.code == 2 and "Traceback" not in outcome.err
     assert "Run the fit again" in outcome.err and "eigen/" in outcome.err

@@ -593,7 +593,7 @@ def _mean_loss() -> float:
 def test_a_damping_that_leaves_no_inverse_names_the_block(place: Path, tmp_path: Path) -> None:
     # The last layer's gradients sum to zero over classes: its curvature has no inverse.
     outcome = job(place / "ekfac", tmp_path, damping="0", measure="none")
-    assert outcome.code == 1 and "block 4" in outcome.err and "Traceback" not in outcome.err
+    assert outcome.code == 2 and "block 4" in outcome.err and "Traceback" not in outcome.err
     assert "--damping" in failure_in(outcome)["error"]["remedy"]
 
 

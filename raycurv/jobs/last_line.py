@@ -84,7 +84,7 @@ class LastLine:
             lines = traceback.format_exception(type(error), error, error.__traceback__)
             print(printable(hidden("".join(lines))), end="", file=sys.stderr, flush=True)
         self.say(parts(error))
-        return 2 if isinstance(error, UserError) else 1
+        return error.exit_code if isinstance(error, RaycurvError) else 1
 
     def refuse(self, error: UserError) -> NoReturn:
         """End as a job ends that a mistake keeps from beginning: one message, the line, code 2."""
