@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 from unittest import mock
@@ -97,6 +98,8 @@ def start(
         stdout=subprocess.PIPE if errors == subprocess.PIPE else subprocess.DEVNULL,
         stderr=errors,
         text=True,
+        # Under nohup the tests ignore it, and so would what they start.
+        preexec_fn=partial(signal.signal, signal.SIGHUP, signal.SIG_DFL),
     )
 
 

@@ -200,21 +200,23 @@ def test_a_flipped_bit_in_a_table_is_found_when_it_is_read(name: str, tmp_path: 
 def test_no_flipped_bit_of_a_table_goes_unseen(
     whole: tuple[raycurv.Run, raycurv.Scores], tmp_path: Path
 ) -> None:
-    good = (Path(whole[0].path) / "tables" / "blocks" / "part-00000.parquet").read_bytes()
-    path = tmp_path / "table.parquet"
+    # A table says which file of its directory it is.
+    name = "part-00000.parquet"
+    good = (Path(whole[0].path) / "tables" / "blocks" / name).read_bytes()
+    path = tmp_path / name
     store = Store(str(tmp_path))
     for at in range(0, len(good), 7):
         path.write_bytes(good[:at] + bytes([good[at] ^ (1 << at % 8)]) + good[at + 1 :])
         with pytest.raises(DamagedFile):
-            read_table(store, "table.parquet")
+            read_table(store, name)
     for length in range(0, len(good), 31):
         path.write_bytes(good[:length])
         with pytest.raises(DamagedFile):
-            read_table(store, "table.parquet")
+            read_table(store, name)
         with pytest.raises(DamagedFile):
-            read_rows(store, "table.parquet")
+            read_rows(store, name)
     path.write_bytes(good)
-    assert read_table(store, "table.parquet").num_rows == read_rows(store, "table.parquet") == 3
+    assert read_table(store, name).num_rows == read_rows(store, name) == 3
 
 
 def test_no_flipped_bit_of_an_artefact_goes_unseen(

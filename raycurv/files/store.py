@@ -233,10 +233,17 @@ class Store:
             UserError: a link stands in the place of a folder.
         """
         self._ask()
+        apart = chunks if isinstance(chunks, Sequence) else _apart(chunks)
+        try:
+            if self.local:
+                self._write_local(name, apart)
+            else:
+                self._upload(self.path(name), apart)
+        except _SourceFailed as failed:
+            raise failed.error from None
+
+    def _write_local(self, name: str, chunks: Iterable[bytes | memoryview | pa.Buffer]) -> None:
         path = self.path(name)
-        if not self.local:
-            self._upload(path, chunks)
-            return
         places, _, leaf = self._below(name).rpartition("/")
         part, written = f"{leaf}.part", 0
         try:
@@ -255,7 +262,7 @@ class Store:
                         if self.lasting:
                             os.fsync(file.fileno())
                     os.replace(part, leaf, src_dir_fd=opened, dst_dir_fd=opened)
-                except OSError:
+                except (OSError, _SourceFailed):
                     with suppress(OSError):
                         os.unlink(part, dir_fd=opened)
                     raise
@@ -483,6 +490,24 @@ class Store:
 def _unless_gone(error: OSError) -> None:
     if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
         raise error
+
+
+class _SourceFailed(Exception):
+    """What is written cannot be read, which is no fault of where it is written to."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+def _apart(
+    chunks: Iterable[bytes | memoryview | pa.Buffer],
+) -> Iterator[bytes | memoryview | pa.Buffer]:
+    """Chunks, whose own failure is a :class:`_SourceFailed`."""
+    try:
+        yield from chunks
+    except OSError as error:
+        raise _SourceFailed(error) from error
 
 
 def _at_hand(path: str, chunks: Iterable[bytes | memoryview | pa.Buffer]) -> list[pa.Buffer]:
