@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -131,13 +132,13 @@ class Run:
 
     def blocks(self) -> pa.Table:
         """A row for each block: shape, trace, mean eigenvalue, effective ranks, outcome."""
-        return self._table("blocks", len(read_blocks(self._store)))
+        return self._table("blocks", len(self._blocks))
 
     def spectrum(self) -> pa.Table:
         """One row an eigenvalue of a factor, largest first."""
         widths = 0
         if open_method(self.manifest.settings["method"]).factors:
-            widths = sum(f.width for f in factors_of(read_blocks(self._store)).values())
+            widths = sum(f.width for f in factors_of(self._blocks.values()).values())
         return self._table("spectrum", widths)
 
     def examples(self) -> pa.Table:
@@ -163,7 +164,7 @@ class Run:
             UserError: the fit was without ``gradients``.
         """
         self._check_gradients()
-        return self._table("gradients", len(read_blocks(self._store)))
+        return self._table("gradients", len(self._blocks))
 
     def gradient_norms(self) -> pa.Table:
         """A row for each training example: its squared gradient norm, that of all
@@ -202,7 +203,12 @@ class Run:
 
     def block_names(self) -> list[str]:
         """Names of the blocks, in the model's order."""
-        return [block.name for block in read_blocks(self._store)]
+        return list(self._blocks)
+
+    @cached_property
+    def _blocks(self) -> Mapping[str, Block]:
+        """The blocks by name, in the model's order: read once, as is the manifest."""
+        return {block.name: block for block in read_blocks(self._store)}
 
     def curvature(self, block: str) -> Curvature:
         """The curvature of one block: ``apply``, ``diagonal``, ``eigenvalues``, ``dense``.
@@ -215,9 +221,8 @@ class Run:
         return CurvatureFiles.of(self._store, self.manifest).open(self._block(block))
 
     def _block(self, name: str) -> Block:
-        for found in read_blocks(self._store):
-            if found.name == name:
-                return found
+        if name in self._blocks:
+            return self._blocks[name]
         raise UserError(
             f"block {name!r}",
             "one of the run's blocks",
@@ -262,8 +267,7 @@ class Run:
             raise UserError(
                 self.path, "a fit with --method mfac", f"one with {method}", "Fit with mfac."
             )
-        blocks = read_blocks(self._store)
-        return RankFisher({b.name: open_rows(self._store, b).whole() for b in blocks})
+        return RankFisher({n: open_rows(self._store, b).whole() for n, b in self._blocks.items()})
 
     def extend(
         self,

@@ -314,10 +314,10 @@ class JsonlPart(FilePart, _Records):
     def _records(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
         with _unreadable(self.location):
             stream = self.filesystem.open_input_stream(self.path, compression=None)
-        with io.BufferedReader(stream, 1 << 20) as file:
+        # What is read here is all that can fail so: no error of who takes the lines comes here.
+        with _unreadable(self.location), io.BufferedReader(stream, 1 << 20) as file:
             for number in count(1):
-                with _unreadable(self.location):
-                    line = file.readline(LINE_BYTES + 1)
+                line = file.readline(LINE_BYTES + 1)
                 if not line:
                     return
                 if len(line) > LINE_BYTES:
@@ -494,11 +494,10 @@ def _record_rows(
     """Dicts as Arrow columns. A missing optional key becomes a null; a null itself is refused."""
     columns = {}
     missing = object()
-    for name in (*required, *optional):
+    names = set().union(*records)
+    for name in (*required, *(one for one in optional if one in names)):
         values = [record.get(name, missing) for record in records]
         absent = [i for i, value in enumerate(values) if value is missing]
-        if len(absent) == len(values) and name in optional:
-            continue
         if absent and name in required:
             raise UserError(
                 f"{location}, row {first + absent[0]}",
@@ -511,7 +510,7 @@ def _record_rows(
                 raise _null(f"{location}, row {first + i}", name)
         plain = [None if value is missing else _plain(name, value) for value in values]
         columns[name] = _column(location, first, name, plain)
-    others = frozenset(map(str, set().union(*records))) - columns.keys()
+    others = frozenset(map(str, names)) - columns.keys()
     return Rows(location, np.arange(first, first + len(records)), columns, others)
 
 

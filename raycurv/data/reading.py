@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -134,7 +134,7 @@ class ExampleReader:
                     self._check_unique(ids, rows)
                 make = self._of_numbers if self.kind in NUMBERS else self._of_tokens
                 for example in make(rows, ids, _named(rows, ids)):
-                    yield replace(example, index=index)
+                    yield example.numbered(index)
                     index += 1
         if not index:
             files = f"{len(self.parts)} file{'s' if len(self.parts) > 1 else ''}"
@@ -290,7 +290,7 @@ class ExampleReader:
                     "none" if not len(ids_T) else "none but padding",
                     "Leave out empty examples, or give --empty skip.",
                 )
-            yield from self._fitted(example, place(i), rows.place(i))
+            yield from self._fitted(example, i, rows, place)
 
     def _spans(
         self,
@@ -448,8 +448,11 @@ class ExampleReader:
             if values_T is not None:
                 beside_tokens.check_length(name, values_T, len(ids_T), place(i))
 
-    def _fitted(self, example: Example, where: str, place: str) -> Iterator[Example]:
-        """The example within the limit of length: itself, its beginning, or its pieces."""
+    def _fitted(
+        self, example: Example, i: int, rows: Rows, place: columns.Place
+    ) -> Iterator[Example]:
+        """The example of row ``i`` within the limit of length: itself, its beginning, or its
+        pieces."""
         limits = [limit for limit in (self.max_length, self.max_positions) if limit is not None]
         if not limits or example.length <= min(limits):
             yield example
@@ -463,7 +466,7 @@ class ExampleReader:
                 most = "" if self.max_positions is None else f" (the model takes {max(limits)})"
                 remedy += f", or a larger --max-length{most}"
             raise UserError(
-                where,
+                place(i),
                 f"at most {limit} tokens ({whose})",
                 f"{example.length} tokens",
                 remedy + ".",
@@ -479,7 +482,7 @@ class ExampleReader:
         again = self.seen.add([piece.id for piece in pieces])
         for k, piece in enumerate(pieces):
             if k == again:
-                raise self._twice(piece.id, f"piece {k} of {place}")
+                raise self._twice(piece.id, f"piece {k} of {rows.place(i)}")
             yield piece
 
     # Further columns

@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from numbers import Integral
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -371,12 +372,18 @@ def declarations(settings: type) -> Iterator[tuple[str, list[Any], list[Any]]]:
     Yields:
         its name, the types that its value may have, and what is declared beside them.
     """
-    hints = get_type_hints(settings, include_extras=True)
+    hints = _hints(settings)
     for field in dataclasses.fields(settings):
         kinds: list[Any] = []
         marks: list[Any] = []
         _take_apart(hints[field.name], kinds, marks)
         yield field.name, kinds, marks
+
+
+@cache
+def _hints(settings: Any) -> dict[str, Any]:
+    """The types of a dataclass' fields, which take longer to find out than to look at."""
+    return get_type_hints(settings, include_extras=True)
 
 
 def _take_apart(hint: Any, kinds: list[Any], marks: list[Any]) -> None:

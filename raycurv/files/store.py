@@ -153,15 +153,20 @@ class Store:
         """The directory that was named, on a local disk."""
         return self.path().removesuffix(f"/{self._prefix}") if self._prefix else self.path()
 
-    def _real(self, name: str) -> str:
-        """Where a local file or folder lies, after links; UserError if that is elsewhere."""
+    def _found(self, name: str) -> tuple[str, os.stat_result]:
+        """Where a local file or folder lies, after links, and what the disk says of it; UserError
+        if it lies elsewhere, FileNotFoundError if there is none."""
         full = self._below(_plain(name, self.root) if name else "")
         places, _, leaf = full.rpartition("/")
         if places not in self._folders:
             there = inside(self._named, places, self._named) if places else self._named
             self._folders[places] = os.path.realpath(there)
         path = os.path.join(self._folders[places], leaf)
-        return os.fspath(inside(self._named, full, self._named)) if os.path.islink(path) else path
+        status = os.lstat(path)
+        if stat.S_ISLNK(status.st_mode):
+            path = os.fspath(inside(self._named, full, self._named))
+            status = os.stat(path)
+        return path, status
 
     @cached_property
     def _folders(self) -> dict[str, str]:
@@ -172,7 +177,7 @@ class Store:
     def _status(self, name: str) -> os.stat_result | None:
         """What the disk says of a local file or folder, ``None`` when there is none."""
         try:
-            return os.stat(self._real(name))
+            return self._found(name)[1]
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -310,11 +315,10 @@ class Store:
             raise told(self.path(name), _READABLE, error) from error
 
     def _open_local(self, name: str) -> pa.NativeFile:
-        real = self._real(name)
-        mode = os.stat(real).st_mode
-        if not stat.S_ISREG(mode):
-            raise self.damaged(name, "a file", kind_of(mode))
-        return self._opened[0].open_input_file(real)
+        path, status = self._found(name)
+        if not stat.S_ISREG(status.st_mode):
+            raise self.damaged(name, "a file", kind_of(status.st_mode))
+        return self._opened[0].open_input_file(path)
 
     @contextmanager
     def reading(self, name: str) -> Iterator[pa.NativeFile]:
@@ -368,14 +372,17 @@ class Store:
     def _walk(self, directory: str, ending: str) -> Iterator[str]:
         # What has a file's name and is none is a name, too: who opens it is told.
         with disk_errors(self.path(directory), "a directory that can be read"):
-            real = self._real(directory)
+            try:
+                real, _ = self._found(directory)
+            except (FileNotFoundError, NotADirectoryError):
+                return
             for place, folders, files in os.walk(real, onerror=_unless_gone):
                 inner = os.path.relpath(place, real)
                 above = "/".join(part for part in (directory, inner) if part not in ("", "."))
                 for name in (*folders, *files):
                     full = f"{above}/{name}" if above else name
                     if os.path.islink(os.path.join(place, name)):
-                        self._real(full)
+                        self._status(full)
                     if name in files or (ending and name.endswith(ending)):
                         yield full
 

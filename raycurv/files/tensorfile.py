@@ -7,9 +7,11 @@ blake2b hash of every tensor's bytes under ``checksums``, and one of the header 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +42,8 @@ _INFINITE = {
 _LARGEST_HEADER = 100_000_000
 # Bytes that are read, hashed and looked at together: they stay in a core's cache.
 _PIECE = 1 << 18
+# Bytes of a file that are read with its header: all of a small one.
+_AHEAD = 1 << 16
 
 # Where the checksum of the header stands among those of the tensors.
 _HEADER = "__header__"
@@ -88,6 +92,8 @@ class TensorFile:
     _entries: dict[str, dict[str, Any]]
     _checksums: dict[str, str]
     _start: int
+    # The first bytes of the file.
+    _ahead: bytes
 
     @property
     def checksum(self) -> str:
@@ -175,7 +181,9 @@ class TensorFile:
         values = buffer.view(DTYPES[entry["dtype"]])
         raw, digest = buffer.numpy(), hashlib.blake2b(digest_size=16)
         wrong = False
-        with self.store.reading(self.name) as file:
+        ahead = self._start + end <= len(self._ahead)
+        source = nullcontext(io.BytesIO(self._ahead)) if ahead else self.store.reading(self.name)
+        with source as file:
             file.seek(self._start + begin)
             for start in range(0, len(buffer), _PIECE):
                 piece = raw[start : start + _PIECE]
@@ -217,11 +225,13 @@ def open_tensors(store: Store, name: str) -> TensorFile:
     with store.reading(name) as file:
         size = file.size()
         try:
-            start = bytes(file.read(8))
-            length = int.from_bytes(start, "little")
-            if len(start) < 8 or length > min(size - 8, _LARGEST_HEADER):
-                raise ValueError(f"a file of {size} bytes that begins with {start.hex() or 'none'}")
-            header = strict_json(bytes(file.read(length)))
+            ahead = bytes(file.read(_AHEAD))
+            length = int.from_bytes(ahead[:8], "little")
+            if len(ahead) < 8 or length > min(size - 8, _LARGEST_HEADER):
+                begin = ahead[:8].hex() or "none"
+                raise ValueError(f"a file of {size} bytes that begins with {begin}")
+            ahead += bytes(file.read(max(0, 8 + length - len(ahead))))
+            header = strict_json(ahead[8 : 8 + length])
             metadata, checksums = _taken_apart(header)
             if checksums.pop(_HEADER) != _header_checksum(header, metadata):
                 raise ValueError("a header that does not match its checksum")
@@ -233,7 +243,7 @@ def open_tensors(store: Store, name: str) -> TensorFile:
             raise store.damaged(name, "a safetensors header with checksums", got) from error
     if size != expected:
         raise store.damaged(name, f"{expected} bytes", f"{size} bytes")
-    return TensorFile(store, name, metadata, header, checksums, 8 + length)
+    return TensorFile(store, name, metadata, header, checksums, 8 + length, ahead[:_AHEAD])
 
 
 def _taken_apart(header: Any) -> tuple[dict[str, str], dict[str, str]]:
