@@ -3,6 +3,8 @@ changes by it; and models whose graph is their own business."""
 
 from __future__ import annotations
 
+import re
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -298,6 +300,20 @@ def test_a_fit_names_the_block_and_by_how_much_and_goes_on_without_it(tmp_path: 
     # Control: what was refused is not what anything else refuses.
     run = fit(network, data, tmp_path / "out", check_capture=False)
     assert run.block_names() == ["0", "2"] and run.manifest.facts["capture_check"] is None
+
+
+def test_one_message_has_the_flags_for_all_layers_of_a_role(tmp_path: Path) -> None:
+    def network() -> nn.Module:
+        layers = [OrderedDict(masked=Masked(6, 6), plain=nn.Linear(6, 6)) for _ in range(3)]
+        return nn.Sequential(OrderedDict(layers=nn.Sequential(*map(nn.Sequential, layers))))
+
+    data = vectors(9, 6, "classes")
+    with pytest.raises(UserError, match=r"2 more blocks disagree") as refused:
+        fit(partial(seeded, network), data, tmp_path / "out")
+    globs = re.findall(r"--blocks '(!\S+)'", refused.value.remedy)
+    assert globs == ["!layers.*.masked"]
+    run = fit(partial(seeded, network), data, tmp_path / "out", blocks=globs)
+    assert len(run.block_names()) == 3
 
 
 def test_remedies_for_a_weight_of_ones_own_making(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from raycurv.batch import Batch
 from raycurv.errors import UserError
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Capture, Captured, Record
+from raycurv.mathematics.choice import leaving_out
 from raycurv.mathematics.gradients import PIECE, example_gradients
 
 # Of the microbatch that is looked at: how many examples, and positions of each where a model takes
@@ -127,13 +128,15 @@ def disagreements(
     return sides.relative()
 
 
-def cause(capture: Capture, block: str, together: bool) -> tuple[str, str]:
+def cause(module: nn.Module, flags: str, together: bool) -> tuple[str, str]:
     """The likely reason why a block disagrees, and the remedy.
 
     Args:
+        module: that holds the block.
+        flags: that leave it out, and others that disagree.
         together: whether it agrees for an example alone.
     """
-    module, leave_out = capture.modules[block], f"leave it out with --blocks '!{block}'"
+    leave_out = f"leave it out with {flags}"
     if together:
         return (
             "for an example alone they agree: its rows mix examples (an axis before the examples, "
@@ -159,8 +162,10 @@ def cause(capture: Capture, block: str, together: bool) -> tuple[str, str]:
 def refuse(capture: Capture, errors: dict[str, float], together: bool, tolerance: float) -> None:
     """Refuse the block that disagrees most, with a UserError."""
     block = max(errors, key=lambda name: errors[name])
-    others = sum(error > tolerance for error in errors.values()) - 1
-    why, remedy = cause(capture, block, together)
+    wrong = [name for name, error in errors.items() if error > tolerance]
+    flags = leaving_out(wrong, errors.keys() - set(wrong))
+    why, remedy = cause(capture.modules[block], flags, together)
+    others = len(wrong) - 1
     more = f"; {others} more block{'s' * (others > 1)} disagree" if others else ""
     raise UserError(
         f"block {block}",

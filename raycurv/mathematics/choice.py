@@ -7,7 +7,7 @@ a network is frozen that tells no layers apart, and it is taken as if nothing we
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -173,18 +173,22 @@ class _Obstacle:
     got: str
 
 
+def leaving_out(names: Iterable[str], kept: Collection[str]) -> str:
+    """The flags that leave out modules or blocks by their names, and with them those of the same
+    role in other layers, unless one of these is kept."""
+    globs = dict.fromkeys(name if _meets(role(name), kept) else role(name) for name in names)
+    return " ".join(f"--blocks '!{glob}'" for glob in globs)
+
+
+def _meets(glob: str, names: Iterable[str]) -> bool:
+    return any(_matches(name, glob) for name in names)
+
+
 def _refusal(obstacles: Sequence[_Obstacle], chosen: Sequence[str]) -> UserError:
     """All that has to be left out beside the chosen blocks, with the flags that do it."""
-
-    def meets(glob: str) -> bool:
-        return any(_matches(name, glob) for name in chosen)
-
-    globs: dict[str, None] = {}
-    for obstacle in obstacles:
-        own = obstacle.name if meets(obstacle.module) else obstacle.module
-        globs[own if meets(role(own)) else role(own)] = None
     first, more = obstacles[0], len(obstacles) - 1
-    flags = " ".join(f"--blocks '!{glob}'" for glob in globs)
+    names = [o.name if _meets(o.module, chosen) else o.module for o in obstacles]
+    flags = leaving_out(names, chosen)
     if not more:
         return UserError(first.where, first.expected, first.got, f"Leave it out: {flags}.")
     return UserError(
