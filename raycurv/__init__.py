@@ -11,8 +11,10 @@ import sys
 # all libraries; a file that lies there and is called like one is not meant. These two modules are
 # in memory already, all others are searched for.
 _SCRIPTS = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(__file__))), "jobs")
-_AS_MODULE = sys.argv[:1] == ["-m"] and sys.orig_argv[1:3] == ["-m", "raycurv"]
-if not sys.flags.safe_path and (_AS_MODULE or [*map(os.path.realpath, sys.path[:1])] == [_SCRIPTS]):
+_FIRST = sys.path[0] if sys.path else "."
+# What `-m` names is looked for under this name of the program, whatever other options there are.
+_AS_MODULE = sys.argv[:1] == ["-m"] and os.path.isdir(_FIRST) and os.path.samefile(_FIRST, ".")
+if not sys.flags.safe_path and (_AS_MODULE or os.path.realpath(_FIRST) == _SCRIPTS):
     del sys.path[0]
 
 from importlib import import_module  # noqa: E402

@@ -12,12 +12,14 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from commands import ROOT, Outcome, environment, run_here
 
 import raycurv
 from raycurv import __main__ as command
 from raycurv.driver.settings import Execution, identity
+from raycurv.jobs.inputs import settings_and_inputs
 from raycurv.jobs.registry import JOBS
 
 
@@ -181,6 +183,9 @@ MISUSED: dict[str, tuple[str, Any, str]] = {
     "a count": ("batch_tokens", 0, "--batch-tokens: expected a number of at least 1, got 0"),
     "a fraction": ("stages", 1.5, "--stages: expected a whole number, got 1.5"),
     "a truth": ("stages", True, "--stages: expected a whole number, got True"),
+    "a word for a truth": ("trust_remote_code", "no", "--trust-remote-code: expected True or Fal"),
+    "a word for a number": ("commit_seconds", "5", "--commit-seconds: expected a number, got '5'"),
+    "nothing for a text": ("out", None, "--out: expected a text, got None"),
     "a time": ("hang_seconds", 0.0, "--hang-seconds: expected above 0, got 0"),
     "failures": ("max_failures", -1, "--max-failures: expected a number of at least 0, got -1"),
     "a choice": ("long", "drop", "--long: expected one of error, truncate, split, got 'drop'"),
@@ -197,6 +202,13 @@ def test_what_a_field_declares_is_checked_of_values_from_python_too(name: str) -
     with pytest.raises(raycurv.UserError) as caught:
         replace(settings, **{field: value}).check()
     assert str(caught.value).startswith(says)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    given = {"model": "m", "data": "d", "out": "/o", "draws": np.int64(2), "force": np.True_}
+    settings, _ = settings_and_inputs(raycurv.FitSettings, given)
+    settings.check()
+    assert json.loads(json.dumps(identity(settings)))["draws"] == 2 and settings.force is True
 
 
 def test_all_that_is_missing_is_named_at_once() -> None:

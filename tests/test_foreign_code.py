@@ -413,20 +413,20 @@ def test_the_working_directory_is_searched_for_what_a_flag_names_alone(
         import_named("optional_library:anything")
 
 
-@pytest.mark.parametrize("how", ["module", "script"])
+@pytest.mark.parametrize("how", ["-m raycurv", "-u -X utf8 -mraycurv", "script"])
 def test_a_command_does_not_take_files_of_the_working_directory_for_libraries(
     how: str, tmp_path: Path
 ) -> None:
     for name in ("typing", "torch", "tyro", "json", "evaluate"):
         (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} of the working directory')")
     script = [str(ROOT / "jobs" / "timeline.py"), "--run", "/nowhere"]
-    command = ["-m", "raycurv", "--version"] if how == "module" else script
+    command = script if how == "script" else [*how.split(), "--version"]
     done = subprocess.run(
         [sys.executable, *command], cwd=tmp_path, text=True, capture_output=True,
         env=environment(PYTHONPATH=str(ROOT)),
     )  # fmt: skip
     assert "of the working directory" not in done.stderr
-    assert done.returncode == (0 if how == "module" else 2), done.stderr
+    assert done.returncode == (2 if how == "script" else 0), done.stderr
     control = subprocess.run(
         [sys.executable, "-m", "torch"], cwd=tmp_path, text=True, capture_output=True,
         env=environment(PYTHONPATH=str(ROOT)),

@@ -342,6 +342,7 @@ FIT: dict[str, Mistake] = {
     "other data": Mistake(_other_data, ("the data is another one",)),
     "scores as --out": Mistake(lambda place: {"out": place.copy("scores")}, ("job influence",)),
     "an address without a port": mistake("HOST:PORT", "'somewhere'", address="somewhere"),
+    "an address with a password": mistake("HOST:PORT", "got 'h:1'", address="me:secret@h:1"),
 }
 
 

@@ -432,3 +432,21 @@ def test_a_frozen_matrix_of_another_kind_is_no_obstacle() -> None:
         choose_blocks(net, ())
     net.table.requires_grad_(False)
     assert [block.name for block in choose_blocks(net, ())] == ["layer"]
+
+
+@pytest.mark.parametrize("mode", ["no_grad", "inference_mode", "autocast"])
+def test_modes_around_a_call_change_no_number(mode: str, tmp_path: Path) -> None:
+    def traces(out: str) -> list[float]:
+        return raycurv.fit(classifier, ROWS, tmp_path / out, **HERE).blocks()["trace"].to_pylist()
+
+    expected = traces("plain")
+    modes = {
+        "no_grad": torch.no_grad(),
+        "inference_mode": torch.inference_mode(),
+        "autocast": torch.autocast("cpu", dtype=torch.bfloat16),
+    }
+    with modes[mode]:
+        assert traces("within") == expected
+        # The negative control: the mode is in force for the caller, afterwards, too.
+        own = F.linear(torch.ones(2, 2), torch.ones(2, 2, requires_grad=True))
+        assert own.dtype == torch.bfloat16 if mode == "autocast" else not own.requires_grad

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -129,6 +131,39 @@ class Broken(io.StringIO):
         if self.tried > 1:
             raise self.error
         return super().write(text)
+
+
+def test_results_wait_for_a_slow_reader_of_a_pipe_that_does_not_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    text = "a line of results\n" * 20_000
+    read: list[bytes] = []
+    with os.fdopen(reading, "rb") as pipe:
+        reader = threading.Thread(target=lambda: read.append(pipe.read()))
+        # The negative control: a stream of Python's gives up where the pipe is full.
+        with pytest.raises(BlockingIOError), open(os.dup(writing), "wb", buffering=0) as plain:
+            while plain.write(b"x" * 4096) is not None:
+                pass
+            raise BlockingIOError
+        stream = streams.on_descriptor(writing, "utf-8")
+        later = threading.Timer(0.2, reader.start)
+        later.start()
+        stream.write(text)
+        stream.close()
+        later.join()
+        reader.join()
+    assert read[0].lstrip(b"x").decode() == text
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    monkeypatch.setattr(streams, "_PATIENCE_SECONDS", 0.1)
+    stream = streams.on_descriptor(writing, "utf-8")
+    with pytest.raises(TimeoutError):
+        stream.write(text)
+    os.close(reading)
+    with contextlib.suppress(OSError):
+        stream.close()
 
 
 @pytest.mark.parametrize(
@@ -280,6 +315,11 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "a value": (["--stages", "s3://KEY:SESAME@b"], "the command line"),
     "a word too many": (["s3://KEY:SESAME@b/a-long-name" * 5], "the command line"),
     "a signature": (["--data", "https://h/x?X-Amz-Signature=SESAME&sig=SESAME"], "https://h/x"),
+    "a token": (["--token", "hf_SESAME"], "the command line"),
+    "a token with =": (["--hf_token=hf_SESAME"], "the command line"),
+    "a variable": (["AWS_SECRET_ACCESS_KEY=SESAME"], "the command line"),
+    "a repository of no owner": (["--data", "hf://datasets/a"], "hf://datasets/a"),
+    "a repository to write to": (["--out", "hf://datasets/a"], "--out"),
     "a command to the terminal": (["--schedule", "\x1b[2J"], "the command line"),
     "twice": (["--seed", "1", "--seed", "2"], "--seed"),
     "no stage": (["--stages", "0"], "--stages"),

@@ -25,7 +25,7 @@ from raycurv.data.folders import (
 )
 from raycurv.data.parts import FORMATS, READ_ERRORS, Part, RowsPart, TablePart
 from raycurv.data.uri import check_endpoint, check_place, is_uri, redacted, shown
-from raycurv.errors import UserError, user_errors
+from raycurv.errors import RaycurvError, UserError, user_errors
 from raycurv.names import kind_of, plain_name, regular_file
 
 Source: TypeAlias = "str | Path | pa.Table | Sequence[Mapping[str, Any]]"
@@ -273,7 +273,9 @@ def _find_remote(source: str) -> _Listing:
             _add_folder(listing, path, "")
             return listing
         below = filesystem.get_file_info(pyarrow.fs.FileSelector(path, recursive=True))
-    except (*READ_ERRORS, ImportError) as error:
+    except RaycurvError:
+        raise
+    except Exception as error:  # of a file system of another library's, whatever that raises
         raise UserError(
             shown(source),
             "a URI that pyarrow.fs understands and may read",

@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
@@ -349,11 +349,23 @@ def _check_value(flag: str, kinds: Sequence[Any], marks: Sequence[Any], value: A
     choices = [choice for k in kinds if get_origin(k) is Literal for choice in get_args(k)]
     if choices and value not in choices:
         raise UserError(flag, f"one of {', '.join(choices)}", repr(value), "")
-    if int in kinds and not (isinstance(value, Integral) and not isinstance(value, bool)):
-        raise UserError(flag, "a whole number", repr(value), "")
+    plain = [_PLAIN[kind] for kind in kinds if kind in _PLAIN]
+    if plain and not any(
+        isinstance(value, t) and isinstance(value, bool) <= (t is bool) for _, t in plain
+    ):
+        raise UserError(flag, plain[0][0], shortened(repr(value)), "")
     for mark in marks:
         if isinstance(mark, Checked):
             mark.check(flag, value)
+
+
+# The types that a field of one may hold, and what they are called.
+_PLAIN: dict[Any, tuple[str, Any]] = {
+    int: ("a whole number", Integral),
+    float: ("a number", Real),
+    bool: ("True or False", bool),
+    str: ("a text", (str, os.PathLike)),
+}
 
 
 def check_given(missing: Sequence[str]) -> None:

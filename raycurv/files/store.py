@@ -38,7 +38,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from raycurv.data.uri import below, check_endpoint, check_place, is_uri, redacted, shown
-from raycurv.errors import DamagedFile, UserError
+from raycurv.errors import DamagedFile, UserError, user_errors
 from raycurv.files.disk import disk_errors, folder, no_space, remove_folder, told
 from raycurv.files.parsing import checksum, shortened
 from raycurv.models.jsonfile import strict_json
@@ -114,7 +114,7 @@ class Store:
             return fs.LocalFileSystem(), self.uri
         try:
             filesystem, path = fs.FileSystem.from_uri(self.uri)
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowInvalid, OSError, ImportError) as error:
             raise UserError(
                 self.root,
                 "an absolute path or a URI that pyarrow.fs understands (s3://, gs://, file://)",
@@ -196,6 +196,11 @@ class Store:
         if self.local:
             return
         check_endpoint(self.uri, where)
+        if isinstance(self._opened[0], fs.PyFileSystem):
+            # Of another library's, such as the Hugging Face hub's: raises whatever that does.
+            expected, remedy = "a file system that answers", "Check the URI and the credentials."
+            with user_errors(where, expected, remedy, Exception):
+                self._opened[0].get_file_info(self.path())
         if self._opened[0].type_name != "s3":
             return
         try:

@@ -8,14 +8,14 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import pyarrow as pa
 import tyro
 
 from raycurv.data.uri import hidden, secrets_in
-from raycurv.driver.settings import declarations
+from raycurv.driver.settings import declarations, flag_of
 from raycurv.errors import UserError
 from raycurv.files.store import Store, open_store
 from raycurv.jobs.last_line import AGAIN, LastLine, parts
@@ -29,6 +29,8 @@ Settings = TypeVar("Settings")
 _DECORATION = re.compile(r"\x1b\[[0-9;]*m|[\u2500-\u257f]")
 # What looks like credentials and has no scheme before it.
 _KEYS = re.compile(r"[^\s/@]*:[^\s@]*@")
+# Names of what has a value that is nobody's to see.
+_SECRET = re.compile("token|secret|passw|credential|signature|(api|access)[-_]?key", re.IGNORECASE)
 
 
 def run_job(
@@ -125,6 +127,7 @@ def _read(settings: type[Settings], arguments: Sequence[str] | None, program: st
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     hide(secret for argument in given for secret in secrets_in(argument))
+    hide(_foreign_secrets(settings, given))
     places: dict[str, str] = {}
     masked = [_masked(argument, places, given) for argument in given]
     heard = _Heard(sys.stderr)
@@ -149,6 +152,17 @@ def _read(settings: type[Settings], arguments: Sequence[str] | None, program: st
     _check_once(settings, masked)
     named: dict[str, Any] = {name: getattr(chosen, name) for name, _, _ in declarations(settings)}
     return settings(**{name: _unmasked(value, places) for name, value in named.items()})
+
+
+def _foreign_secrets(settings: type, given: Sequence[str]) -> Iterator[str]:
+    """Values of what is called a secret and is no flag, such as ``--token VALUE`` or
+    ``SECRET_KEY=VALUE``."""
+    flags = {flag_of(name) for name, _, _ in declarations(settings)}
+    for word, following in zip(given, [*given, ""][1:], strict=True):
+        name, mark, value = word.partition("=")
+        found = value if mark else following
+        if _SECRET.search(name) and name.replace("_", "-") not in flags and len(found) > 2:
+            yield found
 
 
 def _masked(argument: str, places: dict[str, str], given: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
+import numpy as np
 from torch import nn
 
 from raycurv.data.sources import Source
@@ -62,7 +63,8 @@ class Inputs:
 def settings_and_inputs(kind: type[S], given: Mapping[str, Any]) -> tuple[S, Inputs]:
     """What a Python caller gave for the fields of settings, as settings and what is in memory.
 
-    Paths become text, and so do numbers where the setting is text (a rank, say). An input that is
+    Paths become text, and so do numbers where the setting is text (a rank, say); numbers of numpy
+    become Python's. An input that is
     neither path nor name is kept apart, and the settings say that it is in memory.
 
     Args:
@@ -79,6 +81,8 @@ def settings_and_inputs(kind: type[S], given: Mapping[str, Any]) -> tuple[S, Inp
         kinds, marks = declared.get(name, ((), ()))
         if isinstance(value, os.PathLike):
             value = os.fspath(value)
+        elif isinstance(value, np.generic):
+            value = value.item()
         if value is None and INPUT in marks:
             value = ""
         elif not isinstance(value, str) and (INPUT in marks or (name in _OBJECTIVES and value)):

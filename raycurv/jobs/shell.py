@@ -12,7 +12,7 @@ end             seconds of each phase, a last sentence
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -217,5 +217,20 @@ def open_shell(
     settings.check()
     reporter = reporter or Reporter(log=settings.log)
     store = open_store(out, "--out")
-    with hold(store, f"{job}.py", reporter.say):
+    with _modes_of_torch(), hold(store, f"{job}.py", reporter.say):
         yield Shell(job, settings.resolved(), inputs, store, reporter)
+
+
+@contextmanager
+def _modes_of_torch() -> Iterator[None]:
+    """As actors have them, whatever a Python caller has around its call: gradients, numbers of the
+    type that was asked for (no autocast), and new tensors on the CPU."""
+    with ExitStack() as modes:
+        modes.enter_context(torch.inference_mode(False))
+        modes.enter_context(torch.enable_grad())
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                modes.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            modes.enter_context(torch.device("cpu"))
+        yield

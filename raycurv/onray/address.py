@@ -70,9 +70,17 @@ def check_answers(address: str) -> None:
     if address in ("local", "auto", "none") or address.startswith("ray://"):
         return
     host, _, port = address.rpartition(":")
-    if not host or "://" in host or not port.isdecimal() or not 0 < int(port) < 65536:
+    # A name and a password before an @ are of no use to Ray, and not to be shown.
+    if (
+        not host
+        or "://" in host
+        or "@" in host
+        or not port.isdecimal()
+        or not 0 < int(port) < 65536
+    ):
         raise UserError(
-            "--address", "local, auto, none or HOST:PORT", repr(address),
+            "--address", "local, auto, none or HOST:PORT",
+            repr(address.rpartition("@")[2]),
             "Give the address that `ray start --head` printed.",
         )  # fmt: skip
     try:

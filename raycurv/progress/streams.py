@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import select
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,9 @@ from typing import Any, TextIO
 
 # All of C0 and C1 but for tabs and ends of lines.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+# For results: those of a reader who is slower have come in part.
+_PATIENCE_SECONDS = 5.0
 
 _own = False
 _results: TextIO | None = None
@@ -93,6 +97,23 @@ class Forgiving(io.TextIOBase):
                 os.close(nowhere)
 
 
+class _Patient(io.FileIO):
+    """Waits for whoever reads a pipe or a terminal that does not wait by itself, since somebody has
+    set it so; TimeoutError where nobody does."""
+
+    def write(self, data: Any) -> int:
+        while (count := super().write(data)) is None:
+            if not select.select([], [self], [], _PATIENCE_SECONDS)[1]:
+                raise TimeoutError("nobody reads")
+        return count
+
+
+def on_descriptor(file: int, encoding: str) -> TextIO:
+    """A stream of text for results, which closes the descriptor with it."""
+    patient = io.BufferedWriter(_Patient(file, "w"))
+    return io.TextIOWrapper(patient, encoding=encoding, errors="backslashreplace")
+
+
 def own_process() -> bool:
     """Whether this process is a job and nothing else, which ends with it."""
     return _own
@@ -134,10 +155,12 @@ def kept_for_results() -> Iterator[None]:
         kept = os.dup(1)
         os.dup2(2, 1)
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        stream = open(kept, "w", encoding=encoding, errors="backslashreplace")  # noqa: SIM115
-        _results = _stream(Forgiving(stream, (kept,)))
+        _results = _stream(Forgiving(on_descriptor(kept, encoding), (kept,)))
         sys.stdout = sys.stderr = _stream(Forgiving(sys.stderr, (1, 2)))
-        yield
+        try:
+            yield
+        finally:
+            _results.flush()
         return
     before = sys.stdout, sys.stderr, _results, list(_secrets)
     _results = _stream(Forgiving(sys.stdout))

@@ -361,6 +361,10 @@ def open_measurement(name: str | Objective, folder: str | None = None) -> Object
 
 def _found(name: str | Objective, folder: str | None) -> tuple[str, Any]:
     """An objective as its author made it, and what messages call it."""
+    if isinstance(name, type):
+        raise UserError(
+            "--objective", "an object", f"the class {name.__name__}", f"Give {name.__name__}()."
+        )
     if not isinstance(name, str):
         return type(name).__name__, name
     if name in _SHIPPED:
