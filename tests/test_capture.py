@@ -152,7 +152,7 @@ def test_a_layer_that_is_not_called_has_neither_rows_nor_gradient() -> None:
 def test_padding_leaves_rows_of_zeros_that_do_not_count() -> None:
     mask = torch.tensor([[True, True, False], [True, False, False]])
     x = torch.randn(2, 3, 3, dtype=DOUBLE)
-    _, found = captured(Module(lambda m, y: m.b(m.a(y).tanh())), x, mask)
+    _, found = captured(Module(lambda m, y: m.b(m.a(y).tanh()) * mask[..., None]), x, mask)
     for tensor in (*found.inputs.values(), *found.gradients.values()):
         assert not tensor[~mask].any() and tensor[mask].any(dim=1).all()
     assert found.rows == {"a.input": 3, "b.input": 3}
@@ -163,9 +163,12 @@ def test_rows_of_positions_do_not_depend_on_where_their_axis_is(flat: bool) -> N
     torch.manual_seed(0)
     mask = torch.tensor([[True, True, True, False], [True, False, False, False]])
     x = torch.randn(2, 4, 2, 3, dtype=DOUBLE)  # [N, T, H, d]
-    plain, moved = (
-        Module(lambda m, y: m.a(y).sum()),
-        Module(lambda m, y: m.a(y.flatten(0, 1)).sum() if flat else m.a(y.transpose(1, 2)).sum()),
+    live = mask.double()[..., None, None]  # no loss is of padding
+    plain = Module(lambda m, y: (m.a(y) * live).sum())
+    moved = Module(
+        lambda m, y: (m.a(y.flatten(0, 1)) * live.flatten(0, 1)).sum()
+        if flat
+        else (m.a(y.transpose(1, 2)) * live.transpose(1, 2)).sum()
     )
     moved.load_state_dict(plain.state_dict())
     (_, want), (_, got) = captured(plain, x, mask), captured(moved, x, mask)

@@ -186,7 +186,6 @@ FAULTS: dict[str, tuple[Callable[[], nn.Module], Tensor, Tensor | None, str, flo
     "positions first, flattened": (partial(SequenceFirst, True), normal(2, 3, 6),
                                    torch.ones(2, 3, dtype=torch.bool), "a", 0.1),
     "examples mixed": (Centred, normal(2, 6), None, "a", 0.1),
-    "padding in the result": (Pooled, normal(2, 3, 6), MASK, "a", 0.1),
 }  # fmt: skip
 
 
@@ -201,6 +200,65 @@ def test_a_gradient_that_is_not_the_weights_is_found_and_those_of_others_agree(f
     # Control: the tolerance does not depend on the fault being large.
     assert least > TOLERANCE[torch.float32]
     assert all(e < TOLERANCE[torch.float32] for n, e in single.items() if n != block)
+
+
+def test_a_gradient_at_padding_is_found() -> None:
+    with pytest.raises(UserError, match=r"block 0\.a, example 'b': .*no gradient at padding"):
+        errors_of(seeded(Pooled), normal(2, 3, 6), MASK)
+    # Control: of texts of one length it is the gradient that is meant.
+    assert max(errors_of(seeded(Pooled), normal(2, 3, 6), MASK[[0, 0]]).values()) < 1e-12
+
+
+class Half(nn.Module):
+    """Its first layer computes in bfloat16, whatever the network is in."""
+
+    def __init__(self, layer: Callable[[int, int], nn.Module] = nn.Linear) -> None:
+        super().__init__()
+        self.a, self.b = layer(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            h = torch.tanh(self.a(x))
+        return self.b(h.to(x.dtype))
+
+
+def test_autocast_in_a_forward_rounds_and_hides_nothing() -> None:
+    borne = TOLERANCE[torch.float32]
+    found = errors_of(seeded(Half), normal(2, 64, 6), dtype=torch.float32)
+    assert 0 < found["a"] < borne and found["b"] < 1e-6
+    wrong = errors_of(seeded(partial(Half, Equalised)), normal(2, 64, 6), dtype=torch.float32)
+    assert wrong["a"] > 10 * borne
+
+
+class Mapped(nn.Module):
+    """A layer within a transformation of torch.func."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.vmap(self.a)(x))
+
+
+class Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6, dtype=torch.complex64), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x.to(torch.complex64)).abs().to(x.dtype))
+
+
+@pytest.mark.parametrize("network", [Mapped, Complex])
+def test_layers_that_cannot_be_captured_are_named_and_left_out(
+    tmp_path: Path, network: Callable[[], nn.Module]
+) -> None:
+    data = vectors(6, 6, "classes")
+    with pytest.raises(UserError, match=r"block a: .*--blocks '!a'"):
+        fit(network, data, tmp_path / "o")
+    run = fit(network, data, tmp_path / "o", blocks=("!a",), dtype="float32")
+    assert run.block_names() == ["b"]
 
 
 def test_a_fault_of_five_percent_is_found_in_bfloat16_and_rounding_is_none() -> None:

@@ -23,7 +23,13 @@ READ = ("attention_mask", "position_ids", "token_type_ids")
 _LOSS = "Rename it to `loss_mask`, whose zeros leave tokens out of the loss, or leave it out."
 _PACKED = "Give each sequence as an example of its own, or leave the column out."
 _INPUT = "Only token ids go into the model: leave the column out if they are all that it needs."
+_BESIDE_NUMBERS = (
+    "Only `inputs` go into the model, padding and all: leave the column out if that is what it "
+    "takes, or give tokens as `input_ids`, of which padding is cut off."
+)
 REFUSED = {
+    # Beside `inputs` of numbers; beside tokens they are read.
+    **dict.fromkeys(READ, _BESIDE_NUMBERS),
     "completion_mask": _LOSS,
     "assistant_masks": _LOSS,
     "seq_lengths": _PACKED,
@@ -42,7 +48,7 @@ REFUSED = {
 
 
 def refuse_others(rows: Rows) -> None:
-    """Refuse columns that would change what a model makes of the tokens.
+    """Refuse columns that would change what a model makes of the tokens, or numbers.
 
     Raises:
         UserError: names the first of them.
@@ -51,7 +57,7 @@ def refuse_others(rows: Rows) -> None:
         if name in rows.others:
             raise UserError(
                 rows.location,
-                "columns beside the tokens that raycurv follows, or that change nothing",
+                "columns beside the inputs that raycurv follows, or that change nothing",
                 f"`{name}`",
                 remedy,
             )

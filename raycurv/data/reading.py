@@ -31,6 +31,8 @@ NUMBERS: tuple[tuple[str, ...], ...] = (("inputs",),)
 DATA_ERRORS = (
     pa.ArrowException, OSError, MemoryError, RecursionError, ArithmeticError, ValueError,
 )  # fmt: skip
+# So many labels that all equal the next token are no chance.
+_SHIFTED = 4
 OPTIONAL_COLUMNS = ("id", "labels", "loss_mask")
 # Rows of an embedding that looks a model's inputs up, of whole numbers; None if none does.
 LooksUp: TypeAlias = Callable[[np.ndarray], "int | None"]
@@ -265,6 +267,8 @@ class ExampleReader:
             labels = self._token_labels(rows, place)
             self._check_lengths("labels", labels, tokens, place)
             self._check_vocabulary("labels", labels, place)
+            if self.per_token:
+                _refuse_shifted(labels, tokens, place)
         if "loss_mask" in rows.columns:
             masks = columns.boolean_lists("loss_mask", rows.columns["loss_mask"], place)
             self._check_lengths("loss_mask", masks, tokens, place)
@@ -649,6 +653,27 @@ def _both(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:
         return b if a is None else a
     both: np.ndarray = a & b
     return both
+
+
+def _refuse_shifted(
+    labels: Sequence[np.ndarray | None], tokens: Sequence[np.ndarray], place: columns.Place
+) -> None:
+    """Refuse labels of which each is the token after its own: those would be shifted twice."""
+    for i, (labels_T, ids_T) in enumerate(zip(labels, tokens, strict=True)):
+        if labels_T is None:
+            continue
+        targets = labels_T[:-1] != NOT_A_TARGET
+        shifted = labels_T[:-1] == ids_T[1:]
+        if np.count_nonzero(targets) >= _SHIFTED and shifted[targets].all():
+            if (labels_T[:-1] == ids_T[:-1])[targets].all():
+                continue  # one and the same token all along
+            raise UserError(
+                place(i),
+                "`labels[t]` of token t itself, which the position before it predicts",
+                "labels of which each is the token after: shifted already",
+                "Leave the column out where all tokens are targets; else move the labels one "
+                "position to the right, with -100 for the first.",
+            )
 
 
 def _slice(example: Example, id: str, begin: int, end: int) -> Example:

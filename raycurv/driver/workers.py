@@ -89,7 +89,7 @@ class Workers:
         self.resident: int | None = None
         self.check_capture = check_capture
         self.agreement: Agreement | None = None
-        self._said_agreement = self._said_plain = False
+        self._said_agreement = self._said_random = self._said_plain = False
         self.meets: Callable[[int], None] = lambda group: None
         # What all stages have in common.
         self._spec = StageSpec(
@@ -177,6 +177,13 @@ class Workers:
         mine = self.agreement
         if proof.agreement is not None:
             self.agreement = proof.agreement if mine is None else mine.joined(proof.agreement)
+        if proof.random and not self._said_random:
+            self._said_random = True
+            self.reporter.say(
+                "the model's forward takes random numbers, though it is in evaluation mode "
+                "(F.dropout without training=self.training?): every pass sees others, and so does "
+                "the next run"
+            )
         if proof.plain_checkpoints and not self._said_plain:
             self._said_plain = True
             self.reporter.say(

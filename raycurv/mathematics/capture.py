@@ -11,6 +11,7 @@ S groups of a convolution, I inputs (with the bias column), O outputs.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from raycurv.batch import Batch
 from raycurv.errors import NumericalError, RaycurvError, UserError
@@ -226,7 +228,7 @@ class Capture:
                 parts.append(call.x.new_zeros((*a.shape[:2], block.d_out)))
                 continue
             g = kind.output_rows(block, module, call, call.g[draw])
-            parts.append(g if mask is None else _masked(g, mask))
+            parts.append(g if mask is None else _at_tokens(g, mask, block, record.batch))
         return _joined(parts)
 
 
@@ -241,6 +243,26 @@ def _tokens(batch: Batch, call: ModuleCall) -> Tensor | None:
 def _masked(rows: Tensor, live: Tensor) -> Tensor:
     """Rows ``[N, T, ...]`` with zeros in those that do not count."""
     return rows * live.view(*live.shape, *([1] * (rows.ndim - 2))).to(rows.dtype)
+
+
+def _at_tokens(g: Tensor, live: Tensor, block: Block, batch: Batch) -> Tensor:
+    """Gradients ``[N, T, O]`` that are zero at padding, but for rounding; else UserError."""
+    there = g[~live]
+    if not there.any():
+        return g
+    share = float(there.norm() / g.norm())
+    if share > math.sqrt(torch.finfo(g.dtype).eps):
+        n = int((g.abs().sum(dim=2) * ~live).sum(dim=1).argmax())
+        raise UserError(
+            f"block {block.name}, example {batch.ids[n]!r}",
+            "no gradient at padding, of which nothing is to depend",
+            f"{share:.2g} of the gradient: the objective reads outputs behind an example's last "
+            "token, layers mix these with its tokens, or the layer's input has another axis "
+            f"as long as the {live.shape[1]} positions",
+            "Let the objective follow batch.mask, or read batch.at_last(outputs); let the forward "
+            "take an attention_mask; or give --batch-tokens 1, with which nothing is padded.",
+        )
+    return _masked(g, live)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
@@ -305,6 +327,13 @@ def _noting(capture: weakref.ref[Capture]) -> Note:
         record = None if owner is None else owner._record
         if record is None:
             return y
+        if any(isinstance(t, Tensor) and is_functorch_wrapped_tensor(t) for t in (x, y)):
+            raise UserError(
+                f"block {block}",
+                "a module that is called with plain tensors, examples first",
+                "a call inside vmap, grad or another of torch.func",
+                f"Call it outside of that, or leave it out: --blocks '!{block}'.",
+            )
         if not isinstance(x, Tensor) or not isinstance(y, Tensor):
             raise UserError(
                 f"block {block}",

@@ -325,9 +325,13 @@ class _Sides:
         if rows is None:
             return 0.0
         a, g = rows
+        found = self.captured.gradients[block.name]
+        # Coarser than the rest of the model under autocast.
+        kinds = {self.dtype} if found is None else {self.dtype, found.dtype}
+        eps = max(torch.finfo(kind).eps for kind in kinds)
         terms = a.flatten(2).square().sum(dim=2, dtype=torch.float64)
         terms = terms * g.square().sum(dim=2, dtype=torch.float64)
-        return torch.finfo(self.dtype).eps / TOLERANCE[self.dtype] * math.sqrt(float(terms.sum()))
+        return eps / TOLERANCE[self.dtype] * math.sqrt(float(terms.sum()))
 
 
 def _square(values: Tensor) -> float:

@@ -78,6 +78,13 @@ def choose_blocks(
             default, on a weight that hooks compute from others, or an explicitly chosen module (a
             default one in a model of no scope, too) holds a trainable weight of another kind.
     """
+    if kind_of(skeleton) is not None:
+        raise UserError(
+            "the model",
+            "a network whose layers have names",
+            f"a layer by itself ({type(skeleton).__name__})",
+            "Return torch.nn.Sequential(layer) from the factory.",
+        )
     globs = Globs.of(patterns)
     modules = {name: module for name, module in skeleton.named_modules() if name}
     described = {
@@ -108,7 +115,7 @@ def choose_blocks(
                 continue
             if not globs.include:
                 _refuse_computed_weight(block, module)
-            obstacle = _empty(block) or _shared_weight(block, module, holders, name == tied_head)
+            obstacle = _no_numbers(block, module) or _shared_weight(block, module, holders, name == tied_head)
             if obstacle is None:
                 chosen.append(block)
             else:
@@ -197,15 +204,14 @@ def _refusal(obstacles: Sequence[_Obstacle], chosen: Sequence[str]) -> UserError
     )  # fmt: skip
 
 
-def _empty(block: Block) -> _Obstacle | None:
-    """What stands in the way of a block on a weight without numbers."""
-    shape = [block.d_out, block.d_in - block.bias]
-    if all(shape):
+def _no_numbers(block: Block, module: nn.Module) -> _Obstacle | None:
+    """What stands in the way of a block on a weight without numbers, or of complex ones."""
+    shape, dtype = [block.d_out, block.d_in - block.bias], getattr(module, block.parameter).dtype
+    if all(shape) and not dtype.is_complex:
         return None
-    return _Obstacle(
-        block.name, block.name, f"block {block.name}", "a weight with numbers in it",
-        f"one of shape {shape}",
-    )  # fmt: skip
+    got = f"{dtype}".removeprefix("torch.") if all(shape) else f"one of shape {shape}"
+    wanted = "a weight of real numbers" if all(shape) else "a weight with numbers in it"
+    return _Obstacle(block.name, block.name, f"block {block.name}", wanted, got)
 
 
 def _shared_weight(

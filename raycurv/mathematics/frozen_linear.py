@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
@@ -56,6 +57,7 @@ def _is_frozen(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> boo
         and weight.ndim == 2
         and suits(input)
         and suits(weight)
+        and not is_functorch_wrapped_tensor(input)
         and not torch.is_autocast_enabled("cpu")
     )
 

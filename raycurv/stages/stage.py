@@ -39,6 +39,7 @@ from raycurv.mathematics.sums import Results, is_finite
 from raycurv.models.model import Model
 from raycurv.models.patched import repatch
 from raycurv.stages.heap import RESIDENT, give_back, give_back_at_once
+from raycurv.stages.independence import check_independence
 from raycurv.stages.passes import Gathered, Pass
 from raycurv.stages.seen import Seen
 
@@ -90,16 +91,18 @@ class StageSpec:
 
 @dataclass(frozen=True)
 class Proof:
-    """What a stage says of its captured gradients.
+    """What a stage says of its captured gradients, and of its layers.
 
     Attributes:
         agreement: with autograd; ``None`` where nothing was checked.
         plain_checkpoints: whether checkpoints of the model (``use_reentrant=True``) are called
             plainly.
+        random: whether a forward takes random numbers (of torch's, on the CPU).
     """
 
     agreement: Agreement | None
     plain_checkpoints: bool
+    random: bool
 
 
 # Among a commit's tensors: the microbatches that its sums contain.
@@ -141,6 +144,10 @@ class Stage:
         self._agreement: Agreement | None = None
         # What is differentiated -> how many examples of it have been looked at.
         self._checked: dict[str, int] = {}
+        # Whether examples of a microbatch without padding, and of one with it, have been held
+        # against themselves alone.
+        self._alone: set[bool] = set()
+        self._random = False
         self._open: dict[int, _Open] = {}
         self._pass: Pass | None = None
         self._gathered: Gathered | None = None
@@ -240,7 +247,10 @@ class Stage:
         entered = self._entering(hidden, differentiates)
         record = Record(batch)
         with self._graph(differentiates, record):
+            state = torch.get_rng_state()
             left = self._segment.forward(batch, _own(entered))
+            self._random = self._random or not torch.equal(state, torch.get_rng_state())
+        self._check_independence(batch, entered, left)
         if differentiates:
             self._open[batch.index] = _Open(record, entered, left)
         return tuple(tensor.detach() for tensor in left)
@@ -366,7 +376,7 @@ class Stage:
 
     def proof(self) -> Proof:
         """How well captured gradients agreed with autograd's so far."""
-        return Proof(self._agreement, self._checkpoints.met)
+        return Proof(self._agreement, self._checkpoints.met, self._random)
 
     def finish(self) -> None:
         """End the pass, and forget its sums."""
@@ -410,6 +420,22 @@ class Stage:
             refuse(self._capture, errors, alone[worst] <= tolerance, tolerance)
         found = Agreement(errors[worst], worst, tolerance, time.monotonic() - began)
         self._agreement = found if self._agreement is None else self._agreement.joined(found)
+
+    def _check_independence(self, batch: Batch, entered: Hidden | None, left: Hidden) -> None:
+        """See :func:`raycurv.stages.independence.check_independence`; of a checkpoint's decoder
+        the check of causality says as much, as it does wherever later tokens change nothing."""
+        padded = batch.mask is not None and not bool(batch.mask.all())
+        if batch.size == 1 or padded in self._alone or self._random:
+            return
+        if self.spec.model.any_length or self._measures().causal:
+            return
+        self._alone.add(padded)
+
+        def forward(part: Batch, entered: Hidden | None) -> Hidden:
+            with FrozenLinear(), self._checkpoints:
+                return self._segment.forward(part, _own(entered))
+
+        check_independence(forward, batch, entered, left, f"model {self.spec.model.name}")
 
     def _disagreements(
         self, batch: Batch, hidden: Hidden | None, rows: Sequence[int]
