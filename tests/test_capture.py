@@ -166,9 +166,11 @@ def test_rows_of_positions_do_not_depend_on_where_their_axis_is(flat: bool) -> N
     live = mask.double()[..., None, None]  # no loss is of padding
     plain = Module(lambda m, y: (m.a(y) * live).sum())
     moved = Module(
-        lambda m, y: (m.a(y.flatten(0, 1)) * live.flatten(0, 1)).sum()
-        if flat
-        else (m.a(y.transpose(1, 2)) * live.transpose(1, 2)).sum()
+        lambda m, y: (
+            (m.a(y.flatten(0, 1)) * live.flatten(0, 1)).sum()
+            if flat
+            else (m.a(y.transpose(1, 2)) * live.transpose(1, 2)).sum()
+        )
     )
     moved.load_state_dict(plain.state_dict())
     (_, want), (_, got) = captured(plain, x, mask), captured(moved, x, mask)

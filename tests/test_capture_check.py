@@ -261,6 +261,14 @@ def test_layers_that_cannot_be_captured_are_named_and_left_out(
     assert run.block_names() == ["b"]
 
 
+def test_a_layer_by_itself_is_told_how_it_is_taken(tmp_path: Path) -> None:
+    data = vectors(6, 6, "classes")
+    with pytest.raises(UserError, match=r"Return torch\.nn\.Sequential\(layer\)"):
+        fit(partial(seeded, partial(nn.Linear, 6, 3)), data, tmp_path / "o")
+    alone = nn.Sequential(seeded(partial(nn.Linear, 6, 3)))
+    assert fit(lambda: alone, data, tmp_path / "o").block_names() == ["0"]
+
+
 def test_a_fault_of_five_percent_is_found_in_bfloat16_and_rounding_is_none() -> None:
     class Five(Slightly):
         def forward(self, x: Tensor) -> Tensor:

@@ -128,7 +128,9 @@ class Squares:
 
 
 def test_an_objective_that_says_nothing_of_causality_may_look_ahead(tmp_path: Path) -> None:
-    facts = _evaluated(lambda: _averaging(False), tmp_path / "out", objective=Squares())
+    facts = _evaluated(
+        lambda: _averaging(False), tmp_path / "out", objective=Squares(), batch_tokens=1
+    )
     assert "causality" not in facts
     told = Squares()
     told.causal = True  # type: ignore[attr-defined]

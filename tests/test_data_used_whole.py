@@ -40,6 +40,22 @@ def named(source: Any, *parts: str) -> UserError:
     return caught.value
 
 
+def test_labels_that_are_shifted_already_are_refused_where_the_loss_is_of_tokens() -> None:
+    ids = [5, 6, 7, 8, 9, 5]
+    shifted = [{"input_ids": ids, "labels": [*ids[1:], -100]}]
+    assert "shifted already" in str(mistake(shifted, per_token=True))
+    # Controls: an objective of its own may pair them itself; and the remedies.
+    read(shifted, per_token=False)
+    for labels in (ids, [-100, *ids[1:]], [-100, 6, 9, 9, 9, 5]):
+        read([{"input_ids": ids, "labels": labels}], per_token=True)
+    read([{"input_ids": [5] * 6, "labels": [5] * 6}], per_token=True)
+
+
+def test_a_mask_beside_numbers_is_refused() -> None:
+    rows = [{"inputs": [1, 2, 0], "attention_mask": [1, 1, 0], "labels": 1}]
+    assert "`attention_mask`" in mistake(rows, token_inputs=False).got
+
+
 # Attention masks ----------------------------------------------------------------------------
 
 SHORT = [

@@ -211,7 +211,10 @@ def test_a_layer_without_weights_is_named(tmp_path: Path) -> None:
         return nn.Sequential(nn.Linear(5, 0), nn.Linear(0, 3))
 
     made = network()
-    for flags, says in (({}, "block 0: .*got one of shape"), ({"blocks": ["1"]}, "block 1: ")):
+    for flags, says in (
+        ({}, "block 0 and 1 more: .*got one of shape"),
+        ({"blocks": ["1"]}, "block 1: "),
+    ):
         with pytest.raises(UserError, match=says):
             raycurv.fit(lambda: made, ROWS, tmp_path, objective="classification", **flags, **HERE)
 

@@ -115,7 +115,9 @@ def choose_blocks(
                 continue
             if not globs.include:
                 _refuse_computed_weight(block, module)
-            obstacle = _no_numbers(block, module) or _shared_weight(block, module, holders, name == tied_head)
+            obstacle = _no_numbers(block, module) or _shared_weight(
+                block, module, holders, name == tied_head
+            )
             if obstacle is None:
                 chosen.append(block)
             else:
