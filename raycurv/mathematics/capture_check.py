@@ -314,9 +314,8 @@ class _Sides:
         if g is None:
             return None
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        scales = torch.tensor(self.scales, dtype=dtype, device=g.device)
         a = self.captured.inputs[block.input_factor].to(dtype)
-        g = g.to(dtype) * scales.view(-1, 1, 1)
+        g = torch.stack([rows.to(dtype) * s for rows, s in zip(g, self.scales, strict=True)])
         return a.flatten(0, 1)[None], g.flatten(0, 1)[None]
 
     def _floor(self, block: Block) -> float:
