@@ -43,6 +43,16 @@ class UserError(RaycurvError, ValueError):
     exit_code = 2
 
 
+def shortened(text: str, most: int = 100) -> str:
+    """A text of somebody else's, short enough for a message."""
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
+def in_words(error: Exception) -> str:
+    """What a library says of an error, as a part of a sentence, and not more than its head."""
+    return shortened(" ".join(str(error).split()), 400).rstrip(". ")
+
+
 @contextmanager
 def user_errors(
     where: str, expected: str, remedy: str, *kinds: type[Exception], got: str = "{kind}: {error}"
@@ -58,7 +68,7 @@ def user_errors(
     except RaycurvError:
         raise
     except kinds as error:
-        text = got.format(kind=type(error).__name__, error=error)
+        text = got.format(kind=type(error).__name__, error=in_words(error))
         raise UserError(where, expected, text, remedy) from error
 
 

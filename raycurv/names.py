@@ -17,7 +17,7 @@ import os
 import stat
 from pathlib import Path
 
-from raycurv.errors import UserError, user_errors
+from raycurv.errors import UserError, shortened, user_errors
 
 # What file systems hold: bytes of a part of a name.
 MAX_PART_BYTES = 255
@@ -31,7 +31,7 @@ def plain_name(name: object, where: str) -> str:
         raise UserError(
             where,
             "plain names of files below it, such as a/b.safetensors",
-            _shown(name),
+            shortened(repr(name), 200) if isinstance(name, str) else f"a {type(name).__name__}",
             "A name must not lead out of its directory: get it from a source that you trust.",
         )
     return str(name)
@@ -93,11 +93,6 @@ def _plain(part: str) -> bool:
         0 < size <= MAX_PART_BYTES and part not in (".", "..") and part.isprintable()
         and "\\" not in part
     )  # fmt: skip
-
-
-def _shown(name: object) -> str:
-    text = repr(name) if isinstance(name, str) else f"a {type(name).__name__}"
-    return text if len(text) <= 200 else f"{text[:200]}… ({len(text)} characters)"
 
 
 def _below(path: str, root: str) -> bool:

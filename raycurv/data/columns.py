@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from raycurv.data.bounds import ID_BYTES
 from raycurv.data.conversations import conversation, keys_of
-from raycurv.errors import UserError
+from raycurv.errors import UserError, shortened
 
 Place: TypeAlias = Callable[[int], str]
 
@@ -335,5 +335,4 @@ def _wrong_type(name: str, column: Any, place: Place, wanted: str) -> UserError:
 
 def type_name(column: Any) -> str:
     """What a column's type is called, shortened: it may be as deep as its maker likes."""
-    text = str(column.type)
-    return text if len(text) <= 120 else f"{text[:117]}..."
+    return shortened(str(column.type), 120)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from raycurv.errors import shortened
+
 # Of names at most so many are recorded, and so many told.
 _RECORDED, _TOLD = 100, 8
 
@@ -86,4 +88,4 @@ def _named(names: list[str]) -> str:
     # Names of a stranger's: what a terminal would obey is escaped.
     shown = [name if name.isprintable() else repr(name) for name in names[:_TOLD]]
     more = f" and {len(names) - _TOLD} more" if len(names) > _TOLD else ""
-    return ", ".join(name if len(name) <= 60 else f"{name[:57]}..." for name in shown) + more
+    return ", ".join(shortened(name, 60) for name in shown) + more

@@ -8,12 +8,12 @@ is not looked at.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from raycurv.errors import UserError, user_errors
+from raycurv.jsonfile import parse_json
 
 # Files beside data that hold no examples, by their names in small letters, and why they are there.
 NO_DATA = {
@@ -178,15 +178,8 @@ def check_saved(where: str, folder: str, arrow: Sequence[str], state: bytes) -> 
     Raises:
         UserError: it is of a selection of rows, or of other files.
     """
-    with user_errors(
-        where, "what Hugging Face datasets writes there", "Save the data set again.",
-        ValueError, RecursionError,
-    ):  # fmt: skip
-        if len(state) > STATE_BYTES:
-            raise ValueError(f"more than {STATE_BYTES >> 20} MiB")
-        said = json.loads(state.decode())
-    if not isinstance(said, dict):
-        said = {}
+    expected, remedy = "what Hugging Face datasets writes there", "Save the data set again."
+    said = parse_json(state, where, expected, remedy)
     chosen = sorted(key for key, value in said.items() if key.startswith("_indices") and value)
     if chosen:
         raise UserError(

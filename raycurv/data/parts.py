@@ -30,7 +30,7 @@ from raycurv.data.columns import first_null, row_bytes
 from raycurv.data.conversations import conversation, keys_of
 from raycurv.data.ipc_sizes import MAGIC, message_sizes
 from raycurv.data.parquet_sizes import group_sizes
-from raycurv.errors import UserError, user_errors
+from raycurv.errors import UserError, in_words, shortened, user_errors
 from raycurv.models.checkpoint import sampled_hash
 
 READ_BYTES = 4 << 20  # read of a column of a Parquet file at once
@@ -337,7 +337,7 @@ class JsonlPart(FilePart, _Records):
         try:
             record = _DECODER.decode(line.decode())
         except (ValueError, RecursionError) as error:
-            got = f"{_brief(error)} in {_shown(line)}"
+            got = f"{in_words(error)} in {_shown(line)}"
         else:
             if isinstance(record, dict):
                 return record
@@ -546,7 +546,7 @@ def _column(location: str, first: int, name: str, values: list[Any]) -> Any:
         raise UserError(
             f"{location}, row {first + row}",
             f"`{name}` of one type in all rows ({wanted})",
-            f"{_shown(values[row])} ({_brief(error)})",
+            f"{_shown(values[row])} ({in_words(error)})",
             f"Correct or leave out this value of `{name}`.",
         ) from error
 
@@ -558,14 +558,7 @@ def _shown(value: Any) -> str:
     """A value in at most 60 characters, however long or deep it is."""
     if isinstance(value, (str, bytes)):
         value = value[:60]
-    text = _SHORT.repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _brief(error: Exception) -> str:
-    """What an error says, which may quote the value that it is about."""
-    text = str(error) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
+    return shortened(_SHORT.repr(value), 60)
 
 
 _SHORT = reprlib.Repr()

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 
 from raycurv.errors import DamagedFile
-from raycurv.files.parsing import made_of
 from raycurv.files.store import Store
+from raycurv.jsonfile import made_of
 
 # Of the sums in a commit. Version 1 had no such entry, and other names of the same sums.
 FORMAT = 2

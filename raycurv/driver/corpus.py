@@ -32,9 +32,9 @@ from raycurv.data.sources import Source
 from raycurv.data.tokenizer import LazyTokenizer
 from raycurv.driver.settings import Reading
 from raycurv.errors import DamagedFile, RaycurvError, UserError
-from raycurv.files.parsing import made_of
 from raycurv.files.store import Store
 from raycurv.files.tables import read_rows, read_table, write_table
+from raycurv.jsonfile import made_of
 from raycurv.models.model import Model
 from raycurv.stages.heap import give_back
 

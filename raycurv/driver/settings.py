@@ -23,8 +23,8 @@ import torch
 import tyro
 
 from raycurv.data.uri import check_place, shown
-from raycurv.errors import UserError
-from raycurv.files.parsing import misfit, shortened
+from raycurv.errors import UserError, shortened
+from raycurv.jsonfile import misfit
 from raycurv.mathematics.curvature import Damping
 from raycurv.stages.failures import Limits
 

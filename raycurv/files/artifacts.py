@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raycurv.errors import DamagedFile, UserError
-from raycurv.files.parsing import made_of, misfit, shortened
+from raycurv.errors import DamagedFile, UserError, shortened
 from raycurv.files.store import Store
 from raycurv.files.tensorfile import TensorFile, open_tensors, write_tensors
+from raycurv.jsonfile import made_of, misfit, strict_json
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.corrected import CorrectedSum
 from raycurv.mathematics.eigen import Eigenbasis
@@ -36,7 +36,6 @@ from raycurv.mathematics.gradient_statistics import (
 )
 from raycurv.mathematics.influence.ihvp import BlockProducts, check_products
 from raycurv.mathematics.kinds.catalogue import kind_of_block
-from raycurv.models.jsonfile import strict_json
 from raycurv.names import plain_name
 
 BLOCKS_FILE = "blocks.json"

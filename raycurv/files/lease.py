@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from raycurv.errors import DamagedFile, LostLock
-from raycurv.files.parsing import misfit
 from raycurv.files.store import Store
+from raycurv.jsonfile import misfit
 
 # Seconds that a lease may be good for.
 _LONGEST = 86_400.0

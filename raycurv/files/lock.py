@@ -24,11 +24,10 @@ from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from typing import Any
 
-from raycurv.errors import UserError, user_errors
+from raycurv.errors import UserError, shortened, user_errors
 from raycurv.files.lease import Lease
-from raycurv.files.parsing import shortened
 from raycurv.files.store import Store
-from raycurv.models.jsonfile import strict_json
+from raycurv.jsonfile import strict_json
 from raycurv.names import kind_of
 
 NAME = "run.lock"

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from raycurv import __version__
-from raycurv.errors import DamagedFile, DiskError, NoSpace, UserError
-from raycurv.files.parsing import made_of, misfit, shortened
+from raycurv.errors import DamagedFile, DiskError, NoSpace, UserError, shortened
 from raycurv.files.store import Store
+from raycurv.jsonfile import made_of, misfit
 
 NAME = "run.json"
 

@@ -19,9 +19,9 @@ from typing import Literal
 from torch import Tensor
 
 from raycurv.errors import DamagedFile, UserError
-from raycurv.files.parsing import made_of
 from raycurv.files.store import Store
 from raycurv.files.tensorfile import is_complete, open_tensors, write_tensors
+from raycurv.jsonfile import made_of
 
 Kind = Literal["hidden", "gradient", "results"]
 KINDS: tuple[Kind, ...] = ("hidden", "gradient", "results")

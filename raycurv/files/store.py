@@ -38,10 +38,9 @@ import pyarrow as pa
 from pyarrow import fs
 
 from raycurv.data.uri import below, check_endpoint, check_place, is_uri, redacted, shown
-from raycurv.errors import DamagedFile, UserError, user_errors
+from raycurv.errors import DamagedFile, UserError, shortened, user_errors
 from raycurv.files.disk import disk_errors, folder, no_space, remove_folder, told
-from raycurv.files.parsing import checksum, shortened
-from raycurv.models.jsonfile import strict_json
+from raycurv.jsonfile import checksum, strict_json
 from raycurv.names import inside, kind_of, plain_name
 
 # Bytes held at once while a file is copied.

@@ -17,8 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from raycurv.errors import not_finite
-from raycurv.files.parsing import shortened
+from raycurv.errors import not_finite, shortened
 from raycurv.files.store import Store
 
 SCHEMA_VERSION = "1"

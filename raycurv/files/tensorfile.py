@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raycurv.errors import DamagedFile, not_finite
-from raycurv.files.parsing import shortened
+from raycurv.errors import DamagedFile, not_finite, shortened
 from raycurv.files.store import Store
+from raycurv.jsonfile import strict_json
 from raycurv.mathematics.sums import is_finite
 from raycurv.models.checkpoint import (
     DTYPES,
@@ -30,7 +30,6 @@ from raycurv.models.checkpoint import (
     header_entries,
     tensor_bytes,
 )
-from raycurv.models.jsonfile import strict_json
 
 # The bits of infinity, as a whole number.
 _INFINITE = {

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from raycurv.driver.settings import check_recorded, identity
-from raycurv.errors import DamagedFile, UserError
+from raycurv.errors import DamagedFile, UserError, shortened
 from raycurv.files.manifest import NAME, Manifest
-from raycurv.files.parsing import misfit, shortened
 from raycurv.files.store import Store
 from raycurv.jobs.registry import JOBS
+from raycurv.jsonfile import misfit
 
 # Facts and fingerprints that a job has written down by the time that its last phase is complete.
 _WRITTEN: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from raycurv.errors import UserError, user_errors
-from raycurv.models.jsonfile import MOST_BYTES, parse_json, read_json
+from raycurv.jsonfile import MOST_BYTES, parse_json, read_json
 from raycurv.names import regular_file
 
 SINGLE = "model.safetensors"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from raycurv.errors import UserError
-from raycurv.models.jsonfile import parse_json, read_bytes
+from raycurv.jsonfile import parse_json, read_bytes
 from raycurv.names import regular_file
 
 CONFIG = "config.json"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Any
 
-from raycurv.errors import UserError
+from raycurv.errors import UserError, shortened
+from raycurv.jsonfile import read_json
 from raycurv.models.checkpoint import INDEX, SINGLE
 from raycurv.models.checkpoint_files import TOKENIZER_FILES
 from raycurv.models.config_file import CONFIG
@@ -118,10 +117,7 @@ def _kind(directory: Path, there: list[str], has_config: bool) -> tuple[str, str
 def _said(path: Path, key: str) -> str:
     """What a small JSON file says under a key, or nothing: it is only told to a person."""
     try:
-        if not path.is_file() or path.stat().st_size > 1 << 20:
-            return ""
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
-        text = str(found.get(key) or "")
-    except (OSError, ValueError, AttributeError, RecursionError):
+        text = str(read_json(path, str(path), "a JSON object", "").get(key) or "")
+    except UserError:
         return ""
-    return text[:200] if text.isprintable() else ""
+    return shortened(text, 200) if text.isprintable() else ""

@@ -7,13 +7,13 @@ there. transformers would ask on the terminal, run the one and fetch the other.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from raycurv.errors import UserError
+from raycurv.jsonfile import read_json
 
 _ATTENTIONS = (None, "eager", "sdpa")
 _EXPERTS = (None, "eager", "batched_mm", "grouped_mm")
@@ -53,10 +53,9 @@ def nothing_from_outside(file: Path, trust_remote_code: bool) -> Iterator[None]:
 def named_code(file: Path) -> list[str]:
     """The classes that the ``auto_map`` of a file names, such as ``own.OwnForCausalLM``."""
     try:
-        said = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        classes = read_json(file, str(file), "a JSON object", "").get("auto_map")
+    except UserError:  # told by who needs what else it says
         return []
-    classes = said.get("auto_map") if isinstance(said, dict) else None
     values = classes.values() if isinstance(classes, dict) else [classes]
     flat = [one for value in values for one in (value if isinstance(value, list) else [value])]
     return [one for one in flat if isinstance(one, str)]

@@ -20,7 +20,7 @@ import transformers
 from torch import Tensor, nn
 
 from raycurv.batch import Batch
-from raycurv.errors import RaycurvError, UserError, users_code
+from raycurv.errors import UserError, user_errors, users_code
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.coverage import outermost
 from raycurv.models.anatomy import (
@@ -72,8 +72,6 @@ _EMPTY = (
     "part. Make them whole with zero_to_fp32.py, which lies beside such a checkpoint, or save "
     "again with stage3_gather_16bit_weights_on_model_save."
 )
-# Characters that are shown of what a library says.
-_MOST_TEXT = 400
 
 
 class HFOutline(Outline):
@@ -764,18 +762,10 @@ def _causal_model(config: Any, directory: Path, trust_remote_code: bool) -> nn.M
     return cast(nn.Module, model)
 
 
-@contextmanager
-def library_errors(where: str, expected: str) -> Iterator[None]:
+def library_errors(where: str, expected: str) -> AbstractContextManager[None]:
     """Around foreign code that a model directory's content decides about: whatever it raises is
-    about that, and becomes a UserError with the head of its text."""
-    try:
-        yield
-    except RaycurvError:
-        raise
-    except Exception as error:
-        text = " ".join(str(error).split())
-        text = text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}…"
-        raise UserError(where, expected, f"{type(error).__name__}: {text}", AS_FACTORY) from error
+    about that."""
+    return user_errors(where, expected, AS_FACTORY, Exception)
 
 
 def _ignorable(module: Any) -> tuple[str, ...]:

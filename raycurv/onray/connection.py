@@ -49,7 +49,7 @@ def connect(address: str) -> bool:
                 raise UserError(
                     "--address local", "a Ray that starts on this machine",
                     " ".join(str(error).split()),
-                    "Set right, or unset, RAY_AUTH_TOKEN_PATH and RAY_TMPDIR; or use "
+                    "Set right, or unset, RAY_AUTH_TOKEN_PATH, RAY_TMPDIR and TMPDIR; or use "
                     "--address none.",
                 ) from error  # fmt: skip
             return True
