@@ -23,7 +23,7 @@ from torch import Tensor
 from raycurv.errors import DamagedFile, UserError, shortened
 from raycurv.files.store import Store
 from raycurv.files.tensorfile import TensorFile, open_tensors, write_tensors
-from raycurv.jsonfile import made_of, misfit, strict_json
+from raycurv.jsonfile import made_of
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.corrected import CorrectedSum
 from raycurv.mathematics.eigen import Eigenbasis
@@ -379,14 +379,13 @@ def gradient_notes(store: Store, block: str) -> tuple[GradientNumbers, int]:
     DamagedFile if they are not there."""
     file = open_tensors(store, gradient_file(block))
     file.belongs("block", block)
+    said = file.noted_json("numbers", dict[str, int | float | None])
     try:
-        said = strict_json(file.note("numbers").encode())
-        wrong = misfit(said, dict[str, int | float | None])
-        batches = 0 if wrong else int(said.pop("batches"))
+        batches = int(said.pop("batches"))
         numbers = made_of(GradientNumbers, said)
         if min(batches, numbers.examples) < 0:
             raise ValueError("a negative count")
-    except (KeyError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise store.damaged(file.name, "the numbers of gradients", str(error)) from error
     return numbers, batches
 
@@ -415,13 +414,7 @@ def read_products(
     file = open_tensors(store, ihvp_file(block))
     if "block" in file.metadata:  # earlier versions did not say
         file.belongs("block", block)
-    try:
-        queries = strict_json(file.note("queries").encode())
-        wrong = misfit(queries, list[str])
-    except ValueError as error:
-        wrong = str(error)
-    if wrong:
-        raise store.damaged(file.name, "the ids of queries", wrong)
+    queries = file.noted_json("queries", list[str])
     count, (d_out, d_in) = len(queries), shape or (None, None)
     shapes: dict[str, tuple[int | None, ...]] = {"full": (count, d_out, d_in)}
     shapes["turned"] = shapes["full"]

@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from raycurv.errors import DamagedFile, not_finite, shortened
 from raycurv.files.store import Store
-from raycurv.jsonfile import strict_json
+from raycurv.jsonfile import made_of, misfit, strict_json
 from raycurv.mathematics.sums import is_finite
 from raycurv.models.checkpoint import (
     DTYPES,
@@ -147,6 +147,20 @@ class TensorFile:
         if key not in self.metadata:
             raise self.store.damaged(self.name, f"{key} in its metadata", "nothing")
         return self.metadata[key]
+
+    def noted_json(self, key: str, kind: Any) -> Any:
+        """What JSON of the metadata says, of a type as :func:`misfit` takes it, or a dataclass made
+        of it; DamagedFile if there is none, or of another type."""
+        try:
+            said = strict_json(self.note(key).encode())
+            if isinstance(kind, type) and is_dataclass(kind):
+                return made_of(kind, said)
+            wrong = misfit(said, kind)
+        except ValueError as error:
+            wrong = str(error)
+        if wrong:
+            raise self.store.damaged(self.name, f"{key} in its metadata", shortened(wrong))
+        return said
 
     def noted(self, key: str) -> float:
         """A finite number of the metadata; DamagedFile if there is none."""

@@ -21,9 +21,9 @@ from raycurv.models.checkpoint import (
     pieces,
     tensor_bytes,
 )
+from raycurv.models.config_file import CONFIG
 from raycurv.names import regular_file
 
-CONFIG = "config.json"
 # What goes along with the weights: configurations, tokenizers, their code, licences.
 _ALONG = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
 _PLAIN = ("LICENSE", "NOTICE")

@@ -134,7 +134,7 @@ class HFOutline(Outline):
     @property
     def _own_code(self) -> list[str]:
         """What is named of the code of the directory, where that may run."""
-        return named_code(self.directory / "config.json") if self.trust_remote_code else []
+        return named_code(self.directory / CONFIG) if self.trust_remote_code else []
 
     def _on_meta(self) -> nn.Module:
         return _causal_model(self.config, self.directory, self.trust_remote_code)

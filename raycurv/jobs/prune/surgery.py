@@ -367,9 +367,8 @@ def updated(op: Surgery) -> Updated | None:
     if not (op.has("pruned") and op.has("weights") and _has_table(op)):
         return None
     file = op.open("pruned")
-    said = json.loads(file.metadata["pruned"])
     seen = file.read("seen") if "seen" in file.names else None
-    return Updated(PrunedBlock(**said), seen, float(file.metadata["first"]))
+    return Updated(file.noted_json("pruned", PrunedBlock), seen, file.noted("first"))
 
 
 def update_block(op: Surgery, z_M: Tensor | None, notes: dict[str, str]) -> Updated:
