@@ -12,8 +12,9 @@ import sys
 # in memory already, all others are searched for.
 _SCRIPTS = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(__file__))), "jobs")
 _FIRST = sys.path[0] if sys.path else "."
-# What `-m` names is looked for under this name of the program, whatever other options there are.
-_AS_MODULE = sys.argv[:1] == ["-m"] and os.path.isdir(_FIRST) and os.path.samefile(_FIRST, ".")
+# While what `-m` names is looked for the program is called so; the name stands before its words.
+_NAMED = sys.orig_argv[-len(sys.argv)] if sys.argv[:1] == ["-m"] else ""
+_AS_MODULE = _NAMED == "raycurv" or (_NAMED.startswith("-") and _NAMED.endswith("mraycurv"))
 if not sys.flags.safe_path and (_AS_MODULE or os.path.realpath(_FIRST) == _SCRIPTS):
     del sys.path[0]
 

@@ -427,8 +427,12 @@ def test_a_command_does_not_take_files_of_the_working_directory_for_libraries(
     )  # fmt: skip
     assert "of the working directory" not in done.stderr
     assert done.returncode == (2 if how == "script" else 0), done.stderr
+    # Another program finds what lies beside it, also one that imports raycurv at its beginning.
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "__init__.py").write_text("import raycurv")
+    (tmp_path / "own" / "__main__.py").write_text("import torch")
     control = subprocess.run(
-        [sys.executable, "-m", "torch"], cwd=tmp_path, text=True, capture_output=True,
+        [sys.executable, "-m", "own"], cwd=tmp_path, text=True, capture_output=True,
         env=environment(PYTHONPATH=str(ROOT)),
     )  # fmt: skip
-    assert "torch of the working directory" in control.stderr
+    assert "of the working directory" in control.stderr
