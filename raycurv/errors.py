@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,8 +50,10 @@ def shortened(text: str, most: int = 100) -> str:
 
 
 def in_words(error: Exception) -> str:
-    """What a library says of an error, as a part of a sentence, and not more than its head."""
-    return shortened(" ".join(str(error).split()), 400).rstrip(". ")
+    """What a library says of an error, as a part of a sentence: its kind where it says nothing, and
+    the head of a long text, of whole words (part of one might be of a secret)."""
+    text = textwrap.shorten(str(error), 400, placeholder=" …").rstrip(". ")
+    return text or type(error).__name__
 
 
 @contextmanager

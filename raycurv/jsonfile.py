@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from raycurv.errors import UserError, shortened, user_errors
+from raycurv.errors import UserError, in_words, shortened, user_errors
 
 T = TypeVar("T")
 
@@ -99,7 +99,7 @@ def parse_json(
     try:
         found = strict_json(data)
     except ValueError as error:
-        raise invalid(str(error)[:300]) from error
+        raise invalid(in_words(error)) from error
     if not isinstance(found, dict):
         raise invalid(f"a {type(found).__name__} of JSON")
     return found

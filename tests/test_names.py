@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from raycurv.errors import UserError
+from raycurv.errors import UserError, in_words
 from raycurv.names import inside, plain_name, regular_file
 
 WHERE = "index.json"
@@ -80,3 +80,10 @@ def test_only_a_regular_file_is_one(tmp_path: Path) -> None:
             regular_file(tmp_path, name, WHERE)
     with pytest.raises(UserError):
         regular_file(tmp_path, "ring", WHERE)
+
+
+def test_what_libraries_say_is_told_in_one_line_of_whole_words() -> None:
+    assert in_words(KeyError("x")) == "'x'" and in_words(StopIteration()) == "StopIteration"
+    assert in_words(ValueError("of\n two   lines.")) == "of two lines"
+    long = in_words(ValueError("word " * 70 + "https://me:SESAME@" + 200 * "x"))
+    assert long == "word " * 69 + "word …" and "SESAME" not in long

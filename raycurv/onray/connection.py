@@ -15,7 +15,7 @@ import ray
 from ray.exceptions import AuthenticationError
 from ray.job_config import JobConfig
 
-from raycurv.errors import UserError
+from raycurv.errors import UserError, in_words
 from raycurv.onray.address import check_answers
 
 
@@ -48,7 +48,7 @@ def connect(address: str) -> bool:
                 # A token or a directory for sockets that the environment names.
                 raise UserError(
                     "--address local", "a Ray that starts on this machine",
-                    " ".join(str(error).split()),
+                    in_words(error),
                     "Set right, or unset, RAY_AUTH_TOKEN_PATH, RAY_TMPDIR and TMPDIR; or use "
                     "--address none.",
                 ) from error  # fmt: skip

@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import GetTimeoutError, NodeDiedError, RayError, TaskUnschedulableError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raycurv.errors import RaycurvError, UserError
+from raycurv.errors import RaycurvError, UserError, in_words
 from raycurv.files.store import Store
 from raycurv.onray.connection import Node, nodes
 
@@ -89,7 +89,7 @@ def _ask(
         except RayError as error:
             ray.cancel(handle, force=False)
             raise RaycurvError(
-                str(node), "an answer to a small task", " ".join(str(error).split())[:500],
+                str(node), "an answer to a small task", in_words(error),
                 "Look at that node (`ray status`, and its raylet's log), or take it away.",
             ) from error  # fmt: skip
     return found
