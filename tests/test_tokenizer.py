@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tokenizers
 from byte_tokenizer import BOS, EOS, VOCAB, byte_ids, save_byte_tokenizer
 
 from raycurv.data.tokenizer import LazyTokenizer, affixes
@@ -71,3 +75,61 @@ def test_special_tokens_that_cannot_be_told_apart_are_a_mistake() -> None:
 
     with pytest.raises(UserError, match="before and after a text"):
         affixes(Mixing())  # type: ignore[arg-type]
+
+
+def _changed(directory: Path, change: Callable[[dict[str, Any]], object]) -> LazyTokenizer:
+    file = save_byte_tokenizer(directory) / "tokenizer.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+    return LazyTokenizer(directory)
+
+
+def _replacing(times: int) -> dict[str, Any]:
+    one = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 16}
+    return {"normalizer": {"type": "Sequence", "normalizers": [one] * times}}
+
+
+def test_a_normalizer_that_makes_a_text_huge_is_refused_before_it_does(tmp_path: Path) -> None:
+    tokenizer = _changed(tmp_path, lambda c: c.update(_replacing(8)))
+    with pytest.raises(UserError, match=f"normalizer makes of one, got {16**8:,}"):
+        tokenizer.encode(["a"], special=False)
+    fair = _changed(tmp_path, lambda c: c.update(_replacing(2)))
+    assert len(fair.encode(["a"], special=False)[0]) == 256
+
+
+def test_special_tokens_without_end_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="at most 1,024 special tokens around a text, got 2,000"):
+        LazyTokenizer(save_byte_tokenizer(tmp_path, "<s> " * 2000 + "$A")).encode([], special=True)
+
+
+def test_a_pattern_that_gives_up_on_a_text_is_a_mistake(tmp_path: Path) -> None:
+    pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated",
+               "invert": False}  # fmt: skip
+    tokenizer = _changed(tmp_path, lambda c: c.update(pre_tokenizer=pattern))
+    tokenizer.encode(["aa"], special=False)
+    with pytest.raises(RuntimeError, match="retry-limit"):
+        tokenizer.encode(["a" * 40 + "b"], special=False)
+
+
+@pytest.mark.parametrize("case", ["a link", "a pipe", "larger"])
+def test_files_of_a_tokenizer_are_files_of_its_directory(tmp_path: Path, case: str) -> None:
+    file = save_byte_tokenizer(tmp_path / "model") / "tokenizer.json"
+    if case == "larger":
+        os.truncate(file, 65 << 20)
+    else:
+        file.rename(tmp_path / "moved.json")
+        file.symlink_to("../moved.json") if case == "a link" else os.mkfifo(file)
+    says = {"a link": "a link to", "a pipe": "a pipe", "larger": "68,157,440"}
+    with pytest.raises(UserError, match=says[case]):
+        LazyTokenizer(file.parent).encode(["a"], special=False)
+
+
+def test_a_tokenizer_that_knows_few_words_is_recorded_all_the_same(tmp_path: Path) -> None:
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"one": 0}))
+    words.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = LazyTokenizer(tmp_path)
+    assert tokenizer.encode(["one"], special=True) == [[0]]
+    assert tokenizer.describe()["before"] is None
+    with pytest.raises(UserError, match="takes the text 'a'"):
+        affixes(tokenizer)

@@ -362,6 +362,25 @@ def test_what_stays_in_float32_does_so_as_transformers_has_it(tmp_path: Path) ->
         assert mine[name].dtype == tensor.dtype and torch.equal(mine[name], tensor), name
 
 
+def test_a_configuration_of_an_ordinary_kind_is_no_mistake(own: Path) -> None:
+    # A layer counted from the end, what FSDP calls a class, outputs as a tuple.
+    said = {"vision_feature_layer": -2, "embed_dim_per_stage": [1152], "return_dict": False}
+    _config(own, architectures=["FSDPLlamaForCausalLM"], **said)
+    assert open_model(str(own)).units == 2
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [("hidden_act", {"hidden_act": "foo"}),
+     ("rope_scaling.rope_type", {"rope_scaling": {"rope_type": "foo", "factor": 2.0}})],
+)  # fmt: skip
+def test_a_value_that_transformers_does_not_know_is_named_with_its_field(
+    own: Path, field: str, said: dict[str, Any]
+) -> None:
+    _config(own, **said)
+    _refused(own, f"KeyError: 'foo' (see {field})")
+
+
 def test_names_that_differ_by_numbers_are_shown_as_one() -> None:
     names = [f"layers.{n}.w{m}" for n in range(3) for m in "ab"] + ["a.1.b", "a.4.b"]
     assert listed(names) == "a.{1,4}.b, layers.{0..2}.wa, layers.{0..2}.wb"

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from raycurv.errors import UserError, user_errors
 from raycurv.models.checkpoint_files import TOKENIZER_FILES
 from raycurv.models.foreign_code import nothing_from_outside
+from raycurv.names import regular_file
+
+# What transformers reads of a directory for a tokenizer; the largest in use has 35 MB.
+_READ = (*TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "merges.txt",
+    "chat_template.jinja", "chat_template.json")  # fmt: skip
+_MOST_BYTES = 64 << 20
+# What a tokenizer may put around a text, in tokens, and make of one character by replacements.
+_MOST_AFFIXES, _MOST_GROWTH = 1024, 256
 
 
 class Tokenizer(Protocol):
@@ -31,27 +41,34 @@ class LazyTokenizer:
 
     def encode(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
         """Token ids of each text, neither padded nor truncated; UserError if the directory has no
-        tokenizer, or one that transformers cannot load."""
+        tokenizer, or one that transformers cannot load; any exception for texts that it does not
+        take."""
         if self._loaded is None:
             self._loaded = _load(self._directory, self._trusted)
-        encoded = self._loaded(
-            list(texts),
-            add_special_tokens=special,
-            padding=False,
-            truncation=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
+        with _panics_as_errors():
+            encoded = self._loaded(
+                list(texts),
+                add_special_tokens=special,
+                padding=False,
+                truncation=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )
         ids: list[list[int]] = encoded["input_ids"]
         return ids
 
     def describe(self) -> dict[str, Any]:
         """What a run records: its class, its size, and the tokens that it puts before and after a
-        text; empty when no text was met."""
+        text (``None`` where these cannot be told); empty when no text was met."""
         if self._loaded is None:
             return {}
-        before, after = affixes(self)
+        before: list[int] | None
+        after: list[int] | None
+        try:
+            before, after = affixes(self)
+        except UserError:
+            before = after = None
         kind, size = type(self._loaded).__name__, len(self._loaded)
         return {"class": kind, "tokens": size, "before": before, "after": after}
 
@@ -64,6 +81,18 @@ def _load(directory: Path, trust_remote_code: bool) -> Any:
             "none of its files" if directory.is_dir() else "no such directory",
             "Save the model's tokenizer beside the model, or give the data as `input_ids`.",
         )
+    for name in _READ:
+        path = directory / name
+        if not path.exists() and not path.is_symlink():
+            continue
+        size = regular_file(directory, name, f"the tokenizer of {directory}").stat().st_size
+        if size > _MOST_BYTES:
+            raise UserError(
+                str(path),
+                f"at most {_MOST_BYTES:,} bytes",
+                f"{size:,}",
+                "No tokenizer is that large: check what the file is.",
+            )
     # Imported here since it takes seconds, which data that is tokenised already need not wait for.
     from transformers import AutoTokenizer
 
@@ -77,17 +106,63 @@ def _load(directory: Path, trust_remote_code: bool) -> Any:
             Exception,  # transformers and its back ends raise whatever they meet
         ),
         code,
+        _panics_as_errors(),
     ):
-        return AutoTokenizer.from_pretrained(
+        loaded = AutoTokenizer.from_pretrained(
             str(directory), local_files_only=True, trust_remote_code=trust_remote_code
         )
+        put = loaded.num_special_tokens_to_add()
+        grown = _growth(loaded)
+    for got, most, what in (
+        (put, _MOST_AFFIXES, "special tokens around a text"),
+        (grown, _MOST_GROWTH, "characters that its normalizer makes of one"),
+    ):
+        if got > most:
+            raise UserError(
+                f"the tokenizer of {directory}",
+                f"at most {most:,} {what}",
+                f"{got:,}",
+                "Correct tokenizer.json, or give the data as `input_ids`.",
+            )
+    return loaded
+
+
+def _growth(tokenizer: Any) -> int:
+    """How many characters the replacements of a tokenizer's normalizer may make of one."""
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    waiting = [] if normalizer is None else [json.loads(normalizer.__getstate__())]
+    growth = 1
+    while waiting:
+        said = waiting.pop()
+        waiting += said.get("normalizers") or ()
+        if said["type"] in ("Replace", "Prepend"):
+            growth *= max(1, len(said.get("content") or said.get("prepend") or ""))
+    return growth
+
+
+@contextmanager
+def _panics_as_errors() -> Iterator[None]:
+    """Makes an exception of a panic of a tokenizer in Rust, which is none, so that it is handled as
+    others are: a pattern that takes too long on some text, say."""
+    try:
+        yield
+    except BaseException as panic:
+        if type(panic).__name__ != "PanicException":
+            raise
+        raise RuntimeError(str(panic)) from panic
 
 
 def affixes(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """The special tokens that a tokenizer puts before and after a text, such as BOS and EOS;
     UserError if they cannot be told from the text's."""
     probe = "a"
-    (plain,), (dressed,) = (tokenizer.encode([probe], special=special) for special in (False, True))
+    with user_errors(
+        "the model's tokenizer",
+        f"one that takes the text {probe!r}, to tell its special tokens",
+        "Give prompts and completions as `input_ids` with a `loss_mask`.",
+        Exception,  # as in loading it
+    ):
+        plain, dressed = (tokenizer.encode([probe], special=on)[0] for on in (False, True))
     for start in range(len(dressed) - len(plain) + 1):
         end = start + len(plain)
         if dressed[start:end] == plain:

@@ -73,6 +73,8 @@ def check_architecture(content: Mapping[str, Any], path: str, trust_remote_code:
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         got, remedy = str(named)[:80], "Take config.json from where the model was saved."
         raise UserError(path, "architectures as a list of names", got, remedy)
+    # What PyTorch's FSDP puts before the name of a class that it has wrapped.
+    named = [name.removeprefix("FSDP") for name in named]
     own = content.get("auto_map")
     if own and kind not in CONFIG_MAPPING_NAMES:
         return  # nothing is known of it without the directory's own code
@@ -124,7 +126,10 @@ def _described(name: str, own_code: bool) -> tuple[str, str]:
         if name in _names(table):
             return what, how
     if name in set(_flat(modeling_auto.MODEL_MAPPING_NAMES.values())):
-        return "a bare model without a language model's head", _OWN
+        return "a bare model without a language model's head", (
+            f"{_OWN}, or correct architectures in config.json if it was trained with the head that "
+            "its weights have"
+        )
     for ending, what, how in _ENDINGS:
         if name.endswith(ending):
             return what, how

@@ -21,13 +21,14 @@ CONFIG = "config.json"
 _MOST_BYTES, _MOST_VALUES, _MOST_DEPTH = 8 << 20, 400_000, 32
 # torch counts in 64 bits, and products of several of these must stay below.
 _MOST = 2**53
+# A layer takes some 10 ms to look at; the deepest that are known have 315.
+_MOST_LAYERS = 512
 # Numbers of which so many objects of Python are made, and the most of each.
 _COUNTED = (
-    (re.compile(r"(^|_)(layers?|blocks?|depths?|stages?|types)$"), 1024),
+    (re.compile(r"(^|_)(?<!per_)(layers?|blocks?|depths?|stages?|types)$"), _MOST_LAYERS),
     (re.compile(r"(^|_)experts?$|experts_per|^num_labels$"), 100_000),
     (re.compile(r"(^|_)(attention_)?heads?$"), 100_000),
 )
-_MOST_LAYERS = 1024
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 _COMPRESSED = "compressed-tensors"
 # What a description of compressed tensors may say that nothing follows from, by itself.
@@ -75,7 +76,8 @@ def _bounds(name: str) -> tuple[int, int]:
     if name in _LAYERS:
         return 1, _MOST_LAYERS
     most = next((most for pattern, most in _COUNTED if pattern.search(name)), None)
-    return (-_MOST, _MOST) if most is None else (-1, most)
+    # Negative ones count from the end (vision_feature_layer), or say that there is none.
+    return (-_MOST, _MOST) if most is None else (-most, most)
 
 
 def is_quantised(content: Mapping[str, Any]) -> bool:

@@ -20,7 +20,7 @@ import transformers
 from torch import Tensor, nn
 
 from raycurv.batch import Batch
-from raycurv.errors import UserError, user_errors, users_code
+from raycurv.errors import RaycurvError, UserError, in_words, shortened, users_code
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.coverage import outermost
 from raycurv.models.anatomy import (
@@ -137,7 +137,7 @@ class HFOutline(Outline):
         return named_code(self.directory / CONFIG) if self.trust_remote_code else []
 
     def _on_meta(self) -> nn.Module:
-        return _causal_model(self.config, self.directory, self.trust_remote_code)
+        return _causal_model(self.config, self.content, self.directory, self.trust_remote_code)
 
     def _stored_twice(self, shape: torch.Size) -> bool:
         return False
@@ -731,13 +731,16 @@ def _read_config(directory: Path, content: Mapping[str, Any], trust_remote_code:
     wanted = f"a configuration that transformers {transformers.__version__} knows"
     # Each architecture checks its own fields, with errors of several libraries.
     code = nothing_from_outside(directory / CONFIG, trust_remote_code)
-    with library_errors(path, wanted), _quiet(), code:
+    with library_errors(path, wanted, content), _quiet(), code:
         config = transformers.AutoConfig.from_pretrained(
             str(directory), local_files_only=True, trust_remote_code=trust_remote_code
         )
     # Where its code lies, if it has any: whatever the file says of that.
     config._name_or_path = str(directory)
     plain_implementations(config)
+    # Outputs are taken by their names, whatever other callers are given.
+    for part in (config, config.get_text_config()):
+        part.return_dict = True
     # Of plain tensors, which need no library to be read.
     for name in ("quantization_config", "compression_config"):
         if getattr(config, name, None) is not None:
@@ -745,11 +748,13 @@ def _read_config(directory: Path, content: Mapping[str, Any], trust_remote_code:
     return config
 
 
-def _causal_model(config: Any, directory: Path, trust_remote_code: bool) -> nn.Module:
+def _causal_model(
+    config: Any, content: Mapping[str, Any], directory: Path, trust_remote_code: bool
+) -> nn.Module:
     """The whole model on the meta device."""
     path, wanted = directory / CONFIG, "the configuration of a causal language model"
     code = nothing_from_outside(path, trust_remote_code)
-    with library_errors(str(path), wanted), META, _quiet(), code:
+    with library_errors(str(path), wanted, content), META, _quiet(), code:
         # Of models of images and text, too, text alone is a causal language model's.
         auto = transformers.AutoModelForCausalLM
         if type(config) not in auto._model_mapping:
@@ -762,10 +767,32 @@ def _causal_model(config: Any, directory: Path, trust_remote_code: bool) -> nn.M
     return cast(nn.Module, model)
 
 
-def library_errors(where: str, expected: str) -> AbstractContextManager[None]:
+@contextmanager
+def library_errors(
+    where: str, expected: str, content: Mapping[str, Any] | None = None
+) -> Iterator[None]:
     """Around foreign code that a model directory's content decides about: whatever it raises is
-    about that."""
-    return user_errors(where, expected, AS_FACTORY, Exception)
+    about that, and those fields of ``content`` whose values it names are named with it."""
+    try:
+        yield
+    except RaycurvError:
+        raise
+    except Exception as error:
+        text = str(error)
+        fields = [name for name, value in _texts(content or {}) if repr(value) in text][:3]
+        see = f" (see {shortened(' and '.join(fields))})" if fields else ""
+        raise UserError(
+            where, expected, f"{type(error).__name__}: {in_words(error)}{see}", AS_FACTORY
+        ) from error
+
+
+def _texts(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The values of a configuration that are text, each with its dotted name."""
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _texts(value, f"{prefix}{key}.")
+        elif isinstance(value, str):
+            yield f"{prefix}{key}", value
 
 
 def _ignorable(module: Any) -> tuple[str, ...]:

@@ -52,9 +52,9 @@ class CovarianceCost(PassCost):
     writing_name = "writing factors"
 
     def held(self, stage: StageShape, recipe: Recipe, data: DataShape) -> Bytes:
-        sums = 0
+        sums, outputs = 0, _outputs(stage)
         for name, tiles in stage.factors(recipe.max_factor_dim).items():
-            additions = data.microbatches * (recipe.draws if name in _outputs(stage) else 1)
+            additions = data.microbatches * (recipe.draws if name in outputs else 1)
             sums += squares(tiles) * sum_bytes(recipe, additions)
         return {"sums of A and G": sums}
 
