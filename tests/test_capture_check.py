@@ -261,6 +261,25 @@ def test_layers_that_cannot_be_captured_are_named_and_left_out(
     assert run.block_names() == ["b"]
 
 
+class Overwriting(nn.Module):
+    """Changes what tanh keeps for its backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x))
+        y = self.b(h)
+        h.add_(1.0)
+        return y
+
+
+def test_a_backward_that_fails_is_a_mistake_of_the_network(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="RuntimeError: .*inplace operation.*Correct the forward"):
+        fit(Overwriting, vectors(6, 6, "classes"), tmp_path / "o")
+
+
 def test_a_layer_by_itself_is_told_how_it_is_taken(tmp_path: Path) -> None:
     data = vectors(6, 6, "classes")
     with pytest.raises(UserError, match=r"Return torch\.nn\.Sequential\(layer\)"):

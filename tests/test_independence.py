@@ -18,15 +18,23 @@ import raycurv
 from raycurv.errors import UserError
 
 
-def fit(make: Callable[[], nn.Module], data: Any, out: Path, **settings: Any) -> raycurv.Run:
-    def seeded() -> nn.Module:
-        with torch.random.fork_rng():
-            torch.manual_seed(1)
-            return make()
+def seeded(make: Callable[[], nn.Module]) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return make()
 
+
+def fit(make: Callable[[], nn.Module], data: Any, out: Path, **settings: Any) -> raycurv.Run:
     given = {"objective": "classification", "batch_tokens": 16, "fisher": "empirical"} | settings
     return raycurv.fit(
-        seeded, data, out, address="none", dtype="float64", quiet=True, gradients=True, **given
+        partial(seeded, make),
+        data,
+        out,
+        address="none",
+        dtype="float64",
+        quiet=True,
+        gradients=True,
+        **given,
     )
 
 
@@ -159,11 +167,73 @@ def test_an_axis_that_is_as_long_as_the_texts_is_not_taken_for_them(tmp_path: Pa
 
 def test_an_objective_that_reads_padding_is_refused(tmp_path: Path) -> None:
     how = {"blocks": ("a", "out")}
-    with refused(r"no gradient at padding.*batch\.at_last"):
+    with refused(r"the objective, example .*batch\.at_last"):
         fit(Each, MIXED, tmp_path / "last", objective=OfLast(False), **how)
     last = fit(Each, MIXED, tmp_path / "own", objective=OfLast(True), **how)
     alone = fit(Each, MIXED, tmp_path / "one", objective=OfLast(False), batch_tokens=1, **how)
     np.testing.assert_allclose(norms(last), norms(alone), rtol=1e-6)
+
+
+class OfBatch:
+    """A class's loss with something of the microbatch in it."""
+
+    def __init__(self, part: Callable[[Tensor], Tensor]) -> None:
+        self.part = part
+
+    def loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return F.cross_entropy(self.part(outputs), batch.labels, reduction="none")
+
+    def sample(self, outputs: Tensor, batch: Any, uniform: Any) -> Tensor:
+        return (uniform(1)[:, 0] * outputs.shape[1]).long()
+
+
+PARTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a mean": lambda z: z - z.mean(dim=0),
+    "its size": lambda z: z / len(z),
+    "the others": lambda z: z @ z.T @ z,
+}
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "sampled"])
+@pytest.mark.parametrize("part", PARTS)
+def test_an_objective_of_the_whole_microbatch_is_refused(
+    tmp_path: Path, part: str, fisher: str
+) -> None:
+    data = vectors(9, 5, "classes")
+    with refused("the objective, example 'row 0': .*where the example is alone"):
+        fit(
+            partial(Noisy, False),
+            data,
+            tmp_path / "o",
+            objective=OfBatch(PARTS[part]),
+            fisher=fisher,
+        )
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_an_objective_of_ones_own_is_not_refused(tmp_path: Path, dtype: str) -> None:
+    given = {"address": "none", "quiet": True, "batch_tokens": 16}
+    raycurv.fit(
+        partial(Noisy, False), vectors(9, 5, "classes"), tmp_path / "o", dtype=dtype,
+        objective=OfBatch(lambda z: z.float() if dtype == "bfloat16" else z), **given,
+    )  # fmt: skip
+    texts_, how = texts(8, 8, 3, 2), given | {"blocks": ("a", "out"), "fisher": "empirical"}
+    network = partial(seeded, lambda: Each().to(getattr(torch, dtype)))
+    raycurv.fit(network, texts_, tmp_path / "t", dtype=dtype, objective=OfLast(True), **how)
+
+
+def test_losses_are_looked_at_where_nothing_is_differentiated(tmp_path: Path) -> None:
+    labelled = [row | {"labels": row["input_ids"]} for row in MIXED]
+    for own in (False, True):
+        evaluated = partial(
+            raycurv.evaluate, partial(seeded, Each), labelled, tmp_path / f"{own}",
+            objective=OfLast(own), address="none", batch_tokens=16, quiet=True,
+        )  # fmt: skip
+        if own:
+            evaluated()
+        else:
+            with refused("the objective, example"):
+                evaluated()
 
 
 def test_what_a_microbatch_decides_together_is_refused(tmp_path: Path) -> None:

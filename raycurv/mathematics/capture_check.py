@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from raycurv.batch import Batch
-from raycurv.errors import UserError
+from raycurv.errors import UserError, users_code
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Capture, Captured, Record
 from raycurv.mathematics.choice import leaving_out
@@ -204,7 +204,13 @@ def _back(roots: Sequence[tuple[Tensor, int]], batch: Batch, scales: Sequence[fl
         tensors.append(root)
         cotangents.append(cotangent)
     if tensors:
-        torch.autograd.backward(tensors, cotangents)
+        with users_code(
+            "the model",
+            "layers whose backward runs, as it does in training",
+            "Correct the forward: an in-place operation may have changed what a layer keeps for "
+            "its backward.",
+        ):
+            torch.autograd.backward(tensors, cotangents)
 
 
 @dataclass

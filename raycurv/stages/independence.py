@@ -1,4 +1,4 @@
-"""Proof that what a network makes of an example is its own: alone it leaves the same.
+"""Proof that what a network and an objective make of an example is its own: alone it is the same.
 
 Examples go through a network in microbatches, the shorter ones padded, and who is with whom depends
 on ``--batch-tokens``. A mean over padding, a choice made for all of a batch, or a norm over it make
@@ -16,6 +16,7 @@ from torch import Tensor
 from raycurv.batch import Batch, Hidden
 from raycurv.errors import UserError
 from raycurv.mathematics.capture_check import chosen_examples
+from raycurv.mathematics.loss.differentiation import LOSS, LossGradients
 
 # Largest ‖together − alone‖ over ‖together‖. Sums of other shapes are rounded differently, which
 # deep networks amplify; what is made of padding is a share of the whole.
@@ -23,6 +24,12 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 # Runs layers on a microbatch and what enters them; gives what leaves.
 Forward = Callable[[Batch, Hidden | None], Hidden]
+
+
+# The same of an objective's gradients, which are small differences of rounded numbers.
+BORNE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 0.25}
+# What an objective makes of hidden states.
+Again = Callable[[Batch, Tensor], LossGradients]
 
 
 def check_independence(
@@ -39,35 +46,76 @@ def check_independence(
         UserError: they differ; names the example and by how much.
     """
     for n in chosen_examples(batch):
-        length = None if batch.mask is None else int(batch.mask[n].sum())
-
-        def own(tensor: Tensor, n: int = n, length: int | None = length) -> Tensor:
-            if tensor.shape[:1] != (batch.size,):
-                return tensor  # what all examples share
-            tokens = batch.mask is not None and tensor.shape[:2] == batch.mask.shape
-            return tensor[n : n + 1, :length] if tokens and tensor.ndim > 2 else tensor[n : n + 1]
-
+        part, own = _alone(batch, n)
         with torch.no_grad():
-            alone = forward(
-                batch.part([n], length), None if entered is None else tuple(map(own, entered))
-            )
+            alone = forward(part, None if entered is None else tuple(map(own, entered)))
         for one, all_ in zip(alone, left, strict=True):
             together = own(all_.detach())
             if one.shape != together.shape or all_.shape[:1] != (batch.size,):
                 continue  # not of examples, or not of their tokens
             if not all_.is_floating_point():
                 continue
-            difference = torch.linalg.vector_norm((one - together).double())
-            relative = float(difference / torch.linalg.vector_norm(together.double()))
+            relative = _norm(one - together) / max(_norm(together), 1e-300)
             if relative > TOLERANCE.get(all_.dtype, 5e-2):
-                padding = batch.mask is not None and not bool(batch.mask[n].all())
+                padded = part.inputs.shape[1:] != batch.inputs.shape[1:]
+                tokens = f", without padding behind its {part.inputs.shape[1]} tokens"
                 raise UserError(
                     f"{where}, example {batch.ids[n]!r}",
                     "outputs of an example that are its own, whatever is in the microbatch with it",
-                    f"others by {relative:.2g} where it goes through alone"
-                    + (f", without padding behind its {length} tokens" if padding else ""),
+                    f"others by {relative:.2g} where it goes through alone{tokens * padded}",
                     "Let the forward take an attention_mask and leave padding out of what it sums "
                     "over; or give --batch-tokens 1, with which each example goes alone."
-                    if padding else "Let the forward compute each example by itself; or give "
+                    if padded else "Let the forward compute each example by itself; or give "
                     "--batch-tokens 1, with which each goes alone.",
                 )  # fmt: skip
+
+
+def check_objective(again: Again, batch: Batch, hidden: Tensor, found: LossGradients) -> None:
+    """Hold what an objective made of some examples of a microbatch against what it makes of each
+    alone: gradients with respect to the hidden states, and losses.
+
+    Args:
+        hidden, found: of the whole microbatch.
+
+    Raises:
+        UserError: they differ; names the example and by how much.
+    """
+    for n in chosen_examples(batch):
+        part, own = _alone(batch, n)
+        padded = part.inputs.shape[1:] != batch.inputs.shape[1:]
+        if padded and hidden.shape == batch.inputs.shape:
+            continue  # a number for each position, or so many of an example
+        one = again(part, own(hidden))
+        pairs = list(zip(one.gradients, found.gradients, strict=True))
+        if LOSS in found.results:
+            pairs.append((one.results[LOSS], found.results[LOSS]))
+        for mine, all_ in pairs:
+            largest = max(_norm(values) for values in all_)
+            relative = _norm(mine - own(all_)) / max(largest, 1e-300)
+            if relative > BORNE.get(hidden.dtype, 0.25):
+                raise UserError(
+                    f"the objective, example {batch.ids[n]!r}",
+                    "a number of each example that is its own, whatever is in the microbatch with "
+                    "it",
+                    f"one that differs by {relative:.2g} where the example is alone",
+                    "Sum over an example's own tokens and outputs: no mean over the microbatch, no "
+                    "division by its size, no padding (batch.mask, batch.at_last); or give "
+                    "--batch-tokens 1, with which each example goes alone.",
+                )
+
+
+def _alone(batch: Batch, n: int) -> tuple[Batch, Callable[[Tensor], Tensor]]:
+    """An example of a microbatch without padding, and what takes its part of a tensor."""
+    length = None if batch.mask is None else int(batch.mask[n].sum())
+
+    def own(tensor: Tensor) -> Tensor:
+        if tensor.shape[:1] != (batch.size,):
+            return tensor  # what all examples share
+        tokens = batch.mask is not None and tensor.shape[:2] == batch.mask.shape
+        return tensor[n : n + 1, :length] if tokens and tensor.ndim > 2 else tensor[n : n + 1]
+
+    return batch.part([n], length), own
+
+
+def _norm(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values.double()))

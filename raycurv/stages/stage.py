@@ -33,13 +33,18 @@ from raycurv.mathematics.capture_check import (
 )
 from raycurv.mathematics.checkpointing import PlainCheckpoints
 from raycurv.mathematics.frozen_linear import FrozenLinear
-from raycurv.mathematics.loss.differentiation import differentiate
-from raycurv.mathematics.loss.objective import Objective, open_measurement, open_objective
+from raycurv.mathematics.loss.differentiation import LossGradients, differentiate
+from raycurv.mathematics.loss.objective import (
+    Objective,
+    is_ours,
+    open_measurement,
+    open_objective,
+)
 from raycurv.mathematics.sums import Results, is_finite
 from raycurv.models.model import Model
 from raycurv.models.patched import repatch
 from raycurv.stages.heap import RESIDENT, give_back, give_back_at_once
-from raycurv.stages.independence import check_independence
+from raycurv.stages.independence import Again, check_independence, check_objective
 from raycurv.stages.passes import Gathered, Pass
 from raycurv.stages.seen import Seen
 
@@ -147,6 +152,8 @@ class Stage:
         # Whether examples of a microbatch without padding, and of one with it, have been held
         # against themselves alone.
         self._alone: set[bool] = set()
+        # The same of what the objective makes of them, by what is differentiated.
+        self._judged: set[tuple[str, bool]] = set()
         self._random = False
         self._open: dict[int, _Open] = {}
         self._pass: Pass | None = None
@@ -281,23 +288,29 @@ class Stage:
             return self.backward(batch.index, gradients)
         batch = batch.to(self._device)
         record = Record(batch) if opened is None else opened.record
-        target, objective = self._pass.target, self._measures()
+        work, objective = self._pass, self._measures()
 
-        def begin_draw(draw: int) -> None:
-            record.draw = draw
+        def differentiated(batch: Batch, hidden: Tensor, record: Record) -> LossGradients:
+            def begin_draw(draw: int) -> None:
+                record.draw = draw
 
-        with self._graph(opened is not None, record):
-            found = differentiate(
+            return differentiate(
                 objective,
                 lambda part, start: self._head(objective, record, part, start),
-                left[0],
+                hidden,
                 batch,
-                target,
-                self._pass.draws,
+                work.target,
+                work.draws,
                 self.spec.seed,
-                self._slice_positions(batch, left[0]),
+                self._slice_positions(batch, hidden),
                 begin_draw,
             )
+
+        with self._graph(opened is not None, record):
+            found = differentiated(batch, left[0], record)
+        self._check_objective(
+            lambda part, hidden: differentiated(part, hidden, Record(part)), batch, left[0], found
+        )
         results = {name: tensor.cpu() for name, tensor in found.results.items()}
         if opened is None:
             return None, results
@@ -436,6 +449,19 @@ class Stage:
                 return self._segment.forward(part, _own(entered))
 
         check_independence(forward, batch, entered, left, f"model {self.spec.model.name}")
+
+    def _check_objective(
+        self, again: Again, batch: Batch, hidden: Tensor, found: LossGradients
+    ) -> None:
+        """See :func:`raycurv.stages.independence.check_objective`; of the user's own, in the first
+        microbatch of each kind of pass and in the first padded one."""
+        assert self._pass is not None
+        seen = self._pass.target, batch.mask is not None and not bool(batch.mask.all())
+        if batch.size == 1 or seen in self._judged or is_ours(self._measures()):
+            return
+        self._judged.add(seen)
+        with torch.set_grad_enabled(self._pass.differentiates), FrozenLinear():
+            check_objective(again, batch, hidden.detach(), found)
 
     def _disagreements(
         self, batch: Batch, hidden: Hidden | None, rows: Sequence[int]

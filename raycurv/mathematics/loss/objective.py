@@ -323,6 +323,11 @@ _SHIPPED: dict[str, Callable[[], Objective]] = {
 }
 
 
+def is_ours(objective: Objective) -> bool:
+    """Whether an objective is one that comes with raycurv."""
+    return type(objective) in _SHIPPED.values()
+
+
 def is_shipped(name: str) -> bool:
     """Whether an objective of that name comes with raycurv, so that naming it imports nothing."""
     return name in _SHIPPED
