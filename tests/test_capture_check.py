@@ -276,7 +276,7 @@ class Overwriting(nn.Module):
 
 
 def test_a_backward_that_fails_is_a_mistake_of_the_network(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="RuntimeError: .*inplace operation.*Correct the forward"):
+    with pytest.raises(UserError, match=r"RuntimeError: .*inplace operation.*Correct the forward"):
         fit(Overwriting, vectors(6, 6, "classes"), tmp_path / "o")
 
 

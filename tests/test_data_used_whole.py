@@ -44,7 +44,7 @@ def test_labels_that_are_shifted_already_are_refused_where_the_loss_is_of_tokens
     ids = [5, 6, 7, 8, 9, 5]
     shifted = [{"input_ids": ids, "labels": [*ids[1:], -100]}]
     assert "shifted already" in str(mistake(shifted, per_token=True))
-    # Controls: an objective of its own may pair them itself; and the remedies.
+    # Controls: an objective of the user may pair them itself; and the remedies.
     read(shifted, per_token=False)
     for labels in (ids, [-100, *ids[1:]], [-100, 6, 9, 9, 9, 5]):
         read([{"input_ids": ids, "labels": labels}], per_token=True)
