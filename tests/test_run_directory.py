@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import resource
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from commands import EXACT_FIT, classified, classifier, rewritten
@@ -22,8 +24,10 @@ from raycurv import UserError
 from raycurv.errors import DamagedFile, DiskError, NoSpace
 from raycurv.files import lock
 from raycurv.files.store import Store
+from raycurv.files.tables import read_table, write_tables
 from raycurv.files.tensorfile import open_tensors, write_tensors
 from raycurv.jobs.fit.phases import FitLoop
+from raycurv.jobs.recorded import fit_settings
 
 ROWS = classified(12)
 
@@ -441,3 +445,77 @@ def test_a_lock_that_says_nothing_sensible_is_a_lock_all_the_same(
         (tmp_path / lock.NAME).write_text(text, "latin-1")
         with pytest.raises(UserError, match="no other job"), lock.hold(store, "fit.py"):
             pass
+
+
+# What follows a run, and what names its files
+
+
+def test_what_follows_a_run_of_the_first_version_is_known_again(run: Path, tmp_path: Path) -> None:
+    first = {
+        "blocks", "draws", "dtype", "extend", "fisher", "long", "max_examples", "max_factor_dim",
+        "max_length", "merge", "method", "objective", "rows", "seed", "store_dtype", "subtract",
+    }  # fmt: skip
+    opened = raycurv.open(run, model=classifier)
+    scores = opened.influence(ROWS[:2], ROWS, tmp_path / "scores", quiet=True, address="none")
+    assert scores.manifest.fingerprints["fit"]["settings"].keys() == first
+    new = [row | {"id": f"new {row['id']}"} for row in classified(3, seed=9)]
+    more = opened.extend(new, tmp_path / "more", quiet=True, address="none")
+    said = opened.manifest
+    kept = {name: said.settings[name] for name in first}
+    text = json.dumps([kept, said.fingerprints], sort_keys=True).encode()
+    assert more.manifest.settings["extend"] == [hashlib.blake2b(text, digest_size=8).hexdigest()]
+    # Where a later setting is not as if there were none, it counts.
+    said.settings["empty"] = "skip"
+    assert fit_settings(said).keys() == {*first, "empty"}
+
+
+OTHERS: dict[str, Callable[[list[dict[str, Any]]], Any]] = {
+    "another module": lambda blocks: blocks[0].update(module="2"),
+    "without its bias": lambda blocks: blocks[0].update(bias=False, d_in=5),
+    "of another kind": lambda blocks: blocks[0].update(kind="conv1d"),
+    "a part of a parameter": lambda blocks: blocks[0].update(index=3),
+    "no parameter": lambda blocks: blocks[0].update(parameter="__class__"),
+    "of groups": lambda blocks: blocks[0].update(groups=5),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_blocks_that_the_model_does_not_have_are_refused(name: str, copied: Path) -> None:
+    with rewritten(copied, "blocks.json") as said:
+        OTHERS[name](said["blocks"])
+    opened = raycurv.open(copied, model=classifier)
+    with pytest.raises(DamagedFile, match=r"blocks\.json.*the blocks of the model"):
+        opened.influence(ROWS[:2], ROWS, copied.parent / "scores", quiet=True, address="none")
+    with pytest.raises(DamagedFile, match=r"blocks\.json.*the blocks of the model"):
+        opened.prune(copied.parent / "pruned", sparsity=0.5, quiet=True, address="none")
+
+
+@pytest.mark.parametrize("name", ["a\nb", "x" * 240])
+def test_a_block_whose_name_no_file_can_have_is_named_at_once(name: str, tmp_path: Path) -> None:
+    def network() -> torch.nn.Module:
+        made = torch.nn.Sequential()
+        made.add_module("fine", torch.nn.Linear(5, 3))
+        made.add_module(name, torch.nn.Linear(3, 3))
+        return made
+
+    with pytest.raises(UserError, match="a name that files can have"):
+        raycurv.fit(network, ROWS, tmp_path / "run", **EXACT_FIT)
+    left_out = EXACT_FIT | {"blocks": ("fine",)}
+    assert raycurv.fit(network, ROWS, tmp_path / "run", **left_out).block_names() == ["fine"]
+
+
+@pytest.mark.parametrize("value", ["x" * 1000, 0.0], ids=["texts", "numbers"])
+def test_a_table_that_takes_far_more_memory_than_its_file_is_refused(
+    value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raycurv.data.bounds.EXPANDED", 4 << 20)
+    store, rows = Store(str(tmp_path)), 2_000 if value else 200_000
+    table = pa.table({"id": [value] * rows})
+    for count, fits in ((2, True), (20, False)):
+        write_tables(store, "a.parquet", table.schema, (table for _ in range(count)), {})
+        assert 32 * store.size("a.parquet") < 20 * table.nbytes  # type: ignore[operator]
+        if fits:
+            assert read_table(store, "a.parquet").equals(pa.concat_tables([table] * count))
+            continue
+        with pytest.raises(UserError, match="at most 4 MiB"):
+            read_table(store, "a.parquet")

@@ -36,7 +36,7 @@ from raycurv.mathematics.gradient_statistics import (
 )
 from raycurv.mathematics.influence.ihvp import BlockProducts, check_products
 from raycurv.mathematics.kinds.catalogue import kind_of_block
-from raycurv.names import plain_name
+from raycurv.names import MAX_PART_BYTES, plain_name
 
 BLOCKS_FILE = "blocks.json"
 
@@ -82,9 +82,24 @@ def read_block_list(store: Store, name: str) -> tuple[Block, ...]:
     return blocks
 
 
+def check_names(blocks: Iterable[Block]) -> None:
+    """Refuse, with a UserError, blocks whose names no files of a run can have."""
+    for block in blocks:
+        where = f"block {shortened(repr(block.name))}"
+        try:
+            # The longest, while it is written.
+            plain_name(f"{eigen_file(block.output_factor)}.part", where)
+        except UserError as error:
+            longest = MAX_PART_BYTES - len(".output.safetensors.part")
+            raise UserError(
+                where, f"a name that files can have: printable, at most {longest} bytes", "another",
+                "Rename its module, or leave it out by a --blocks '!GLOB' that matches it.",
+            ) from error  # fmt: skip
+
+
 def _check_block(block: Block) -> None:
     """Refuse, with a ValueError or UserError, what can be no block: it names files."""
-    plain_name(corrected_file(block.name), f"block {block.name}")
+    check_names([block])
     kind_of_block(block)
     sizes = (block.d_in, block.d_out, block.groups, 1 + (block.index or 0))
     if min(sizes) < 1 or block.d_in <= block.bias:

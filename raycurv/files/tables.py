@@ -17,7 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from raycurv.errors import not_finite, shortened
+from raycurv.data.bounds import check_expansion
+from raycurv.data.columns import row_bytes
+from raycurv.data.parquet_sizes import group_sizes
+from raycurv.errors import RaycurvError, not_finite, shortened
 from raycurv.files.store import Store
 
 SCHEMA_VERSION = "1"
@@ -250,6 +253,7 @@ def read_table(
     Raises:
         FileNotFoundError: there is none.
         DamagedFile: it is truncated, does not match its checksum, or lacks a column.
+        UserError: it would take far more memory than its bytes; see :mod:`raycurv.data.bounds`.
     """
     with store.reading(name) as file:
         data = file.read_buffer()
@@ -257,8 +261,10 @@ def read_table(
     if at is None or bytes(data[at : at + len(_ZEROS)]) != _checksum(data, at):
         raise store.damaged(name, _WHOLE, "a file that does not match its checksum")
     try:
-        table = pq.ParquetFile(pa.BufferReader(data)).read()
+        table = _decoded(store, name, data)
         footer = dict(table.schema.metadata or {})
+    except RaycurvError:
+        raise
     except (pa.ArrowException, OSError, ValueError) as error:
         raise store.damaged(name, _WHOLE, shortened(str(error))) from error
     footer.pop(_CHECKSUM.encode(), None)
@@ -271,6 +277,29 @@ def read_table(
         if field.name in filled and table[field.name].null_count:
             raise store.damaged(name, f"a value of {field.name} in every row", "none in some")
     return table.replace_schema_metadata(footer)
+
+
+def _decoded(store: Store, name: str, data: pa.Buffer) -> pa.Table:
+    """The table that the bytes of a file hold, once what it takes in memory is known; pyarrow's
+    errors, and UserError, as for :func:`read_table`."""
+    file = pq.ParquetFile(pa.BufferReader(data))
+    schema, metadata = file.schema_arrow, file.metadata
+    texts = [one.name for one in schema if one.type in (pa.string(), pa.large_string())]
+    for one in schema:
+        kind = one.type.value_type if _is_list(one.type) else one.type
+        if not (pa.types.is_primitive(kind) or pa.types.is_null(kind) or one.name in texts):
+            got = shortened(f"{one.name} of {one.type}")
+            raise store.damaged(name, "columns of numbers, lists of them, and texts", got)
+    remedy = "Delete the file and run the command again: no job writes such tables."
+    sizes = list(group_sizes(pa.BufferReader(data), data.size, schema.names))
+    taken = sum(group.decoded for group in sizes)
+    check_expansion(store.path(name), taken, data.size, remedy)
+    # A text that is there once for many rows stays so until all of them are counted.
+    source = pa.BufferReader(data)
+    table = pq.ParquetFile(source, read_dictionary=texts, metadata=metadata).read()
+    taken += sum(int(row_bytes(part).sum()) for text in texts for part in table[text].chunks)
+    check_expansion(store.path(name), taken, data.size, remedy)
+    return table.cast(schema)
 
 
 def read_rows(store: Store, name: str) -> int:

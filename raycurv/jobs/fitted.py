@@ -8,17 +8,20 @@ from Python must be given again, and is compared with what is on record.
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from raycurv.driver.settings import IN_MEMORY
-from raycurv.errors import UserError
+from raycurv.errors import DamagedFile, UserError, shortened
+from raycurv.files.artifacts import BLOCKS_FILE, read_blocks
 from raycurv.files.manifest import Manifest
 from raycurv.files.store import Store, open_store
 from raycurv.jobs.fit.fit_settings import REPEATED, FitSettings
 from raycurv.jobs.inputs import Inputs
 from raycurv.jobs.recorded import read_run
+from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.kinds.catalogue import kind_of
 from raycurv.mathematics.loss.objective import Objective, is_shipped
 from raycurv.models.model import Model
 from raycurv.models.opening import open_directory
@@ -179,6 +182,31 @@ def check_model(fit: Manifest, network: Model, run: str) -> None:
             f"{len(changed)} other tensors, the first {changed[0]}",
             "Restore the checkpoint, or fit again into another directory.",
         )
+
+
+def fitted_blocks(store: Store, network: Model) -> tuple[Block, ...]:
+    """The blocks of a finished fit.
+
+    Args:
+        store: of the fit.
+        network: its model.
+
+    Raises:
+        DamagedFile: they are not what a fit wrote, or none of this model's.
+    """
+    blocks = read_blocks(store)
+    modules = dict(network.skeleton().named_modules())
+    for block in blocks:
+        module = modules.get(block.module)
+        kind = None if module is None else kind_of(module)
+        there = () if module is None or kind is None else kind.describe(block.module, module)
+        if replace(block, input_factor="") not in there:
+            raise DamagedFile(
+                store.path(BLOCKS_FILE), f"the blocks of the model {network.name}",
+                f"{shortened(repr(block.name))}, which is none of them as it is described there",
+                "Fit again into another directory.",
+            )  # fmt: skip
+    return blocks
 
 
 def fitted_model(fit: Manifest, run: str) -> str:

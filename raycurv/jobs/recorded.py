@@ -20,6 +20,8 @@ _WRITTEN: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
 }
 # Settings that name other runs are recorded by what these are of.
 _MARKED = ("extend", "merge", "subtract")
+# Settings of a fit that its first version did not know, and what stands for how that went about it.
+_LATER: dict[str, Any] = {"empty": "error", "ignore_tensors": []}
 
 
 def read_run(store: Store) -> Manifest | None:
@@ -62,6 +64,13 @@ def read_run(store: Store) -> Manifest | None:
     before |= {name: None for name in _MARKED if name in before}
     found.settings = before | found.settings
     return found
+
+
+def fit_settings(fit: Manifest) -> dict[str, Any]:
+    """The settings of a fit as what follows it has them on record: later ones only where they are
+    not as in the first version, so that results on a run of that version are known again."""
+    said = fit.settings.items()
+    return {name: value for name, value in said if (name, value) not in _LATER.items()}
 
 
 def finished(store: Store, job: str, phase: str, what: str) -> Manifest:

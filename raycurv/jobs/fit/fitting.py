@@ -28,6 +28,7 @@ from raycurv.driver.corpus import PART, Corpus
 from raycurv.driver.settings import DTYPES, identity
 from raycurv.driver.workers import check_address
 from raycurv.errors import UserError
+from raycurv.files.artifacts import check_names
 from raycurv.files.store import Store
 from raycurv.files.tables import footer
 from raycurv.jobs.drafts import recipe_of
@@ -75,6 +76,7 @@ def _fit(shell: Shell[FitSettings]) -> None:
     blocks = choose_blocks(
         network.skeleton(), settings.blocks, network.default_scope, network.tied_head
     )
+    check_names(blocks)
     covered = coverage(network.skeleton(), blocks, network.idle)
     if open_method(settings.method).factors:
         check_axes(blocks, settings.max_factor_dim)

@@ -31,6 +31,7 @@ from raycurv.files.tables import IDS, read_directory
 from raycurv.files.tensorfile import is_complete
 from raycurv.jobs.fit.fit_settings import REPEATED, FitSettings
 from raycurv.jobs.fitted import check_model, read_fit
+from raycurv.jobs.recorded import fit_settings
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.factors import factors_of
 from raycurv.mathematics.methods import Method, methods_with, open_method
@@ -64,7 +65,7 @@ class Parent:
     @property
     def mark(self) -> str:
         """Tells this run from others by what it was made of, wherever it lies."""
-        said = json.dumps([self.fit.settings, self.fit.fingerprints], sort_keys=True)
+        said = json.dumps([fit_settings(self.fit), self.fit.fingerprints], sort_keys=True)
         return hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
 
     @property

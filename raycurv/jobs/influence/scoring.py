@@ -28,7 +28,7 @@ from raycurv.driver.sinks import Sink
 from raycurv.driver.sweep import Sweep, Task, commit_directory
 from raycurv.driver.workers import Workers, in_order
 from raycurv.errors import DamagedFile, UserError
-from raycurv.files.artifacts import ihvp_file, read_blocks, read_products, write_products
+from raycurv.files.artifacts import ihvp_file, read_products, write_products
 from raycurv.files.curvature_files import CurvatureFiles
 from raycurv.files.lock import hold
 from raycurv.files.manifest import Manifest
@@ -37,12 +37,13 @@ from raycurv.files.store import Store
 from raycurv.files.tables import footer, read_rows
 from raycurv.files.tensorfile import is_complete
 from raycurv.jobs.drafts import recipe_of
-from raycurv.jobs.fitted import Fitted, GivenAgain, open_fitted
+from raycurv.jobs.fitted import Fitted, GivenAgain, fitted_blocks, open_fitted
 from raycurv.jobs.influence.gatherers import GradientsGatherer, ProductsGatherer, ScoreGatherer
 from raycurv.jobs.influence.influence_settings import InfluenceSettings
 from raycurv.jobs.influence.score_rows import ScoreRows
 from raycurv.jobs.inputs import Inputs
 from raycurv.jobs.rank_products import RankProducts
+from raycurv.jobs.recorded import fit_settings
 from raycurv.jobs.shell import Shell, open_shell
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.curvature import Damping
@@ -85,7 +86,7 @@ def _score(shell: Shell[InfluenceSettings]) -> None:
             settings.model, settings.fit_objective, "--fit-objective", settings.trust_remote_code
         ),
     )
-    blocks = read_blocks(fitted.store)
+    blocks = fitted_blocks(fitted.store, fitted.network)
     objective = open_objective(fitted.objective)
     # Of the queries; in memory, or by name, or the fit's own.
     named = shell.inputs.or_named("objective", settings)
@@ -160,7 +161,7 @@ def _measures_loss(objective: Objective) -> bool:
 
 
 def _fit_mark(fit: Manifest) -> dict[str, Any]:
-    return {"settings": fit.settings, "data": fit.fingerprints["data"]}
+    return {"settings": fit_settings(fit), "data": fit.fingerprints["data"]}
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from raycurv.errors import UserError
-from raycurv.files.artifacts import gradient_file, read_blocks
+from raycurv.files.artifacts import gradient_file
 from raycurv.files.manifest import Manifest
 from raycurv.files.store import Store
 from raycurv.files.tensorfile import is_complete
-from raycurv.jobs.fitted import fit_command
+from raycurv.jobs.fitted import fit_command, fitted_blocks
 from raycurv.jobs.prune.prune_settings import PruneSettings
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.choice import Globs
@@ -27,7 +27,7 @@ def blocks_to_prune(
     Raises:
         UserError: there are none, or one that cannot be pruned so.
     """
-    blocks = _chosen(read_blocks(fitted), settings.blocks)
+    blocks = _chosen(fitted_blocks(fitted, network), settings.blocks)
     heads: dict[str, int] = {}
     if settings.structure == "heads":
         heads = head_widths(network, [b.name for b in blocks])

@@ -62,6 +62,7 @@ from raycurv.jobs.prune.surgery import (
     update_block,
     updated,
 )
+from raycurv.jobs.recorded import fit_settings
 from raycurv.jobs.shell import Shell, open_shell
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.loss.objective import Objective
@@ -113,7 +114,7 @@ def _prune(shell: Shell[PruneSettings]) -> dict[str, Any]:
     blocks, heads = blocks_to_prune(settings, fitted.store, network)
     check_statistics(settings, fitted.store, fit, blocks)
     network.files()  # a model that cannot be saved is a mistake now, not at the end
-    prints = {"fit": {"settings": fit.settings}} | fit.fingerprints
+    prints = {"fit": {"settings": fit_settings(fit)}} | fit.fingerprints
     manifest = shell.begin(prints, {"run": fitted.store.root} | shell.notes_of(network))
     if shell.is_complete("tables", lambda: _begin_again(store, manifest)):
         store.delete_directory("work")
