@@ -419,6 +419,7 @@ LOCKS: dict[str, Callable[[Path], object]] = {
     "a directory": _directory,
     "a pipe": os.mkfifo,
     "a link": lambda path: path.symlink_to(path.parent / "target"),
+    "a file that has another name": lambda path: os.link(path.parent / "target", path),
 }
 
 
@@ -445,6 +446,21 @@ def test_a_lock_that_says_nothing_sensible_is_a_lock_all_the_same(
         (tmp_path / lock.NAME).write_text(text, "latin-1")
         with pytest.raises(UserError, match="no other job"), lock.hold(store, "fit.py"):
             pass
+
+
+def test_what_goes_while_a_job_runs_is_named(tmp_path: Path) -> None:
+    rename = os.replace
+
+    def take_away(source: str, target: str, **folders: Any) -> None:
+        rename(source, target, **folders)
+        if target == "0.input.safetensors":
+            shutil.rmtree(tmp_path / "run" / "factors")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", take_away)
+        with pytest.raises(DamagedFile, match=r"--out .*factors.*taken away"):
+            fit(tmp_path / "run")
+    assert fit(tmp_path / "run").blocks().num_rows == 3
 
 
 # What follows a run, and what names its files

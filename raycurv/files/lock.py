@@ -156,7 +156,9 @@ def _take(store: Store, where: str) -> int:
             file = os.open(path, _FLAGS | os.O_RDONLY)
         taken = False
         try:
-            if not stat.S_ISREG(os.fstat(file).st_mode):
+            status = os.fstat(file)
+            # What is written into a file of two names is written into that of the other name.
+            if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
                 raise _no_lock(where, path)
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             taken = _same(file, path)
@@ -203,7 +205,10 @@ os.register_at_fork(after_in_child=_close_copies)
 def _no_lock(where: str, path: str) -> UserError:
     kind = "something else"
     with suppress(OSError):
-        kind = kind_of(os.lstat(path).st_mode)
+        status = os.lstat(path)
+        kind = kind_of(status.st_mode)
+        if stat.S_ISREG(status.st_mode):
+            kind = "a file that has another name, too (a hard link)"
     return UserError(
         where, f"its lock, {NAME}, as a file that a job made", kind,
         f"Remove {path}: no job that runs has made it.",

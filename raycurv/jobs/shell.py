@@ -213,6 +213,7 @@ def open_shell(
 
     Raises:
         UserError: a mistake in the settings, or another job works on the same directory.
+        DamagedFile: from the body, where a file went that was there.
     """
     settings.check()
     reporter = reporter or Reporter(log=settings.log)
