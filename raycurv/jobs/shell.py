@@ -23,6 +23,7 @@ from raycurv.driver.causality import CausalityCheck
 from raycurv.driver.corpus import Corpus
 from raycurv.driver.settings import Execution, identity
 from raycurv.driver.workers import Workers, check_address
+from raycurv.errors import DamagedFile
 from raycurv.files.lock import hold
 from raycurv.files.manifest import Manifest, continue_or_refuse
 from raycurv.files.store import Store, open_store
@@ -219,7 +220,16 @@ def open_shell(
     reporter = reporter or Reporter(log=settings.log)
     store = open_store(out, "--out")
     with _modes_of_torch(), hold(store, f"{job}.py", reporter.say):
-        yield Shell(job, settings.resolved(), inputs, store, reporter)
+        try:
+            yield Shell(job, settings.resolved(), inputs, store, reporter)
+        except FileNotFoundError as error:
+            if store.path() not in str(error):
+                raise
+            raise DamagedFile(
+                f"--out {store.root}", "the files that this job has found or made there",
+                str(error), "They were taken away meanwhile: run the same command again, which "
+                "makes what is missing.",
+            ) from error  # fmt: skip
 
 
 @contextmanager
