@@ -334,6 +334,12 @@ REFUSED: dict[str, tuple[list[str], str]] = {
 }  # fmt: skip
 
 
+def test_a_flag_whose_value_speaks_of_tokens_hides_nothing(folder: Path) -> None:
+    outcome = refused(folder, ["--blocks", "!model.embed_tokens", "--blocks", "!secret.head"])
+    assert outcome.code == 2 and "***" not in outcome.err + outcome.out
+    assert "--blocks 'model.embed_tokens'" in outcome.err
+
+
 def refused(folder: Path, words: Sequence[str]) -> Outcome:
     mine = dict(zip(*[iter(flags(folder, "commands:classifier", "refused"))] * 2, strict=True))
     for word in words:

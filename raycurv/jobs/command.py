@@ -30,6 +30,7 @@ _DECORATION = re.compile(r"\x1b\[[0-9;]*m|[\u2500-\u257f]")
 # What looks like credentials and has no scheme before it.
 _KEYS = re.compile(r"[^\s/@]*:[^\s@]*@")
 # Names of what has a value that is nobody's to see.
+_VARIABLE = re.compile(r"-{0,2}\w[\w-]*")
 _SECRET = re.compile("token|secret|passw|credential|signature|(api|access)[-_]?key", re.IGNORECASE)
 
 
@@ -160,9 +161,12 @@ def _foreign_secrets(settings: type, given: Sequence[str]) -> Iterator[str]:
     flags = {flag_of(name) for name, _, _ in declarations(settings)}
     for word, following in zip(given, [*given, ""][1:], strict=True):
         name, mark, value = word.partition("=")
+        # A value of a flag that is one may speak of tokens, too: a glob of modules, say.
+        named = _VARIABLE.fullmatch(name) if mark else word.startswith("-")
         found = value if mark else following
-        if _SECRET.search(name) and name.replace("_", "-") not in flags and len(found) > 2:
-            yield found
+        foreign = name.replace("_", "-") not in flags
+        if named and foreign and _SECRET.search(name) and not found.startswith("-"):
+            yield from [found] if len(found) > 2 else []
 
 
 def _masked(argument: str, places: dict[str, str], given: Sequence[str]) -> str:
