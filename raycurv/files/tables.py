@@ -299,7 +299,8 @@ def _decoded(store: Store, name: str, data: pa.Buffer) -> pa.Table:
     table = pq.ParquetFile(source, read_dictionary=texts, metadata=metadata).read()
     taken += sum(int(row_bytes(part).sum()) for text in texts for part in table[text].chunks)
     check_expansion(store.path(name), taken, data.size, remedy)
-    return table.cast(schema)
+    # The schema lacks what was added to the footer in the end.
+    return table.cast(schema).replace_schema_metadata(table.schema.metadata)
 
 
 def read_rows(store: Store, name: str) -> int:
