@@ -307,11 +307,12 @@ def greedy() -> nn.Module:
 
 
 class Paced(nn.Linear):
-    """A layer that takes its time, and leaves a byte in a file for every example that it sees."""
+    """A layer that takes its time, and leaves a byte in a file for every example that it sees, but
+    for one alone, as what proves that examples do not mix has it."""
 
     def forward(self, x: Tensor) -> Tensor:
         trace = os.environ.get("PACED_TRACE")
-        if trace:
+        if trace and len(x) > 1:
             with open(trace, "ab") as file:
                 file.write(b"." * len(x))
             time.sleep(0.02)
