@@ -4,8 +4,8 @@
 
 Four in ten are files of data, five in ten model directories, one in ten run directories and scores.
 A case must end in what was asked for or in a mistake that is told in four parts, within 10 s. Every
-hundred cases have a process of their own, which must take no more than 1 GB. A case of a number is
-the same however many are run. Writes ``results/DATE-fuzz.md``; exit code 1
+500 cases have a process of their own, which must take no more than 1 GB. A case of a number is the
+same however many are run. Writes ``results/DATE-fuzz.md``; exit code 1
 for any fault.
 """
 
@@ -16,6 +16,7 @@ import multiprocessing
 import tempfile
 from collections.abc import Callable
 from datetime import date
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -25,22 +26,23 @@ from fuzz_runs import run_cases
 from fuzzing import Outcome, tried
 from result_file import processor, source_state
 
-SLICE = 100
+SLICE = 500
 MOST_SECONDS, MOST_BYTES = 10.0, 10**9
 SHARES = {"data": 4, "models": 5, "runs": 1}
 
 
-def tried_apart(kind: str, folder: str, seed: int, first: int, count: int) -> Outcome:
+def tried_apart(kind: str, seed: int, numbers: range) -> Outcome:
     """Run some cases of a kind in this process, which does nothing else."""
     torch.set_num_threads(1)
-    place = Path(folder)
-    if kind == "runs":
-        case: Callable[[int], str] = run_cases(place, seed)
-    elif kind == "models":
-        case = model_cases(whole_model(place / "good"), place, seed)
-    else:
-        case = data_cases(place, seed)
-    return tried(case, range(first, first + count))
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        if kind == "runs":
+            case: Callable[[int], str] = run_cases(place, seed)
+        elif kind == "models":
+            case = model_cases(whole_model(place / "good"), place, seed)
+        else:
+            case = data_cases(place, seed)
+        return tried(case, numbers)
 
 
 def main() -> None:
@@ -48,15 +50,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--count", type=int, default=10_000, help="cases of all kinds together")
     parser.add_argument("--seed", type=int, default=0, help="of all cases")
+    parser.add_argument("--processes", type=int, default=2, help="at once")
     flags = parser.parse_args()
     spawned = multiprocessing.get_context("spawn")
     lines, bad = [], 0
     for kind, share in SHARES.items():
-        count, found = flags.count * share // sum(SHARES.values()), Outcome()
-        for first in range(0, count, SLICE):
-            with tempfile.TemporaryDirectory() as folder, spawned.Pool(1) as pool:
-                cases = (kind, folder, flags.seed, first, min(SLICE, count - first))
-                found = found.joined(pool.apply(tried_apart, cases))
+        count = flags.count * share // sum(SHARES.values())
+        slices = [range(first, min(first + SLICE, count)) for first in range(0, count, SLICE)]
+        with spawned.Pool(flags.processes, maxtasksperchild=1) as pool:
+            outcomes = pool.starmap(
+                tried_apart, [(kind, flags.seed, numbers) for numbers in slices], chunksize=1
+            )
+        found = reduce(Outcome.joined, outcomes, Outcome())
         for number, text in list(found.faults.items())[:10]:
             print(f"{kind}, case {number} of seed {flags.seed}:\n{text}")
         seconds, slowest = found.slowest
