@@ -50,12 +50,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--count", type=int, default=10_000, help="cases of all kinds together")
     parser.add_argument("--seed", type=int, default=0, help="of all cases")
+    parser.add_argument("--kinds", nargs="+", choices=[*SHARES], default=[*SHARES], help="of files")
     parser.add_argument("--processes", type=int, default=2, help="at once")
     flags = parser.parse_args()
     spawned = multiprocessing.get_context("spawn")
     lines, bad = [], 0
-    for kind, share in SHARES.items():
-        count = flags.count * share // sum(SHARES.values())
+    for kind in flags.kinds:
+        count = flags.count * SHARES[kind] // sum(SHARES.values())
         slices = [range(first, min(first + SLICE, count)) for first in range(0, count, SLICE)]
         with spawned.Pool(flags.processes, maxtasksperchild=1) as pool:
             outcomes = pool.starmap(

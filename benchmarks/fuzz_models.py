@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import shutil
@@ -29,13 +30,13 @@ def model_cases(good: Path, folder: Path, seed: int) -> Callable[[int], str]:
         folder: where a copy lies, one at a time.
         seed: of the mutations.
     """
-    copy = folder / "fuzzed"
+    fuzzed = folder / "fuzzed"
 
     def case(number: int) -> str:
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(good, copy)
-        _mutate(copy, random.Random(f"{seed} {number}"))
-        open_model(str(copy))
+        shutil.rmtree(fuzzed, ignore_errors=True)
+        shutil.copytree(good, fuzzed)
+        _mutate(fuzzed, random.Random(f"{seed} {number}"))
+        open_model(str(fuzzed))
         return "opened"
 
     return case
@@ -104,9 +105,9 @@ def _mutate_json(content: Any, rng: random.Random) -> str:
             elif act == "scaled" and type(at[key]) in (int, float):
                 at[key] = at[key] * rng.choice((-1, 2, 1000, 10**9)) + rng.choice((0, 1))
             elif act == "added" and isinstance(at, dict):
-                at[f"{key}_{rng.randrange(9)}"] = at[key]
+                at[f"{key}_{rng.randrange(9)}"] = copy.deepcopy(at[key])
             else:
-                at[key] = rng.choice(ODD)
+                at[key] = copy.deepcopy(rng.choice(ODD))
             said.append(f"{name}/{key} {act}")
             break
     return ", ".join(said)

@@ -198,6 +198,7 @@ OTHERS = {
     "WhisperForConditionalGeneration": ("whisper", "an encoder of speech"),
     "MistralForCausalLM": ("llama", "another model_type"),
     "LlamaForCausalLMEagle3": ("llama", "does not have"),
+    "": ("llama", "a model without a name"),
 }
 
 

@@ -95,11 +95,11 @@ def check_architecture(content: Mapping[str, Any], path: str, trust_remote_code:
         return
     if any(name in _names(table, kind) for table in _WITH_TEXT for name in named):
         return
-    name = named[0][:80] if named else f"{kind} model"
+    name = (named[0][:80] or "model without a name") if named else f"{kind} model"
     what, how = (
         _described(name, bool(own)) if named else ("a kind without a causal language model", _OWN)
     )
-    article = "an" if name[0] in "AEIO" else "a"
+    article = "an" if name.startswith(tuple("AEIO")) else "a"
     raise UserError(
         path,
         f"a causal language model{f' such as {causal[0]}' if causal else ''}",
