@@ -196,7 +196,7 @@ class FilePart(Part):
 
 @dataclass(frozen=True)
 class ParquetPart(FilePart):
-    """A Parquet file."""
+    """A Parquet file, read row group by row group within the bounds of its metadata."""
 
     def columns(self) -> tuple[str, ...] | None:
         with self._open() as (file, _):

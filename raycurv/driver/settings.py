@@ -332,7 +332,7 @@ def check_recorded(settings: type, recorded: Mapping[str, Any], marked: Sequence
 
 
 def flag_of(name: str) -> str:
-    """The flag of a field."""
+    """The flag of a settings field: ``batch_tokens`` is ``--batch-tokens``."""
     return f"--{name.replace('_', '-')}"
 
 

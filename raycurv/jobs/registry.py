@@ -39,7 +39,7 @@ class Job:
         return f"{self.name}.py"
 
     def load_settings(self) -> Any:
-        """The settings' class."""
+        """The dataclass of the job's settings, imported now."""
         return _load(self.settings)
 
     def load(self) -> tuple[Any, Callable[..., Any]]:

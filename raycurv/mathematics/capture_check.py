@@ -67,7 +67,7 @@ class Agreement:
     seconds: float
 
     def joined(self, other: Agreement) -> Agreement:
-        """Of the blocks of both."""
+        """The agreement of the blocks of both: the worse one, and the seconds of both."""
         one = max(self, other, key=lambda agreement: agreement.worst)
         return Agreement(one.worst, one.block, one.tolerance, self.seconds + other.seconds)
 

@@ -39,7 +39,7 @@ class Coverage:
         return self.covered + sum(self.matrices.values()) + sum(self.vectors.values())
 
     def facts(self) -> dict[str, Any]:
-        """For ``run.json``."""
+        """The counts and the share as ``run.json`` records them."""
         return {
             "trainable": self.trainable, "covered": self.covered, "left_out": self.matrices,
             "left_out_vectors": self.vectors, "frozen": self.frozen, "not_run": self.not_run,
