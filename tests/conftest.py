@@ -183,3 +183,16 @@ def narrow_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def fits(tmp_path_factory: pytest.TempPathFactory) -> Fits:
     return Fits(tmp_path_factory.mktemp("fits"))
+
+
+@pytest.fixture(scope="module")
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' progress bars and warnings."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    yield
+    logging.set_verbosity(level)
+    logging.enable_progress_bar()

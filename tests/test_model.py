@@ -115,15 +115,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 TIED = {"llama tied", "gpt2", "gemma3", "opt", "bloom"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quiet() -> Iterator[None]:
-    logging = transformers.utils.logging
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    yield
-    logging.set_verbosity(level)
-    logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 
 def _save(config: Any, folder: Path, **options: Any) -> Path:
