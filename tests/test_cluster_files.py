@@ -384,7 +384,8 @@ STAND_INS = {
     "srun": 'while [[ $1 == -* ]]; do shift; done; exec "$@"',
     "ray": 'while (($#)) && [[ $1 != -- ]]; do shift; done; shift || exit 0; "$@"',
     # The driver: works until it is told, then commits and exits.
-    "python": 'trap \'echo yes >"$ROOM/committed"; exit 3\' TERM; echo "$@" >"$ROOM/driver"; '
+    "python": 'trap \'echo yes >"$ROOM/committed"; exit 3\' TERM; '
+    'echo "$@" >"$ROOM/new"; mv "$ROOM/new" "$ROOM/driver"; '
     'while [[ ! -e $ROOM/done ]]; do sleep 0.05; done',
 }  # fmt: skip
 
@@ -405,9 +406,8 @@ def submitted(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         "ROOM": str(tmp_path), "PATH": f"{tools}:{os.environ['PATH']}",
     }  # fmt: skip
     process = subprocess.Popen(["bash", str(BATCH)], env=os.environ | job, text=True)
-    for _ in range(200):
-        if (tmp_path / "driver").exists():
-            break
+    while not (tmp_path / "driver").exists():
+        assert process.poll() is None, "the script ended before its driver began"
         time.sleep(0.05)
     yield process
     (tmp_path / "done").touch()
