@@ -5,18 +5,20 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from torch import Tensor
 
-
-def block_name(module: str, parameter: str = "weight", index: int | None = None) -> str:
-    """A block's name: its module's where the parameter is ``weight``, else all three, dotted.
+def block_name(
+    module: str, parameter: str = "weight", index: int | None = None, part: str = ""
+) -> str:
+    """A block's name: its module's where the parameter is ``weight``, else all that there is of the
+    four, dotted.
 
     Every block's name starts with its module's, so a glob on a module takes what is in it; and a
     dotted number needs no escape in a glob, as ``[17]`` would.
     """
     if parameter == "weight" and index is None:
         return module
-    return ".".join((module, parameter, *([] if index is None else [str(index)])))
+    further = [] if index is None else [str(index)]
+    return ".".join((module, parameter, *further, *([part] if part else [])))
 
 
 def role(name: str) -> str:
@@ -37,7 +39,9 @@ class Block:
         input_factor: name of the input factor; blocks that read the same tensor share it. Empty
             until the first microbatch has shown which do.
         module: dotted name of the module that holds the weight; the block's own when not given.
-        index: which part of the parameter along its first axis; ``None`` for all of it.
+        index: which matrix of the parameter along its first axis; ``None`` for all of it.
+        part: which outputs of that matrix, by a name that the kind knows (``gate`` or ``up`` of an
+            expert's two, which are stored as one); empty for all of them.
     """
 
     name: str
@@ -50,6 +54,7 @@ class Block:
     module: str = ""
     parameter: str = "weight"
     index: int | None = None
+    part: str = ""
 
     def __post_init__(self) -> None:
         if not self.module:
@@ -59,7 +64,3 @@ class Block:
     def output_factor(self) -> str:
         """Name of the output factor, which no other block shares."""
         return f"{self.name}.output"
-
-    def part(self, parameter: Tensor) -> Tensor:
-        """What of a parameter (or of its bias) is this block's, as a view."""
-        return parameter if self.index is None else parameter[self.index]

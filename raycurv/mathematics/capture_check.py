@@ -290,7 +290,7 @@ class _Sides:
         self._seen.add((block.name, name))
         kind, want = self.capture.kinds[block.name], None
         if gradient is not None:
-            part = block.part(gradient)
+            part = kind.part(block, gradient)
             want = kind.to_rows(part) if name == block.parameter else part[:, None]
             norms.autograd += _square(want)
         of_bias = name != block.parameter

@@ -10,6 +10,7 @@ from torch import nn
 
 from raycurv.mathematics.blocks import Block, role
 from raycurv.mathematics.choice import frozen_parameters, is_matrix
+from raycurv.mathematics.kinds.catalogue import kind_of_block
 
 Counts = dict[str, int]
 
@@ -92,13 +93,11 @@ def _weights_of(block: Block, module: nn.Module) -> Iterator[tuple[str, int]]:
         # Computed from others, which are its module's.
         yield from ((f"{block.module}.{n}", p.numel()) for n, p in module.named_parameters())
         return
-    yield (
-        f"{block.module}.{block.parameter}",
-        block.part(module.get_parameter(block.parameter)).numel(),
-    )
-    bias = module._parameters.get("bias")
-    if block.bias and bias is not None:
-        yield f"{block.module}.bias", block.part(bias).numel()
+    kind = kind_of_block(block)
+    for name in kind.parameters(block):
+        parameter = module._parameters.get(name)
+        if parameter is not None:
+            yield f"{block.module}.{name}", kind.part(block, parameter).numel()
 
 
 def outermost(name: str, others: Collection[str]) -> str:

@@ -75,8 +75,9 @@ class StoredWeight:
         """Where the weight with these keys is kept."""
         keys = [weight] if bias is None else [weight, bias]
         dtypes = tuple(tensors[key].dtype for key in keys)
-        shape = tuple(tensors[weight].shape)
-        return cls(block, weight, bias, shape if block.index is None else shape[1:], dtypes)
+        whole = torch.empty(tuple(tensors[weight].shape), device="meta")
+        shape = tuple(kind_of_block(block).part(block, whole).shape)
+        return cls(block, weight, bias, shape, dtypes)
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -90,12 +91,13 @@ class StoredWeight:
 
     def matrix(self, read: Read) -> Tensor:
         """The matrix ``[O, I]``, contiguous, in the stored dtype."""
+        kind = kind_of_block(self.block)
         # A part of a tensor is cloned, or the whole one would stay in memory.
         weight, *bias = (
             part if self.block.index is None else part.clone()
-            for part in (self.block.part(read(key)) for key in self.keys)
+            for part in (kind.part(self.block, read(key)) for key in self.keys)
         )
-        matrix = kind_of_block(self.block).to_matrix(weight, bias[0] if bias else None)
+        matrix = kind.to_matrix(weight, bias[0] if bias else None)
         return matrix.contiguous()
 
     def parts(self, matrix: Tensor) -> dict[str, Tensor]:
@@ -121,11 +123,11 @@ class StoredWeight:
     def put(self, module: nn.Module, matrix: Tensor) -> None:
         """Copy a matrix ``[O, I]`` into the module that holds the block, cast as a loaded one is;
         UserError as from :meth:`parts`, or for what overflows the module's dtype."""
-        parts = self.parts(matrix)
+        parts, kind = self.parts(matrix), kind_of_block(self.block)
         with torch.no_grad():
-            names = kind_of_block(self.block).parameters(self.block)
+            names = kind.parameters(self.block)
             for key, name in zip(self.keys, names, strict=True):
-                held = self.block.part(module.get_parameter(name))
+                held = kind.part(self.block, module.get_parameter(name))
                 held.copy_(parts[key])
                 check_finite(held, f"the new weight of block {self.block.name}")
 
@@ -150,7 +152,7 @@ def replacements(
             if patch.block.index is None:
                 return part
             whole = read(key) if whole is None else whole
-            patch.block.part(whole).copy_(part)
+            kind_of_block(patch.block).part(patch.block, whole).copy_(part)
         assert whole is not None
         return whole
 

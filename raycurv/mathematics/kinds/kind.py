@@ -116,6 +116,10 @@ class Kind(ABC):
         """Names in the module of the parameters that hold the block: weight, then bias, if any."""
         return (block.parameter, "bias") if block.bias else (block.parameter,)
 
+    def part(self, block: Block, parameter: Tensor) -> Tensor:
+        """What of a parameter (its weight's, or its bias's) is a block's, as a view."""
+        return parameter if block.index is None else parameter[block.index]
+
     def to_rows(self, weight: Tensor) -> Tensor:
         """A block's part of its parameter as the matrix ``[O, I]`` without the bias; a view."""
         return weight.flatten(1)
