@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from dense import Truth, solve, worst
 from networks import CONVOLUTIONS, LENGTHS, MIXER, TOKENS, VOCAB, Case, sentences
 from safetensors.torch import load_file
@@ -48,6 +49,20 @@ class Layer:
     shape: tuple[int, ...]
 
 
+class PadsItself(nn.Conv2d):
+    """Pads by the image's size in its own forward, and has its stride as a list."""
+
+    def __init__(self, pads: int = 1, scale: float = 1.0) -> None:
+        super().__init__(4, 8, 3, stride=2, groups=4)
+        self.stride, self.pads, self.scale = [2, 2], pads, scale  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, weight = F.pad(x, [0, self.pads, 0, self.pads]), self.weight
+        if self.scale != 1:
+            weight = weight * self.scale
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, groups=self.groups)
+
+
 LAYERS = {
     "linear": Layer(lambda: nn.Linear(5, 4), (3, 6, 5)),
     "linear, no bias, no positions": Layer(lambda: nn.Linear(5, 4, bias=False), (3, 5)),
@@ -56,6 +71,7 @@ LAYERS = {
         f"conv2d, {name}": Layer(lambda options=options: nn.Conv2d(4, 8, **options), (3, 4, 5, 6))
         for name, options in CONVOLUTIONS.items()
     },
+    "conv2d, with a forward of its own": Layer(PadsItself, (3, 4, 6, 6)),
 }
 
 
@@ -89,6 +105,24 @@ def test_rows_give_the_gradient_of_the_matrix_and_the_matrix_gives_the_weight_ba
     g = found.gradients["0"]
     assert g is not None
     assert worst(example_gradients(found.inputs["0.input"], g), torch.stack(want)) < EXACT
+
+
+def test_a_convolution_that_pads_itself_and_changes_its_weight_is_left_out_by_name() -> None:
+    def recorded(module: nn.Module) -> Record:
+        network = nn.Sequential(module)
+        capture = Capture(network, choose_blocks(network, ()))
+        x = torch.randn(2, 4, 6, 6)
+        with capture.recording(Record(Batch(0, ("a", "b"), x))) as record:
+            network(x)
+        capture.close()
+        return record
+
+    with pytest.raises(UserError, match=r"\[2, 2\] positions.*got \[3, 3\].*--blocks '!0'"):
+        recorded(PadsItself(1, 0.5))
+    # Control: without padding the positions agree, and what differs is found by the check.
+    (call,) = recorded(PadsItself(0, 0.5)).calls["0"]
+    assert call.x.shape[2:] == (6, 6) and call.detail is None
+    assert recorded(PadsItself(1)).calls["0"][0].x.shape[2:] == (7, 7)
 
 
 def test_a_block_is_described_by_its_weights_shape() -> None:

@@ -1,0 +1,58 @@
+"""What a module whose forward is not its class's own really multiplies by its weight.
+
+A convolution may pad in its own way, and a router scale its input, before torch's function takes
+it. So the call of that function is caught inside the forward, with the very arguments it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+# Is given the function's arguments and its output; gives what the forward shall go on with.
+Seen = Callable[[tuple[Any, ...], dict[str, Any], Any], Any]
+
+
+def catch_calls(
+    module: nn.Module, parameter: str, functions: Collection[Callable[..., Any]], seen: Seen
+) -> Callable[[], None]:
+    """Watch the forwards of a module from now on: each call of one of ``functions`` whose second
+    argument is the module's ``parameter`` goes through ``seen``. Gives what ends the watching."""
+    modes: list[_Calls] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        modes.append(_Calls(getattr(module, parameter), functions, seen))
+        modes[-1].__enter__()  # type: ignore[no-untyped-call]
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        modes.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    hooks = (
+        module.register_forward_pre_hook(enter),
+        module.register_forward_hook(leave, always_call=True),
+    )
+
+    def end() -> None:
+        for hook in hooks:
+            hook.remove()
+
+    return end
+
+
+class _Calls(TorchFunctionMode):
+    def __init__(self, weight: Any, functions: Collection[Callable[..., Any]], seen: Seen) -> None:
+        super().__init__()
+        self._weight, self._functions, self._seen = weight, functions, seen
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if func not in self._functions:
+            return output
+        weight = args[1] if len(args) > 1 else kwargs.get("weight")
+        return self._seen(args, kwargs, output) if weight is self._weight else output
