@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,8 @@ from raycurv.mathematics.kinds.catalogue import kind_of, kind_of_block
 from raycurv.mathematics.kinds.kind import Kind, ModuleCall, Note
 from raycurv.models.opening import open_model
 from raycurv.models.patched import Patched, repatch
-from raycurv.models.stored import Patch
+from raycurv.models.pieces import Parts
+from raycurv.models.stored import Patch, StoredWeight
 
 DOUBLE = torch.float64
 # Sums of some dozen float64 products of numbers near 1.
@@ -87,24 +89,37 @@ def test_rows_give_the_gradient_of_the_matrix_and_the_matrix_gives_the_weight_ba
     assert kind is kind_of(owner) and block.module == block.name == "0"
     names = kind.parameters(block)
     weights = [owner.get_parameter(name) for name in names]
-    matrix = kind.to_matrix(weights[0], weights[1] if block.bias else None)
+    shapes = {f"0.{name}": weight.shape for name, weight in zip(names, weights, strict=True)}
+    own = StoredWeight.among(
+        dict(module.named_parameters()), block, lambda name: Parts.one(name, shapes[name])
+    )
+    matrix = own.matrix(lambda place: place.of(module.get_parameter(place.key).detach()))
     assert matrix.shape == (block.d_out, block.d_in)
-    for got, want in zip(kind.from_matrix(block, matrix, weights[0].shape), weights, strict=False):
-        assert torch.equal(got, want)
+    again = copy.deepcopy(owner)
+    own.put(again, torch.zeros_like(matrix))
+    assert all(not again.get_parameter(name).any() for name in names)
+    own.put(again, matrix)
+    assert all(torch.equal(again.get_parameter(n), owner.get_parameter(n)) for n in names)
     want = []
     for example in x:
-        gradients = torch.autograd.grad(module(example[None]).tanh().sum(), weights)
-        want.append(kind.to_matrix(gradients[0], gradients[1] if block.bias else None))
+        gradients = dict(
+            zip(
+                shapes,
+                torch.autograd.grad(module(example[None]).tanh().sum(), weights),
+                strict=True,
+            )
+        )
+        want.append(own.matrix(lambda place, of=gradients: place.of(of[place.key].contiguous())))
     capture = Capture(module, [block])
     record = Record(Batch(0, ("a", "b", "c"), x))
     with capture.recording(record):
         out = module(x)
     capture.blocks = {b.name: b for b in capture.discover(record)}
     out.tanh().sum().backward()
-    found = capture.captured(record)
-    g = found.gradients["0"]
+    captured = capture.captured(record)
+    g = captured.gradients["0"]
     assert g is not None
-    assert worst(example_gradients(found.inputs["0.input"], g), torch.stack(want)) < EXACT
+    assert worst(example_gradients(captured.inputs["0.input"], g), torch.stack(want)) < EXACT
 
 
 def test_a_convolution_that_pads_itself_and_changes_its_weight_is_left_out_by_name() -> None:

@@ -215,12 +215,17 @@ def test_the_fingerprint_tells_a_single_weight(tmp_path: Path) -> None:
     assert again.fingerprint() == prints[1]
 
 
-def test_a_parameter_that_is_no_tensor_of_the_checkpoint_has_no_key(tmp_path: Path) -> None:
+def test_a_parameter_is_stored_as_a_tensor_or_a_view_of_one(tmp_path: Path) -> None:
     save_file({name: torch.zeros(4, 4) for name in "abcde"}, tmp_path / "model.safetensors")
     weights = Weights(Checkpoint(tmp_path), torch.device("meta"))
     a, b, c, d, e = (weights[name].to() for name in "abcde")
     module = nn.ParameterDict({"own": a, "joined": torch.cat([b, c]), "turned": d.T, "part": e[:2]})
-    assert weights.keys_of(module) == {"own": "a"}
+    found = weights.parts_of(module)
+    assert found.keys() == {"own", "turned", "part"}
+    stored = torch.arange(16.0).view(4, 4)
+    for name, want in {"own": stored, "turned": stored.T, "part": stored[:2]}.items():
+        place = found[name].place(lambda parameter: parameter[1:])
+        assert place is not None and torch.equal(place.of(stored), want[1:])
 
 
 # Saved checkpoints

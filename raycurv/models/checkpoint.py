@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from raycurv.errors import UserError, user_errors
 from raycurv.jsonfile import MOST_BYTES, parse_json, read_json
+from raycurv.models.pieces import Parts, Piece, Place, meta
 from raycurv.names import regular_file
 
 SINGLE = "model.safetensors"
@@ -144,10 +145,20 @@ class Checkpoint:
         """One tensor, in its stored dtype, on the CPU, in memory of its own; UserError if the file
         ends inside it, or cannot be opened."""
         entry = self.entries[key]
-        buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
-        if entry.nbytes:
-            _fill(entry.file, key, entry.offset, buffer.numpy().data)
-        return buffer.view(entry.dtype).view(entry.shape)
+        return self._elements(key, 0, math.prod(entry.shape)).view(entry.shape)
+
+    def read_part(self, place: Place) -> Tensor:
+        """A part of a tensor, as :meth:`read`; no more is read than lies between its ends."""
+        span = self._elements(place.key, place.offset, place.span)
+        return span.as_strided(place.shape, place.strides)
+
+    def _elements(self, key: str, start: int, count: int) -> Tensor:
+        entry = self.entries[key]
+        size = entry.dtype.itemsize
+        buffer = torch.empty(count * size, dtype=torch.uint8)
+        if count:
+            _fill(entry.file, key, entry.offset + start * size, buffer.numpy().data)
+        return buffer.view(entry.dtype)
 
     def chunks(
         self, file: str, replaced: Mapping[str, Callable[[], Tensor]]
@@ -338,21 +349,19 @@ class Weights(Mapping[str, Weight]):
     def __len__(self) -> int:
         return len(self.keys_by_name)
 
-    def keys_of(self, module: nn.Module) -> dict[str, str]:
-        """Parameter of a module that was loaded on the meta device -> the one key that it is.
+    def parts_of(self, module: nn.Module) -> dict[str, Parts]:
+        """Parameter of a module that was loaded on the meta device -> the tensor that it is, or is
+        a view of, as :class:`Views` keeps them.
 
-        A parameter that the loader made of several tensors, or of a part or another view of one, is
-        left out: it has storage of its own, or another shape.
+        A parameter that the loader made of several tensors is left out: it has storage of its own.
         """
         made = {tensor.untyped_storage()._cdata: (key, tensor) for key, tensor in self._made}
         found = {}
         for name, parameter in module.named_parameters(remove_duplicate=False):
             key, tensor = made.get(parameter.untyped_storage()._cdata, ("", None))
-            if tensor is not None and (
-                (parameter.shape, parameter.stride(), parameter.storage_offset())
-                == (tensor.shape, tensor.stride(), 0)
-            ):
-                found[name] = key
+            if tensor is not None:
+                piece = Piece.between(key, tensor.shape, meta(parameter.shape), parameter)
+                found[name] = Parts(tuple(parameter.shape), (piece,))
         return found
 
     def lost(self, module: nn.Module) -> list[str]:

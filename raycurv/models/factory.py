@@ -23,6 +23,7 @@ from raycurv.models.checkpoint import check_finite, describe_tensor
 from raycurv.models.checkpoint_files import CheckpointFile, state_file
 from raycurv.models.model import Model, Segment
 from raycurv.models.own_copies import cast_floats, copied, floats, unwrapped
+from raycurv.models.pieces import Parts
 from raycurv.models.stored import (
     Patch,
     StoredWeight,
@@ -138,17 +139,19 @@ class FactoryModel(Model):
         for name, parameter in whole.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(name)
         alone = {group[0] for group in names.values() if len(group) == 1}
-        keys = parameter_names(block)
-        for key in keys:
+        for key in parameter_names(block):
             if key not in alone:
                 shared = any(key in group for group in names.values())
                 raise no_tensor_of_its_own(
                     block, "one that several modules share" if shared else "one made of others"
                 )
-        return StoredWeight.among(whole.state_dict(), block, *keys)
+        state = whole.state_dict()
+        return StoredWeight.among(state, block, lambda key: Parts.one(key, state[key].shape))
 
     def block_weight(self, block: Block) -> Tensor:
-        return self.stored(block).matrix(self._read)
+        state = self.skeleton().state_dict()
+        # In memory of its own.
+        return self.stored(block).matrix(lambda place: place.of(state[place.key].detach()).clone())
 
     def files(self, patches: Sequence[Patch] = ()) -> tuple[CheckpointFile, ...]:
         replaced = replacements(self.stored, patches, self._read)

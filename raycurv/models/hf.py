@@ -8,10 +8,13 @@ a segment is put in by the layer before its first one; what leaves is caught beh
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,11 +48,12 @@ from raycurv.models.foreign_code import (
     plain_implementations,
 )
 from raycurv.models.model import Model, Outline, Segment
+from raycurv.models.pieces import Parts, Piece, Views
+from raycurv.models.stacked import stacked_parts
 from raycurv.models.stored import (
     Patch,
     StoredWeight,
     no_tensor_of_its_own,
-    parameter_names,
     replacements,
 )
 from raycurv.models.unused import (
@@ -223,9 +227,9 @@ class HFModel(HFOutline, Model):
         weights = Weights(self.checkpoint, META, self._names)
         whole = self._load(weights, torch.float32, None)
         self._used = weights.used
-        self._keys = weights.keys_of(whole)
+        self._parts = weights.parts_of(whole)
         twice = weights.lost(whole)
-        if twice and len(self._keys) == len(dict(whole.named_parameters(remove_duplicate=False))):
+        if twice and len(self._parts) == len(dict(whole.named_parameters(remove_duplicate=False))):
             raise UserError(
                 str(self._file_of(None)),
                 "one tensor for each weight",
@@ -332,24 +336,49 @@ class HFModel(HFOutline, Model):
 
     def stored(self, block: Block) -> StoredWeight:
         """Where the checkpoint keeps a block's weight, as the loader resolved its keys; UserError
-        if it makes it of several tensors or of a part of one, or makes another weight of it."""
+        if it makes it of several tensors, or makes another weight of it."""
+        entries = self.checkpoint.entries
 
-        def key_of(name: str) -> str:
-            key = self._keys.get(name)
-            if key is None:
+        def parts_of(name: str) -> Parts:
+            parts = self._parts.get(name) or self._stacked.get(name)
+            if parts is None:
                 raise no_tensor_of_its_own(
                     block, f"a {name} that transformers makes of other tensors of the checkpoint"
                 )
-            others = [n for n, k in self._keys.items() if k == key and n != name]
-            if others:
-                raise no_tensor_of_its_own(block, f"{key}, which {others[0]} is, too")
-            return key
+            for piece in parts.pieces:
+                users = self._users[piece.key]
+                if sum(users.values()) > math.prod(entries[piece.key].shape):
+                    other = next((n for n in users if n != name), name)
+                    raise no_tensor_of_its_own(block, f"{piece.key}, which {other} is, too")
+            return parts
 
-        keys = [key_of(name) for name in parameter_names(block)]
-        return StoredWeight.among(self.checkpoint.entries, block, *keys)
+        return StoredWeight.among(entries, block, parts_of)
+
+    @cached_property
+    def _stacked(self) -> dict[str, Parts]:
+        """The parameters that the loader made of several tensors."""
+        entries, shown = self.checkpoint.entries, self._names
+
+        def there(piece: Piece) -> bool:
+            return piece.key in shown and entries[shown[piece.key]].shape == piece.whole
+
+        return {
+            name: parts.renamed(shown)
+            for name, parts in stacked_parts(self.skeleton(), self._parts).items()
+            if all(map(there, parts.pieces))
+        }
+
+    @cached_property
+    def _users(self) -> dict[str, Counter[str]]:
+        """Key -> how many of its numbers each parameter has."""
+        users: dict[str, Counter[str]] = {}
+        for name, parts in (*self._stacked.items(), *self._parts.items()):
+            for piece in parts.pieces:
+                users.setdefault(piece.key, Counter())[name] += piece.numel
+        return users
 
     def block_weight(self, block: Block) -> Tensor:
-        return self.stored(block).matrix(self.checkpoint.read)
+        return self.stored(block).matrix(self.checkpoint.read_part)
 
     def files(self, patches: Sequence[Patch] = ()) -> tuple[CheckpointFile, ...]:
         return hf_files(self.checkpoint, replacements(self.stored, patches, self.checkpoint.read))
@@ -379,7 +408,9 @@ class HFModel(HFOutline, Model):
         pruned = type(base.__name__, (base,), own | {"__module__": base.__module__})
         wanted = f"a checkpoint for {base.__name__} of transformers {transformers.__version__}"
         code = nothing_from_outside(self.directory / CONFIG, self.trust_remote_code)
-        with library_errors(f"model {self.directory}", wanted), _quiet(), code:
+        # On the meta device, what is cut or turned stays a view of the tensor that it is made of.
+        views = Views() if weights.device.type == "meta" else nullcontext()
+        with library_errors(f"model {self.directory}", wanted), _quiet(), code, views:
             module, info = cast(Any, pruned).from_pretrained(
                 None,
                 config=self.config,

@@ -14,9 +14,10 @@ from raycurv.errors import UserError
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.kinds.catalogue import kind_of_block
 from raycurv.models.checkpoint import Entry, check_finite, tensor_bytes
+from raycurv.models.pieces import Parts, Place
 
-# Gives a tensor by its key.
-Read = Callable[[str], Tensor]
+# Gives what lies at a place.
+Read = Callable[[Place], Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,16 +53,14 @@ class StoredWeight:
     """Where a model keeps the weight of a block.
 
     Attributes:
-        weight: key of the tensor that holds the weight among the model's tensors.
-        bias: key of the tensor that holds the bias, if there is one.
-        shape: of the block's part of the weight's tensor.
+        weight: the block's rows ``[O, I]``, without the bias, among the model's tensors.
+        bias: the same of its bias ``[O]``, if there is one.
         dtypes: as stored, of the weight and of the bias, if there is one.
     """
 
     block: Block
-    weight: str
-    bias: str | None
-    shape: tuple[int, ...]
+    weight: Place
+    bias: Place | None
     dtypes: tuple[torch.dtype, ...]
 
     @classmethod
@@ -69,19 +68,24 @@ class StoredWeight:
         cls,
         tensors: Mapping[str, Tensor | Entry],
         block: Block,
-        weight: str,
-        bias: str | None = None,
+        parts: Callable[[str], Parts],
     ) -> StoredWeight:
-        """Where the weight with these keys is kept."""
-        keys = [weight] if bias is None else [weight, bias]
-        dtypes = tuple(tensors[key].dtype for key in keys)
-        whole = torch.empty(tuple(tensors[weight].shape), device="meta")
-        shape = tuple(kind_of_block(block).part(block, whole).shape)
-        return cls(block, weight, bias, shape, dtypes)
+        """Where the weight is kept among ``tensors``, by the parts of each parameter of the block's
+        module; UserError if it is in several tensors."""
+        found = []
+        for name, view in zip(parameter_names(block), _views(block), strict=False):
+            place = parts(name).place(view)
+            if place is None:
+                raise no_tensor_of_its_own(
+                    block, f"{name} that transformers makes of several tensors"
+                )
+            found.append(place)
+        dtypes = tuple(tensors[place.key].dtype for place in found)
+        return cls(block, found[0], found[1] if block.bias else None, dtypes)
 
     @property
-    def keys(self) -> tuple[str, ...]:
-        """Keys of the tensors that hold the block."""
+    def places(self) -> tuple[Place, ...]:
+        """Of the weight, and of the bias, if there is one."""
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
     @property
@@ -91,18 +95,14 @@ class StoredWeight:
 
     def matrix(self, read: Read) -> Tensor:
         """The matrix ``[O, I]``, contiguous, in the stored dtype."""
-        kind = kind_of_block(self.block)
-        # A part of a tensor is cloned, or the whole one would stay in memory.
-        weight, *bias = (
-            part if self.block.index is None else part.clone()
-            for part in (kind.part(self.block, read(key)) for key in self.keys)
-        )
-        matrix = kind.to_matrix(weight, bias[0] if bias else None)
-        return matrix.contiguous()
+        columns = [read(place) for place in self.places]
+        if self.bias is None:
+            return columns[0].contiguous()
+        return torch.cat([c.reshape(self.block.d_out, -1).to(self.dtype) for c in columns], dim=1)
 
-    def parts(self, matrix: Tensor) -> dict[str, Tensor]:
-        """A matrix ``[O, I]`` as the block's parts of the stored tensors, by key; UserError for one
-        of another shape or dtype, or that is not finite."""
+    def parts(self, matrix: Tensor) -> dict[Place, Tensor]:
+        """A matrix ``[O, I]`` as the block's parts of the stored tensors; UserError for one of
+        another shape or dtype, or that is not finite."""
         where = f"the new weight of block {self.block.name}"
         wanted = ((self.block.d_out, self.block.d_in), self.dtype)
         if (tuple(matrix.shape), matrix.dtype) != wanted:
@@ -113,23 +113,26 @@ class StoredWeight:
                 "Make it from Model.block_weight, and cast it back.",
             )
         check_finite(matrix, where)
-        parts = kind_of_block(self.block).from_matrix(self.block, matrix, self.shape)
-        return {
-            key: part.to(dtype)
-            for key, part, dtype in zip(self.keys, parts, self.dtypes, strict=False)
-            if part is not None
-        }
+        rows = (matrix[:, : self.block.d_in - self.block.bias], matrix[:, -1])
+        pairs = zip(self.places, rows, self.dtypes, strict=False)
+        return {place: part.to(dtype) for place, part, dtype in pairs}
 
     def put(self, module: nn.Module, matrix: Tensor) -> None:
         """Copy a matrix ``[O, I]`` into the module that holds the block, cast as a loaded one is;
         UserError as from :meth:`parts`, or for what overflows the module's dtype."""
-        parts, kind = self.parts(matrix), kind_of_block(self.block)
+        names = kind_of_block(self.block).parameters(self.block)
+        parts = self.parts(matrix).values()
         with torch.no_grad():
-            names = kind.parameters(self.block)
-            for key, name in zip(self.keys, names, strict=True):
-                held = kind.part(self.block, module.get_parameter(name))
-                held.copy_(parts[key])
+            for name, view, part in zip(names, _views(self.block), parts, strict=False):
+                held = view(module.get_parameter(name))
+                held.copy_(part)
                 check_finite(held, f"the new weight of block {self.block.name}")
+
+
+def _views(block: Block) -> tuple[Callable[[Tensor], Tensor], ...]:
+    """A block's part of the parameter of its weight as rows ``[O, I]``, and of its bias ``[O]``."""
+    kind = kind_of_block(block)
+    return lambda weight: kind.to_rows(kind.part(block, weight)), partial(kind.part, block)
 
 
 def parameter_names(block: Block) -> tuple[str, ...]:
@@ -138,7 +141,7 @@ def parameter_names(block: Block) -> tuple[str, ...]:
 
 
 def replacements(
-    stored: Callable[[Block], StoredWeight], patches: Iterable[Patch], read: Read
+    stored: Callable[[Block], StoredWeight], patches: Iterable[Patch], read: Callable[[str], Tensor]
 ) -> dict[str, Callable[[], Tensor]]:
     """By key what makes the tensor with patches in it; one patch is in memory at a time.
 
@@ -148,18 +151,19 @@ def replacements(
     def patched(key: str, patches: Sequence[Patch]) -> Tensor:
         whole: Tensor | None = None
         for patch in patches:
-            part = stored(patch.block).parts(patch.read())[key]
-            if patch.block.index is None:
-                return part
-            whole = read(key) if whole is None else whole
-            kind_of_block(patch.block).part(patch.block, whole).copy_(part)
+            for place, part in stored(patch.block).parts(patch.read()).items():
+                if place.key != key:
+                    continue
+                if whole is None:
+                    whole = part.new_empty(place.whole) if place.covers else read(key)
+                place.of(whole).copy_(part)
         assert whole is not None
         return whole
 
     by_key: dict[str, list[Patch]] = {}
     for patch in patches:
-        for key in stored(patch.block).keys:
-            by_key.setdefault(key, []).append(patch)
+        for place in stored(patch.block).places:
+            by_key.setdefault(place.key, []).append(patch)
     return {key: partial(patched, key, mine) for key, mine in by_key.items()}
 
 

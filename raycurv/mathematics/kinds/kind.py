@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from raycurv.errors import UserError
@@ -123,28 +122,6 @@ class Kind(ABC):
     def to_rows(self, weight: Tensor) -> Tensor:
         """A block's part of its parameter as the matrix ``[O, I]`` without the bias; a view."""
         return weight.flatten(1)
-
-    def from_rows(self, rows_OI: Tensor, shape: Sequence[int]) -> Tensor:
-        """The reverse of :meth:`to_rows`: the part of the parameter, of this shape."""
-        return rows_OI.reshape(*shape)
-
-    def to_matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The matrix ``[O, I]`` of a block's part of its parameter and of its bias ``[O]``.
-
-        Of the wider of both dtypes; a view of the weight where there is no bias.
-        """
-        rows = self.to_rows(weight)
-        if bias is None:
-            return rows
-        wider = torch.promote_types(weight.dtype, bias.dtype)
-        return torch.cat([rows.to(wider), bias[:, None].to(wider)], dim=1)
-
-    def from_matrix(
-        self, block: Block, matrix_OI: Tensor, shape: Sequence[int]
-    ) -> tuple[Tensor, Tensor | None]:
-        """The reverse of :meth:`to_matrix`: the weight in its parameter's shape, and the bias."""
-        weight = self.from_rows(matrix_OI[:, : block.d_in - block.bias], shape)
-        return weight.contiguous(), matrix_OI[:, -1].contiguous() if block.bias else None
 
     def flops(self, module: nn.Module, x: Tensor) -> int:
         """FLOPs of a forward of the module (a multiplication and an addition are two)."""

@@ -5,8 +5,6 @@ y_t = W a_t + b        a row a token, wherever its axis is: [N, T, I], [N, H, T,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor, nn
 
 from raycurv.mathematics.blocks import Block
@@ -54,9 +52,6 @@ class TransposedLinear(Linear):
 
     def to_rows(self, weight: Tensor) -> Tensor:
         return weight.T
-
-    def from_rows(self, rows_OI: Tensor, shape: Sequence[int]) -> Tensor:
-        return rows_OI.T.reshape(*shape)
 
 
 def _split(values: Tensor, call: ModuleCall) -> Tensor:
