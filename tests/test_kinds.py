@@ -245,7 +245,9 @@ class ScaleKind(Kind):
     def output_rows(self, block: Block, module: nn.Module, call: ModuleCall, g: Tensor) -> Tensor:
         return g * call.x
 
-    def live_rows(self, call: ModuleCall, mask: Tensor | None, rows: int) -> Tensor | None:
+    def live_rows(
+        self, block: Block, call: ModuleCall, mask: Tensor | None, rows: int
+    ) -> Tensor | None:
         return mask
 
     def to_rows(self, weight: Tensor) -> Tensor:
@@ -286,7 +288,9 @@ class ExpertsKind(Kind):
         spread[call.detail] = g
         return spread
 
-    def live_rows(self, call: ModuleCall, mask: Tensor | None, rows: int) -> Tensor | None:
+    def live_rows(
+        self, block: Block, call: ModuleCall, mask: Tensor | None, rows: int
+    ) -> Tensor | None:
         return call.detail if mask is None else call.detail & mask
 
 

@@ -204,7 +204,7 @@ class Capture:
             a = kind.input_rows(block, module, call)
             if block.bias:
                 a = torch.cat([a, a.new_ones((*a.shape[:-1], 1))], dim=-1)
-            mask = kind.live_rows(call, _tokens(record.batch, call), a.shape[1])
+            mask = kind.live_rows(block, call, call.mask, a.shape[1])
             if mask is not None and mask.all():
                 mask = None
             parts.append(a if mask is None else _masked(a, mask))
@@ -230,14 +230,6 @@ class Capture:
             g = kind.output_rows(block, module, call, call.g[draw])
             parts.append(g if mask is None else _at_tokens(g, mask, block, record.batch))
         return _joined(parts)
-
-
-def _tokens(batch: Batch, call: ModuleCall) -> Tensor | None:
-    """Which positions of a call are tokens, ``[N, P]``; ``None`` where there is no padding."""
-    if batch.mask is None or call.positions is None:
-        return None
-    start = call.start or 0
-    return batch.mask[:, start : start + call.positions]
 
 
 def _masked(rows: Tensor, live: Tensor) -> Tensor:
@@ -320,13 +312,15 @@ def _rooted(y: Any) -> Any:
 
 
 def _noting(capture: weakref.ref[Capture]) -> Note:
-    def note(block: str, x: Any, y: Any, detail: Any = None) -> Any:
+    def note(blocks: str | Sequence[str], x: Any, y: Any, detail: Any = None) -> Any:
         owner = capture()
         if owner is not None and owner._backward:
             return _rooted(y)
         record = None if owner is None else owner._record
         if record is None:
             return y
+        names = (blocks,) if isinstance(blocks, str) else tuple(blocks)
+        block = names[0]
         if any(isinstance(t, Tensor) and is_functorch_wrapped_tensor(t) for t in (x, y)):
             raise UserError(
                 f"block {block}",
@@ -341,11 +335,16 @@ def _noting(capture: weakref.ref[Capture]) -> Note:
                 f"{type(x).__name__} to {type(y).__name__}",
                 f"Leave out what is like it: --blocks '!{role(block)}'.",
             )
+        mask = record.batch.mask
         start, positions = record.span or (None, None)
-        if record.span is None and record.batch.mask is not None:
-            positions = record.batch.mask.shape[1]
-        call = ModuleCall(x.detach(), x._version, record.batch.size, start, positions, detail)
-        record.calls.setdefault(block, []).append(call)
+        if record.span is None and mask is not None:
+            positions = mask.shape[1]
+        if mask is not None and positions is not None:
+            mask = mask[:, start or 0 : (start or 0) + positions]
+        size = record.batch.size
+        call = ModuleCall(x.detach(), x._version, size, start, positions, mask, detail)
+        for name in names:
+            record.calls.setdefault(name, []).append(call)
         y = _rooted(y)
         if not y.requires_grad:
             return y

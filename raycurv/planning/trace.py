@@ -146,7 +146,7 @@ class _Watcher:
             self.unit = unit
             kind = kind_of(module)
             if kind is not None and args and isinstance(args[0], Tensor):
-                self.multiply(kind.flops(module, args[0]))
+                self.multiply(kind.flops(module, *args))
 
         return enter
 

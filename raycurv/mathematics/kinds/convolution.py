@@ -76,10 +76,12 @@ class Convolution(Kind):
     def output_rows(self, block: Block, module: nn.Module, call: ModuleCall, g: Tensor) -> Tensor:
         return g.flatten(2).transpose(1, 2)
 
-    def live_rows(self, call: ModuleCall, mask: Tensor | None, rows: int) -> Tensor | None:
+    def live_rows(
+        self, block: Block, call: ModuleCall, mask: Tensor | None, rows: int
+    ) -> Tensor | None:
         return mask if mask is not None and rows == mask.shape[1] else None
 
-    def flops(self, module: nn.Module, x: Tensor) -> int:
+    def flops(self, module: nn.Module, x: Tensor, *more: Any) -> int:
         assert isinstance(module, nn.Conv2d)
         return 2 * len(x) * math.prod(_Cut.of(module).positions(x)) * module.weight.numel()
 

@@ -33,6 +33,7 @@ class ModuleCall:
         version: of ``x`` when it entered: another one later means that it was changed in place.
         start: first position of a slice; ``None`` when the whole microbatch went through.
         positions: how many positions went through (P); ``None`` without a token axis.
+        mask: which of them are tokens, ``[N, P]``; ``None`` where all are.
         detail: what else the kind has to know of the call. Blocks that are given one tensor share
             an input factor only if this is one object, too.
         g: gradient of what left, by draw.
@@ -43,14 +44,16 @@ class ModuleCall:
     examples: int
     start: int | None
     positions: int | None
+    mask: Tensor | None = None
     detail: Any = None
     g: dict[int, Tensor] = field(default_factory=dict)
 
 
 class Note(Protocol):
-    """Tells that a block has made ``y`` of ``x``; gives what the forward shall go on with."""
+    """Tells that a block, or several at once, have made ``y`` of ``x``; gives what the forward
+    shall go on with. Several have one :class:`ModuleCall`, whose rows their kind tells apart."""
 
-    def __call__(self, block: str, x: Any, y: Any, detail: Any = None) -> Any: ...
+    def __call__(self, blocks: str | Sequence[str], x: Any, y: Any, detail: Any = None) -> Any: ...
 
 
 class Kind(ABC):
@@ -104,7 +107,9 @@ class Kind(ABC):
         """A gradient of what left as rows ``[N, T, O]``, aligned with those of the input."""
 
     @abstractmethod
-    def live_rows(self, call: ModuleCall, mask: Tensor | None, rows: int) -> Tensor | None:
+    def live_rows(
+        self, block: Block, call: ModuleCall, mask: Tensor | None, rows: int
+    ) -> Tensor | None:
         """Which of a call's ``rows`` an example has count: ``[N, rows]``; ``None`` for all.
 
         ``mask [N, P]`` tells which positions of the call are tokens; ``None`` where all are, or
@@ -123,8 +128,9 @@ class Kind(ABC):
         """A block's part of its parameter as the matrix ``[O, I]`` without the bias; a view."""
         return weight.flatten(1)
 
-    def flops(self, module: nn.Module, x: Tensor) -> int:
-        """FLOPs of a forward of the module (a multiplication and an addition are two)."""
+    def flops(self, module: nn.Module, x: Tensor, *more: Any) -> int:
+        """FLOPs of a forward of the module, given its arguments (a multiplication and an addition
+        are two)."""
         return 2 * (x.numel() // x.shape[-1]) * _weight_of(module).numel()
 
 

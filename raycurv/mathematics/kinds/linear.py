@@ -35,7 +35,9 @@ class Linear(Kind):
     def output_rows(self, block: Block, module: nn.Module, call: ModuleCall, g: Tensor) -> Tensor:
         return _rows(g, call)
 
-    def live_rows(self, call: ModuleCall, mask: Tensor | None, rows: int) -> Tensor | None:
+    def live_rows(
+        self, block: Block, call: ModuleCall, mask: Tensor | None, rows: int
+    ) -> Tensor | None:
         if mask is None or _position_axis(_split(call.x, call), call.positions) is None:
             return None
         return mask.repeat(1, rows // mask.shape[1])
