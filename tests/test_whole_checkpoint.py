@@ -18,7 +18,6 @@ from torch import Tensor
 import raycurv
 from raycurv.errors import UserError
 from raycurv.models.checkpoint import Checkpoint
-from raycurv.models.config_file import is_quantised
 from raycurv.models.hf import HFModel
 from raycurv.models.opening import open_model, open_outline
 from raycurv.models.unused import listed
@@ -302,33 +301,6 @@ def test_a_link_beside_the_weights_is_not_copied(own: Path) -> None:
     (own / "notes.txt").unlink()
     (own / "notes.txt").symlink_to("config.json")
     assert "notes.txt" in {file.name for file in open_model(str(own)).files()}
-
-
-DENSE = {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {}}
-QUANTISED: dict[str, tuple[Any, bool]] = {
-    "empty": ({}, False),
-    "none": (None, False),
-    "sparse": (DENSE | {"sparsity_config": {"format": "dense"}}, False),
-    "frozen": ({"quant_method": "compressed-tensors", "quantization_status": "frozen"}, False),
-    "bitmask": (DENSE | {"sparsity_config": {"format": "sparse-24-bitmask"}}, True),
-    "groups": (DENSE | {"config_groups": {"group_0": {}}}, True),
-    "gptq": ({"quant_method": "gptq", "bits": 4}, True),
-    "unknown": ({"bits": 4}, True),
-    "text": ("int8", True),
-}
-
-
-@pytest.mark.parametrize("case", QUANTISED)
-def test_sparse_is_not_quantised(case: str) -> None:
-    said, expected = QUANTISED[case]
-    assert is_quantised({"quantization_config": said}) == expected
-
-
-def test_a_sparse_checkpoint_is_opened_and_a_quantised_one_is_not(own: Path) -> None:
-    _config(own, quantization_config=DENSE | {"sparsity_config": {"format": "dense"}})
-    assert open_model(str(own)).units == 2
-    _config(own, quantization_config={"quant_method": "gptq", "bits": 4})
-    _refused(own, "a quantised checkpoint")
 
 
 BOMBS: dict[str, dict[str, Any]] = {

@@ -35,6 +35,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -50,7 +51,6 @@ FOREIGN_BITS = {
     "F4": 4,
     "F6_E2M3": 6,
     "F6_E3M2": 6,
-    "F8_E8M0": 8,
     "F8_E4M3FNUZ": 8,
     "F8_E5M2FNUZ": 8,
     "U16": 16,
@@ -109,7 +109,9 @@ class Checkpoint:
 
     Attributes:
         files: names of the files with tensors, in the order of the index.
-        entries: where each tensor lies, by its key.
+        stored: where each tensor lies, by its key.
+        entries: those that a model is made of, by their keys.
+        notes: what a person should know of them.
         unlisted: keys of tensors in these files that the index does not name.
 
     Raises:
@@ -117,6 +119,8 @@ class Checkpoint:
             out of the directory, an invalid header, a tensor in two files, or a file that is
             shorter or longer than its header says.
     """
+
+    notes: tuple[str, ...] = ()
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
@@ -139,13 +143,15 @@ class Checkpoint:
                     "Copy the checkpoint again: its index and its files do not belong together.",
                 )
             self.entries.update(found)
+        self.stored = self.entries
         self.unlisted = tuple(unlisted)
 
-    def read(self, key: str) -> Tensor:
-        """One tensor, in its stored dtype, on the CPU, in memory of its own; UserError if the file
-        ends inside it, or cannot be opened."""
-        entry = self.entries[key]
-        return self._elements(key, 0, math.prod(entry.shape)).view(entry.shape)
+    def read(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor, in its stored dtype or cast to another, on the CPU, in memory of its own;
+        UserError if the file ends inside it, or cannot be opened."""
+        shape = self.stored[key].shape
+        read = self._elements(key, 0, math.prod(shape)).view(shape)
+        return read if dtype is None else read.to(dtype)
 
     def read_part(self, place: Place) -> Tensor:
         """A part of a tensor, as :meth:`read`; no more is read than lies between its ends."""
@@ -153,7 +159,7 @@ class Checkpoint:
         return span.as_strided(place.shape, place.strides)
 
     def _elements(self, key: str, start: int, count: int) -> Tensor:
-        entry = self.entries[key]
+        entry = self.stored[key]
         size = entry.dtype.itemsize
         buffer = torch.empty(count * size, dtype=torch.uint8)
         if count:
@@ -186,11 +192,11 @@ class Checkpoint:
             del tensor
 
     def fingerprint(self, keys: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
-        """Per tensor, of ``keys`` or of all, ``{"dtype", "shape", "hash"}``: a hash of 64 KiB
-        sampled from it."""
+        """Per tensor as it is stored, of ``keys`` or of all, ``{"dtype", "shape", "hash"}``: a hash
+        of 64 KiB sampled from it."""
 
         def one(key: str) -> dict[str, Any]:
-            entry = self.entries[key]
+            entry = self.stored[key]
 
             def sample(start: int, length: int) -> bytes:
                 window = bytearray(length)
@@ -200,7 +206,7 @@ class Checkpoint:
             named = DTYPES.get(entry.stored, entry.stored)
             return describe(named, entry.shape, entry.nbytes, sample)
 
-        return {key: one(key) for key in sorted(self.entries if keys is None else keys)}
+        return {key: one(key) for key in sorted(self.stored if keys is None else keys)}
 
 
 def describe(
@@ -389,7 +395,7 @@ class Weights(Mapping[str, Weight]):
                 made = torch.empty(entry.shape, dtype=dtype, device="meta")
                 self._made.append((key, made))
                 return made
-            tensor = self.checkpoint.read(key).to(dtype)
+            tensor = self.checkpoint.read(key, dtype)
             check_finite(tensor, f"{entry.file}, tensor {key}")
             return tensor.to(self.device)
 

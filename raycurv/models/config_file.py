@@ -1,4 +1,4 @@
-"""``config.json`` before anything is built from it: within bounds, of weights that gradients reach.
+"""``config.json`` before anything is built from it: within bounds.
 
 A configuration of a stranger's is data: its numbers decide how much is built, and in how many
 pieces. What is built per layer or per class is bounded here, before transformers reads the file.
@@ -30,12 +30,6 @@ _COUNTED = (
     (re.compile(r"(^|_)(attention_)?heads?$"), 100_000),
 )
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
-_COMPRESSED = "compressed-tensors"
-# What a description of compressed tensors may say that nothing follows from, by itself.
-_DENSE = {
-    "quant_method", "format", "quantization_status", "config_groups", "kv_cache_scheme", "ignore",
-    "sparsity_config", "global_compression_ratio", "version",
-}  # fmt: skip
 
 
 def read_content(directory: Path) -> dict[str, Any]:
@@ -78,26 +72,6 @@ def _bounds(name: str) -> tuple[int, int]:
     most = next((most for pattern, most in _COUNTED if pattern.search(name)), None)
     # Negative ones count from the end (vision_feature_layer), or say that there is none.
     return (-_MOST, _MOST) if most is None else (-most, most)
-
-
-def is_quantised(content: Mapping[str, Any]) -> bool:
-    """Whether the weights are stored as something else than floating point.
-
-    Compressed tensors say what is compressed: without groups of quantised weights, and with sparse
-    ones in the dense format, the tensors are those of the model.
-    """
-    for key in ("quantization_config", "compression_config"):
-        said = content.get(key)
-        if not said:
-            continue
-        if not isinstance(said, Mapping) or not said.keys() <= _DENSE:
-            return True
-        sparse = said.get("sparsity_config") or {}
-        dense = isinstance(sparse, Mapping) and sparse.get("format", "dense") == "dense"
-        compressed = any(said.get(part) for part in ("config_groups", "kv_cache_scheme"))
-        if said.get("quant_method", _COMPRESSED) != _COMPRESSED or compressed or not dense:
-            return True
-    return False
 
 
 def check_layers(content: Mapping[str, Any], keys: Collection[str], path: str) -> None:

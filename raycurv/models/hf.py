@@ -38,9 +38,10 @@ from raycurv.models.anatomy import (
     run_on_meta,
 )
 from raycurv.models.architectures import check_architecture
-from raycurv.models.checkpoint import INDEX, SINGLE, Checkpoint, Weights
+from raycurv.models.checkpoint import INDEX, SINGLE, Weights
 from raycurv.models.checkpoint_files import TOKENIZER_FILES, CheckpointFile, hf_files
-from raycurv.models.config_file import CONFIG, check_layers, is_quantised, read_content
+from raycurv.models.config_file import CONFIG, check_layers, read_content
+from raycurv.models.dequantised import open_checkpoint
 from raycurv.models.directories import ADAPTER, check_directory, check_outline_directory
 from raycurv.models.foreign_code import (
     named_code,
@@ -50,6 +51,7 @@ from raycurv.models.foreign_code import (
 from raycurv.models.model import Model, Outline, Segment
 from raycurv.models.pieces import Parts, Piece, Views
 from raycurv.models.stacked import stacked_parts
+from raycurv.models.quantisation import Quantisation, copy_in_floating_point
 from raycurv.models.stored import (
     Patch,
     StoredWeight,
@@ -99,6 +101,7 @@ class HFOutline(Outline):
         self.trust_remote_code = trust_remote_code
         check_outline_directory(directory)
         self.content = read_content(directory)
+        self.quantisation = Quantisation.of(self.content, str(directory / CONFIG))
         self.config = _read_config(directory, self.content, trust_remote_code)
         whole = self._on_meta()
         anatomy = find_anatomy(whole, self.config, self._stored_twice, directory)
@@ -198,10 +201,10 @@ class HFModel(HFOutline, Model):
         return *super()._made_of(), self.ignored
 
     def _on_meta(self) -> nn.Module:
-        self.checkpoint = Checkpoint(self.directory)
+        self.checkpoint = open_checkpoint(self.directory, self.quantisation)
         path = str(self.directory / CONFIG)
         check_layers(self.content, self.checkpoint.entries, path)
-        self.notices = tuple(self._about_files())
+        self.notices = (*self._about_files(), *self.checkpoint.notes)
         code = named_code(self.directory / CONFIG)
         if code and not self.trust_remote_code:
             about = "transformers' own class is used, and not the directory's code"
@@ -304,10 +307,10 @@ class HFModel(HFOutline, Model):
         self.notices += tuple(f"not used: {listed(keys)} ({why})" for why, keys in left.items())
 
     def _stored_twice(self, shape: torch.Size) -> bool:
-        entries = self.checkpoint.entries
-        alike = [key for key in self._used if entries[key].shape == tuple(shape)]
-        prints = self.checkpoint.fingerprint(alike)
-        return len(alike) > len({prints[key]["hash"] for key in alike})
+        stored = self.checkpoint.stored
+        used = stored.keys() & set(self._used)
+        prints = self.checkpoint.fingerprint(k for k in used if stored[k].shape == tuple(shape))
+        return len(prints) > len({one["hash"] for one in prints.values()})
 
     def fingerprint(self) -> dict[str, dict[str, Any]]:
         return self.checkpoint.fingerprint() | self._code_fingerprint()
@@ -381,6 +384,14 @@ class HFModel(HFOutline, Model):
         return self.stored(block).matrix(self.checkpoint.read_part)
 
     def files(self, patches: Sequence[Patch] = ()) -> tuple[CheckpointFile, ...]:
+        if self.quantisation is not None:
+            method = self.quantisation.method
+            raise UserError(
+                f"model {self.directory}",
+                "weights in floating point, which can be saved with others in their place",
+                f"quantised ones ({method})",
+                copy_in_floating_point(method),
+            )
         return hf_files(self.checkpoint, replacements(self.stored, patches, self.checkpoint.read))
 
     def _load(self, weights: Weights, dtype: torch.dtype, units: range | None) -> nn.Module:
@@ -751,13 +762,6 @@ def _replace(module: nn.Module, name: str, by: nn.Module) -> None:
 
 def _read_config(directory: Path, content: Mapping[str, Any], trust_remote_code: bool) -> Any:
     path = str(directory / CONFIG)
-    if is_quantised(content):
-        raise UserError(
-            path,
-            "weights in floating point",
-            "a quantised checkpoint (quantization_config)",
-            "Curvature is of the weights that gradients reach: use the unquantised checkpoint.",
-        )
     check_architecture(content, path, trust_remote_code)
     wanted = f"a configuration that transformers {transformers.__version__} knows"
     # Each architecture checks its own fields, with errors of several libraries.
@@ -772,10 +776,11 @@ def _read_config(directory: Path, content: Mapping[str, Any], trust_remote_code:
     # Outputs are taken by their names, whatever other callers are given.
     for part in (config, config.get_text_config()):
         part.return_dict = True
-    # Of plain tensors, which need no library to be read.
-    for name in ("quantization_config", "compression_config"):
-        if getattr(config, name, None) is not None:
-            delattr(config, name)
+    # Weights come as floating point: their library has nothing to do.
+    for part in (config, config.get_text_config()):
+        for name in ("quantization_config", "compression_config"):
+            if getattr(part, name, None) is not None:
+                delattr(part, name)
     return config
 
 

@@ -212,7 +212,10 @@ def _looks_like(unused: Mapping[str, Entry]) -> str:
             "is the base with them. Merge them with PEFT (model.merge_and_unload()) and save that."
         )
     if any(_QUANTISED.search(key) for key in unused):
-        return "These belong to quantised weights: use the checkpoint before it was quantised."
+        return (
+            "These belong to quantised weights, and config.json does not say how to read them: "
+            "copy it again, with its quantization_config, from where the model was saved."
+        )
     if any(re.search(r"(^|\.)(score|classifier|v_head|qa_outputs|regression_head)\.", key)
            for key in unused):  # fmt: skip
         return (
