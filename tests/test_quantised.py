@@ -26,6 +26,7 @@ from raycurv.errors import UserError
 from raycurv.models import dequantised
 from raycurv.models.dequantised import DequantisedCheckpoint
 from raycurv.models.opening import open_model, open_outline
+from raycurv.models.pieces import Place
 from raycurv.models.quantisation import Quantisation
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
@@ -286,6 +287,8 @@ def test_transformers_make_the_same_of_it(tmp_path: Path) -> None:
         tensors["a.weight"], tensors["a.weight_scale_inv"], torch.float32
     )  # fmt: skip
     assert torch.equal(mine, theirs) and torch.equal(mine, made)
+    column = checkpoint.read_part(Place("a.weight", (64, 32), 5, (64,), (32,)))
+    assert torch.equal(column, made[:, 5])
     theirs = dense._dequantize_one(*stack, torch.float32)
     assert torch.equal(checkpoint.read("experts.up"), theirs)
     save_file({"experts.up_blocks": blocks, "experts.up_scales": exponents}, tmp_path / FILE)

@@ -50,8 +50,8 @@ from raycurv.models.foreign_code import (
 )
 from raycurv.models.model import Model, Outline, Segment
 from raycurv.models.pieces import Parts, Piece, Views
-from raycurv.models.stacked import stacked_parts
 from raycurv.models.quantisation import Quantisation, copy_in_floating_point
+from raycurv.models.stacked import stacked_parts
 from raycurv.models.stored import (
     Patch,
     StoredWeight,
