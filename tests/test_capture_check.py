@@ -166,15 +166,9 @@ class Pooled(nn.Module):
         return self.a(x).tanh().mean(dim=1)
 
 
-def _attention() -> nn.Module:
-    return nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)
-
-
 MASK = torch.tensor([[True, True, True], [True, False, False]])
 # A network, its input, where its tokens are, the block that is wrong, and by how much at least.
 FAULTS: dict[str, tuple[Callable[[], nn.Module], Tensor, Tensor | None, str, float]] = {
-    "out_proj, whose weight torch passes on": (_attention, normal(2, 4, 6), None,
-                                               "self_attn.out_proj", 0.99),
     "an encoder that is the decoder, too": (Tied, normal(2, 6), None, "encoder", 0.1),
     "a norm of a weight": (Scaled, normal(2, 6), None, "b", 0.05),
     "a thousandth": (Slightly, normal(2, 6), None, "a", 9e-4),

@@ -42,8 +42,7 @@ def _flags(error: UserError) -> list[str]:
 # What stands in the decoder's layers beside linear ones.
 IN_LAYERS = {
     "llama4": ["!model.layers.*.feed_forward.experts"],
-    "mamba2": ["!backbone.layers.*.mixer.conv1d"],
-    "mamba": ["!backbone.layers.*.mixer.A_log", "!backbone.layers.*.mixer.conv1d"],
+    "mamba": ["!backbone.layers.*.mixer.A_log"],
 }
 
 

@@ -26,7 +26,7 @@ from raycurv.files.weights import write_checkpoint
 from raycurv.mathematics.blocks import Block, block_name
 from raycurv.mathematics.capture import Capture, Record
 from raycurv.mathematics.choice import choose_blocks
-from raycurv.mathematics.gradients import example_gradients
+from raycurv.mathematics.gradients import example_gradients, spread
 from raycurv.mathematics.kinds import catalogue
 from raycurv.mathematics.kinds.catalogue import kind_of, kind_of_block
 from raycurv.mathematics.kinds.kind import Kind, ModuleCall, Note
@@ -65,6 +65,101 @@ class PadsItself(nn.Conv2d):
         return F.conv2d(x, weight, self.bias, self.stride, self.padding, groups=self.groups)
 
 
+class Scaled(nn.Module):
+    """A number for each column."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(1 + torch.randn(width) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+class Recurrent(nn.Module):
+    """Parameters used in no way that is seen from outside: a decay of each column and state, a
+    token before the others, a list; and two outputs, the second of them in a tuple."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.decay = nn.Parameter(torch.randn(width, 2))
+        self.first = nn.Parameter(torch.randn(1, 1, width))
+        self.list = nn.ParameterList([torch.randn(width), torch.randn(())])
+
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Any:
+        x = torch.cat([self.first.expand(len(x), -1, -1), x + self.list[0]], dim=1)
+        if positions is not None:
+            x = x[:, : len(positions)] + positions[:, None]
+        state, out = x.new_zeros(*x.shape[::2], 2), []
+        for row in x.unbind(1):
+            state = self.decay.sigmoid() * state + (row * self.list[1])[..., None]
+            out.append(state.sum(dim=-1))
+        return torch.stack(out, dim=1), (state,)
+
+
+class Positions(nn.Module):
+    """A recurrent layer that is given the positions, as many as there are examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Recurrent(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, (state,) = self.inner(x, positions=torch.arange(3.0).to(x))
+        return y.sum(dim=1) * state.sum(dim=-1)
+
+
+class Gemma(nn.Module):
+    """A norm whose scale counts from 1, in channels that come first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * (1 + self.weight)[:, None]) / x.norm(dim=1, keepdim=True)
+
+
+class Attention(nn.Module):
+    """torch's own attention, whose output projection is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+class Looked(nn.Module):
+    """Tokens, looked up twice and scaled as in Gemma; their positions as ``[1, T]`` and ``[T]``."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(7, 4, **options)
+        self.rows, self.columns = nn.Embedding(9, 4), nn.Embedding(9, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        positions = torch.arange(x.shape[1])
+        places = self.rows(positions[None]) + self.columns(positions + 1)
+        return (3.0 * self.tokens(x) + places) * self.tokens(x.roll(1, 1))
+
+
+def _norm(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    def shaken() -> nn.Module:
+        module = make().eval()
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(torch.randn_like(parameter))
+            for name, buffer in module.named_buffers():
+                if name.startswith("running"):
+                    buffer.add_(torch.rand_like(buffer))
+        return module
+
+    return shaken
+
+
+DEPTHWISE = {"kernel_size": 3, "padding": 2, "groups": 4}
 LAYERS = {
     "linear": Layer(lambda: nn.Linear(5, 4), (3, 6, 5)),
     "linear, no bias, no positions": Layer(lambda: nn.Linear(5, 4, bias=False), (3, 5)),
@@ -74,7 +169,48 @@ LAYERS = {
         for name, options in CONVOLUTIONS.items()
     },
     "conv2d, with a forward of its own": Layer(PadsItself, (3, 4, 6, 6)),
+    "convolution of one axis": Layer(
+        lambda: nn.Conv1d(4, 6, 3, stride=2, dilation=2, groups=2, padding=(2,)), (3, 4, 9)
+    ),
+    "convolution of one axis, causal and depthwise": Layer(
+        lambda: nn.Conv1d(4, 4, **DEPTHWISE), (3, 4, 6)
+    ),
+    "convolution of one axis, reflected": Layer(
+        lambda: nn.Conv1d(4, 3, 3, padding="same", padding_mode="reflect"), (3, 4, 6)
+    ),
+    "convolution of three axes": Layer(
+        lambda: nn.Conv3d(2, 4, (1, 2, 3), stride=(2, 1, 1), padding=(0, 1, 2)), (3, 2, 3, 4, 5)
+    ),
+    "convolution of three axes, grouped": Layer(
+        lambda: nn.Conv3d(2, 4, 2, dilation=(1, 2, 1), groups=2, bias=False), (3, 2, 2, 4, 3)
+    ),
+    "embedding": Layer(Looked, (3, 5)),
+    "embedding, padded": Layer(lambda: Looked(padding_idx=2), (3, 5)),
+    "embedding, examples alone": Layer(lambda: nn.Embedding(7, 4), (3,)),
+    "layer norm": Layer(_norm(lambda: nn.LayerNorm(5)), (3, 6, 5)),
+    "layer norm of two axes": Layer(_norm(lambda: nn.LayerNorm((6, 5), bias=False)), (3, 6, 5)),
+    "rms norm": Layer(_norm(lambda: nn.RMSNorm(5)), (3, 5)),
+    "norm as Gemma's": Layer(Gemma, (3, 4, 4)),
+    "group norm": Layer(_norm(lambda: nn.GroupNorm(2, 4)), (3, 4, 4, 5)),
+    "batch norm": Layer(_norm(lambda: nn.BatchNorm2d(4)), (3, 4, 4, 4)),
+    "instance norm": Layer(_norm(lambda: nn.InstanceNorm1d(4, affine=True)), (3, 4, 4)),
+    "scale of channels": Layer(lambda: Scaled(5), (3, 6, 5)),
+    "recurrence": Layer(Positions, (3, 4, 5)),
+    "attention": Layer(Attention, (3, 4, 6)),
+    "slope": Layer(lambda: nn.PReLU(4), (3, 4, 5)),
+    "bilinear": Layer(lambda: Bilinear(), (3, 4, 5)),
 }
+
+
+class Bilinear(nn.Module):
+    """A matrix between two halves, in a module that has a layer, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Bilinear(5, 5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x, x.flip(1))
 
 
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
@@ -84,42 +220,51 @@ def test_rows_give_the_gradient_of_the_matrix_and_the_matrix_gives_the_weight_ba
     torch.manual_seed(0)
     module = nn.Sequential(layer.make()).double()
     x = torch.randn(layer.shape, dtype=DOUBLE)
-    (block,) = choose_blocks(module, ())
-    kind, owner = kind_of_block(block), module[0]
-    assert kind is kind_of(owner) and block.module == block.name == "0"
-    names = kind.parameters(block)
-    weights = [owner.get_parameter(name) for name in names]
-    shapes = {f"0.{name}": weight.shape for name, weight in zip(names, weights, strict=True)}
-    own = StoredWeight.among(
-        dict(module.named_parameters()), block, lambda name: Parts.one(name, shapes[name])
-    )
-    matrix = own.matrix(lambda place: place.of(module.get_parameter(place.key).detach()))
-    assert matrix.shape == (block.d_out, block.d_in)
-    again = copy.deepcopy(owner)
-    own.put(again, torch.zeros_like(matrix))
-    assert all(not again.get_parameter(name).any() for name in names)
-    own.put(again, matrix)
-    assert all(torch.equal(again.get_parameter(n), owner.get_parameter(n)) for n in names)
-    want = []
-    for example in x:
-        gradients = dict(
-            zip(
-                shapes,
-                torch.autograd.grad(module(example[None]).tanh().sum(), weights),
-                strict=True,
-            )
+    if any(isinstance(m, nn.Embedding) for m in module.modules()):
+        x = torch.randint(7, layer.shape)
+        x.view(-1)[:: len(x)] = 2
+    blocks = choose_blocks(module, ("all",))
+    parameters = dict(module.named_parameters())
+    stored = {}
+    for block in blocks:
+        names = [f"{block.module}.{name}" for name in kind_of_block(block).parameters(block)]
+        stored[block.name] = own = StoredWeight.among(
+            parameters, block, lambda name: Parts.one(name, parameters[name].shape)
         )
-        want.append(own.matrix(lambda place, of=gradients: place.of(of[place.key].contiguous())))
-    capture = Capture(module, [block])
+        matrix = own.matrix(lambda place: place.of(parameters[place.key].detach()))
+        assert matrix.shape == (block.d_out, block.d_in)
+        again = copy.deepcopy(module)
+        holder = again.get_submodule(block.module)
+        own.put(holder, torch.zeros_like(matrix))
+        assert all(not again.get_parameter(name).any() for name in names)
+        own.put(holder, matrix)
+        assert all(torch.equal(again.get_parameter(n), parameters[n]) for n in names)
+    want: dict[str, list[Tensor]] = {block.name: [] for block in blocks}
+    for example in x:
+        found = torch.autograd.grad(
+            module(example[None]).tanh().sum(), list(parameters.values()), materialize_grads=True
+        )
+        gradients = dict(zip(parameters, found, strict=True))
+        for name, own in stored.items():
+            want[name].append(own.matrix(lambda p, of=gradients: p.of(of[p.key].contiguous())))
+    capture = Capture(module, blocks)
     record = Record(Batch(0, ("a", "b", "c"), x))
     with capture.recording(record):
         out = module(x)
     capture.blocks = {b.name: b for b in capture.discover(record)}
     out.tanh().sum().backward()
     captured = capture.captured(record)
-    g = captured.gradients["0"]
-    assert g is not None
-    assert worst(example_gradients(captured.inputs["0.input"], g), torch.stack(want)) < EXACT
+    covered = 0
+    for name, block in capture.blocks.items():
+        g = captured.gradients[name]
+        assert g is not None
+        columns = captured.columns.get(block.input_factor)
+        got = example_gradients(captured.inputs[block.input_factor], g)
+        assert (columns is None) == (block.kind != "embedding")
+        assert worst(spread(got, columns, block.d_in), torch.stack(want[name])) < EXACT, name
+        covered += block.d_in * block.d_out
+    # All that has a gradient, and each number once.
+    assert covered == sum(p.numel() for p in parameters.values())
 
 
 def test_a_convolution_that_pads_itself_and_changes_its_weight_is_left_out_by_name() -> None:
@@ -196,17 +341,6 @@ def test_a_block_whose_weight_another_module_holds_is_refused() -> None:
 
 
 # Kinds of one's own: a vector, and matrices of one parameter that are caught inside their module
-
-
-class Scaled(nn.Module):
-    """A number for each column."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(1 + torch.randn(width) / 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.scale
 
 
 class Experts(nn.Module):

@@ -149,6 +149,8 @@ def _collected(
 ) -> tuple[Tensor, ...]:
     """The tiles of a factor, square or (with one axis) their diagonals; DamagedFile unless they
     make up an axis of that width."""
+    if _is_diagonal(file):
+        axes = 1
     count = sum(k.startswith(f"{key}.") for k in file.names)
     keys = [key] if key in file.names or not count else [f"{key}.{i}" for i in range(count)]
     found = tuple(file.numbers(one, (None,) * axes, least) for one in keys)
@@ -166,7 +168,13 @@ def write_factor(store: Store, factor: FactorSum, dtype: torch.dtype) -> None:
     tensors = _numbered("sum", [t.to(dtype) for t in factor.tiles])
     tensors["count"] = torch.tensor(factor.count)
     tensors["rows"] = torch.tensor(factor.rows)
-    write_tensors(store, factor_file(factor.name), tensors, {"factor": factor.name})
+    metadata = {"factor": factor.name} | _form(factor)
+    write_tensors(store, factor_file(factor.name), tensors, metadata)
+
+
+def _form(factor: FactorSum) -> dict[str, str]:
+    """What the metadata of a diagonal factor's files say beside those of others."""
+    return {"diagonal": "yes"} if factor.tiles[0].ndim == 1 else {}
 
 
 def read_factor(store: Store, name: str, width: int | None = None) -> FactorSum:
@@ -194,7 +202,7 @@ def write_eigen(store: Store, factor: FactorSum, basis: Eigenbasis) -> None:
         "seconds": repr(basis.seconds),
         "count": str(factor.count),
         "rows": str(factor.rows),
-    }
+    } | _form(factor)
     write_tensors(store, eigen_file(factor.name), tensors, metadata)
 
 
@@ -209,8 +217,10 @@ def read_eigen(store: Store, name: str, width: int | None = None) -> Eigenbasis:
     """
     file = open_tensors(store, eigen_file(name))
     file.belongs("factor", name)
-    vectors = _collected(file, "eigenvectors", width)
     values = _values(file, width)
+    if _is_diagonal(file):
+        return Eigenbasis((), values, file.note("outcome"), file.noted("seconds"))
+    vectors = _collected(file, "eigenvectors", width)
     if [len(v) for v in values] != [len(q) for q in vectors]:
         raise store.damaged(file.name, "eigenvalues of the eigenvectors' tiles", "others")
     return Eigenbasis(vectors, values, file.note("outcome"), file.noted("seconds"))
@@ -224,10 +234,15 @@ def read_bases(
     return {n: read_eigen(store, n, factor.width).to(device) for n, factor in found.items()}
 
 
+def _is_diagonal(file: TensorFile) -> bool:
+    """Whether a file of a factor says that it is diagonal."""
+    return "diagonal" in file.metadata
+
+
 def _values(file: TensorFile, width: int | None) -> tuple[Tensor, ...]:
-    """Eigenvalues, one ascending vector a tile."""
+    """Eigenvalues, one ascending vector a tile; of a diagonal factor its diagonal as it stands."""
     found = _collected(file, "eigenvalues", width, axes=1, least=0.0)
-    if any(bool((np.diff(tile.numpy()) < 0).any()) for tile in found):
+    if not _is_diagonal(file) and any(bool((np.diff(tile.numpy()) < 0).any()) for tile in found):
         raise file.store.damaged(file.name, "ascending eigenvalues", "others")
     return found
 
@@ -237,7 +252,8 @@ class Spectrum:
     """What a factor's file says beside its eigenvectors.
 
     Attributes:
-        values: eigenvalues, one ascending vector a tile.
+        values: eigenvalues, one ascending vector a tile; of a diagonal factor its diagonal.
+        diagonal: whether it is one.
         outcome: of the decomposition.
         seconds: that it took.
         rows: that entered the factor.
@@ -247,6 +263,12 @@ class Spectrum:
     outcome: str
     seconds: float
     rows: int
+    diagonal: bool = False
+
+    @property
+    def tiles(self) -> list[int]:
+        """Widths of the tiles, which are 1 in a diagonal factor."""
+        return [1] * len(self.values[0]) if self.diagonal else [len(v) for v in self.values]
 
 
 def read_spectrum(store: Store, name: str, width: int | None = None) -> Spectrum:
@@ -257,7 +279,8 @@ def read_spectrum(store: Store, name: str, width: int | None = None) -> Spectrum
     if rows < 0 or rows != int(rows):
         raise store.damaged(file.name, "rows as a count", repr(rows))
     values = _values(file, width)
-    return Spectrum(values, file.note("outcome"), file.noted("seconds"), int(rows))
+    seconds = file.noted("seconds")
+    return Spectrum(values, file.note("outcome"), seconds, int(rows), _is_diagonal(file))
 
 
 def basis_mark(store: Store, block: Block) -> str:

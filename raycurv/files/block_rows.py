@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 
@@ -19,7 +20,6 @@ from raycurv.mathematics.eigen import effective_rank
 from raycurv.mathematics.factors import Factor
 from raycurv.mathematics.gradient_statistics import GradientNumbers
 from raycurv.mathematics.methods import Method
-from raycurv.mathematics.tiles import tile_ranges
 
 BLOCKS_FILE = "tables/blocks/part-00000.parquet"
 SPECTRUM_FILE = "tables/spectrum/part-00000.parquet"
@@ -64,8 +64,8 @@ def _row(store: Store, block: Block, stage: int, method: Method, examples: int) 
         right, left, rows = inputs.values, outputs.values, outputs.rows
         row |= {
             "tokens": rows,
-            "input_tiles": [len(t) for t in right],
-            "output_tiles": [len(t) for t in left],
+            "input_tiles": inputs.tiles,
+            "output_tiles": outputs.tiles,
             "input_effective_rank": effective_rank(torch.cat(list(right))),
             "output_effective_rank": effective_rank(torch.cat(list(left))),
             "eigh_seconds": inputs.seconds + outputs.seconds,
@@ -95,25 +95,28 @@ def write_spectrum(store: Store, factors: Mapping[str, Factor], notes: Mapping[s
     """
     parts = []
     for name, factor in factors.items():
-        tiles = read_spectrum(store, name, factor.width).values
-        held = tile_ranges(len(t) for t in tiles)
-        for tile, (values, indices) in enumerate(zip(tiles, held, strict=True)):
-            count = len(values)
-            parts.append(
-                pa.table(
-                    {
-                        "factor": [name] * count,
-                        "block": [factor.block.name] * count,
-                        "tile": pa.array([tile] * count, pa.int32()),
-                        "tile_start": pa.array([indices.start] * count, pa.int32()),
-                        "tile_stop": pa.array([indices.stop] * count, pa.int32()),
-                        "side": [factor.side] * count,
-                        "index": pa.array(range(count), pa.int32()),
-                        "eigenvalue": values.flip(0).numpy(),
-                    },
-                    schema=SPECTRUM,
-                )
+        spectrum = read_spectrum(store, name, factor.width)
+        widths = np.asarray(spectrum.tiles)
+        stops = widths.cumsum()
+        starts, falling = stops - widths, [values.flip(0) for values in spectrum.values]
+        if spectrum.diagonal:
+            falling = list(spectrum.values)
+        count = int(widths.sum())
+        parts.append(
+            pa.table(
+                {
+                    "factor": [name] * count,
+                    "block": [factor.block.name] * count,
+                    "tile": np.arange(len(widths), dtype=np.int32).repeat(widths),
+                    "tile_start": starts.astype(np.int32).repeat(widths),
+                    "tile_stop": stops.astype(np.int32).repeat(widths),
+                    "side": [factor.side] * count,
+                    "index": (np.arange(count) - starts.repeat(widths)).astype(np.int32),
+                    "eigenvalue": torch.cat(falling).numpy(),
+                },
+                schema=SPECTRUM,
             )
+        )
     write_table(store, SPECTRUM_FILE, pa.concat_tables(parts), notes)
 
 

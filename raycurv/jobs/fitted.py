@@ -21,7 +21,7 @@ from raycurv.jobs.fit.fit_settings import REPEATED, FitSettings
 from raycurv.jobs.inputs import Inputs
 from raycurv.jobs.recorded import read_run
 from raycurv.mathematics.blocks import Block
-from raycurv.mathematics.kinds.catalogue import kind_of
+from raycurv.mathematics.kinds.catalogue import describe
 from raycurv.mathematics.loss.objective import Objective, is_shipped
 from raycurv.models.model import Model
 from raycurv.models.opening import open_directory
@@ -198,8 +198,7 @@ def fitted_blocks(store: Store, network: Model) -> tuple[Block, ...]:
     modules = dict(network.skeleton().named_modules())
     for block in blocks:
         module = modules.get(block.module)
-        kind = None if module is None else kind_of(module)
-        there = () if module is None or kind is None else kind.describe(block.module, module)
+        there = () if module is None else describe(block.module, module)
         if replace(block, input_factor="") not in there:
             raise DamagedFile(
                 store.path(BLOCKS_FILE), f"the blocks of the model {network.name}",

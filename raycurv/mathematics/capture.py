@@ -36,6 +36,8 @@ class Captured:
 
     Attributes:
         inputs: input factor -> ``a [N, T, I]`` (``[N, T, S, I]`` when grouped), zero at padding.
+        columns: input factor -> numbers ``[U]`` of the input columns that its rows ``[N, T, U]``
+            are of, where the others are zero; no entry where rows have all columns.
         gradients: block -> ``g [N, T, O]``, zero at padding, or ``None`` where no gradient arrived.
         rows: input factor -> how many rows were not padding.
         first_draw: whether this is the first draw of the microbatch; inputs are the same in all.
@@ -48,6 +50,7 @@ class Captured:
     rows: Mapping[str, int]
     first_draw: bool = True
     own: bool = False
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def of_fit(draws: Sequence[Captured]) -> Sequence[Captured]:
@@ -96,12 +99,12 @@ class Capture:
             block.name: self.kinds[block.name].layout(block, self.modules[block.name])
             for block in blocks
         }
-        by_module: dict[str, list[Block]] = {}
+        together: dict[tuple[str, Kind], list[Block]] = {}
         for block in blocks:
-            by_module.setdefault(block.module, []).append(block)
+            together.setdefault((block.module, self.kinds[block.name]), []).append(block)
         note = _noting(weakref.ref(self))
         self._ends: list[Callable[[], object]] = []
-        for first, *others in by_module.values():
+        for first, *others in together.values():
             owner = self.modules[first.name]
             for parameter in owner.parameters():
                 if parameter.requires_grad:
@@ -159,6 +162,7 @@ class Capture:
         for block in self.blocks.values():
             by_factor.setdefault(block.input_factor, []).append(block)
         inputs: dict[str, Tensor] = {}
+        columns: dict[str, Tensor] = {}
         rows: dict[str, int] = {}
         gradients: dict[str, Tensor | None] = dict.fromkeys(self.blocks)
         for factor, blocks in by_factor.items():
@@ -166,15 +170,18 @@ class Capture:
             if called:
                 self._check_shared(record, factor, called)
                 # The same rows of the same tensors: what is padding in one is so in all.
-                parts, live = self._inputs(record, called[0])
-                inputs[factor] = _joined(parts)
+                parts, live, support = self._inputs(record, called[0])
+                one_row = self.kinds[called[0].name].one_row
+                inputs[factor] = parts[0] if one_row else _joined(parts)
+                if support is not None:
+                    columns[factor] = support
                 rows[factor] = sum(
                     part.shape[0] * part.shape[1] if mask is None else int(mask.sum())
-                    for part, mask in zip(parts, live, strict=True)
+                    for part, mask in zip(parts[:1] if one_row else parts, live, strict=False)
                 )
                 for block in called:
                     gradients[block.name] = self._gradients(record, block, parts, live, draw)
-        return Captured(record.batch, inputs, gradients, rows, draw == 0, own)
+        return Captured(record.batch, inputs, gradients, rows, draw == 0, own, columns)
 
     def _check_shared(self, record: Record, factor: str, called: Sequence[Block]) -> None:
         keys = {self._key(block, record.calls[block.name]) for block in called}
@@ -188,11 +195,16 @@ class Capture:
                 f"'!{called[-1].name}'.",
             )
 
-    def _inputs(self, record: Record, block: Block) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Of each call its rows ``[N, T, I]``, and which count, ``[N, T]``, where not all do."""
+    def _inputs(
+        self, record: Record, block: Block
+    ) -> tuple[list[Tensor], list[Tensor | None], Tensor | None]:
+        """Of each call its rows ``[N, T, I]``, and which count, ``[N, T]``, where not all do; and
+        of all calls the columns that rows have, where not all are there."""
         kind, module = self.kinds[block.name], self.modules[block.name]
-        parts, live = [], []
-        for call in record.calls[block.name]:
+        parts, live, calls = [], [], record.calls[block.name]
+        support = kind.support(block, calls)
+        for call in calls:
+            call.columns = support
             if call.x._version != call.version:
                 raise RaycurvError(
                     f"block {block.name}",
@@ -209,7 +221,7 @@ class Capture:
                 mask = None
             parts.append(a if mask is None else _masked(a, mask))
             live.append(mask)
-        return parts, live
+        return parts, live, support
 
     def _gradients(
         self,
@@ -225,11 +237,11 @@ class Capture:
         kind, module = self.kinds[block.name], self.modules[block.name]
         for call, a, mask in zip(calls, inputs, live, strict=True):
             if draw not in call.g:
-                parts.append(call.x.new_zeros((*a.shape[:2], block.d_out)))
+                parts.append(a.new_zeros((*a.shape[:2], block.d_out)))
                 continue
             g = kind.output_rows(block, module, call, call.g[draw])
             parts.append(g if mask is None else _at_tokens(g, mask, block, record.batch))
-        return _joined(parts)
+        return torch.stack(parts).sum(dim=0) if kind.one_row else _joined(parts)
 
 
 def _masked(rows: Tensor, live: Tensor) -> Tensor:
@@ -335,6 +347,11 @@ def _noting(capture: weakref.ref[Capture]) -> Note:
                 f"{type(x).__name__} to {type(y).__name__}",
                 f"Leave out what is like it: --blocks '!{role(block)}'.",
             )
+        assert owner is not None
+        kind = owner.kinds[block]
+        if record.span is not None and not kind.in_slices:
+            return y
+        x, y = kind.by_example(owner.blocks[block], owner.modules[block], x, y, record.batch)
         mask = record.batch.mask
         start, positions = record.span or (None, None)
         if record.span is None and mask is not None:

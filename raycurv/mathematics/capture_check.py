@@ -24,6 +24,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -153,8 +154,8 @@ def cause(module: nn.Module, flags: str, together: bool) -> tuple[str, str]:
             "--no-check-capture for the curvature of the matrix that multiplies the input.",
         )
     return (
-        "the weight is used beside the module's own calls, too (torch's MultiheadAttention takes "
-        "its out_proj's weight, an autoencoder may take its encoder's)",
+        "the weight is used beside the module's own calls, too (an autoencoder may take its "
+        "encoder's)",
         f"{leave_out[0].upper()}{leave_out[1:]}, or have its module do all of it.",
     )
 
@@ -239,7 +240,7 @@ class _Sides:
             stack.enter_context(parametrize.cached())
             for (_, name), blocks in by_tensor.items():
                 module = self.capture.modules[blocks[0].name]
-                weight = getattr(module, name)
+                weight = attrgetter(name)(module)
                 if isinstance(weight, nn.Parameter) or parametrize.is_parametrized(module, name):
                     self._watch(stack, weight, name, blocks)
                 else:
@@ -292,14 +293,20 @@ class _Sides:
         if gradient is not None:
             part = kind.part(block, gradient)
             want = kind.to_rows(part) if name == block.parameter else part[:, None]
+            want = want.to_dense() if want.is_sparse else want
             norms.autograd += _square(want)
         of_bias = name != block.parameter
         columns = slice(-1, None) if of_bias else slice(0, block.d_in - block.bias)
-        empty = True
+        empty, support = True, self.captured.columns.get(block.input_factor)
         for outputs, got in self._products(block, columns):
             empty = False
             norms.captured += _square(got)
-            norms.difference += _square(got if want is None else got - want[outputs])
+            there = None if want is None else want[outputs]
+            if there is not None and support is not None:
+                # Outside of the columns that rows have the gradient is to be zero.
+                norms.difference += _square(there.index_fill(1, support, 0))
+                there = there[:, support]
+            norms.difference += _square(got if there is None else got - there)
         if empty and want is not None:
             norms.difference += _square(want)
 

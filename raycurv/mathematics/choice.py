@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,8 @@ from torch.nn.utils import parametrize
 
 from raycurv.errors import UserError
 from raycurv.mathematics.blocks import Block, role
-from raycurv.mathematics.kinds.catalogue import kind_of, supported
+from raycurv.mathematics.kinds.catalogue import describe, kind_of, kind_of_block, supported
+from raycurv.mathematics.kinds.kind import is_only_held
 
 
 @dataclass(frozen=True)
@@ -25,18 +27,26 @@ class Globs:
 
     A pattern that names a container takes what is inside it, too. One of ``include`` must match
     (without any, all that is there by default is chosen), and none of ``exclude``.
+
+    Attributes:
+        by_default: whether what has a block by default is chosen: where nothing is included, or
+            ``default`` is.
+        all: whether everything is chosen: where ``all`` is included.
     """
 
     include: tuple[str, ...]
     exclude: tuple[str, ...]
+    by_default: bool
+    all: bool
 
     @classmethod
     def of(cls, patterns: Sequence[str]) -> Globs:
-        """From patterns ``GLOB``, and ``!GLOB`` for what is left out."""
-        return cls(
-            tuple(p for p in patterns if not p.startswith("!")),
-            tuple(p[1:] for p in patterns if p.startswith("!")),
-        )
+        """From patterns ``GLOB``, the words ``default`` and ``all``, and ``!GLOB`` for what is left
+        out."""
+        include = [p for p in patterns if not p.startswith("!")]
+        exclude = tuple(p[1:] for p in patterns if p.startswith("!"))
+        globs = tuple(p for p in include if p not in _WORDS)
+        return cls(globs, exclude, not include or "default" in include, "all" in include)
 
     def refuse_strangers(self, names: Collection[str], expected: str, remedy: str) -> None:
         """Refuse patterns that match none of the ``names`` that may be meant, with a UserError of
@@ -45,13 +55,32 @@ class Globs:
             if not any(_matches(name, pattern) for name in names):
                 raise UserError(f"--blocks {pattern!r}", expected, "no match", remedy)
 
-    def take(self, name: str, default: bool = True) -> bool:
-        """Whether a name is chosen; when no pattern includes anything, ``default`` says so."""
-        if any(_matches(name, pattern) for pattern in self.exclude):
+    def take(self, name: str, default: bool = True, every: bool = True) -> bool:
+        """Whether a name is chosen; ``default`` says whether it is by default, ``every`` whether it
+        is among all."""
+        if self.leaves_out(name):
             return False
-        if not self.include:
-            return default
+        if (self.by_default and default) or (self.all and every):
+            return True
         return any(_matches(name, pattern) for pattern in self.include)
+
+    def leaves_out(self, name: str) -> bool:
+        """Whether a pattern excludes a name."""
+        return any(_matches(name, pattern) for pattern in self.exclude)
+
+    def calls(self, name: str) -> bool:
+        """Whether an including pattern calls a name by its last part, and not only what it lies
+        in, or anything there: ``*.norm`` and ``*.bias`` do, ``layers.0`` and ``layers.0.*`` not."""
+        last = name.rpartition(".")[2]
+        return any(
+            fnmatch.fnmatchcase(name, pattern)
+            and fnmatch.fnmatchcase(last, pattern.rpartition(".")[2])
+            and pattern.rpartition(".")[2].strip("*?")
+            for pattern in self.include
+        )
+
+
+_WORDS = ("default", "all")
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -63,20 +92,23 @@ def choose_blocks(
     patterns: Sequence[str],
     default_scope: Sequence[str] = (),
     tied_head: str | None = None,
+    idle: Collection[str] = (),
 ) -> tuple[Block, ...]:
     """The blocks of a model, in the order of its modules.
 
     Args:
         skeleton: the whole model, possibly on the meta device.
         patterns: globs on dotted names of modules and blocks; ``!GLOB`` leaves out. With no
-            including glob the default scope holds, without what is frozen.
+            including glob, and with the word ``default``, the layers in the default scope are
+            chosen, without what is frozen; with the word ``all`` every trainable parameter.
         default_scope: prefixes of the names that have blocks by default; empty for the whole model.
         tied_head: name of an output embedding that shares the input embedding's weight.
+        idle: names of modules that the forward does not run, which are not among all.
 
     Raises:
         UserError: a pattern matches nothing, no block is left, a block sits on a tied head or, by
-            default, on a weight that hooks compute from others, or an explicitly chosen module (a
-            default one in a model of no scope, too) holds a trainable weight of another kind.
+            default, on a weight that hooks compute from others, or in the default scope is a
+            trainable matrix that has none by default.
     """
     if kind_of(skeleton) is not None:
         raise UserError(
@@ -87,48 +119,67 @@ def choose_blocks(
         )
     globs = Globs.of(patterns)
     modules = {name: module for name, module in skeleton.named_modules() if name}
-    described = {
-        name: kind.describe(name, module)
-        for name, module in modules.items()
-        if (kind := kind_of(module)) is not None
-    }
-    names = [block.name for blocks in described.values() for block in blocks]
+    described = [
+        (module, block) for name, module in modules.items() for block in describe(name, module)
+    ]
+    names = [block.name for _, block in described if kind_of_block(block).by_default]
     parameters = dict(skeleton.named_parameters(remove_duplicate=False))
     globs.refuse_strangers(
-        {*modules, *names, *parameters},
+        {*modules, *(block.name for _, block in described), *parameters},
         "a glob that matches a dotted name",
         f"Names in this model: {', '.join(names[:5])}, …",
     )
 
     frozen = frozen_parameters(skeleton)
 
-    def wanted(name: str, trained: bool = True) -> bool:
-        inside = not default_scope or any(name.startswith(prefix) for prefix in default_scope)
-        return globs.take(name, default=inside and trained)
+    def inside(name: str) -> bool:
+        return not default_scope or any(name.startswith(prefix) for prefix in default_scope)
+
+    def wanted(block: Block, module: nn.Module) -> bool:
+        by_default, trained = (
+            kind_of_block(block).by_default,
+            not frozen or _is_trained(block, module),
+        )
+        default, every = inside(block.name) and trained, trained and block.module not in idle
+        if by_default:
+            return globs.take(block.name, default, every)
+        if globs.leaves_out(f"{block.module}.{block.parameter}"):
+            return False
+        # A vector's block is asked for by its own name: a glob on what it lies in takes, as ever,
+        # the layers there.
+        weight = attrgetter(block.parameter)(module)
+        named = is_matrix(weight) or globs.calls(block.name) or block.name in globs.include
+        return globs.take(block.name, False, every) and (named or (globs.all and every))
 
     holders = _holders(modules)
     chosen: list[Block] = []
     obstacles: list[_Obstacle] = []
-    for name, module in modules.items():
-        for block in described.get(name, ()):
-            if not wanted(block.name, not frozen or _is_trained(block, module)):
-                continue
-            if not globs.include:
-                _refuse_computed_weight(block, module)
-            obstacle = _no_numbers(block, module) or _shared_weight(
-                block, module, holders, name == tied_head
-            )
-            if obstacle is None:
-                chosen.append(block)
-            else:
-                obstacles.append(obstacle)
+    for module, block in described:
+        if not wanted(block, module):
+            continue
+        if not globs.include and not globs.all:
+            _refuse_computed_weight(block, module)
+        obstacle = _no_numbers(block, module) or _shared_weight(
+            block, module, holders, block.module == tied_head
+        )
+        if obstacle is None:
+            chosen.append(block)
+        else:
+            obstacles.append(obstacle)
+    met = {block.name for block in chosen} | {o.name for o in obstacles}
+    by_default = {block.module for _, block in described if kind_of_block(block).by_default}
+    own = {f"{block.module}.{block.parameter}": block for _, block in described}
     for name, parameter in parameters.items():
         owner, _, key = name.rpartition(".")
+        mine = own.get(name)
+        if owner in by_default or (mine is not None and mine.name in met):
+            continue
         # Vectors (norms' scales, biases) have no Kronecker factors and no influence on those that
         # have; a matrix that is silently left out would change what the scores mean.
-        if owner in described or not is_matrix(parameter) or not wanted(name):
-            continue
-        if globs.include or id(parameter) not in frozen:
+        trained = id(parameter) not in frozen
+        default = inside(name) and trained and is_matrix(parameter)
+        every = mine is None and trained and owner not in idle
+        if globs.take(name, default, every) and (is_matrix(parameter) or every):
             got = f"a trainable weight of shape {tuple(parameter.shape)} of another kind"
             label = type(skeleton.get_submodule(owner)).__name__
             obstacles.append(
@@ -137,7 +188,7 @@ def choose_blocks(
     if obstacles:
         raise _refusal(obstacles, [block.name for block in chosen])
     if not chosen:
-        left = [n for n in names if not any(_matches(n, pattern) for pattern in globs.exclude)]
+        left = [n for n in names if not globs.leaves_out(n)]
         raise UserError(
             "--blocks",
             f"at least one {supported()}",
@@ -160,6 +211,8 @@ def _holders(modules: dict[str, nn.Module]) -> dict[int, list[str]]:
     # On the meta device, too, modules that share a weight hold one Parameter.
     holders: dict[int, list[str]] = {}
     for name, module in modules.items():
+        if is_only_held(module):
+            name = name.rpartition(".")[0]
         for key in {id(parameter) for parameter in module.parameters(recurse=False)}:
             holders.setdefault(key, []).append(name)
     return holders
@@ -208,7 +261,7 @@ def _refusal(obstacles: Sequence[_Obstacle], chosen: Sequence[str]) -> UserError
 
 def _no_numbers(block: Block, module: nn.Module) -> _Obstacle | None:
     """What stands in the way of a block on a weight without numbers, or of complex ones."""
-    shape, dtype = [block.d_out, block.d_in - block.bias], getattr(module, block.parameter).dtype
+    shape, dtype = [block.d_out, block.d_in - block.bias], attrgetter(block.parameter)(module).dtype
     if all(shape) and not dtype.is_complex:
         return None
     got = f"{dtype}".removeprefix("torch.") if all(shape) else f"one of shape {shape}"
@@ -220,7 +273,7 @@ def _shared_weight(
     block: Block, module: nn.Module, holders: dict[int, list[str]], tied: bool
 ) -> _Obstacle | None:
     """What stands in the way of a block on a weight that is another module's, too."""
-    held_by = holders.get(id(getattr(module, block.parameter)), ())
+    held_by = holders.get(id(attrgetter(block.parameter)(module)), ())
     others = [f"one that it shares with {name}" for name in held_by if name != block.module]
     if tied:
         others = ["an output embedding that is tied to the input embedding"]
@@ -234,7 +287,7 @@ def _shared_weight(
 def _is_trained(block: Block, module: nn.Module) -> bool:
     # A weight that is computed from others is trained if they are.
     with torch.enable_grad():
-        return bool(getattr(module, block.parameter).requires_grad)
+        return bool(attrgetter(block.parameter)(module).requires_grad)
 
 
 # What computes a weight before each forward, and what puts the result in its place.

@@ -10,7 +10,7 @@ from torch import nn
 
 from raycurv.mathematics.blocks import Block, role
 from raycurv.mathematics.choice import frozen_parameters, is_matrix
-from raycurv.mathematics.kinds.catalogue import kind_of_block
+from raycurv.mathematics.kinds.catalogue import kind_of_block, own_parameter
 
 Counts = dict[str, int]
 
@@ -89,13 +89,13 @@ def coverage(skeleton: nn.Module, blocks: Sequence[Block], idle: Collection[str]
 
 def _weights_of(block: Block, module: nn.Module) -> Iterator[tuple[str, int]]:
     """Names of the parameters that a block is, with how many of their numbers are its."""
-    if block.parameter not in module._parameters:
+    if own_parameter(module, block.parameter) is None:
         # Computed from others, which are its module's.
         yield from ((f"{block.module}.{n}", p.numel()) for n, p in module.named_parameters())
         return
     kind = kind_of_block(block)
     for name in kind.parameters(block):
-        parameter = module._parameters.get(name)
+        parameter = own_parameter(module, name)
         if parameter is not None:
             yield f"{block.module}.{name}", kind.part(block, parameter).numel()
 

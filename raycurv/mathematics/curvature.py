@@ -29,6 +29,7 @@ from raycurv.errors import NumericalError, UserError
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.eigen import Eigenbasis
 from raycurv.mathematics.sums import is_finite
+from raycurv.mathematics.tiles import tile_ranges
 
 SpectralFunction = Callable[[Tensor], Tensor]
 
@@ -202,11 +203,15 @@ class BlockCurvature(Curvature):
     @property
     def input_tiles(self) -> tuple[range, ...]:
         """The runs of input columns that ``Q_A`` does not mix with others; one when it is whole."""
+        if self.block.input_diagonal:
+            return tile_ranges((1,) * self.block.d_in)
         return self.input_basis.ranges or (range(self.block.d_in),)
 
     @property
     def output_tiles(self) -> tuple[range, ...]:
         """The runs of output rows that ``Q_G`` does not mix with others; one when it is whole."""
+        if self.block.output_diagonal:
+            return tile_ranges((1,) * self.block.d_out)
         return self.output_basis.ranges or (range(self.block.d_out),)
 
     @property

@@ -37,7 +37,8 @@ class Eigenbasis:
 
     Attributes:
         vectors: one ``[t, t]`` a tile, eigenvectors in its columns; empty for the identity.
-        values: one float64 ``[t]`` a tile, ascending, of the *mean* factor; empty for the identity.
+        values: one float64 ``[t]`` a tile, ascending, of the *mean* factor; of a diagonal factor
+            one ``[d]``, its diagonal as it stands; empty where there is no factor.
         outcome: ``ok``, ``jittered``, ``cpu``, ``clamped n``, ``zero``, or several joined by ``+``.
     """
 
@@ -84,6 +85,8 @@ class Eigenbasis:
 
     def dense(self) -> Tensor:
         """The whole basis as one float64 matrix."""
+        if not self.vectors:
+            return torch.eye(len(self.eigenvalues()), dtype=torch.float64)
         whole: Tensor = torch.block_diag(*(q.double() for q in self.vectors))
         return whole
 
@@ -117,7 +120,8 @@ def decompose(
     """Eigenvectors and eigenvalues of a factor.
 
     Args:
-        tiles: float64 symmetric ``[t, t]`` means, one a tile.
+        tiles: float64 symmetric ``[t, t]`` means, one a tile; or one ``[d]``, the diagonal of a
+            factor that has no more, which is its own eigenvalues.
         store_dtype: of the eigenvectors; eigenvalues stay float64.
         device: where to try first.
         sum_dtype: that the factor was summed in. Eigenvalues below zero by more than that dtype's
@@ -137,12 +141,14 @@ def decompose(
                 "NaN or infinity",
                 "Run the first pass again in a wider --dtype.",
             )
-        symmetric = (tile + tile.T) / 2
-        w, q, outcome = _eigh(where, symmetric, device)
+        if tile.ndim == 1:
+            w, outcome = tile, "ok"
+        else:
+            w, q, outcome = _eigh(where, (tile + tile.T) / 2, device)
+            vectors.append(q.to(store_dtype).cpu().contiguous())
         rounding = len(w) * torch.finfo(sum_dtype).eps * w.abs().max()
         clamped += int((w < -rounding).sum())
         values.append(w.clamp_min(0.0).cpu())
-        vectors.append(q.to(store_dtype).cpu().contiguous())
         outcomes.append(outcome)
     distinct = sorted(set(outcomes) - {"ok"})
     if clamped:

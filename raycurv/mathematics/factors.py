@@ -3,6 +3,8 @@
     A = mean over tokens of a aᵀ        input side, one for all blocks that read the same tensor
     G = mean over tokens of g gᵀ        output side, g the gradient of the summed loss
 
+Where a block says so a factor is diagonal: the mean of squares alone, as tiles of width 1.
+
 Martens & Grosse 2015 (arXiv:1503.05671), sections 3 and 4; over tokens as in Grosse et al. 2023
 (arXiv:2308.03296), section 3.2. Axis letters as in :mod:`raycurv.mathematics.capture`.
 """
@@ -34,8 +36,15 @@ class Factor:
     def width(self) -> int:
         return self.block.d_in if self.side == "input" else self.block.d_out
 
+    @property
+    def diagonal(self) -> bool:
+        """Whether it is summed up, and used, as a diagonal."""
+        block = self.block
+        return block.input_diagonal if self.side == "input" else block.output_diagonal
+
     def tiles(self, max_factor_dim: int | None) -> tuple[int, ...]:
-        return tile_widths(self.width, max_factor_dim)
+        """Widths of its tiles; of a diagonal one all are 1."""
+        return tile_widths(self.width, 1 if self.diagonal else max_factor_dim)
 
 
 def factors_of(blocks: Iterable[Block]) -> dict[str, Factor]:
@@ -52,7 +61,8 @@ class FactorSum:
     """One factor: its sum, tile by tile, and what to divide it by.
 
     Attributes:
-        tiles: float64 sums of ``a aᵀ`` or ``g gᵀ``, one ``[t, t]`` a tile.
+        tiles: float64 sums of ``a aᵀ`` or ``g gᵀ``, one ``[t, t]`` a tile; of a diagonal factor
+            one ``[d]`` of squares.
         count: how many rows (times groups) were summed.
         rows: rows of one draw that were not padding: tokens x calls, or output positions.
         dtype: that it was summed (or stored) in, whichever is coarser.
@@ -107,19 +117,19 @@ class FactorSums(Sums):
         max_factor_dim: int | None = None,
         only: frozenset[str] | None = None,
     ) -> None:
-        self.tiles = {
-            name: factor.tiles(max_factor_dim)
-            for name, factor in factors_of(blocks).items()
-            if only is None or name in only
-        }
-        super().__init__(self.tiles, dtype, device)
+        found = factors_of(blocks)
+        super().__init__([n for n in found if only is None or n in only], dtype, device)
         self._blocks = blocks
         self._tiles: dict[str, list[RunningSum]] = {}
-        for name, widths_ in self.tiles.items():
-            self._tiles[name] = [RunningSum((t, t), dtype, device) for t in widths_]
+        for name in self.names:
+            factor = found[name]
+            shapes: list[tuple[int, ...]] = [(t, t) for t in factor.tiles(max_factor_dim)]
+            if factor.diagonal:
+                shapes = [(factor.width,)]
+            self._tiles[name] = [RunningSum(shape, dtype, device) for shape in shapes]
             self.sums |= {f"{name}#{i}": tile for i, tile in enumerate(self._tiles[name])}
         # What to divide a sum by, and rows of one draw that were not padding.
-        self.counts = {name: [0, 0] for name in self.tiles}
+        self.counts = {name: [0, 0] for name in self.names}
 
     def add(self, draws: Sequence[Captured], counts: bool = True) -> Results:
         if not counts:
@@ -128,26 +138,30 @@ class FactorSums(Sums):
             first = captured.first_draw
             for block in self._blocks:
                 name = block.output_factor
-                if name in self.tiles:
+                if name in self._tiles:
                     rows = captured.rows.get(block.input_factor, 0)
                     self.count(name, rows, rows if first else 0)
                     g = captured.gradients[block.name]
                     if g is not None:
                         self._add(name, g)
             for name, a in captured.inputs.items() if first else ():
-                if name in self.tiles:
+                if name in self._tiles:
                     groups = a.shape[2] if a.ndim == 4 else 1
                     self.count(name, captured.rows[name] * groups, captured.rows[name])
-                    self._add(name, a)
+                    self._add(name, a, captured.columns.get(name))
         return {}
 
-    def _add(self, name: str, x: Tensor) -> None:
+    def _add(self, name: str, x: Tensor, columns: Tensor | None = None) -> None:
         rows = x.reshape(-1, x.shape[-1]).to(self.dtype)
         start = 0
-        for width, total in zip(self.tiles[name], self._tiles[name], strict=True):
-            tile = rows[:, start : start + width]
+        for total in self._tiles[name]:
+            if total.part.ndim == 1:
+                total.add(rows.square().sum(dim=0), columns=columns)
+                continue
+            assert columns is None, f"factor {name} of some columns is diagonal"
+            tile = rows[:, start : start + len(total.part)]
             total.add_outer(tile, tile)
-            start += width
+            start += len(total.part)
 
     def result(self, name: str) -> FactorSum:
         """One factor, in float64; NumericalError if its sum is not finite."""

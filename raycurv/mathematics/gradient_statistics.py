@@ -223,12 +223,12 @@ class GradientSums(Sums):
 
 def _add_sum(running: RunningSum, together: Rotations, block: Block) -> None:
     """Add the sum of all examples' gradients: one product of all rows, a group of channels each."""
-    rows = together.rows(block)
+    rows, columns = together.rows(block), together.columns(block)
     if rows is not None and rows[0].ndim == 3:
-        running.add_outer(rows[1][0], rows[0][0])
+        running.add_outer(rows[1][0], rows[0][0], columns)
         return
     for _, outputs, m_NOI in together.pieces(block):
-        running.add(m_NOI[0], outputs)
+        running.add(m_NOI[0], outputs, columns)
 
 
 def _sum(one: float | None, other: float | None) -> float | None:

@@ -49,6 +49,13 @@ def example_gradients(a: Tensor, g: Tensor) -> Tensor:
     return torch.einsum("ntso,ntsi->nsoi", g, a).reshape(examples, -1, width)
 
 
+def spread(m_NOI: Tensor, columns: Tensor | None, width: int) -> Tensor:
+    """Matrices of some columns with zeros in the others, ``[N, O, width]``."""
+    if columns is None:
+        return m_NOI
+    return m_NOI.new_zeros(*m_NOI.shape[:-1], width).index_copy_(-1, columns, m_NOI)
+
+
 class Rotations:
     """One microbatch's rows for many blocks; an input that several blocks share is turned once.
 
@@ -96,6 +103,10 @@ class Rotations:
             return a.flatten(0, 1)[None], g.flatten(0, 1)[None]
         return a, g
 
+    def columns(self, block: Block) -> Tensor | None:
+        """Numbers of the input columns that a block's rows and gradients have; ``None`` for all."""
+        return self._captured.columns.get(block.input_factor)
+
     def turned_rows(self, block: Block) -> tuple[Tensor, Tensor] | None:
         """``a`` and ``g`` in the eigenbasis, where the block's shape makes that the cheaper way.
 
@@ -104,11 +115,11 @@ class Rotations:
         rows = self.rows(block)
         if rows is None or rows[0].ndim == 4:
             return None
-        a, _ = rows
+        tokens, width = rows[0].shape[1:]
         left, right = self._bases[block.output_factor], self._bases[block.input_factor]
         sharing = self._sharing[block.input_factor]
         tile_in, tile_out = max(right.tiles, default=0), max(left.tiles, default=0)
-        if not rotate_before(a.shape[1], block.d_in, block.d_out, tile_in, tile_out, sharing) and (
+        if not rotate_before(tokens, width, block.d_out, tile_in, tile_out, sharing) and (
             tile_in or tile_out
         ):
             return None
@@ -130,7 +141,8 @@ class Rotations:
         return self._turned[block.input_factor], self._latest[1]
 
     def gradients(self, block: Block) -> Iterator[tuple[slice, Tensor]]:
-        """Per-example gradients in the eigenbasis, ``(examples, [n, O, I])`` a few at a time.
+        """Per-example gradients in the eigenbasis, ``(examples, [n, O, I])`` a few at a time, of
+        :meth:`columns` alone.
 
         The tensors are the caller's to change. Nothing is yielded where no gradient arrived.
         """
@@ -139,7 +151,7 @@ class Rotations:
             return
         turned = self.turned_rows(block)
         a, g = rows if turned is None else turned
-        step = max(1, CHUNK // (block.d_in * block.d_out))
+        step = max(1, CHUNK // (a.shape[-1] * block.d_out))
         left, right = self._bases[block.output_factor], self._bases[block.input_factor]
         for start in range(0, len(a), step):
             part = slice(start, min(start + step, len(a)))
@@ -160,8 +172,8 @@ class Rotations:
                 yield part, slice(0, block.d_out), m_NOI
             return
         a, g = turned
-        at_once = max(1, PIECE // (block.d_in * block.d_out))
-        outputs = min(block.d_out, max(1, PIECE // block.d_in))
+        at_once = max(1, PIECE // (a.shape[-1] * block.d_out))
+        outputs = min(block.d_out, max(1, PIECE // a.shape[-1]))
         for start in range(0, block.d_out, outputs):
             rows = slice(start, min(start + outputs, block.d_out))
             for first in range(0, len(a), at_once):
@@ -172,17 +184,18 @@ class Rotations:
 def add_squares(running: RunningSum | None, rotations: Rotations, block: Block) -> Tensor:
     """Add the squares of all examples' gradients in the eigenbasis to ``running [O, I]``, if it is
     there; gives ``|∇W|² [N]``, float64."""
-    turned = rotations.turned_rows(block)
+    turned, columns = rotations.turned_rows(block), rotations.columns(block)
     if turned is not None and turned[0].shape[1] == 1:
         # One row an example: the square of an outer product is the outer product of squares.
         a2, g2 = turned[0][:, 0].square(), turned[1][:, 0].square()
         if running is not None:
-            running.add_outer(g2, a2)
+            running.add_outer(g2, a2, columns)
         return a2.sum(dim=1, dtype=torch.float64) * g2.sum(dim=1, dtype=torch.float64)
     norms = torch.zeros(rotations.examples, dtype=torch.float64, device=rotations.device)
     for part, outputs, m_NOI in rotations.pieces(block):
         squares = m_NOI.square_()
         norms[part] += squares.sum(dim=2).sum(dim=1, dtype=torch.float64)
         if running is not None:
-            running.add(squares[0] if len(squares) == 1 else squares.sum(dim=0), outputs)
+            total = squares[0] if len(squares) == 1 else squares.sum(dim=0)
+            running.add(total, outputs, columns)
     return norms

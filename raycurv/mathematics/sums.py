@@ -95,18 +95,24 @@ class RunningSum(PlainSum):
         self.master: Tensor | None = None
         self.pending = 0
 
-    def add_outer(self, left: Tensor, right: Tensor) -> None:
-        """Add ``leftᵀ right`` for rows ``left [R, X]`` and ``right [R, Y]``."""
-        dtype = self.part.dtype
-        add_outer(self.part, left.to(dtype), right.to(dtype))
+    def add_outer(self, left: Tensor, right: Tensor, columns: Tensor | None = None) -> None:
+        """Add ``leftᵀ right`` for rows ``left [R, X]`` and ``right [R, Y]``, whose columns are all
+        of the sum's, or those with these numbers."""
+        left, right = left.to(self.part.dtype), right.to(self.part.dtype)
+        if columns is not None:
+            self.add(left.T @ right, columns=columns)
+            return
+        add_outer(self.part, left, right)
         self._count()
 
-    def add(self, value: Tensor, rows: slice | None = None) -> None:
-        """Add a tensor to the sum, or to some rows: all are given equally often, in order."""
-        if rows is None:
-            self.part.add_(value)
+    def add(self, value: Tensor, rows: slice | None = None, columns: Tensor | None = None) -> None:
+        """Add a tensor to the sum, or to some rows: all are given equally often, in order. Its last
+        axis is all of the sum's, or the columns with these numbers, each once."""
+        part = self.part if rows is None else self.part[rows]
+        if columns is None:
+            part.add_(value)
         else:
-            self.part[rows].add_(value)
+            part.index_add_(-1, columns, value)
         if rows is None or rows.stop == len(self.part):
             self._count()
 

@@ -35,8 +35,11 @@ def check_axes(blocks: Sequence[Block], max_factor_dim: int | None) -> None:
     """Refuse factors that nothing can decompose whole, where tiles are not asked for, with a
     UserError that names the first such block and its axis."""
     for block in blocks if max_factor_dim is None else ():
-        for side, width in (("input", block.d_in), ("output", block.d_out)):
-            if width > LARGEST_EIGH:
+        for side, width, diagonal in (
+            ("input", block.d_in, block.input_diagonal),
+            ("output", block.d_out, block.output_diagonal),
+        ):
+            if width > LARGEST_EIGH and not diagonal:
                 raise UserError(
                     f"block {block.name}",
                     f"an {side} axis of at most {LARGEST_EIGH:,}, or tiles of it",

@@ -74,8 +74,9 @@ def _fit(shell: Shell[FitSettings]) -> None:
     data = inputs.or_named("data", settings)
     opened = open_objective(objective)
     blocks = choose_blocks(
-        network.skeleton(), settings.blocks, network.default_scope, network.tied_head
-    )
+        network.skeleton(), settings.blocks, network.default_scope, network.tied_head,
+        network.idle,
+    )  # fmt: skip
     check_names(blocks)
     covered = coverage(network.skeleton(), blocks, network.idle)
     if open_method(settings.method).factors:

@@ -46,8 +46,9 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
     settings.check()
     outline = open_outline(settings.model, settings.trust_remote_code)
     blocks = choose_blocks(
-        outline.skeleton(), settings.blocks, outline.default_scope, outline.tied_head
-    )
+        outline.skeleton(), settings.blocks, outline.default_scope, outline.tied_head,
+        outline.idle,
+    )  # fmt: skip
     if open_method(settings.method).factors:
         check_axes(blocks, settings.max_factor_dim)
     directory = Path(settings.out).absolute() if "://" not in settings.out else None

@@ -25,7 +25,7 @@ from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Captured
 from raycurv.mathematics.curvature import BlockCurvature, Damping, Preconditioner
 from raycurv.mathematics.eigen import Eigenbasis, own_axes
-from raycurv.mathematics.gradients import Rotations
+from raycurv.mathematics.gradients import Rotations, spread
 from raycurv.mathematics.kinds.catalogue import kind_of_block
 from raycurv.mathematics.sums import PlainSum, Results, Sums, is_finite, working_dtype
 
@@ -63,6 +63,15 @@ class BlockProducts:
         held = self.tensors()
         for start in range(0, len(next(iter(held.values()))), count):
             yield BlockProducts(**{k: t[start : start + count] for k, t in held.items()}).dense()
+
+    def at(self, columns: Tensor | None) -> BlockProducts:
+        """The products' columns with these numbers, ``None`` for all; not of turned ones of a basis
+        that mixes columns."""
+        if columns is None:
+            return self
+        held = self.tensors()
+        cut = {k: t if k == "left" else t.index_select(-1, columns) for k, t in held.items()}
+        return BlockProducts(**cut)
 
     def to(self, device: torch.device) -> BlockProducts:
         """The same products, their tensors on ``device``."""
@@ -144,15 +153,35 @@ def test_matrix(seed: int, query_id: str, block: str, d_in: int, width: int) -> 
 
 
 def truncated(
-    m_NOI: Tensor, rank: int, seed: int, queries: Sequence[str], block: str
+    m_NOI: Tensor,
+    rank: int,
+    seed: int,
+    queries: Sequence[str],
+    block: str,
+    columns: Tensor | None = None,
+    d_in: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`truncated_svd` of some queries' matrices of a block, with their own test matrices;
-    NumericalError for one that is not finite."""
+    NumericalError for one that is not finite.
+
+    Matrices of some ``columns`` alone of ``d_in`` have no more than their rank; where this is below
+    ``rank``, what is over is zero.
+    """
     check_products(block, BlockProducts(full=m_NOI), queries)
-    d_out, d_in = m_NOI.shape[1:]
-    width = min(rank + _OVERSAMPLING, d_out, d_in)
-    tests = torch.stack([test_matrix(seed, query, block, d_in, width) for query in queries])
-    return truncated_svd(m_NOI, rank, tests.to(m_NOI))
+    d_out, there = m_NOI.shape[1:]
+    width = min(rank + _OVERSAMPLING, d_out, d_in or there)
+    tests = torch.stack(
+        [test_matrix(seed, query, block, d_in or there, width) for query in queries]
+    )
+    tests = tests.to(m_NOI)
+    if columns is None:
+        return truncated_svd(m_NOI, rank, tests)
+    u, w = truncated_svd(m_NOI, rank, tests[:, columns, : len(columns)])
+    missing = rank - u.shape[2]
+    return (
+        torch.nn.functional.pad(u, (0, missing)),
+        spread(torch.nn.functional.pad(w, (0, 0, 0, missing)), columns, d_in or there),
+    )
 
 
 class QueryGradients(Sums):
@@ -202,14 +231,22 @@ class QueryGradients(Sums):
         for block in self.blocks:
             for part, m_NOI in rotations.gradients(block):
                 where = [self._place[query] for query in ids[part]]
-                self._put(block, m_NOI, where, ids[part])
+                self._put(block, m_NOI, rotations.columns(block), where, ids[part])
         return {}
 
-    def _put(self, block: Block, m_NOI: Tensor, where: list[int], ids: Sequence[str]) -> None:
-        """Make the results of some queries from their gradients, which may be changed."""
+    def _put(
+        self,
+        block: Block,
+        m_NOI: Tensor,
+        columns: Tensor | None,
+        where: list[int],
+        ids: Sequence[str],
+    ) -> None:
+        """Make the results of some queries from their gradients, which may be changed, and are of
+        some columns alone where these are given."""
         full = self.products[block.name].full
         assert full is not None
-        full[where] = m_NOI
+        _fill(full, where, m_NOI, columns)
 
     def result(self, name: str) -> BlockProducts:
         """The results of a block: zeros for queries that did not come by."""
@@ -255,17 +292,36 @@ class QueryProducts(QueryGradients):
             return {"turned": (block.d_out, block.d_in)}
         return super()._shapes(block)
 
-    def _put(self, block: Block, m_NOI: Tensor, where: list[int], ids: Sequence[str]) -> None:
-        m_NOI = m_NOI.mul_(self._inverse[block.name])
+    def _put(
+        self,
+        block: Block,
+        m_NOI: Tensor,
+        columns: Tensor | None,
+        where: list[int],
+        ids: Sequence[str],
+    ) -> None:
+        inverse = self._inverse[block.name]
+        m_NOI = m_NOI.mul_(inverse if columns is None else inverse[:, columns])
         products = self.products[block.name]
         left, right = self.bases[block.output_factor], self.bases[block.input_factor]
         if products.turned is not None:
-            products.turned[where] = m_NOI
+            _fill(products.turned, where, m_NOI, columns)
         elif products.full is not None:
             whole = right.unrotate(m_NOI)
-            products.full[where] = left.unrotate(whole.transpose(1, 2)).transpose(1, 2)
+            whole = left.unrotate(whole.transpose(1, 2)).transpose(1, 2)
+            _fill(products.full, where, whole, columns)
         else:
             assert products.left is not None and products.right is not None
-            u, w = truncated(m_NOI, products.left.shape[1], self._seed, ids, block.name)
+            rank = products.left.shape[1]
+            u, w = truncated(m_NOI, rank, self._seed, ids, block.name, columns, block.d_in)
             products.left[where] = left.unrotate(u.transpose(1, 2))
             products.right[where] = right.unrotate(w)
+
+
+def _fill(held: Tensor, where: list[int], m_NOI: Tensor, columns: Tensor | None) -> None:
+    """Put matrices, of some columns or all, where zeros are held."""
+    if columns is None:
+        held[where] = m_NOI
+        return
+    for place, matrix in zip(where, m_NOI, strict=True):
+        held[place].index_copy_(1, columns, matrix)

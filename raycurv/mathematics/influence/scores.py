@@ -118,7 +118,7 @@ class PairwiseScores(Sums):
             by_token = scores.new_zeros(*scores.shape, captured.batch.mask.shape[1])
         rotations = Rotations(captured, self._bases, self._blocks, self.dtype)
         for block in self._blocks:
-            products = self._products[block.name]
+            products = self._products[block.name].at(rotations.columns(block))
             rows = rotations.rows(block) if products.turned is None else rotations.rotated(block)
             if rows is None:
                 part = torch.zeros_like(scores)
@@ -237,7 +237,8 @@ class SpectralSelfScores:
         return {SELF_SCORES: torch.zeros(examples, dtype=torch.float64, device=device)}
 
     def add(self, block: Block, rotations: Rotations, results: dict[str, Tensor]) -> None:
-        inverse = self._preconditioner.inverse[block.name]
+        inverse, columns = self._preconditioner.inverse[block.name], rotations.columns(block)
+        inverse = inverse if columns is None else inverse[:, columns]
         scores = torch.zeros_like(results[SELF_SCORES])
         for part, outputs, m_NOI in rotations.pieces(block):
             squares = m_NOI.square_().mul_(inverse[outputs])

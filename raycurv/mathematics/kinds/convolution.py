@@ -1,4 +1,4 @@
-"""Convolutions over images (Grosse & Martens 2016, arXiv:1602.01573).
+"""Convolutions over one, two or three axes (Grosse & Martens 2016, arXiv:1602.01573).
 
 y[o, p] = Σ_i W[o, i] a_p[i]        a_p the patch of the input that output position p sees
 """
@@ -12,34 +12,42 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from raycurv.errors import UserError
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.kinds.kind import Kind, ModuleCall, Note, check_examples
 from raycurv.mathematics.kinds.own_forward import catch_calls
 
+_CLASSES: dict[int, type[_ConvNd]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_FUNCTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
 
 class Convolution(Kind):
-    """``torch.nn.Conv2d``: a row an output position; groups share one input factor.
+    """``torch.nn.Conv1d``, ``Conv2d`` or ``Conv3d``: a row an output position; groups share one
+    input factor.
 
     Of a subclass whose forward is its own (one that pads by the image's size, say) rows are of the
     convolution that the forward does with the weight.
     """
 
-    name = "conv2d"
-    label = "Conv2d"
     rows_are_tokens = False
 
+    def __init__(self, axes: int) -> None:
+        self.axes = axes
+        # ``conv1d`` is HF's Conv1D, a linear layer.
+        self.name = "conv2d" if axes == 2 else f"convolution{axes}d"
+        self.label = f"Conv{axes}d"
+
     def holds(self, module: nn.Module) -> bool:
-        return isinstance(module, nn.Conv2d)
+        return isinstance(module, _CLASSES[self.axes])
 
     def describe(self, name: str, module: nn.Module) -> tuple[Block, ...]:
-        assert isinstance(module, nn.Conv2d)
         (block,) = super().describe(name, module)
-        return (replace(block, groups=module.groups),)
+        return (replace(block, groups=_Cut.of(module).groups),)
 
     def catch(self, module: nn.Module, blocks: Sequence[Block], note: Note) -> Callable[[], None]:
-        if type(module).forward is nn.Conv2d.forward:
+        if type(module).forward is _CLASSES[self.axes].forward:
             return super().catch(module, blocks, note)
         (block,) = blocks
         caught = [0]
@@ -57,7 +65,7 @@ class Convolution(Kind):
             _check_positions(block, _Cut.of(module), args[0], output)
             return note(block.name, args[0], output)
 
-        calls = catch_calls(module, block.parameter, (F.conv2d,), seen)
+        calls = catch_calls(module, block.parameter, (_FUNCTIONS[self.axes],), seen)
         hook = module.register_forward_hook(otherwise)
 
         def end() -> None:
@@ -70,7 +78,7 @@ class Convolution(Kind):
         return _Cut.of(module)
 
     def input_rows(self, block: Block, module: nn.Module, call: ModuleCall) -> Tensor:
-        check_examples(block, call.x, call.examples, 4)
+        check_examples(block, call.x, call.examples, self.axes + 2)
         return (call.detail or _Cut.of(module)).patches(call.x)
 
     def output_rows(self, block: Block, module: nn.Module, call: ModuleCall, g: Tensor) -> Tensor:
@@ -79,20 +87,23 @@ class Convolution(Kind):
     def live_rows(
         self, block: Block, call: ModuleCall, mask: Tensor | None, rows: int
     ) -> Tensor | None:
-        return mask if mask is not None and rows == mask.shape[1] else None
+        if mask is None or rows < mask.shape[1] or (rows > mask.shape[1] and self.axes > 1):
+            return None
+        # A causal convolution pads on both sides, and its module cuts off what is over.
+        return F.pad(mask, (0, rows - mask.shape[1]))
 
     def flops(self, module: nn.Module, x: Tensor, *more: Any) -> int:
-        assert isinstance(module, nn.Conv2d)
+        assert isinstance(module, _ConvNd)
         return 2 * len(x) * math.prod(_Cut.of(module).positions(x)) * module.weight.numel()
 
 
 @dataclass(frozen=True)
 class _Cut:
-    """How images are cut into the patches that a convolution multiplies by its weight.
+    """How its input is cut into the patches that a convolution multiplies by its weight.
 
     Attributes:
-        kernel, stride, dilation: along height and width.
-        padding: as ``F.pad`` takes it: left, right, above, below.
+        kernel, stride, dilation: along each axis.
+        padding: as ``F.pad`` takes it: before and behind, of the last axis first.
         mode: of the padding.
         groups: of channels.
     """
@@ -107,7 +118,7 @@ class _Cut:
     @classmethod
     def of(cls, module: nn.Module) -> _Cut:
         """That of torch's own forward."""
-        assert isinstance(module, nn.Conv2d)
+        assert isinstance(module, _ConvNd)
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         own = cls.of_call(
             module, None, module.stride, module.padding, module.dilation, module.groups
@@ -125,53 +136,65 @@ class _Cut:
         groups: int = 1,
         **rest: Any,
     ) -> _Cut:
-        """That of a call of ``F.conv2d`` with the module's weight, and with these arguments."""
-        assert isinstance(module, nn.Conv2d)
-        kernel, dilation = tuple(module.weight.shape[2:]), _both(dilation)
+        """That of a call of torch's function with the module's weight, and with these arguments."""
+        assert isinstance(module, _ConvNd)
+        kernel = tuple(module.weight.shape[2:])
+        dilation = _each(dilation, kernel)
         if padding == "same":
             spans = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
             pads = [(span // 2, span - span // 2) for span in spans]
         else:
-            pads = [(p, p) for p in _both(0 if padding == "valid" else padding)]
+            pads = [(p, p) for p in _each(0 if padding == "valid" else padding, kernel)]
         ends = tuple(end for pair in reversed(pads) for end in pair)
-        return cls(kernel, _both(stride), dilation, ends, "constant", groups)
+        return cls(kernel, _each(stride, kernel), dilation, ends, "constant", groups)
 
-    def positions(self, x: Tensor) -> tuple[int, int]:
-        """Rows and columns of what the convolution makes of images ``[N, C, h, w]``."""
-        left, right, above, below = self.padding
-        padded = (x.shape[-2] + above + below, x.shape[-1] + left + right)
-        high, wide = (
-            max(0, (n - d * (k - 1) - 1) // s + 1)
-            for n, k, s, d in zip(padded, self.kernel, self.stride, self.dilation, strict=True)
+    def positions(self, x: Tensor) -> tuple[int, ...]:
+        """How long each axis is of what the convolution makes of ``[N, C, ...]``."""
+        around = [a + b for a, b in zip(self.padding[::2], self.padding[1::2], strict=True)][::-1]
+        return tuple(
+            max(0, (n + p - d * (k - 1) - 1) // s + 1)
+            for n, p, k, s, d in zip(
+                x.shape[2:], around, self.kernel, self.stride, self.dilation, strict=True
+            )
         )
-        return high, wide
 
     def patches(self, x: Tensor) -> Tensor:
         """The rows that the weight multiplies: ``[N, P, I]``, or ``[N, P, S, I]``."""
         if any(self.padding):
             x = F.pad(x, self.padding, mode=self.mode)
-        columns = F.unfold(x, self.kernel, self.dilation, 0, self.stride)
+        if len(self.kernel) == 2:
+            columns = F.unfold(x, self.kernel, self.dilation, 0, self.stride)
+        else:
+            for axis, (k, s, d) in enumerate(
+                zip(self.kernel, self.stride, self.dilation, strict=True), 2
+            ):
+                x = x.unfold(axis, d * (k - 1) + 1, s)[..., ::d]
+            # [N, C, positions, kernel] -> [N, C kernel, positions]
+            axes = len(self.kernel)
+            x = x.movedim(tuple(range(2, 2 + axes)), tuple(range(-axes, 0)))
+            columns = x.flatten(-axes).flatten(1, -2)
         examples, _, positions = columns.shape
         if self.groups == 1:
             return columns.transpose(1, 2)
         return columns.view(examples, self.groups, -1, positions).permute(0, 3, 1, 2)
 
 
-def _both(value: Any) -> tuple[int, ...]:
-    """A number for height and width; whoever sets them on a module may have written a list."""
-    pair = (value,) if isinstance(value, int) else tuple(value)
-    return pair * 2 if len(pair) == 1 else pair
+def _each(value: Any, kernel: tuple[int, ...]) -> tuple[int, ...]:
+    """A number for each axis; whoever sets them on a module may have written a list."""
+    numbers = (value,) if isinstance(value, int) else tuple(value)
+    return numbers * len(kernel) if len(numbers) == 1 else numbers
 
 
 def _check_positions(block: Block, cut: _Cut, x: Any, y: Any) -> None:
-    """Refuse, with a UserError, a forward that cuts images otherwise than its module says."""
-    if not (isinstance(x, Tensor) and isinstance(y, Tensor) and x.ndim == y.ndim == 4):
+    """Refuse, with a UserError, a forward that cuts its input otherwise than its module says."""
+    axes = len(cut.kernel) + 2
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor) and x.ndim == y.ndim == axes):
         return
     if cut.positions(x) != tuple(y.shape[2:]):
         raise UserError(
             f"block {block.name}",
             "a forward that convolves with the module's weight as it is (torch.nn.functional."
-            f"conv2d), or one that gives {list(cut.positions(x))} positions",
+            f"conv{axes - 2}d), or one that gives {list(cut.positions(x))} positions",
             f"{list(y.shape[2:])} positions, and a weight that is changed before it is used",
             f"Leave it out: --blocks '!{block.name}'.",
         )

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from raycurv.batch import Batch
 from raycurv.errors import UserError
 from raycurv.mathematics.blocks import Block
 
@@ -37,6 +38,7 @@ class ModuleCall:
         detail: what else the kind has to know of the call. Blocks that are given one tensor share
             an input factor only if this is one object, too.
         g: gradient of what left, by draw.
+        columns: numbers of the input columns that rows are given on, see :meth:`Kind.support`.
     """
 
     x: Tensor
@@ -47,6 +49,7 @@ class ModuleCall:
     mask: Tensor | None = None
     detail: Any = None
     g: dict[int, Tensor] = field(default_factory=dict)
+    columns: Tensor | None = None
 
 
 class Note(Protocol):
@@ -65,11 +68,17 @@ class Kind(ABC):
         name: as blocks state it, in ``blocks.json``, too.
         label: a module of this kind, as messages name it.
         rows_are_tokens: whether an example has about as many rows as tokens.
+        one_row: whether it has one row, to which all calls add up.
+        by_default: whether weights of this kind have blocks where nobody names them.
+        in_slices: whether calls on a slice of positions at the model's end count.
     """
 
     name: str
     label: str
     rows_are_tokens = True
+    one_row = False
+    by_default = True
+    in_slices = True
 
     @abstractmethod
     def holds(self, module: nn.Module) -> bool:
@@ -93,13 +102,27 @@ class Kind(ABC):
 
         return module.register_forward_hook(hook, with_kwargs=True).remove
 
+    def by_example(
+        self, block: Block, module: nn.Module, x: Tensor, y: Tensor, batch: Batch
+    ) -> tuple[Tensor, Tensor]:
+        """What entered and left a call, with an axis of examples of its own where all examples of
+        the microbatch have it in common: the forward goes on with that."""
+        return x, y
+
     def layout(self, block: Block, module: nn.Module) -> object:
         """Equal for blocks to which the same tensor gives the same input rows."""
         return self.name
 
+    def support(self, block: Block, calls: Sequence[ModuleCall]) -> Tensor | None:
+        """The numbers ``[U]`` of the input columns outside of which all rows of a microbatch's
+        calls are zero, each once; ``None`` for all. Without groups and bias, and of blocks with a
+        diagonal A alone."""
+        return None
+
     @abstractmethod
     def input_rows(self, block: Block, module: nn.Module, call: ModuleCall) -> Tensor:
         """What entered as rows ``[N, T, I]``, or ``[N, T, S, I]`` with ``S > 1`` groups; no bias.
+        Of ``call.columns`` alone where these are given: ``[N, T, U]``.
         UserError if rows cannot be told apart by example."""
 
     @abstractmethod
@@ -144,6 +167,12 @@ def check_examples(block: Block, x: Tensor, examples: int, axes: int) -> None:
             "Rows that mix examples have no per-example gradient: leave it out with "
             f"--blocks '!{block.name}'.",
         )
+
+
+def is_only_held(module: nn.Module) -> bool:
+    """Whether a module is never called, and its parameters are its parent's."""
+    held = (nn.ParameterList, nn.ParameterDict, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    return isinstance(module, held)
 
 
 def _weight_of(module: nn.Module) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from raycurv.mathematics.blocks import Block
-from raycurv.mathematics.kinds.kind import Kind, ModuleCall, check_examples
+from raycurv.mathematics.kinds.kind import Kind, ModuleCall, check_examples, is_only_held
 
 
 class Linear(Kind):
@@ -18,7 +18,7 @@ class Linear(Kind):
     label = "linear layer"
 
     def holds(self, module: nn.Module) -> bool:
-        return isinstance(module, nn.Linear)
+        return isinstance(module, nn.Linear) and not is_only_held(module)
 
     def layout(self, block: Block, module: nn.Module) -> object:
         return "rows as they come"

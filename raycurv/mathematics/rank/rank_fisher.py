@@ -25,7 +25,7 @@ from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Captured, of_fit
 from raycurv.mathematics.curvature import Damping
 from raycurv.mathematics.eigen import own_axes
-from raycurv.mathematics.gradients import SQUARED_NORM, Rotations
+from raycurv.mathematics.gradients import SQUARED_NORM, Rotations, spread
 from raycurv.mathematics.rank.rank_inverse import RankInverse, rank_damping, rank_inverse
 from raycurv.mathematics.sums import SHARED, Combine, PlainSum, Results, Sums, check_sum
 
@@ -109,7 +109,8 @@ class RowSums(Sums):
                 total = self.sums.get(block.name) if counts else None
                 for part, m_NOI in rotations.gradients(block):
                     if total is not None:
-                        total.part.index_add_(0, where[part], m_NOI)
+                        whole = spread(m_NOI, rotations.columns(block), block.d_in)
+                        total.part.index_add_(0, where[part], whole)
                     norms[part] += m_NOI.square_().sum(dim=2).sum(dim=1, dtype=torch.float64)
         if counts:
             in_rows = torch.bincount(places, minlength=self._rows) * len(draws)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.eigen import own_axes
-from raycurv.mathematics.gradients import Rotations
+from raycurv.mathematics.gradients import Rotations, spread
 from raycurv.mathematics.influence.scores import SELF_SCORES
 from raycurv.mathematics.rank.rank_inverse import RankInverses
 from raycurv.mathematics.sums import Combine
@@ -60,7 +60,8 @@ class RankSelfScores:
         if inverse is None:
             return
         for part, m_NOI in rotations.gradients(block):
-            flat = m_NOI.flatten(1).double().cpu()
+            whole = spread(m_NOI, rotations.columns(block), block.d_in)
+            flat = whole.flatten(1).double().cpu()
             here = inverse.project(self._rows[block.name], flat)
             lengths = flat.square().sum(dim=1)
             if self._inverses.joint:
