@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ _OF_ACTIVATIONS = re.compile(
     r"(^|\.)((input|output|activation|[qkv]|kv)_(scale|zero_point|global_scale)|qscale_act)$"
 )
 # The numbers of 4-bit floating point (a sign, two bits of exponent, one of mantissa).
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_E2M1 = tuple(sign * n for sign in (1, -1) for n in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
 _COPY = "Copy the checkpoint again, with config.json, from where it was quantised."
 
 
@@ -99,6 +100,7 @@ class DequantisedCheckpoint(Checkpoint):
         made = torch.empty(entry.shape, dtype=dtype or torch.float32)
         scales = self._scales(entry)
         zeros = None if entry.zeros is None else self._zeros(entry)
+        wiped = not bool(scales.all())
         stacked = made.view(-1, *made.shape[-2:])
         stacked = stacked.transpose(1, 2) if entry.transposed else stacked
         _, rows, columns = entry.stack
@@ -116,7 +118,7 @@ class DequantisedCheckpoint(Checkpoint):
                 if zeros is not None:
                     numbers -= of(zeros[index], strip)
                 scale = of(scales[index], strip)
-                if bool(((scale == 0) & (numbers != 0)).any()):
+                if wiped and bool(((scale == 0) & (numbers != 0)).any()):
                     raise self._misfit(entry.scales, "a scale that is not zero", "a zero")
                 matrix[strip] = numbers.mul_(scale)
         return made
@@ -282,11 +284,12 @@ class DequantisedCheckpoint(Checkpoint):
         width = math.prod(stored.shape) // math.prod(entry.stack[:2])
         raw = self._elements(entry.numbers, row * width, count * width).view(count, width)
         if entry.bits is None:
-            return raw.float()
+            # Three times as fast as torch's cast of 8-bit floating point.
+            table: Any = torch.arange(256).to(torch.uint8).view(raw.dtype).float().numpy()
+            return torch.from_numpy(table[raw.view(torch.uint8).numpy()])
         if entry.transposed:
-            table = torch.tensor([*_E2M1, *(-number for number in _E2M1)])
             halves = torch.stack([raw & 15, raw >> 4], -1)
-            return table[halves.int()].view(count, columns)
+            return torch.tensor(_E2M1)[halves.int()].view(count, columns)
         return _unpacked(raw, entry.bits, columns)
 
     def _told(self, made: Iterable[DequantisedEntry], idle: set[str]) -> Iterator[str]:
