@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import (
 
 VOCAB = 61
 _MOST = 20_000_000  # parameters of a model that counts as tiny
-LAYERS = 2
+LAYERS = 4
 
 # fmt: off
 _WIDTH = ("hidden_size", "d_model", "n_embd", "emb_dim", "lru_width", "backbone_hidden_size",
@@ -59,14 +59,14 @@ _SIZES: dict[str, int] = {
     "max_position_embeddings": 64, "n_positions": 64, "n_ctx": 64, "max_seq_len": 64,
     "max_target_positions": 64, "context_length": 64, "model_max_length": 64,
     "original_max_position_embeddings": 64, "qk_nope_head_dim": 4, "v_head_dim": 6,
-    "mamba_expand": 2, "mamba_d_head": 16, "mamba_d_ssm": 64, "num_kv_shared_layers": 0,
+    "mamba_expand": 2, "mamba_d_head": 16, "mamba_d_ssm": 64, "num_kv_shared_layers": 2,
     "pronunciation_vocab_size": 9, "shape_vocab_size": 9, "pronunciation_embed_dim": 8,
     "shape_embed_dim": 8, "max_source_positions": 16,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }
 _VISION_SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
     "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-_ATTENTION = ["linear_attention", "hybrid"]
+_ATTENTION = ["linear_attention", "hybrid"] * 2
 # What a type needs besides, or instead.
 _OWN: dict[str, dict[str, Any]] = {
     **{kind: {"num_key_value_heads": 4} for kind in ("axk2", "deepseek_v32", "dots3_note_text",
@@ -76,11 +76,13 @@ _OWN: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {
         "full_attention": {"rope_type": "default", "rope_theta": 1e4},
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    **{kind: {"layer_types": ["sliding_attention", "full_attention"] * 2} for kind in ("gemma4",
+        "gemma4_text")},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    **{kind: {"layer_types": ["conv", "full_attention"] * 2} for kind in ("lfm2", "lfm2_moe")},
     "mamba2": {"num_heads": 8},
     "reformer": {"is_decoder": True, "axial_pos_shape": (8, 8), "axial_pos_embds_dim": (16, 16),
-        "attn_layers": ("local", "lsh")},
+        "attn_layers": ("local", "lsh") * 2},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": _ATTENTION, "attention_hidden_size": 64},
     "zamba2": {"layers_block_type": _ATTENTION},

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from raycurv.errors import UserError
+from raycurv.models.travelling import Marks, Travels, Watched, axis_of
 
 META = torch.device("meta")
 AS_FACTORY = (
@@ -23,10 +25,54 @@ AS_EXPERTS = (
     "package.module:factory, which runs as one stage: a fit then names what --blocks has to leave "
     "out."
 )
-# Examples and tokens of a trial forward: different numbers, so that no axis is taken for another.
+# Examples and tokens of a trial forward: different numbers, so that no axis is taken for another;
+# and of a second one, which tells what grows with each.
 TRIED = (2, 3)
-# Integers that a layer may take: they do not depend on which tokens were given.
-POSITIONS = ("position_ids", "cache_position")
+TRIED_AGAIN = (5, 7)
+
+
+@dataclass(frozen=True)
+class Given:
+    """How a forward without values is called.
+
+    Attributes:
+        masked: with a mask that is complete already, since making one of token masks reads values.
+        counted: with token ids on the CPU, for classes that read numbers of them.
+    """
+
+    masked: bool
+    counted: bool = False
+
+    def arguments(self, whole: nn.Module, examples: int, tokens: int) -> dict[str, Any]:
+        """Of a forward of so many examples and tokens."""
+        device = torch.device("cpu") if self.counted else META
+        ids = torch.ones((examples, tokens), dtype=torch.int64, device=device)
+        mask = None
+        if self.masked:
+            # One example's memory, as much as it takes in a plan.
+            dtype = next(whole.parameters()).dtype
+            one = torch.zeros((1, 1, tokens, tokens), dtype=dtype, device=META)
+            mask = one.expand(examples, -1, -1, -1)
+        return {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+
+
+# In the order in which they are tried.
+WAYS = (Given(masked=True), Given(masked=False, counted=True), Given(masked=False))
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a module that runs before the layers gives.
+
+    Attributes:
+        axes: how many.
+        columns: of the last.
+        writes: whether the forward changes it in place.
+    """
+
+    axes: int
+    columns: int
+    writes: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,31 +81,32 @@ class Anatomy:
 
     Attributes:
         layers: the list of decoder layers, ``count`` of them.
-        outputs: how many values the tuple has that a layer returns; 0 if it returns a tensor alone.
+        outputs: of each layer, how many values the tuple has that it returns; 0 if it returns a
+            tensor alone.
+        travels: what goes from layer to layer beside hidden states.
         embedding: the input embedding; ``width`` its number of columns.
-        writes: whether the forward changes what the input embedding gives in place.
-        axes: of each embedding that runs before the layers, how many axes it gives.
+        made: what each module gives that runs before the layers, if that is a tensor.
         early: modules outside the layers with weights that run before the first layer.
         late: the same behind the last layer. A module can be both.
         idle: modules outside the layers with weights that this forward does not run.
         tied: whether the head's weight is the embedding's.
-        masked: whether the forward takes a mask that is complete already.
+        given: how a forward without values is called.
         numel: number of weights of each module above, and of each layer (``layers.3``).
     """
 
     layers: str
     count: int
-    outputs: int
+    outputs: tuple[int, ...]
+    travels: Travels
     embedding: str
     width: int
-    writes: bool
-    axes: Mapping[str, int]
+    made: Mapping[str, Made]
     head: str
     early: frozenset[str]
     late: frozenset[str]
     idle: frozenset[str]
     tied: bool
-    masked: bool
+    given: Given
     numel: Mapping[str, int]
 
     def layer(self, index: int) -> str:
@@ -109,13 +156,13 @@ def find_anatomy(
             and next(module.parameters(recurse=False), None) is not None
         }
         errors: list[Exception] = []
-        for masked in (True, False):
+        for given in WAYS:
             try:
-                seen = _watch(whole, layers, outside, embedding, masked)
+                seen = _watch(whole, layers, outside, given, TRIED)
                 break
             except Exception as error:
                 # Foreign code on a device without values: what it raises becomes the reason to
-                # refuse, the first where both ways fail.
+                # refuse, the first where all ways fail.
                 errors.append(error)
         else:
             experts = routed_experts(layers, layers_name)
@@ -152,16 +199,16 @@ def find_anatomy(
         layers=layers_name,
         count=len(layers),
         outputs=seen.outputs,
+        travels=_travels(seen, lambda: _watch(whole, layers, outside, given, TRIED_AGAIN), refuse),
         embedding=names[id(embedding)],
         width=embedding.weight.shape[1],
-        writes=seen.writes,
-        axes=seen.axes,
+        made=seen.made,
         head=names[id(head)],
         early=frozenset(seen.early),
         late=frozenset(seen.late),
         idle=frozenset(outside.keys() - run),
         tied=tied,
-        masked=masked,
+        given=given,
         numel=numel,
     )
 
@@ -170,7 +217,7 @@ def refused(whole: nn.Module, directory: Path, got: str) -> UserError:
     """A model that cannot be cut, and what stands in the way."""
     return UserError(
         f"model {directory} ({type(whole).__name__})",
-        "a decoder whose layers pass hidden states on, and nothing else that is learned",
+        "a model that may be cut between its layers",
         got,
         AS_FACTORY,
     )
@@ -184,25 +231,22 @@ def routed_experts(layers: nn.ModuleList, name: str) -> str:
     return ""
 
 
-def meta_mask(whole: nn.Module, examples: int, tokens: int, masked: bool) -> Tensor | None:
-    """A mask ``[N, 1, T, T]`` that is complete already, which models pass on as it is.
-
-    Making one of token masks reads values, of which the meta device has none. Architectures with
-    masks of their own take none instead (``None`` unless ``masked``).
-    """
-    if not masked:
-        return None
-    dtype = next(whole.parameters()).dtype
-    # One example's memory, as much as it takes in a plan.
-    one = torch.zeros((1, 1, tokens, tokens), dtype=dtype, device=META)
-    return one.expand(examples, -1, -1, -1)
-
-
-def run_on_meta(whole: nn.Module, examples: int, tokens: int, masked: bool) -> Tensor:
+def run_on_meta(whole: nn.Module, examples: int, tokens: int, given: Given) -> Tensor:
     """Logits ``[N, T, V]`` without values: the forward of a model on the meta device."""
-    ids = torch.zeros((examples, tokens), dtype=torch.int64, device=META)
-    mask = meta_mask(whole, examples, tokens, masked)
-    return cast(Tensor, whole(input_ids=ids, attention_mask=mask, use_cache=False).logits)
+    return cast(Tensor, whole(**given.arguments(whole, examples, tokens)).logits)
+
+
+@contextmanager
+def frozen(whole: nn.Module) -> Iterator[None]:
+    """Within it, a model evaluates, and gradients are required of what is marked alone."""
+    trained = [p for p in whole.parameters() if p.requires_grad]
+    whole.eval().requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 @dataclass(frozen=True)
@@ -210,15 +254,17 @@ class _Seen:
     """What one forward showed; see :class:`Anatomy`.
 
     Attributes:
+        watched: what its layers were called with, beside hidden states of the shape ``hidden``.
         called: whether it ran any of the layers.
         problem: the first thing that forbids cutting, or "".
     """
 
     early: set[str]
     late: set[str]
-    outputs: int
-    writes: bool
-    axes: dict[str, int]
+    outputs: tuple[int, ...]
+    made: dict[str, Made]
+    watched: Watched
+    hidden: torch.Size
     called: bool
     problem: str
 
@@ -227,67 +273,59 @@ def _watch(
     whole: nn.Module,
     layers: nn.ModuleList,
     outside: Mapping[str, nn.Module],
-    embedding: nn.Module,
-    masked: bool,
+    given: Given,
+    sizes: tuple[int, int],
 ) -> _Seen:
-    """Run the model once on the meta device, with two examples, and watch what reaches its layers
-    and its head.
+    """Run the model once on the meta device, with so many examples and tokens, and watch what
+    reaches its layers.
 
-    Everything is frozen, but what comes out of a weight before the layers, or out of a layer, is
-    marked by requiring a gradient. A mark on anything but hidden states, in a layer or in the
-    logits, is a path that a cut would miss.
+    Everything is frozen, but what comes out of a weight before the layers, and what goes into and
+    out of a layer, is marked by requiring a gradient.
     """
     early: set[str] = set()
     late: set[str] = set()
-    axes: dict[str, int] = {}
+    made: dict[str, tuple[Tensor, int]] = {}
     called: list[int] = []
     problems: list[str] = []
     outputs: list[int] = []
-    current: list[Tensor] = []
-    embedded: list[tuple[Tensor, int]] = []
+    shapes: list[torch.Size] = []
+    marks = Marks()
+    watched = Watched(marks)
     names = {module: name for name, module in outside.items()}
     numbers = {layer: number for number, layer in enumerate(layers)}
-
-    def mark(tensor: Tensor) -> Tensor:
-        # Not a leaf: models may go on in place.
-        return tensor.detach().requires_grad_().clone()
 
     def behind_outside(module: nn.Module, args: Any, output: Any) -> Any:
         (late if called else early).add(names[module])
         if called or not isinstance(output, Tensor):
             return output
-        if isinstance(module, nn.Embedding):
-            axes[names[module]] = output.ndim
-        marked = mark(output)
-        if module is embedding:
-            embedded.append((marked, marked._version))
+        marked = marks.mark(output, 0)
+        made[names[module]] = marked, marked._version
         return marked
 
-    def before_layer(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        index, given = numbers[layer], dict(enumerate(args)) | kwargs
-        hidden = given.pop(0, None)
-        if hidden is None:
-            hidden = given.pop("hidden_states", None)
+    def before_layer(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        index = numbers[layer]
         if index != len(called):
             problems.append(f"layer {index} called as number {len(called)}")
-        elif called and hidden is not current[0]:
-            problems.append(f"layer {index} not called with the output of layer {index - 1}")
-        for key, value in given.items():
-            for tensor in _tensors(value):
-                if tensor.requires_grad:
-                    problems.append(f"layer {index} also called with learned values ({key})")
-                elif tensor.dtype == torch.int64 and key not in POSITIONS:
-                    problems.append(f"layer {index} also called with integers ({key})")
         called.append(index)
+        entering = args[0] if args else kwargs.get("hidden_states")
+        if not isinstance(entering, Tensor):
+            problems.append(f"layer {index} called without hidden states")
+            return None
+        shapes.append(entering.shape)
+        beside = dict(enumerate(args)) | kwargs
+        del beside[0 if args else "hidden_states"]
+        watched.enter(beside)
+        entered = marks.mark(entering, index + 1)
+        return (
+            ((entered, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": entered})
+        )
 
     def behind_layer(layer: nn.Module, args: Any, output: Any) -> Any:
-        outputs.append(len(output) if isinstance(output, tuple) else 0)
-        hidden = hidden_of(output)
-        last = numbers[layer] + 1 == len(layers)
-        current[:] = [hidden.detach() if last else mark(hidden)]
-        return (current[0], *output[1:]) if isinstance(output, tuple) else current[0]
+        outputs.append(len(output) if isinstance(output, tuple | list) else 0)
+        watched.leave(output)
+        hidden = marks.mark(hidden_of(output), numbers[layer] + 1)
+        return (hidden, *output[1:]) if isinstance(output, tuple | list) else hidden
 
-    trained = [p for p in whole.parameters() if p.requires_grad]
     before = [(name, p, p._version) for name, p in whole.named_parameters()]
     with ExitStack() as stack:
         for module in names:
@@ -296,41 +334,59 @@ def _watch(
             hook = layer.register_forward_pre_hook(before_layer, with_kwargs=True)
             stack.callback(hook.remove)
             stack.callback(layer.register_forward_hook(behind_layer).remove)
-        for parameter in trained:
-            stack.callback(parameter.requires_grad_, True)
-        whole.eval().requires_grad_(False)
-        logits = run_on_meta(whole, *TRIED, masked)
+        stack.enter_context(frozen(whole))
+        run_on_meta(whole, *sizes, given)
     changed = [name for name, parameter, version in before if parameter._version != version]
     if changed:
-        problems.append(f"a forward that changes its own weights ({changed[0]})")
+        problems.insert(0, f"a forward that changes its own weights ({changed[0]})")
     if len(called) != len(layers):
         problems.append(f"{len(called)} of {len(layers)} layers called")
-    if logits.requires_grad:
-        problems.append("logits that depend on more than the last layer's output")
-    if len(set(outputs)) > 1:
-        problems.append("layers that return different numbers of values")
+    if len(set(shapes)) > 1:
+        problems.append("hidden states of several shapes")
     return _Seen(
         early=early,
         late=late,
-        outputs=outputs[0] if outputs else 0,
-        writes=any(tensor._version != version for tensor, version in embedded),
-        axes=axes,
+        outputs=tuple(outputs),
+        made={
+            name: Made(tensor.ndim, tensor.shape[-1] if tensor.ndim else 1, tensor._version != was)
+            for name, (tensor, was) in made.items()
+        },
+        watched=watched,
+        hidden=shapes[0] if shapes else torch.Size(),
         called=bool(called),
         problem=problems[0] if problems else "",
     )
 
 
+def _travels(
+    seen: _Seen, again: Callable[[], _Seen], refuse: Callable[[str], UserError]
+) -> Travels:
+    """What goes from layer to layer; where the axes of it are, a second forward tells."""
+    first = seen.watched
+    columns = seen.hidden.numel() // math.prod(TRIED)
+    if not first.shapes and seen.hidden[:2] == TRIED and len(seen.hidden) == 3:
+        return first.travels((), (0, 1), columns, math.prod(TRIED))
+    other = again()
+    (one, tokens), (two, more) = TRIED, TRIED_AGAIN
+    hidden = (
+        axis_of(one, seen.hidden, two, other.hidden),
+        axis_of(tokens, seen.hidden, more, other.hidden),
+    )
+    if [len(axes) for axes in hidden] != [1, 1]:
+        raise refuse(
+            f"hidden states of shape {list(seen.hidden)} of {one} texts of {tokens} tokens"
+        )
+    axes: list[tuple[int, ...]] = []
+    for shape, larger in zip(first.shapes, other.watched.shapes, strict=True):
+        found = axis_of(one, shape, two, larger)
+        along = axis_of(tokens, shape, more, larger)
+        grown = [a for a, (x, y) in enumerate(zip(shape, larger, strict=True)) if x != y]
+        if len(found) > 1 or not {*found, *along}.issuperset(grown):
+            raise refuse(f"values beside hidden states, of shape {list(shape)}")
+        axes.append((*found, *along[:1]) if found else ())
+    return first.travels(axes, (hidden[0][0], hidden[1][0]), columns, math.prod(TRIED))
+
+
 def hidden_of(output: Any) -> Tensor:
     """The hidden states in what a layer returns."""
-    return cast(Tensor, output[0] if isinstance(output, tuple) else output)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
+    return cast(Tensor, output[0] if isinstance(output, tuple | list) else output)

@@ -12,7 +12,7 @@ import math
 import re
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -31,9 +31,10 @@ from raycurv.models.anatomy import (
     META,
     TRIED,
     Anatomy,
+    Made,
     find_anatomy,
+    frozen,
     hidden_of,
-    meta_mask,
     refused,
     run_on_meta,
 )
@@ -58,6 +59,7 @@ from raycurv.models.stored import (
     no_tensor_of_its_own,
     replacements,
 )
+from raycurv.models.travelling import leaves
 from raycurv.models.unused import (
     FLAG,
     Known,
@@ -107,7 +109,7 @@ class HFOutline(Outline):
         anatomy = find_anatomy(whole, self.config, self._stored_twice, directory)
         _try_cuts(whole, anatomy, directory)
         self.anatomy, self._skeleton = anatomy, whole
-        self.units, self.width = anatomy.count, anatomy.width
+        self.units, self.width = anatomy.count, anatomy.travels.columns
         # Weights that multiply at each token: those of each layer, and the head's in the last.
         costs = [float(anatomy.numel[anatomy.layer(i)]) for i in range(self.units)]
         costs[-1] += anatomy.numel[anatomy.head]
@@ -156,7 +158,7 @@ class HFOutline(Outline):
         return self._skeleton
 
     def rehearse(self, skeleton: nn.Module, examples: int, tokens: int) -> bool:
-        run_on_meta(skeleton, examples, tokens, self.anatomy.masked)
+        run_on_meta(skeleton, examples, tokens, self.anatomy.given)
         return True
 
     def unit_of(self, module_name: str) -> int:
@@ -441,7 +443,7 @@ class HFModel(HFOutline, Model):
                 if next(module.get_submodule(name).parameters(), None) is not None:
                     # A stand-in keeps what it stands for, which must not keep weights.
                     gone = module.get_submodule(name).to(META)
-                    _replace(module, name, _Absent(gone, self.anatomy.axes.get(name, 0)))
+                    _replace(module, name, _Absent(gone, self.anatomy.made.get(name)))
         return cast(nn.Module, module)
 
     def _check_missing(self, module: Any, missing: set[str], weights: Weights) -> None:
@@ -528,43 +530,94 @@ class HFSegment(Segment):
         self._anatomy = anatomy
         layers = cast(nn.ModuleList, module.get_submodule(anatomy.layers))
         self._layers = layers
+        self._entry = None if self.first else cast(_Passed, layers[units.start - 1])
         self._passed = nn.ModuleList(
-            layer if isinstance(layer, _Passed) else _Passed(layer, anatomy.outputs)
-            for layer in layers
+            layer if isinstance(layer, _Passed) else _Passed(layer, outputs)
+            for layer, outputs in zip(layers, anatomy.outputs, strict=True)
         )
+        # In place of what runs before the layers alone, when the head runs.
+        self._before = {
+            name: _Absent(module.get_submodule(name), anatomy.made.get(name))
+            for name in sorted(anatomy.early - anatomy.late if self.first and self.last else ())
+        }
         weight = next(layers[units.start].parameters())
-        self._dtype = weight.dtype
-        for part in module.modules():
+        self._stand_ins = [
+            part
+            for part in (*module.modules(), *self._passed, *self._before.values())
+            if isinstance(part, _StandIn)
+        ]
+        for part in self._stand_ins:
             if isinstance(part, _Absent):
-                part.device = weight.device
+                part.to_give(weight.dtype, weight.device)
         # HF's eager attention takes its softmax in float32, where a mask of float64's lowest number
         # is -Inf: a padded row that sees only padding (sliding windows) becomes NaN and poisons
         # the rest. Padded on the right, no token sees padding anyway.
         eager = getattr(getattr(module, "config", None), "_attn_implementation", None) == "eager"
-        self._masked = not (eager and self._dtype == torch.float64)
-        self._ends = layers[units.stop - 1].register_forward_hook(_stop)
+        self._masked = not (eager and weight.dtype == torch.float64)
+        travels = anatomy.travels
+        self._enters, self._leaves = travels.over(units.start), travels.over(units.stop)
+        # Values that travel, of the forward under way, by number.
+        self._values: dict[int, Tensor] = {}
+        self._hidden: Tensor | None = None
+        self._hooks = [layers[units.stop - 1].register_forward_hook(self._ended)]
+        for index in range(units.start, anatomy.count):
+            takes = {value for _, value in travels.taken[index]}
+            if index in units and takes & set(self._enters):
+                hook = self._filling(index)
+            elif index not in units and takes & set(self._leaves):
+                hook = self._collecting(index)
+            else:
+                continue
+            self._hooks.append(layers[index].register_forward_pre_hook(hook, with_kwargs=True))
 
     def forward(self, batch: Batch, hidden: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
-        """Hidden states ``[N, T, d]`` behind the segment's last layer, alone in a tuple as they
-        come; the first segment embeds ``batch.inputs``."""
+        """Hidden states ``[N, T, d]`` behind the last layer of the segment, and what travels
+        with them; the first segment embeds ``batch.inputs``."""
         assert (hidden is None) == self.first, "the first segment, and only that, takes no hidden"
         mask = batch.mask
         mask = mask.to(torch.int64) if mask is not None and self._masked else None
         with self._calling(batch.inputs):
-            return (self._run(batch.inputs, None if hidden is None else hidden[0], mask),)
+            return self._run({"input_ids": batch.inputs, "attention_mask": mask}, hidden)
 
-    def rehearse(self, hidden: Tensor | None) -> Tensor:
+    def rehearse(self, hidden: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
         """What :meth:`forward` gives of a segment on the meta device, and the head in the last; its
-        layers are left without hooks."""
-        ids = torch.zeros(TRIED, dtype=torch.int64, device=META)
-        masked = self._anatomy.masked
+        layers are left without hooks.
+
+        Whatever stands in for other segments gives values that are marked by requiring a gradient,
+        and nothing else does.
+
+        Raises:
+            MarkedError: such a value reached a layer of the segment, or what it gives.
+        """
+        given, problems = self._anatomy.given, list[str]()
+
+        def watch(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            for path, tensor in leaves((args, kwargs)):
+                if tensor.requires_grad:
+                    problems.append(f"called with learned values ({path[1]})")
+
+        for layer in self._layers:
+            if not isinstance(layer, _Passed):
+                hook = layer.register_forward_pre_hook(watch, with_kwargs=True)
+                self._hooks.append(hook)
         try:
-            left = self._run(ids, hidden, meta_mask(self.module, *TRIED, masked))
+            for stand_in in self._stand_ins:
+                stand_in.marks = True
+            with frozen(self.module):
+                left = self._run(given.arguments(self.module, *TRIED), hidden)
+                if any(tensor.requires_grad for tensor in left):
+                    problems.append("with outputs that depend on other layers")
+                if self.last:
+                    rows = left[0].flatten(0, 1)[:, None]
+                    if self._logits(rows, given.arguments(self.module, len(rows), 1)).requires_grad:
+                        problems.append("before logits that depend on more than its output")
         finally:
-            self._ends.remove()
-        if self.last:
-            rows = left.flatten(0, 1)[:, None]
-            self._logits(rows, meta_mask(self.module, len(rows), 1, masked))
+            for stand_in in self._stand_ins:
+                stand_in.marks = False
+            for hook in self._hooks:
+                hook.remove()
+        if problems:
+            raise MarkedError(problems[0])
         return left
 
     def head(self, part: Tensor) -> Tensor:
@@ -575,8 +628,10 @@ class HFSegment(Segment):
         """
         assert self.last, "only the last segment holds the head"
         with self._calling(part):
-            logits = self._logits(part.reshape(-1, 1, part.shape[-1]), None)
-        return logits.reshape(*part.shape[:-1], -1)
+            rows = part.flatten(0, 1)[:, None]
+            ids = torch.full(rows.shape[:2], self._no_padding, device=rows.device)
+            logits = self._logits(rows, {"input_ids": ids})
+        return logits.reshape(*part.shape[:2], -1)
 
     def _calling(self, given: Tensor) -> AbstractContextManager[None]:
         """Around a call of HF's code: what it raises is about the model and its input."""
@@ -587,50 +642,84 @@ class HFSegment(Segment):
             "runs as one stage.",
         )
 
-    def _logits(self, rows: Tensor, mask: Tensor | None) -> Tensor:
-        parent, _, name = self._anatomy.layers.rpartition(".")
-        owner = self.module.get_submodule(parent)
-        entry = cast(_Passed, self._passed[0])
-        setattr(owner, name, self._passed)
-        entry.instead = rows
+    @property
+    def _no_padding(self) -> int:
+        """A token that is not the one of padding."""
+        config: Any = self.module.config
+        return int(getattr(config.get_text_config(), "pad_token_id", None) == 0)
+
+    def _logits(self, rows: Tensor, given: dict[str, Any]) -> Tensor:
+        """Logits ``[R, 1, V]`` of hidden states ``[R, 1, ...]``."""
+        entry = cast(_Passed, self._passed[-1])
+        hidden, _ = self._anatomy.travels.unpack((rows,), ())
+        before = {name: self.module.get_submodule(name) for name in self._before}
+        for name, stand_in in (self._before | {self._anatomy.layers: self._passed}).items():
+            _replace(self.module, name, stand_in)
+        entry.instead = hidden
         try:
-            output = self.module(**self._dummy(rows), attention_mask=mask, use_cache=False)
+            output = self.module(**given | {"use_cache": False})
         finally:
             entry.instead = None
-            setattr(owner, name, self._layers)
+            for name, module in (before | {self._anatomy.layers: self._layers}).items():
+                _replace(self.module, name, module)
         return cast(Tensor, output.logits)
 
-    def _dummy(self, hidden: Tensor) -> dict[str, Tensor]:
-        """Stands for embeddings in shape and dtype, from which HF makes masks and rotary tables."""
-        zero = torch.zeros((), dtype=self._dtype, device=hidden.device)
-        embedded = zero.expand(*hidden.shape[:-1], self._anatomy.width)
-        return {"inputs_embeds": embedded.contiguous() if self._anatomy.writes else embedded}
-
-    def _run(self, ids: Tensor, hidden: Tensor | None, mask: Tensor | None) -> Tensor:
-        entry = cast(_Passed, self._passed[0])
-        entry.instead = hidden
-        given = {"input_ids": ids} if hidden is None else self._dummy(hidden)
+    def _run(
+        self, given: dict[str, Any], entering: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor, ...]:
+        travels = self._anatomy.travels
+        self._values, self._hidden = {}, None
+        if entering is not None:
+            assert self._entry is not None
+            self._entry.instead, self._values = travels.unpack(entering, self._enters)
         try:
-            self.module(**given, attention_mask=mask, use_cache=False)
+            self.module(**given | {"use_cache": False})
         except _Stop as stop:
             # The frames between hold activations that nothing else needs.
             traceback.clear_frames(stop.__traceback__)
-            return stop.hidden
+            assert self._hidden is not None
+            return travels.pack(self._hidden, [(v, self._values[v]) for v in self._leaves])
         finally:
-            entry.instead = None
+            if self._entry is not None:
+                self._entry.instead = None
+            self._values, self._hidden = {}, None
         raise AssertionError("the forward did not come to the segment's last layer")
+
+    def _ended(self, layer: nn.Module, args: Any, output: Any) -> None:
+        """Behind the segment's last layer."""
+        self._hidden = hidden_of(output)
+        self._stop()
+
+    def _stop(self) -> None:
+        """Leave the forward where all is there that leaves."""
+        if self._values.keys() >= set(self._leaves):
+            raise _Stop
+
+    def _filling(self, index: int) -> Callable[..., Any]:
+        """A hook before a layer of the segment, which is called with the values that entered."""
+
+        def fill(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            return self._anatomy.travels.put(index, (args, kwargs), self._values)
+
+        return fill
+
+    def _collecting(self, index: int) -> Callable[..., Any]:
+        """A hook before a layer behind the segment, of whose arguments some leave."""
+
+        def collect(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            missing = set(self._leaves) - self._values.keys()
+            self._values |= self._anatomy.travels.found(index, (args, kwargs), missing)
+            self._stop()
+
+        return collect
+
+
+class MarkedError(Exception):
+    """What would not be the whole model's in a part of it: what a layer is called with, say."""
 
 
 class _Stop(BaseException):
-    """Leaves a forward with hidden states. Not an ``Exception``: no handler on the way keeps it."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        super().__init__()
-        self.hidden = hidden
-
-
-def _stop(layer: nn.Module, args: Any, output: Any) -> None:
-    raise _Stop(hidden_of(output))
+    """Leaves a forward. Not an ``Exception``: no handler on the way keeps it."""
 
 
 class _StandIn(nn.Module):
@@ -638,7 +727,12 @@ class _StandIn(nn.Module):
 
     What model classes read off that module is read off it still, on the meta device, where it was
     built and stays: plain facts such as a layer's kind of attention, or weights to be initialised.
+
+    Attributes:
+        marks: whether what it gives requires a gradient, for a trial.
     """
+
+    marks = False
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -655,7 +749,7 @@ class _StandIn(nn.Module):
 
 class _Passed(_StandIn):
     """In place of a layer: returns its input, or the tensor that was put ``instead``, in a tuple of
-    ``outputs`` values where layers do so."""
+    ``outputs`` values where the layer does so."""
 
     def __init__(self, layer: nn.Module, outputs: int) -> None:
         super().__init__(layer)
@@ -668,36 +762,49 @@ class _Passed(_StandIn):
 
 
 class _Absent(_StandIn):
-    """In place of a module with weights outside the layers: returns its input, or for an embedding
-    nothing, in its shape. What is made of it is replaced at the first layer.
+    """In place of a module with weights outside the layers: gives nothing in the shape of what it
+    gave to the whole model. What is made of it is replaced at the first layer."""
 
-    An embedding that is not looked up by token ids (but by a length, say) gave so many ``axes`` to
-    the whole model, and gives here what extends to any shape that has them.
-
-    Attributes:
-        device: of what it gives.
-    """
-
-    def __init__(self, module: nn.Module, axes: int = 0) -> None:
+    def __init__(self, module: nn.Module, made: Made | None) -> None:
         super().__init__(module)
-        self.device = META
-        self.columns, self.axes = 0, axes
-        if isinstance(module, nn.Embedding):
-            self.columns, self.dtype = module.embedding_dim, module.weight.dtype
+        self.made = made
+        self.reading = False
+
+    def to_give(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Give what is of this dtype, on this device; the same in place of weights that are read
+        off it, once the model is built."""
+        self.dtype, self.device = dtype, device
+        self.reading = True
+
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        if not isinstance(found, nn.Parameter) or not (found.is_meta and self.reading):
+            return found
+        return self._nothing(found.shape)
+
+    def _nothing(self, shape: Sequence[int]) -> Tensor:
+        zero = torch.zeros((), dtype=self.dtype, device=self.device, requires_grad=self.marks)
+        return zero.expand(*shape)
 
     def forward(self, given: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if not self.columns:
+        if self.made is None:
             return given
-        by_ids = isinstance(given, Tensor) and not given.is_floating_point()
-        shape = given.shape if by_ids and given.ndim + 1 == self.axes else (1,) * (self.axes - 1)
-        zero = torch.zeros((), dtype=self.dtype, device=self.device)
-        return zero.expand(*shape, self.columns)
+        shape: Sequence[int] = (1,) * (self.made.axes - 1)
+        if isinstance(given, Tensor):
+            # Token ids, and what is looked up by others (a length, say); or hidden states.
+            like = given.shape[:-1] if given.is_floating_point() else given.shape
+            if len(like) + 1 == self.made.axes:
+                shape = like
+        nothing = self._nothing((*shape, self.made.columns))
+        return nothing.contiguous() if self.made.writes else nothing
 
 
 def _stand_ins(module: nn.Module, units: range, anatomy: Anatomy) -> dict[str, nn.Module]:
     """What takes the place of the modules that other segments than that of ``units`` hold."""
     found: dict[str, nn.Module] = {
-        anatomy.layer(index): _Passed(module.get_submodule(anatomy.layer(index)), anatomy.outputs)
+        anatomy.layer(index): _Passed(
+            module.get_submodule(anatomy.layer(index)), anatomy.outputs[index]
+        )
         for index in range(anatomy.count)
         if index not in units
     }
@@ -709,7 +816,7 @@ def _stand_ins(module: nn.Module, units: range, anatomy: Anatomy) -> dict[str, n
         # What stands below another one that goes, goes with it; above one that stays, stays.
         goes = any(name.startswith(f"{other}.") for other in found)
         if not goes and not any(other.startswith(f"{name}.") for other in kept):
-            found[name] = _Absent(module.get_submodule(name), anatomy.axes.get(name, 0))
+            found[name] = _Absent(module.get_submodule(name), anatomy.made.get(name))
     return found
 
 
@@ -726,28 +833,30 @@ def _prune(module: Any, units: range, anatomy: Anatomy) -> None:
 
 
 def _try_cuts(whole: nn.Module, anatomy: Anatomy, directory: Path) -> None:
-    """Run the first, a middle and the last layer on the meta device, each as a segment of its own.
+    """Run the first, a middle and the last layer on the meta device, each as a segment of its own;
+    all of them where more than hidden states travels.
 
     Raises:
-        UserError: a segment fails that is a part of a model that ran whole.
+        UserError: a segment fails that is a part of a model that ran whole, or takes what is not
+            the whole model's.
     """
     # One layer each, for all layers have run whole.
-    count = anatomy.count
-    parts = {"first": range(1)}
-    if count > 2:
-        parts["middle"] = range(1, 2)
-    if count > 1:
-        parts["last"] = range(count - 1, count)
-    hidden: Tensor | None = None
-    for part, units in parts.items():
+    count, more = anatomy.count, any(anatomy.travels.taken)
+    tried = range(count) if more else sorted({0, min(1, count - 1), count - 1})
+    hidden: tuple[Tensor, ...] | None = None
+    for index in tried:
+        units = range(index, index + 1)
         stand_ins = _stand_ins(whole, units, anatomy)
         held = {name: whole.get_submodule(name) for name in stand_ins}
         for name, stand_in in stand_ins.items():
             _replace(whole, name, stand_in)
         try:
             hidden = HFSegment(whole, units, anatomy).rehearse(hidden)
+        except MarkedError as error:
+            raise refused(whole, directory, f"layer {index} {error}") from error
         except Exception as error:
             # Foreign code, as in finding the parts.
+            part = "last" if index + 1 == count else "first" if index == 0 else "middle"
             got = f"a {part} layer that fails alone: {type(error).__name__}: {error}"
             raise refused(whole, directory, got) from error
         finally:
