@@ -170,15 +170,15 @@ def task_killed(fit: Callable[..., Path], reference: Path) -> Row:
     """An eigendecomposition whose process is killed."""
     from test_kills import died_in_a_task
 
-    from raycurv.jobs.fit import fitting
+    from raycurv.steps import decompositions
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fitting, "decompose_factor", died_in_a_task)
+        patch.setattr(decompositions, "decompose_factors", died_in_a_task)
         found = fit("task")
     assert_same(found, reference)
     assert (found.parent / "died").exists()
     lost = [row for row in timeline(found) if row["operation"] == "lost"]
-    done = [row for row in timeline(found) if row["note"] == "2.output" and row not in lost]
+    done = [row for row in timeline(found) if "more" in row["note"] and row not in lost]
     seen = min(row["start"] for row in lost)
     seconds = (max(row["end"] for row in done) - seen).total_seconds()
     return Row("an eigendecomposition's process", seconds, redone(found))

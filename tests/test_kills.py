@@ -81,13 +81,13 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def died_in_a_task(store: Any, name: str, *more: Any) -> str:
-    """An eigendecomposition; the process of one of them dies the first time."""
+def died_in_a_task(store: Any, names: tuple[str, ...], *more: Any) -> list[str]:
+    """Eigendecompositions; the process of one of them dies the first time."""
     mark = Path(store.path()).parent / "died"
-    if name == "2.output" and not mark.exists():
+    if "2.output" in names and not mark.exists():
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    return decompositions.decompose_factor(store, name, *more)
+    return decompositions.decompose_factors(store, names, *more)
 
 
 # 25 s: eleven processes start, at two seconds of two cores each.
@@ -98,7 +98,7 @@ def test_an_actor_lost_in_each_phase_changes_no_bit(
     merge = Strike("joined", replica=0, stage=0, skip=1, after=first)
     second = Strike("backward", 3, replica=1, stage=0, after=merge)
     with pytest.MonkeyPatch.context() as patch, striking(first, merge, second):
-        patch.setattr(decompositions, "decompose_factor", died_in_a_task)
+        patch.setattr(decompositions, "decompose_factors", died_in_a_task)
         run = fit(tmp_path / "run", cluster.address, max_failures=20, **TWO_BY_TWO)
     assert_same(tmp_path / "run", undisturbed[0])
     rows = timeline(tmp_path / "run")

@@ -15,6 +15,7 @@ from raycurv.stages.dealing import (
     longest_first,
     makespan,
     next_task,
+    runs,
     tree,
 )
 
@@ -50,6 +51,13 @@ def test_decompositions_go_longest_first_and_by_name_among_equals() -> None:
     costs = {"b": eigh_cost((10,)), "a": eigh_cost((10,)), "wide": eigh_cost((30,))}
     costs["cut"] = eigh_cost((10, 10, 10))
     assert longest_first(costs) == ["wide", "cut", "a", "b"]
+
+
+def test_small_tasks_go_together_up_to_a_cost_and_a_number() -> None:
+    costs = {"wide": 9.0, "a": 3.0, "b": 3.0, "c": 1.0, "d": 1.0, "e": 1.0, "f": 1.0}
+    assert runs(tuple(costs), costs, 6.0, 3) == [("wide",), ("a", "b"), ("c", "d", "e"), ("f",)]
+    assert runs(tuple(costs), costs, 0.0, 3) == [(name,) for name in costs]
+    assert runs((), {}, 6.0, 3) == []
 
 
 # Hidden and inner width, layers, heads, key-value heads.

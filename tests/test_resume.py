@@ -364,7 +364,7 @@ POINTS: dict[str, tuple[Any, str]] = {
     "a deletion of a directory": (Store, "delete_directory"),
     "a backward": (Stage, "backward"),
     "a stage's commit": (Stage, "commit"),
-    "a decomposition": (decompositions, "decompose_factor"),
+    "a decomposition": (decompositions, "decompose_factors"),
 }
 
 
@@ -374,6 +374,9 @@ def stopped(point: str, at: int, after: bool, job: Callable[[], Any]) -> bool:
     stop = StopAt(getattr(owner, name), at, after)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, name, lambda *args, **kwargs: stop(*args, **kwargs))
+        if point == "a decomposition":
+            # One by one, or there are fewer calls than places to stop at.
+            patch.setattr(decompositions, "_TASK_FACTORS", 1)
         try:
             job()
         except Stop:

@@ -103,8 +103,12 @@ class Crew:
             for proof in self._everywhere(lambda calls, r, s: calls.proof()).values():
                 self._workers.take_proof(proof)
         names = self._everywhere(lambda calls, r, s: calls.names())
-        # Stages side by side; a name at a time of each.
-        by_stage = [[(s, name) for name in names[0, s]] for s in range(self._pool.stages)]
+        # Stages side by side; of each what one call writes: a result, where replicas add to it.
+        alone = self._pool.replicas == 1
+        by_stage = [
+            [(s, some) for run in names[0, s] for some in ([run] if alone else zip(run))]
+            for s in range(self._pool.stages)
+        ]
         rows = itertools.zip_longest(*by_stage)
         self._write([found for row in rows for found in row if found is not None])
         for r, s in itertools.product(range(self._pool.replicas), range(self._pool.stages)):
@@ -114,10 +118,10 @@ class Crew:
 
     # Parts
 
-    def _write(self, left: list[tuple[int, str]]) -> None:
+    def _write(self, left: list[tuple[int, tuple[str, ...]]]) -> None:
         """Write results, each once: after a failure only those that were not written."""
         while left:
-            under: deque[tuple[tuple[int, str], Handle[None]]] = deque()
+            under: deque[tuple[tuple[int, tuple[str, ...]], Handle[None]]] = deque()
             ahead = iter(list(left))
             try:
                 while True:
@@ -136,15 +140,16 @@ class Crew:
                 for line in self._lines:
                     self._drain(line)
 
-    def _added_up(self, stage: int, name: str) -> Handle[None]:
-        """A handle of one result's writing: between actors, along a tree over replicas."""
+    def _added_up(self, stage: int, names: tuple[str, ...]) -> Handle[None]:
+        """A handle of results' writing; of replicas one, between actors, along a tree."""
         calls = [self._pool.at(stage, replica) for replica in range(self._pool.replicas)]
         if len(calls) == 1:
-            return calls[0].write(name)
+            return calls[0].write(names)
+        (name,) = names
         parts = [call.result(name) for call in calls]
         for left, right, by in tree(len(calls)):
             parts[left] = calls[by].joined(parts[left], parts[right])
-        return calls[0].write(name, parts[0])
+        return calls[0].write(names, parts[0])
 
     def _everywhere(self, call: Callable[[StageCalls, int, int], Handle[T]]) -> dict[Place, T]:
         """Call every stage of every replica, again where one was lost."""

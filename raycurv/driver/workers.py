@@ -223,7 +223,7 @@ class Workers:
 
         Args:
             function: of a module, since another process may run it, or run it again.
-            unit: what one task is about.
+            unit: what tasks are about, each as many as its need counts.
             where: the part of the model that the phase is about, if only a part.
 
         Yields:
@@ -231,9 +231,10 @@ class Workers:
             makes a list of them.
         """
         pool = self.pool
-        with self.phase(label, len(arguments), unit, where) as phase:
+        counts = [need.count for need in needs or [Need()] * len(arguments)]
+        with self.phase(label, sum(counts), unit, where) as phase:
             for place, value in pool.map(function, arguments, needs):
-                phase.advance(1)
+                phase.advance(counts[place])
                 yield place, value
 
     @contextmanager

@@ -7,7 +7,9 @@ and joined with those of other examples is written here once.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -191,6 +193,13 @@ class Sums(ABC):
     def result(self, name: str) -> Any:
         """What was gathered under a name; its ``plus`` adds that of another replica."""
         raise AssertionError(f"nothing is gathered under the name {name}")
+
+    def sizes(self) -> dict[str, float]:
+        """Elements of the sums of each name; infinite of what is gathered in another form."""
+        found = Counter[str]()
+        for key, one in self.sums.items():
+            found[key.partition("#")[0]] += one.part.numel()
+        return {name: found.get(name, math.inf) for name in self.names}
 
     def count(self, key: str, *numbers: int) -> None:
         self.counts[key] = [a + b for a, b in zip(self.counts[key], numbers, strict=True)]

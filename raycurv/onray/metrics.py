@@ -15,7 +15,7 @@ from raycurv.stages.spans import Span
 # Each microbatch comes by a stage once in one of these; what else takes one looks at it only.
 _FORWARD = ("forward", "turn")
 # Gauges of their own.
-_NAMED = {"decompose_factor": "eigendecompositions"}
+_NAMED = {"decompose_factors": "eigendecompositions"}
 
 
 class ActorMetrics:

@@ -105,7 +105,8 @@ class Tasks:
                     handle = remote.remote(function, arguments[task], gpu, need.name)
                     until = time.monotonic() + self._may_take(need)
                     running[handle] = _Running(task, need, slot, until)
-                self.metrics.left(name, len(waiting) + len(running))
+                left = (*waiting, *(one.task for one in running.values()))
+                self.metrics.left(name, sum(needs[task].count for task in left))
                 patience = min(r.until for r in running.values()) - time.monotonic()
                 done, _ = ray.wait(list(running), num_returns=1, timeout=max(0.0, patience))
                 if not done:

@@ -81,6 +81,23 @@ def longest_first(costs: Mapping[str, float]) -> list[str]:
     return sorted(costs, key=lambda name: (-costs[name], name))
 
 
+def runs(
+    names: Sequence[str], costs: Mapping[str, float], cost: float, count: int
+) -> list[tuple[str, ...]]:
+    """Names in runs, in their order: each as long as its costs and its number allow, or one name
+    that is dearer by itself."""
+    found: list[list[str]] = []
+    left = 0.0
+    for name in names:
+        if found and costs[name] <= left and len(found[-1]) < count:
+            found[-1].append(name)
+        else:
+            found.append([name])
+            left = cost
+        left -= costs[name]
+    return [tuple(run) for run in found]
+
+
 @dataclass(frozen=True)
 class Slot:
     """Where one task at a time can run."""

@@ -19,6 +19,7 @@ from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Captured
 from raycurv.mathematics.loss.differentiation import RESULTS, Target
 from raycurv.mathematics.sums import Combine, Results, Sums
+from raycurv.stages.dealing import runs
 
 
 class Gatherer(ABC):
@@ -79,6 +80,10 @@ def loss_pass(name: str = "losses") -> Pass:
     return Pass(name, "nothing")
 
 
+# Results are written together up to so many elements of sums, in so many files.
+_RUN_ELEMENTS, _RUN_FILES = 2.0**20, 64
+
+
 class Gathered:
     """What one stage has gathered so far in a pass; names are ``GATHERER/NAME``."""
 
@@ -90,9 +95,12 @@ class Gathered:
         self._blocks = {block.name: block for block in blocks}
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """Names of everything that is gathered here."""
-        return tuple(f"{name}/{of}" for name, sums in self._sums.items() for of in sums.names)
+    def names(self) -> list[tuple[str, ...]]:
+        """Names of everything that is gathered here, in runs that are written together."""
+        sizes = {
+            f"{n}/{of}": size for n, sums in self._sums.items() for of, size in sums.sizes().items()
+        }
+        return runs(tuple(sizes), sizes, _RUN_ELEMENTS, _RUN_FILES)
 
     def add(self, draws: Sequence[Captured], counts: bool) -> Results:
         """Add a microbatch, see :meth:`raycurv.mathematics.sums.Sums.add`."""
@@ -106,8 +114,9 @@ class Gathered:
         gatherer, _, of = name.partition("/")
         return self._sums[gatherer].result(of)
 
-    def write(self, name: str, result: Any) -> None:
-        """Write what was gathered under a name, by this stage or by all replicas."""
+    def write(self, name: str, result: Any = None) -> None:
+        """Write what was gathered under a name by all replicas, or by this stage."""
+        result = self.result(name) if result is None else result
         gatherer, _, of = name.partition("/")
         self._gatherers[gatherer].write(of, result, self._blocks)
 

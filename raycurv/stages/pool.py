@@ -42,11 +42,13 @@ class Need:
     Attributes:
         memory: bytes.
         flops: floating-point operations, for the time that it may take.
+        count: how many of what a phase counts it is about.
     """
 
     memory: int = 0
     flops: float = 0.0
     name: str = ""
+    count: int = 1
 
 
 T = TypeVar("T")
@@ -114,7 +116,7 @@ class StageCalls:
     def commit(self, store: Store, name: str) -> Handle[None]:
         return self._one("commit", store, name)
 
-    def names(self) -> Handle[tuple[str, ...]]:
+    def names(self) -> Handle[list[tuple[str, ...]]]:
         return self._one("names")
 
     def result(self, name: str) -> Handle[Any]:
@@ -123,8 +125,8 @@ class StageCalls:
     def joined(self, left: Handle[Any], right: Handle[Any]) -> Handle[Any]:
         return self._one("joined", left, right)
 
-    def write(self, name: str, result: Handle[Any] | None = None) -> Handle[None]:
-        return self._one("write", name, result)
+    def write(self, names: tuple[str, ...], result: Handle[Any] | None = None) -> Handle[None]:
+        return self._one("write", names, result)
 
     def proof(self) -> Handle[Proof]:
         return self._one("proof")

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from raycurv.batch import Batch, Hidden
 from raycurv.errors import not_finite
 from raycurv.files.store import Store
 from raycurv.files.tensorfile import open_tensors, write_tensors
+from raycurv.files.together import together
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Capture, Record, check_finite
 from raycurv.mathematics.capture_check import (
@@ -368,8 +370,8 @@ class Stage:
         seen = torch.tensor(list(self._seen), dtype=torch.int64)
         write_tensors(store, name, self._gathered.state() | {_SEEN: seen}, {})
 
-    def names(self) -> tuple[str, ...]:
-        """Names of what the pass has gathered here."""
+    def names(self) -> list[tuple[str, ...]]:
+        """Names of what the pass has gathered here, in runs that are written together."""
         assert self._gathered is not None and not self._open
         return self._gathered.names
 
@@ -382,10 +384,10 @@ class Stage:
         """The sum of two replicas' results."""
         return left.plus(right)
 
-    def write(self, name: str, result: Any = None) -> None:
-        """Write a result: that of all replicas, or what was gathered here."""
-        assert self._gathered is not None
-        self._gathered.write(name, self._gathered.result(name) if result is None else result)
+    def write(self, names: Sequence[str], result: Any = None) -> None:
+        """Write a result: that of all replicas; or those that were gathered here."""
+        assert self._gathered is not None and (result is None or len(names) == 1)
+        together(partial(self._gathered.write, result=result), names)
 
     def proof(self) -> Proof:
         """How well captured gradients agreed with autograd's so far."""

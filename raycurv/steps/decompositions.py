@@ -1,4 +1,5 @@
-"""Eigendecompositions of factors: one task each, the longest first, wherever there is room."""
+"""Eigendecompositions of factors as tasks: the longest first, wherever there is room, and several
+small ones in one."""
 
 from __future__ import annotations
 
@@ -9,14 +10,19 @@ import torch
 from raycurv.files.artifacts import factor_file, read_factor, write_eigen
 from raycurv.files.block_rows import SPECTRUM_FILE, write_spectrum
 from raycurv.files.store import Store
-from raycurv.mathematics.eigen import decompose
-from raycurv.mathematics.factors import factors_of
+from raycurv.files.together import together
+from raycurv.mathematics.eigen import Eigenbasis, decompose
+from raycurv.mathematics.factors import FactorSum, factors_of
 from raycurv.planning.cost import TaskCost
 from raycurv.planning.shapes import DataShape, Group, Recipe, factor_elements, squares
-from raycurv.stages.dealing import eigh_cost, longest_first
+from raycurv.stages.dealing import eigh_cost, longest_first, runs
 from raycurv.stages.pool import Need
 from raycurv.steps.covariances import factor_sum_bytes, undecomposed
 from raycurv.steps.step import TaskStep, table_there
+
+# A task takes factors up to so many FLOPs, some hundredths of a second, and so many in number: to
+# send one out takes some thousandths.
+_TASK_FLOPS, _TASK_FACTORS = 2e9, 64
 
 
 class DecompositionCost(TaskCost):
@@ -72,24 +78,31 @@ class Decompositions(TaskStep):
         factors = factors_of(fit.blocks_of(group))
         missing = undecomposed(fit, group)
         tiles = {name: factors[name].tiles(recipe.max_factor_dim) for name in missing}
-        order = longest_first({name: eigh_cost(widths) for name, widths in tiles.items()})
+        costs = {name: eigh_cost(widths) for name, widths in tiles.items()}
+        tasks = runs(longest_first(costs), costs, _TASK_FLOPS, _TASK_FACTORS)
         needs = [
-            Need(self.cost.memory(tiles[name], recipe.store_dtype), eigh_cost(tiles[name]), name)
-            for name in order
+            Need(
+                max(self.cost.memory(tiles[name], recipe.store_dtype) for name in names),
+                sum(costs[name] for name in names),
+                names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more",
+                len(names),
+            )
+            for names in tasks
         ]
-        for place, outcome in fit.workers.run_tasks(
+        for place, outcomes in fit.workers.run_tasks(
             self.cost.phase,
-            decompose_factor,
-            [(fit.store, name, recipe.store_dtype, fit.workers.device) for name in order],
+            decompose_factors,
+            [(fit.store, names, recipe.store_dtype, fit.workers.device) for names in tasks],
             needs,
             "factors",
             fit.workers.named(group),
         ):
             if not recipe.keep_sums:
                 # Not in the task: Ray may run that twice.
-                fit.store.delete(factor_file(order[place]))
-            if outcome != "ok":
-                fit.workers.reporter.say(f"factor {order[place]}: {outcome}")
+                together(fit.store.delete, [factor_file(name) for name in tasks[place]])
+            for name, outcome in zip(tasks[place], outcomes, strict=True):
+                if outcome != "ok":
+                    fit.workers.reporter.say(f"factor {name}: {outcome}")
 
     def tables_there(self) -> bool:
         return table_there(self.fit.store, SPECTRUM_FILE)
@@ -98,9 +111,17 @@ class Decompositions(TaskStep):
         write_spectrum(self.fit.store, factors_of(self.fit.workers.blocks), self.fit.notes)
 
 
-def decompose_factor(store: Store, name: str, store_dtype: torch.dtype, device: str) -> str:
-    """Read a factor's sum, decompose it, write its eigenbasis; gives the outcome."""
-    factor = read_factor(store, name)
-    basis = decompose(name, factor.mean(), store_dtype, torch.device(device), factor.dtype)
-    write_eigen(store, factor, basis)
-    return basis.outcome
+def decompose_factors(
+    store: Store, names: Sequence[str], store_dtype: torch.dtype, device: str
+) -> list[str]:
+    """Read the sums of factors, decompose them, write their eigenbases; gives the outcomes."""
+
+    def decomposed(name: str) -> tuple[FactorSum, Eigenbasis]:
+        factor = read_factor(store, name)
+        return factor, decompose(
+            name, factor.mean(), store_dtype, torch.device(device), factor.dtype
+        )
+
+    found = [decomposed(name) for name in names]
+    together(lambda pair: write_eigen(store, *pair), found)
+    return [basis.outcome for _, basis in found]

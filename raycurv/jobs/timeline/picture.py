@@ -20,7 +20,8 @@ _COLOURS = {
 }  # fmt: skip
 _LABELS = {
     "forward": FORWARD, "turn": TURN, "backward": BACKWARD, "load": "load", "commit": "commit",
-    "result": RESULTS, "joined": RESULTS, "write": RESULTS, "decompose_factor": DECOMPOSE,
+    "result": RESULTS, "joined": RESULTS, "write": RESULTS, "decompose_factors": DECOMPOSE,
+    "decompose_factor": DECOMPOSE,  # of earlier versions
 }  # fmt: skip
 # Inches: the picture's width, what is free around the lanes, and a lane. Points: of the font, and
 # of the thinnest lone bar.
