@@ -347,6 +347,7 @@ class Run:
             k: tuple(v) if isinstance(v, list) else v for k, v in said.items() if k in SHARED
         }
         model: Any = self._inputs.model or fitted_model(self.manifest, self.path)
+        own["adapter"] = tuple(self.manifest.facts.get("adapter", ()))
         given = self._inputs.fit_objective or settings.get("objective", "")
         own["objective"] = fitted_objective(self.manifest, self.path, given, "--objective")
         return fit(model, data, out, quiet=quiet, **(own | settings))

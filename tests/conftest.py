@@ -134,7 +134,9 @@ class Fits:
         return str(self._folder / f"out-{next(self._numbers)}")
 
     def _settings(self, case: Case, settings: dict[str, Any]) -> dict[str, Any]:
+        folder = self.source(case) if case.adapters else ""
         own = {
+            "adapter": tuple(f"{folder}/{adapter}" for adapter in case.adapters),
             "address": "none",
             "dtype": "float64",
             "keep_sums": True,

@@ -25,6 +25,8 @@ class Case:
         objective: its name.
         settings: of the fit, beside those of every case.
         checkpoint: whether raycurv reads the network from an HF directory.
+        save: writes that directory, where the network itself does not.
+        adapters: directories of adapters, below it.
         batch_tokens: small, so that the data makes several microbatches.
         queries: the rows that ask; the first three by default.
     """
@@ -36,6 +38,8 @@ class Case:
     settings: Mapping[str, Any] = field(default_factory=dict)
     checkpoint: bool = False
     batch_tokens: int = 4
+    save: Callable[[Path], object] | None = None
+    adapters: tuple[str, ...] = ()
 
     @property
     def queries(self) -> tuple[dict[str, Any], ...]:
@@ -52,7 +56,10 @@ class Case:
 
 def save_checkpoint(case: Case, folder: Path) -> Path:
     """Save a case's HF network where raycurv can read it."""
-    case.network().save_pretrained(folder)
+    if case.save is None:
+        case.network().save_pretrained(folder)
+    else:
+        case.save(folder)
     return folder
 
 
@@ -236,6 +243,36 @@ def _llama(layers: int = 2) -> nn.Module:
     return shaken(AutoModelForCausalLM.from_config(config))
 
 
+def adapted(folder: Path | None = None) -> nn.Module:
+    """A Llama with two of PEFT's adapters active; base and adapters are saved to a folder first.
+
+    Both change a projection of the second layer; the first layer has only the first one, whose rank
+    differs from layer to layer.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        base = _llama().eval()
+        if folder is not None:
+            base.save_pretrained(folder)
+        one = LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "v_proj", "down_proj"],
+                         rank_pattern={"layers.1.self_attn.q_proj": 3}, lora_dropout=0.5,
+                         task_type="CAUSAL_LM")  # fmt: skip
+        other = LoraConfig(r=3, use_rslora=True, target_modules=["q_proj", "up_proj"],
+                           layers_to_transform=[1], lora_bias=False)  # fmt: skip
+        model = get_peft_model(base, one)
+        model.add_adapter("adapter2", other)
+        model.base_model.set_adapter(["default", "adapter2"])
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if ".lora_" in name:
+                    parameter.normal_(std=0.3)
+        if folder is not None:
+            model.save_pretrained(str(folder / "adapters"))
+        return model.base_model.model.eval()
+
+
 def _gpt2() -> nn.Module:
     from transformers import AutoModelForCausalLM, GPT2Config
 
@@ -272,6 +309,10 @@ LLAMA_4 = Case(
     "llama of four layers", _seeded(lambda: _llama(4)), sentences((5, 2, 7, 1, 4, 7, 3, 6), False),
     "causal-lm", checkpoint=True, **TOKENS,
 )  # fmt: skip
+ADAPTED = Case(
+    "llama with two adapters", adapted, LLAMA.data, "causal-lm", checkpoint=True,
+    save=adapted, adapters=("adapters", "adapters/adapter2"), **TOKENS,
+)  # fmt: skip
 MIXER = Case(
     "q/k/v",
     _seeded(lambda: language_model(Mixer)),
@@ -298,6 +339,7 @@ CASES: tuple[Case, ...] = (
         checkpoint=True,
         **TOKENS,
     ),
+    ADAPTED,
     Case("gpt2", _seeded(_gpt2), LLAMA.data, "causal-lm", checkpoint=True, **TOKENS),
     MIXER,
     Case(

@@ -220,7 +220,7 @@ def _directory(folder: Path, *names: str, **content: str) -> None:
 
 DIRECTORIES: dict[str, tuple[tuple[str, ...], str]] = {
     "adapter": (("adapter_config.json", "adapter_model.safetensors"), "an adapter"),
-    "adapter with config": (("adapter_config.json", "config.json"), "merge_and_unload"),
+    "adapter with config": (("adapter_config.json", "config.json"), "this one as --adapter"),
     "gguf": (("model.gguf",), "GGUF"),
     "pickle": (("config.json", "pytorch_model.bin"), "pytorch_model.bin"),
     "original": (("params.json", "consolidated.00.pth"), "layout of its own"),

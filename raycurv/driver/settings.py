@@ -26,6 +26,7 @@ from raycurv.data.uri import check_place, shown
 from raycurv.errors import UserError, shortened
 from raycurv.jsonfile import misfit
 from raycurv.mathematics.curvature import Damping
+from raycurv.models.adapter import Adapters
 from raycurv.stages.failures import Limits
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -151,6 +152,9 @@ Rank = Annotated[str, Checked(lambda flag, text: rank_number(text))]
 DampingText = Annotated[str, Checked(lambda flag, text: Damping.parse(text))]
 Globs = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, listed("globs")]
 Names = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, listed("names")]
+Directories = Annotated[
+    tuple[str, ...], tyro.conf.UseAppendAction, listed("directories"), Checked(places)
+]
 Runs = Annotated[tuple[str, ...], listed("run directories"), Checked(places)]
 
 
@@ -249,6 +253,23 @@ class Reading:
     empty: Identity[Literal["error", "skip"]] = "error"
     """What becomes of a row without any token, or of a text of no character: an error (such a text
     may be an example of special tokens alone), or it is left out, and counted."""
+
+
+@dataclass(frozen=True)
+class Adapting:
+    """What jobs share that open a model, maybe with adapters."""
+
+    adapter: Directories = ()
+    """Directory of a PEFT adapter of --model (LoRA, rsLoRA, DoRA), repeatable: several are active
+    together, their outputs added up. By default its matrices have the blocks, and the base is
+    frozen."""
+    merge_adapter: Identity[bool] = False
+    """Merge each --adapter into the weights of --model, and take these as the model's. Default: its
+    matrices stand beside them."""
+
+    def adapters(self) -> Adapters:
+        """Those that are given."""
+        return Adapters(tuple(self.adapter), self.merge_adapter)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ NAME = "run.json"
 _LOST = "Restore it, or give another directory: what it said cannot be made again."
 # What jobs write down as facts, by name; whole numbers are counts.
 _FACTS: dict[str, Any] = {
-    "model": str, "data": str, "run": str, "queries": str, "train": str,
+    "model": str, "adapter": list[str], "data": str, "run": str, "queries": str, "train": str,
     "extend": list[str], "merge": list[str], "subtract": list[str],
     "examples": int, "tokens": int, "examples_without_loss": int, "queries_scored": int,
     "passes": int, "weights": int, "subtracted_with_other_labels": int,

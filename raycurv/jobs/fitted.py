@@ -23,6 +23,7 @@ from raycurv.jobs.recorded import read_run
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.kinds.catalogue import describe
 from raycurv.mathematics.loss.objective import Objective, is_shipped
+from raycurv.models.adapter import Adapters
 from raycurv.models.model import Model
 from raycurv.models.opening import open_directory
 from raycurv.named_objects import is_named_object
@@ -56,12 +57,14 @@ class GivenAgain:
 
     Attributes:
         model: a path or a name; empty for nothing.
+        adapter: directories of its adapters; empty for nothing.
         objective: the name of the fit's objective; empty for nothing.
         objective_flag: how that is given, for errors.
         trust_remote_code: whether the code of a model directory may run.
     """
 
     model: str
+    adapter: tuple[str, ...]
     objective: str
     objective_flag: str
     trust_remote_code: bool
@@ -98,7 +101,9 @@ def _network(fit: Manifest, run: str, inputs: Inputs, given: GivenAgain) -> Mode
                 f"only what {run} says of it", f"Give --model {fit.facts['model']}, too, if it is "
                 "that one whose code you have read.",
             )  # fmt: skip
-        return open_directory(Path(fitted_model(fit, run)), ignored=ignored)
+        return open_directory(
+            Path(fitted_model(fit, run)), ignored=ignored, adapters=_adapters(fit, run, given)
+        )
     recorded, named = str(fit.facts["model"]), inputs.model if held else given.model
     names = isinstance(named, str) and is_named_object(named) and is_named_object(recorded)
     if names and named != recorded:
@@ -106,7 +111,21 @@ def _network(fit: Manifest, run: str, inputs: Inputs, given: GivenAgain) -> Mode
             f"--model {named}", f"{recorded}, which {run} was fitted on", "another name",
             f"Give --model {recorded}, or fit again into another directory.",
         )  # fmt: skip
-    return inputs.open_model(given.model, given.trust_remote_code, ignored)
+    adapters = _adapters(fit, run, given)
+    return inputs.open_model(given.model, given.trust_remote_code, ignored, adapters)
+
+
+def _adapters(fit: Manifest, run: str, given: GivenAgain) -> Adapters:
+    """The fit's adapters: where they are given, else where the run says that they lie."""
+    recorded: list[str] = fit.facts.get("adapter", [])
+    gone = [place for place in recorded if not Path(place).is_dir()]
+    if gone and not given.adapter:
+        raise UserError(
+            f"--run {run}", f"the adapter that it was fitted with, in {gone[0]}",
+            "no such directory", "Give --adapter with where it lies by now.",
+        )  # fmt: skip
+    places = given.adapter or tuple(recorded)
+    return Adapters(places, bool(fit.settings.get("merge_adapter", False)))
 
 
 def fitted_objective(fit: Manifest, run: str, given: str | Objective, flag: str) -> str | Objective:
@@ -246,6 +265,7 @@ def fit_command(fit: Manifest, out: str, **other: Any) -> str:
         **other: settings that the new fit has instead of this one's.
     """
     said = fit.settings | {"model": fit.facts["model"], "data": fit.facts["data"]} | other
+    said |= {"adapter": fit.facts["adapter"]} if "adapter" in fit.facts else {}
     # Runs that it started from are recorded by what they are of; where they lay is a fact.
     said |= {how: fit.facts[how] for how in ("extend", "merge", "subtract") if how in fit.facts}
     if IN_MEMORY in (said["model"], said["data"]):

@@ -14,8 +14,9 @@ from raycurv.data.sources import Source
 from raycurv.driver.corpus import Corpus
 from raycurv.driver.settings import IN_MEMORY, INPUT, declarations
 from raycurv.mathematics.loss.objective import Objective
+from raycurv.models.adapter import Adapters
 from raycurv.models.model import Model
-from raycurv.models.opening import ModelSource, open_model
+from raycurv.models.opening import NONE, ModelSource, open_model
 
 S = TypeVar("S")
 # Settings that name an objective, which may be given itself.
@@ -52,12 +53,20 @@ class Inputs:
         held = getattr(self, name)
         return getattr(settings, name) if held is None else held
 
-    def open_model(self, named: str, trust_remote_code: bool, ignored: Sequence[str] = ()) -> Model:
+    def open_model(
+        self,
+        named: str,
+        trust_remote_code: bool,
+        ignored: Sequence[str] = (),
+        adapters: Adapters = NONE,
+    ) -> Model:
         """The model that is held, else the one of a path or name; see :func:`open_model`."""
         if self.network is not None:
             return self.network
         source = self.model if self.model is not None else named
-        return open_model(source, trust_remote_code=trust_remote_code, ignored=ignored)
+        return open_model(
+            source, trust_remote_code=trust_remote_code, ignored=ignored, adapters=adapters
+        )
 
 
 def settings_and_inputs(kind: type[S], given: Mapping[str, Any]) -> tuple[S, Inputs]:

@@ -103,7 +103,8 @@ class Entry:
 
 
 class Checkpoint:
-    """The tensors of a directory: ``model.safetensors``, or the files of its index.
+    """The tensors of a directory: ``model.safetensors``, or the files of its index; or of the one
+    ``file`` there that is named.
 
     Holds headers only (picklable, no open files); every header is checked against its file's size.
 
@@ -122,10 +123,12 @@ class Checkpoint:
 
     notes: tuple[str, ...] = ()
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, file: str | None = None) -> None:
         self.directory = Path(directory)
         self.entries: dict[str, Entry] = {}
-        files = _files(self.directory)
+        files = _files(self.directory) if file is None else {file: set()}
+        if file is not None:
+            regular_file(self.directory, file, f"checkpoint {directory}")
         self.files = tuple(files)
         listed = {key for expected in files.values() for key in expected}
         unlisted: list[str] = []

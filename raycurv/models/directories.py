@@ -7,11 +7,11 @@ from pathlib import Path
 
 from raycurv.errors import UserError, shortened
 from raycurv.jsonfile import read_json
+from raycurv.models.adapter import ADAPTER, ADAPTER_CONFIG
 from raycurv.models.checkpoint import INDEX, SINGLE
 from raycurv.models.checkpoint_files import TOKENIZER_FILES
 from raycurv.models.config_file import CONFIG
 
-ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _EXPECTED = f"a directory with {CONFIG} and safetensors, or package.module:factory"
 _SAVE = "save_pretrained of transformers writes them"
 
@@ -60,8 +60,8 @@ def _kind(directory: Path, there: list[str], has_config: bool) -> tuple[str, str
         base = _said(directory / ADAPTER_CONFIG, "base_model_name_or_path")
         of = f" of {base}" if base else ""
         return f"an adapter{of} ({ADAPTER_CONFIG}), not a whole model", (
-            "Merge it into its base with PEFT: AutoPeftModelForCausalLM.from_pretrained(…)"
-            ".merge_and_unload().save_pretrained(…), and give that directory."
+            "Give the directory of its base as --model, and this one as --adapter: a base that an "
+            "adapter names is not looked for."
         )
     if "run.json" in there:
         job = _said(directory / "run.json", "job") or "a job"

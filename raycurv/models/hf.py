@@ -12,7 +12,7 @@ import math
 import re
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from raycurv.batch import Batch
 from raycurv.errors import RaycurvError, UserError, in_words, shortened, users_code
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.coverage import outermost
+from raycurv.models.adapter import ADAPTER
 from raycurv.models.anatomy import (
     AS_FACTORY,
     META,
@@ -43,7 +44,7 @@ from raycurv.models.checkpoint import INDEX, SINGLE, Weights
 from raycurv.models.checkpoint_files import TOKENIZER_FILES, CheckpointFile, hf_files
 from raycurv.models.config_file import CONFIG, check_layers, read_content
 from raycurv.models.dequantised import open_checkpoint
-from raycurv.models.directories import ADAPTER, check_directory, check_outline_directory
+from raycurv.models.directories import check_directory, check_outline_directory
 from raycurv.models.foreign_code import (
     named_code,
     nothing_from_outside,
@@ -188,6 +189,9 @@ class HFModel(HFOutline, Model):
         ignored: globs on the names of tensors that may be left unused.
     """
 
+    # Files of adapters that are applied; they may lie beside the weights.
+    _applied: Collection[Path] = ()
+
     def __init__(
         self,
         name: str,
@@ -252,13 +256,15 @@ class HFModel(HFOutline, Model):
         """
         there = sorted(path.name for path in self.directory.glob("*.safetensors"))
         beside = [name for name in there if name not in self.checkpoint.files]
+        if self.directory / ADAPTER in self._applied:
+            beside.remove(ADAPTER)
         if ADAPTER in beside and not allowed(ADAPTER, ADAPTER, self.ignored):
             raise UserError(
                 f"model {self.directory}",
                 "the weights of one model",
                 f"an adapter ({ADAPTER}) beside the weights of its base",
-                "It would not be applied: merge it with PEFT (model.merge_and_unload()) and save "
-                f"that, or give {FLAG} {ADAPTER} for the base alone.",
+                f"It would not be applied: give --adapter {self.directory} as well, or {FLAG} "
+                f"{ADAPTER} for the base alone.",
             )
         if self.checkpoint.files == (SINGLE,) and (self.directory / INDEX).exists():
             if beside and not allowed(INDEX, INDEX, self.ignored):

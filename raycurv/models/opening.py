@@ -8,11 +8,13 @@ from pathlib import Path
 from torch import nn
 
 from raycurv.errors import UserError
+from raycurv.models.adapter import Adapters
 from raycurv.models.factory import FactoryModel
 from raycurv.models.model import Model, Outline
 from raycurv.named_objects import is_named_object
 
 ModelSource = str | Callable[[], nn.Module]
+NONE = Adapters()
 
 
 def open_model(
@@ -20,6 +22,7 @@ def open_model(
     base: str | Path | None = None,
     trust_remote_code: bool = False,
     ignored: Sequence[str] = (),
+    adapters: Adapters = NONE,
 ) -> Model:
     """Describe a model.
 
@@ -30,14 +33,15 @@ def open_model(
         trust_remote_code: run the code that an HF directory brings along, if it does.
         ignored: globs on the names of tensors that an HF directory has and its model may leave
             unused.
+        adapters: on an HF directory.
 
     Raises:
         UserError: what the source names is not there, or is not such a model.
     """
     found = _factory_or_directory(source, base)
     if isinstance(found, FactoryModel):
-        return found
-    return open_directory(found, str(source), trust_remote_code, ignored)
+        return _without_adapters(found, adapters)
+    return open_directory(found, str(source), trust_remote_code, ignored, adapters)
 
 
 def open_directory(
@@ -45,6 +49,7 @@ def open_directory(
     name: str | None = None,
     trust_remote_code: bool = False,
     ignored: Sequence[str] = (),
+    adapters: Adapters = NONE,
 ) -> Model:
     """Describe the model in an HF directory; nothing is imported by its name.
 
@@ -53,24 +58,51 @@ def open_directory(
         name: what the user gave; the directory when ``None``.
         trust_remote_code: run the code that it brings along, if it does.
         ignored: globs on the names of tensors that its model may leave unused.
+        adapters: on it.
 
     Raises:
-        UserError: it is not there, or no such model.
+        UserError: it is not there, or no such model; an adapter that is not one of it.
     """
     # Importing transformers takes seconds and memory that other models need not pay for.
+    from raycurv.models.adapted import AdaptedModel, MergedModel
     from raycurv.models.hf import HFModel
 
-    return HFModel(name or str(directory), directory, trust_remote_code, ignored)
+    name = name or str(directory)
+    if not adapters.directories:
+        if adapters.merged:
+            remedy = "Give --adapter, or leave --merge-adapter out."
+            raise UserError("--merge-adapter", "an --adapter to merge", "none", remedy)
+        return HFModel(name, directory, trust_remote_code, ignored)
+    kind = MergedModel if adapters.merged else AdaptedModel
+    return kind(name, directory, adapters, trust_remote_code, ignored)
 
 
-def open_outline(source: ModelSource, trust_remote_code: bool = False) -> Outline:
-    """As :func:`open_model`, but of an HF directory ``config.json`` alone is read."""
+def open_outline(
+    source: ModelSource, trust_remote_code: bool = False, adapters: Adapters = NONE
+) -> Outline:
+    """As :func:`open_model`, but of an HF directory ``config.json`` alone is read, and of adapters
+    their headers."""
     found = _factory_or_directory(source, None)
     if isinstance(found, FactoryModel):
-        return found
+        return _without_adapters(found, adapters)
+    from raycurv.models.adapted import AdaptedOutline
     from raycurv.models.hf import HFOutline
 
+    # Merged ones leave the weights as many as they are.
+    if adapters.directories and not adapters.merged:
+        return AdaptedOutline(str(source), found, adapters, trust_remote_code)
     return HFOutline(str(source), found, trust_remote_code)
+
+
+def _without_adapters(model: FactoryModel, adapters: Adapters) -> FactoryModel:
+    if adapters.directories:
+        raise UserError(
+            f"--adapter {adapters.directories[0]}",
+            "a directory as --model, with the base's weights", f"the factory {model.name}",
+            "Put PEFT's modules in within the factory: their matrices have blocks, and what PEFT "
+            "freezes has none.",
+        )  # fmt: skip
+    return model
 
 
 def _factory_or_directory(source: ModelSource, base: str | Path | None) -> FactoryModel | Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from raycurv.driver.settings import (
+    Adapting,
     Count,
     DtypeName,
     Execution,
@@ -20,7 +21,7 @@ from raycurv.driver.settings import (
 
 
 @dataclass(frozen=True)
-class EvaluateSettings(Execution, Reading, Predicting):
+class EvaluateSettings(Execution, Reading, Adapting, Predicting):
     """Loss, perplexity and accuracy of a model on a data set."""
 
     model: Required[InputPath] = ""

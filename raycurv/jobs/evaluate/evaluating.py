@@ -69,14 +69,19 @@ def evaluate(
 
 def _evaluate(shell: Shell[EvaluateSettings]) -> Numbers:
     settings, store, inputs = shell.settings, shell.store, shell.inputs
-    network = inputs.open_model(settings.model, settings.trust_remote_code, settings.ignore_tensors)
+    network = inputs.open_model(
+        settings.model, settings.trust_remote_code, settings.ignore_tensors, settings.adapters()
+    )
     objective = inputs.or_named("objective", settings)
     source = inputs.or_named("data", settings)
     opened = open_objective(objective)
     per_token = opened.per_token
+    places: dict[str, Any] = {"model": shown(settings.model), "data": shown(settings.data)}
+    if settings.adapter:
+        places["adapter"] = [*map(shown, settings.adapter)]
     manifest = shell.begin(
         {"model": network.fingerprint(), "data": fingerprint(source)},
-        {"model": shown(settings.model), "data": shown(settings.data)} | shell.notes_of(network),
+        places | shell.notes_of(network),
     )
     if shell.is_complete(
         "tables",

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from raycurv.data.uri import shown
 from raycurv.driver.settings import (
+    Adapting,
     Capturing,
     Count,
     DtypeName,
@@ -29,7 +30,7 @@ from raycurv.mathematics.methods import MethodName, methods_with, open_method
 from raycurv.mathematics.tiles import LARGEST_EIGH, SMALLEST_TILE
 
 # Settings whose flag is repeated for each of several values.
-REPEATED = ("blocks", "ignore_tensors")
+REPEATED = ("adapter", "blocks", "ignore_tensors")
 # Gradients of a rank-m Fisher, unless said otherwise.
 ROWS = 64
 Width = Annotated[
@@ -43,7 +44,7 @@ Width = Annotated[
 
 
 @dataclass(frozen=True)
-class FitSettings(Execution, Reading, Capturing, Predicting):
+class FitSettings(Execution, Reading, Adapting, Capturing, Predicting):
     """Curvature of a model on a data set, into a run directory."""
 
     model: Required[InputPath] = ""

@@ -69,7 +69,9 @@ def fit(
 
 def _fit(shell: Shell[FitSettings]) -> None:
     settings, store, inputs = shell.settings, shell.store, shell.inputs
-    network = inputs.open_model(settings.model, settings.trust_remote_code, settings.ignore_tensors)
+    network = inputs.open_model(
+        settings.model, settings.trust_remote_code, settings.ignore_tensors, settings.adapters()
+    )
     objective = inputs.or_named("objective", settings)
     data = inputs.or_named("data", settings)
     opened = open_objective(objective)
@@ -91,6 +93,8 @@ def _fit(shell: Shell[FitSettings]) -> None:
             "data": {} if parents.combined else _mark_of(data),
         }
         places: dict[str, Any] = {"model": _lasting(settings.model), "data": shown(settings.data)}
+        if settings.adapter:
+            places["adapter"] = [_lasting(one) for one in settings.adapter]
         places |= parents.places() | shell.notes_of(network)
         manifest = shell.begin(prints, places, parents.marks())
         manifest.facts["coverage"] = covered.facts()

@@ -11,6 +11,7 @@ from raycurv.driver.settings import (
     Capturing,
     Count,
     DampingText,
+    Directories,
     DtypeName,
     Execution,
     Identity,
@@ -36,6 +37,9 @@ class InfluenceSettings(Execution, Reading, Capturing, Predicting):
     model: InputPath = ""
     """The fit's model, given again, where it is a `package.module:factory`: a run directory names
     nothing that is imported. Default: the HF directory that the fit was made of."""
+    adapter: Directories = ()
+    """The fit's adapters, given again, where they lie elsewhere by now, repeatable. Default: the
+    directories that the fit was made of."""
     fit_objective: str = ""
     """The fit's objective, given again, where it is a `package.module:Name` of your own."""
     queries: Required[InputPath] = ""

@@ -83,7 +83,11 @@ def _score(shell: Shell[InfluenceSettings]) -> None:
         settings.run,
         shell.inputs,
         GivenAgain(
-            settings.model, settings.fit_objective, "--fit-objective", settings.trust_remote_code
+            settings.model,
+            settings.adapter,
+            settings.fit_objective,
+            "--fit-objective",
+            settings.trust_remote_code,
         ),
     )
     blocks = fitted_blocks(fitted.store, fitted.network)

@@ -44,7 +44,7 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
         UserError: a mistake in settings, model or data.
     """
     settings.check()
-    outline = open_outline(settings.model, settings.trust_remote_code)
+    outline = open_outline(settings.model, settings.trust_remote_code, settings.adapters())
     blocks = choose_blocks(
         outline.skeleton(), settings.blocks, outline.default_scope, outline.tied_head,
         outline.idle,

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from raycurv.driver.settings import (
     Count,
     DampingText,
+    Directories,
     Execution,
     Globs,
     Identity,
@@ -39,6 +40,9 @@ class PruneSettings(Execution):
     model: InputPath = ""
     """The fit's model, given again, where it is a `package.module:factory`: a run directory names
     nothing that is imported. Default: the HF directory that the fit was made of."""
+    adapter: Directories = ()
+    """The fit's adapters, given again, where they lie elsewhere by now, repeatable. Default: the
+    directories that the fit was made of."""
     objective: str = ""
     """The fit's objective, given again, where it is a `package.module:Name` of your own."""
     out: Required[Place] = ""

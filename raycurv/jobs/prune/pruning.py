@@ -108,7 +108,13 @@ def _prune(shell: Shell[PruneSettings]) -> dict[str, Any]:
     fitted = open_fitted(
         settings.run,
         shell.inputs,
-        GivenAgain(settings.model, settings.objective, "--objective", settings.trust_remote_code),
+        GivenAgain(
+            settings.model,
+            settings.adapter,
+            settings.objective,
+            "--objective",
+            settings.trust_remote_code,
+        ),
     )
     network, fit, objective = fitted.network, fitted.manifest, fitted.objective
     blocks, heads = blocks_to_prune(settings, fitted.store, network)
