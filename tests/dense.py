@@ -130,7 +130,7 @@ class Truth:
 
     def __init__(self, case: Case, seed: int = 0) -> None:
         self.case, self.seed = case, seed
-        self.network: Any = case.network().double().eval()
+        self.network: Any = (case.dense or case.network)().double().eval()
         self.network.requires_grad_(True)
 
     def blocks(self, names: Sequence[str]) -> dict[str, nn.Module]:
@@ -207,10 +207,12 @@ class Truth:
                 loss, [*outs, *weights], retain_graph=True, materialize_grads=True
             )
             gs, (weight, *bias) = grads[: len(outs)], grads[len(outs) :]
+            matrix = matrix_of(module, weight, bias[0] if bias else None)
+            # Of an expert that no token met there is none.
             found[name] = Rows(
-                torch.cat([input_rows(module, x) for x, _ in calls[name]]),
-                torch.cat([output_rows(module, g) for g in gs]),
-                matrix_of(module, weight, bias[0] if bias else None),
+                torch.cat([matrix[:0], *(input_rows(module, x) for x, _ in calls[name])]),
+                torch.cat([matrix.T[:0], *(output_rows(module, g) for g in gs)]),
+                matrix,
             )
         return found
 
@@ -291,7 +293,9 @@ def ekfac_matrix(q_a: Tensor, q_g: Tensor, lam: Tensor) -> Tensor:
 
 
 def solve(curvature: Tensor, damping: float, vector: Tensor) -> Tensor:
-    """``(F + λI)⁻¹ v`` for a matrix v ``[O, I]``."""
+    """``(F + λI)⁻¹ v`` for a matrix v ``[O, I]``; zero where both F and λ are."""
+    if damping == 0 and not curvature.any():
+        return torch.zeros_like(vector)
     damped = curvature + damping * torch.eye(len(curvature), dtype=curvature.dtype)
     return torch.linalg.solve(damped, vector.flatten()).view_as(vector)
 
@@ -303,4 +307,4 @@ def _mean_outer(parts: Sequence[Tensor]) -> Tensor:
         for row in part:
             total += torch.outer(row, row)
             count += 1
-    return total / count
+    return total / max(count, 1)

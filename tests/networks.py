@@ -29,6 +29,8 @@ class Case:
         adapters: directories of adapters, below it.
         batch_tokens: small, so that the data makes several microbatches.
         queries: the rows that ask; the first three by default.
+        dense: makes the same network of linear layers that have the names of its blocks, where it
+            has other ones itself.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Case:
     batch_tokens: int = 4
     save: Callable[[Path], object] | None = None
     adapters: tuple[str, ...] = ()
+    dense: Callable[[], nn.Module] | None = None
 
     @property
     def queries(self) -> tuple[dict[str, Any], ...]:
@@ -280,6 +283,75 @@ def _gpt2() -> nn.Module:
     return shaken(AutoModelForCausalLM.from_config(config))
 
 
+def _gpt_oss(layers: int) -> nn.Module:
+    """A mixture of four experts, of which each token has two, and the third none at all."""
+    from transformers import AutoModelForCausalLM, GptOssConfig
+
+    config = GptOssConfig(
+        vocab_size=VOCAB, hidden_size=8, intermediate_size=5, num_hidden_layers=layers,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=4, num_local_experts=4,
+        num_experts_per_tok=2, sliding_window=4, max_position_embeddings=32, swiglu_limit=1.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    )  # fmt: skip
+    model = shaken(AutoModelForCausalLM.from_config(config))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.router.bias[2] = -100.0
+    return model
+
+
+class Separate(nn.Module):
+    """The mixture of GPT-OSS with a linear layer for each matrix."""
+
+    def __init__(self, fused: Any) -> None:
+        super().__init__()
+        own, self.chosen = fused.experts, fused.router.top_k
+        self.limit, self.alpha = own.limit, own.alpha
+        self.router = _linear(fused.router.weight, fused.router.bias)
+        self.experts = nn.Module()
+        self.experts.gate_up_proj = nn.ModuleList(
+            nn.ModuleDict(
+                {name: _linear(w.T[n::2], b[n::2]) for n, name in enumerate(("gate", "up"))}
+            )
+            for w, b in zip(own.gate_up_proj, own.gate_up_proj_bias, strict=True)
+        )
+        self.experts.down_proj = nn.ModuleList(
+            _linear(w.T, b) for w, b in zip(own.down_proj, own.down_proj_bias, strict=True)
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        rows = x.flatten(0, 1)
+        scores, chosen = self.router(rows).topk(self.chosen, dim=1)
+        weights, out = scores.softmax(dim=1), torch.zeros_like(rows)
+        layers: Any = self.experts
+        for e, (first, down) in enumerate(zip(layers.gate_up_proj, layers.down_proj, strict=True)):
+            tokens, which = (chosen == e).nonzero(as_tuple=True)
+            for layer in (*first.values(), down):
+                layer.tokens = tokens
+            if len(tokens):
+                gate = first["gate"](rows[tokens]).clamp(max=self.limit)
+                up = first["up"](rows[tokens]).clamp(-self.limit, self.limit)
+                made = down((up + 1) * gate * torch.sigmoid(gate * self.alpha))
+                out = out.index_add(0, tokens, made * weights[tokens, which, None])
+        return out.view_as(x), None
+
+
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    made = nn.Linear(weight.shape[1], weight.shape[0])
+    made.weight, made.bias = (nn.Parameter(t.detach().clone()) for t in (weight, bias))
+    return made
+
+
+def _separated(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    def network() -> nn.Module:
+        model: Any = make()
+        for layer in model.model.layers:
+            layer.mlp = Separate(layer.mlp)
+        return model
+
+    return network
+
+
 # Lengths that differ, one token among them: an example without any loss term.
 LENGTHS = (5, 2, 7, 1, 4, 7)
 TOKENS = {"batch_tokens": 14}
@@ -322,6 +394,15 @@ MIXER = Case(
     **TOKENS,
 )
 
+MIXTURE = Case(
+    "mixture of experts", _seeded(lambda: _gpt_oss(1)), LLAMA.data, "causal-lm", checkpoint=True,
+    dense=_separated(_seeded(lambda: _gpt_oss(1))), **TOKENS,
+)  # fmt: skip
+MIXTURE_3 = Case(
+    "mixture of experts of three layers", _seeded(lambda: _gpt_oss(3)), LLAMA_4.data, "causal-lm",
+    checkpoint=True, **TOKENS,
+)  # fmt: skip
+
 CASES: tuple[Case, ...] = (
     MLP,
     REGRESSION,
@@ -340,6 +421,7 @@ CASES: tuple[Case, ...] = (
         **TOKENS,
     ),
     ADAPTED,
+    MIXTURE,
     Case("gpt2", _seeded(_gpt2), LLAMA.data, "causal-lm", checkpoint=True, **TOKENS),
     MIXER,
     Case(

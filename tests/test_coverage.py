@@ -41,7 +41,6 @@ def _flags(error: UserError) -> list[str]:
 
 # What stands in the decoder's layers beside linear ones.
 IN_LAYERS = {
-    "llama4": ["!model.layers.*.feed_forward.experts"],
     "mamba": ["!backbone.layers.*.mixer.A_log"],
 }
 
@@ -56,6 +55,29 @@ def test_what_has_no_block_in_a_layer_is_left_out_by_name_alone(tmp_path: Path, 
     found = coverage(model.skeleton(), blocks, model.idle)
     for glob in IN_LAYERS[kind]:
         assert any(name.startswith(glob[1:]) for name in found.matrices)
+
+
+def test_experts_and_routers_are_covered(tmp_path: Path) -> None:
+    model = _opened(tmp_path / "model", "llama4")
+    blocks = _chosen(model)
+    layers = model.skeleton().model.layers
+    assert coverage(model.skeleton(), blocks, model.idle).covered == sum(
+        p.numel() for p in layers.parameters() if p.ndim > 1
+    )
+    # Control: of one expert less, its three matrices are left out.
+    fewer = coverage(model.skeleton(), _chosen(model, "!*.1.*.experts.*.2"), model.idle)
+    assert fewer.matrices["model.layers.*.feed_forward.experts.down_proj"] == 48 * 32
+    assert fewer.matrices["model.layers.*.feed_forward.experts.gate_up_proj"] == 32 * 96
+
+
+def test_a_matrix_beside_those_of_a_known_kind_is_named() -> None:
+    class Adapted(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(3, 3)
+            self.beside = nn.Parameter(torch.randn(3, 2))
+
+    with pytest.raises(UserError, match=r"0\.beside \(Adapted\)"):
+        choose_blocks(nn.Sequential(Adapted()), ())
 
 
 def test_every_parameter_is_counted_once(tmp_path: Path) -> None:

@@ -26,5 +26,6 @@ def test_factors_are_means_of_outer_products_over_unpadded_rows(fits, case: Case
             (f"{name}.output", truth.output_factor(name)),
         ):
             file = stored(run, factor)
-            assert worst(file["sum"] / file["count"], want) < EXACT, factor
+            count = max(1, int(file["count"]))  # none of an expert that no token met
+            assert worst(file["sum"] / count, want) < EXACT, factor
         assert row["tokens"] == truth.rows(name)

@@ -62,7 +62,7 @@ def result(fits: Any, case: Case, dtype: str, **how: Any) -> dict[str, torch.Ten
         block = run.curvature(name)
         x = torch.ones(block.block.d_out, block.block.d_in, dtype=torch.float64)
         x[0] = torch.arange(x.shape[1])
-        lam = 0.1 * float(block.eigenvalues.double().mean())
+        lam = 0.1 * float(block.eigenvalues.double().mean()) or 1.0
         found[f"IHVP {name}"] = block.apply(x, lambda values, lam=lam: 1 / (values + lam))
     return found
 

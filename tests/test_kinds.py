@@ -389,7 +389,7 @@ class ScaleKind(Kind):
 
 
 class ExpertsKind(Kind):
-    name, label = "experts", "experts"
+    name, label = "pair", "pair of matrices"
 
     def holds(self, module: nn.Module) -> bool:
         return isinstance(module, Experts)

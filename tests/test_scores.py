@@ -109,6 +109,10 @@ def token_terms(truth: Truth, row: dict[str, Any], products: dict[str, Tensor]) 
     total = torch.zeros(count, dtype=torch.float64)
     for name, rows in truth.examine(row, truth.own(row), list(products)).items():
         terms = ((rows.g @ products[name]) * rows.a).sum(dim=1)
+        routed = getattr(truth.network.get_submodule(name), "tokens", None)
+        if routed is not None:  # an expert's
+            total.index_add_(0, routed, terms)
+            continue
         inner = truth.case.name == "tokens, heads behind positions" and name.endswith("each")
         total += terms.view(count, -1).sum(1) if inner else terms.view(-1, count).sum(0)
     return total

@@ -42,6 +42,8 @@ class Captured:
         rows: input factor -> how many rows were not padding.
         first_draw: whether this is the first draw of the microbatch; inputs are the same in all.
         own: whether the labels are the data's own.
+        positions: of a block's rows, ``[N, T]``, where these are not the positions in their order,
+            call after call (then ``None``).
     """
 
     batch: Batch
@@ -51,6 +53,7 @@ class Captured:
     first_draw: bool = True
     own: bool = False
     columns: Mapping[str, Tensor] = field(default_factory=dict)
+    positions: Callable[[Block], Tensor | None] = lambda block: None
 
 
 def of_fit(draws: Sequence[Captured]) -> Sequence[Captured]:
@@ -171,6 +174,8 @@ class Capture:
                 self._check_shared(record, factor, called)
                 # The same rows of the same tensors: what is padding in one is so in all.
                 parts, live, support = self._inputs(record, called[0])
+                if not any(part.shape[1] for part in parts):
+                    continue  # of an expert that no token met
                 one_row = self.kinds[called[0].name].one_row
                 inputs[factor] = parts[0] if one_row else _joined(parts)
                 if support is not None:
@@ -181,7 +186,14 @@ class Capture:
                 )
                 for block in called:
                     gradients[block.name] = self._gradients(record, block, parts, live, draw)
-        return Captured(record.batch, inputs, gradients, rows, draw == 0, own, columns)
+        positions = partial(self._positions, record)
+        return Captured(record.batch, inputs, gradients, rows, draw == 0, own, columns, positions)
+
+    def _positions(self, record: Record, block: Block) -> Tensor | None:
+        kind = self.kinds[block.name]
+        parts = [kind.positions(block, call) for call in record.calls[block.name]]
+        known = [part for part in parts if part is not None]
+        return _joined(known) if len(known) == len(parts) else None
 
     def _check_shared(self, record: Record, factor: str, called: Sequence[Block]) -> None:
         keys = {self._key(block, record.calls[block.name]) for block in called}

@@ -167,12 +167,17 @@ def choose_blocks(
         else:
             obstacles.append(obstacle)
     met = {block.name for block in chosen} | {o.name for o in obstacles}
-    by_default = {block.module for _, block in described if kind_of_block(block).by_default}
+    held = {
+        f"{block.module}.{name}"
+        for module, block in described
+        if kind_of_block(block).by_default
+        for name in _names_of(block, module)
+    }
     own = {f"{block.module}.{block.parameter}": block for _, block in described}
     for name, parameter in parameters.items():
         owner, _, key = name.rpartition(".")
         mine = own.get(name)
-        if owner in by_default or (mine is not None and mine.name in met):
+        if name in held or (mine is not None and mine.name in met):
             continue
         # Vectors (norms' scales, biases) have no Kronecker factors and no influence on those that
         # have; a matrix that is silently left out would change what the scores mean.
@@ -197,6 +202,13 @@ def choose_blocks(
             else "Widen the patterns.",
         )  # fmt: skip
     return tuple(chosen)
+
+
+def _names_of(block: Block, module: nn.Module) -> Iterable[str]:
+    """The parameters of a module that a block is, or is computed from."""
+    if block.parameter not in module._parameters:
+        return module._parameters
+    return kind_of_block(block).parameters(block)
 
 
 def frozen_parameters(skeleton: nn.Module) -> frozenset[int]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from raycurv.errors import UserError
+from raycurv.models.mixtures import routed_experts
 from raycurv.models.travelling import Marks, Travels, Watched, axis_of
 
 META = torch.device("meta")
@@ -169,7 +170,8 @@ def find_anatomy(
             if experts:
                 raise UserError(
                     f"model {directory} ({type(whole).__name__})",
-                    "a decoder without experts", f"a mixture of experts ({experts})", AS_EXPERTS,
+                    "experts that take their tokens as most of transformers' do",
+                    f"a mixture of others ({experts})", AS_EXPERTS,
                 )  # fmt: skip
             got = f"a forward that fails: {type(errors[0]).__name__}: {errors[0]}"
             raise refuse(got) from errors[0]
@@ -221,14 +223,6 @@ def refused(whole: nn.Module, directory: Path, got: str) -> UserError:
         got,
         AS_FACTORY,
     )
-
-
-def routed_experts(layers: nn.ModuleList, name: str) -> str:
-    """Where the first experts of a mixture are, and their class; empty where there are none."""
-    for path, module in layers.named_modules():
-        if "expert" in path.rpartition(".")[2] and "shared" not in path:
-            return f"{type(module).__name__} in {name}.{path}"
-    return ""
 
 
 def run_on_meta(whole: nn.Module, examples: int, tokens: int, given: Given) -> Tensor:

@@ -16,7 +16,6 @@ from raycurv.errors import UserError
 from raycurv.jsonfile import read_json
 
 _ATTENTIONS = (None, "eager", "sdpa")
-_EXPERTS = (None, "eager", "batched_mm", "grouped_mm")
 
 
 @contextmanager
@@ -68,5 +67,3 @@ def plain_implementations(config: Any) -> None:
     for part in (config, *parts):
         if getattr(part, "_attn_implementation", None) not in _ATTENTIONS:
             part._attn_implementation = None
-        if getattr(part, "_experts_implementation", None) not in _EXPERTS:
-            part._experts_implementation = None

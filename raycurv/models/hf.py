@@ -50,6 +50,7 @@ from raycurv.models.foreign_code import (
     nothing_from_outside,
     plain_implementations,
 )
+from raycurv.models.mixtures import take_own_forward
 from raycurv.models.model import Model, Outline, Segment
 from raycurv.models.pieces import Parts, Piece, Views
 from raycurv.models.quantisation import Quantisation, copy_in_floating_point
@@ -888,6 +889,7 @@ def _read_config(directory: Path, content: Mapping[str, Any], trust_remote_code:
     # Where its code lies, if it has any: whatever the file says of that.
     config._name_or_path = str(directory)
     plain_implementations(config)
+    take_own_forward(config)
     # Outputs are taken by their names, whatever other callers are given.
     for part in (config, config.get_text_config()):
         part.return_dict = True

@@ -123,7 +123,8 @@ class PairwiseScores(Sums):
             if rows is None:
                 part = torch.zeros_like(scores)
             elif by_token is not None:
-                terms = _token_scores(block, products, *rows, by_token.shape[2])
+                positions = captured.positions(block)
+                terms = _token_scores(block, products, *rows, by_token.shape[2], positions)
                 by_token += terms
                 part = terms.sum(dim=2)
             else:
@@ -190,11 +191,16 @@ def _projected(left_QRO: Tensor, right_QRI: Tensor, a: Tensor, g: Tensor) -> Ten
 
 
 def _token_scores(
-    block: Block, products: BlockProducts, a: Tensor, g: Tensor, tokens: int
+    block: Block,
+    products: BlockProducts,
+    a: Tensor,
+    g: Tensor,
+    tokens: int,
+    positions: Tensor | None,
 ) -> Tensor:
-    """``[N, Q, T]`` of one block, float64; several calls of its module add up."""
+    """``[N, Q, T]`` of one block, float64; several rows of one position add up."""
     calls, rest = divmod(a.shape[1], tokens)
-    if a.ndim == 4 or rest:
+    if a.ndim == 4 or (rest and positions is None):
         raise UserError(
             f"block {block.name}",
             f"rows that are the {tokens} positions of the examples",
@@ -206,7 +212,11 @@ def _token_scores(
         terms = _projected(products.left, products.right, a, g)
     else:
         terms = torch.stack([((g @ whole) * a).sum(dim=2) for whole in products.whole], dim=2)
-    by_call: Tensor = terms.double().unflatten(1, (calls, tokens))
+    terms = terms.double()
+    if positions is not None:
+        by_token = terms.new_zeros(len(terms), tokens, terms.shape[2])
+        return by_token.scatter_add_(1, positions[..., None].expand_as(terms), terms).mT
+    by_call: Tensor = terms.unflatten(1, (calls, tokens))
     return by_call.sum(dim=1).transpose(1, 2)
 
 

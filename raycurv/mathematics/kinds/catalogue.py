@@ -8,13 +8,18 @@ from raycurv.errors import UserError
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.kinds.convolution import Convolution
 from raycurv.mathematics.kinds.embedding import Embedding
+from raycurv.mathematics.kinds.experts import BatchedExperts, Experts
 from raycurv.mathematics.kinds.free import FreeParameter
 from raycurv.mathematics.kinds.kind import Kind, is_only_held
 from raycurv.mathematics.kinds.linear import Linear, TransposedLinear
+from raycurv.mathematics.kinds.router import Router
 
 # A module is of the first kind that holds it; what of its parameters that leaves is free.
 KINDS: list[Kind] = [
-    Linear(), TransposedLinear(), Convolution(2), Convolution(1), Convolution(3), Embedding(),
+    Router(), Linear(), TransposedLinear(), Convolution(2), Convolution(1), Convolution(3),
+    Embedding(), *(Experts(transposed, interleaved) for transposed in (False, True)
+      for interleaved in (False, True)),
+    BatchedExperts(),
 ]  # fmt: skip
 FREE = FreeParameter()
 
@@ -61,5 +66,5 @@ def kind_of_block(block: Block) -> Kind:
 
 def supported() -> str:
     """The modules that have blocks by default, as messages name them."""
-    *most, last = [kind.label for kind in KINDS if kind.by_default]
+    *most, last = dict.fromkeys(kind.label for kind in KINDS if kind.by_default)
     return f"{', '.join(most)} or {last}"

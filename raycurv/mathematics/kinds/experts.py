@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from raycurv.mathematics.blocks import Block, block_name
 from raycurv.mathematics.kinds.kind import Kind, ModuleCall, Note, check_examples
+from raycurv.mathematics.kinds.own_forward import catch_calls
 
 
 class Experts(Kind):
@@ -55,7 +56,7 @@ class Experts(Kind):
 
     def describe(self, name: str, module: nn.Module) -> tuple[Block, ...]:
         blocks = []
-        bias = bool(module.has_bias)
+        bias = bool(getattr(module, "has_bias", False))
         for parameter, parts in _parameters_of(module):
             experts, *shape = module.get_parameter(parameter).shape
             d_in, d_out = shape if self.transposed else reversed(shape)
@@ -77,7 +78,7 @@ class Experts(Kind):
 
         def noted(parameter: str, x: Tensor, y: Tensor, routing: Routing) -> Tensor:
             there = names.get(parameter)
-            return cast(Tensor, note(there, x, y, routing)) if there else y
+            return cast(Tensor, note(there, x, y, routing.dealt)) if there else y
 
         before = vars(module).get("forward")
         module.forward = partial(experts_forward, module, noted=noted)
@@ -93,19 +94,30 @@ class Experts(Kind):
         return self.name, block.index
 
     def input_rows(self, block: Block, module: nn.Module, call: ModuleCall) -> Tensor:
-        rows = _rows_of(block, call)
-        # Hidden states by token, or what stands between the matrices by row.
-        by_token = block.parameter != "down_proj"
-        return rows.padded(call.x.index_select(0, rows.tokens if by_token else rows.rows))
+        rows = self._rows(block, call)
+        return rows.padded(self._entered(block, call.x, rows))
 
     def output_rows(self, block: Block, module: nn.Module, call: ModuleCall, g: Tensor) -> Tensor:
-        rows = _rows_of(block, call)
-        return rows.padded(self._half(block, g.index_select(0, rows.rows)))
+        rows = self._rows(block, call)
+        return rows.padded(self._half(block, g.flatten(0, -2).index_select(0, rows.rows)))
 
     def live_rows(
         self, block: Block, call: ModuleCall, mask: Tensor | None, rows: int
     ) -> Tensor | None:
-        return _rows_of(block, call).live()
+        return self._rows(block, call).live()
+
+    def positions(self, block: Block, call: ModuleCall) -> Tensor | None:
+        rows = self._rows(block, call)
+        positions = call.detail.sizes[1] // call.examples
+        return rows.padded((rows.tokens % positions)[:, None])[..., 0]
+
+    def _rows(self, block: Block, call: ModuleCall) -> _Rows:
+        return cast(Dealt, call.detail).of(block, call)
+
+    def _entered(self, block: Block, x: Tensor, rows: _Rows) -> Tensor:
+        """Of what entered the rows of an expert: hidden states by token, or what stands between the
+        matrices by row."""
+        return x.index_select(0, rows.rows if block.parameter == "down_proj" else rows.tokens)
 
     def parameters(self, block: Block) -> tuple[str, ...]:
         return (block.parameter, f"{block.parameter}_bias") if block.bias else (block.parameter,)
@@ -118,9 +130,6 @@ class Experts(Kind):
 
     def to_rows(self, weight: Tensor) -> Tensor:
         return weight.T if self.transposed else weight
-
-    def from_rows(self, rows_OI: Tensor, shape: Sequence[int]) -> Tensor:
-        return self.to_rows(rows_OI).reshape(*shape)
 
     def flops(self, module: nn.Module, x: Tensor, *more: Any) -> int:
         chosen = more[0].shape[-1] if more else 1
@@ -137,6 +146,59 @@ class Experts(Kind):
         if self.interleaved:
             return outputs[..., second::2]
         return outputs.chunk(2, dim=-1)[second]
+
+
+class BatchedExperts(Experts):
+    """The matrices of modules that are given a row for every token and expert (Llama 4), zero where
+    a token is not routed, and multiply them with ``torch.bmm``: the others are the rows."""
+
+    def __init__(self) -> None:
+        super().__init__(transposed=True, interleaved=False)
+        self.name = "experts-batched"
+
+    def holds(self, module: nn.Module) -> bool:
+        own = module._parameters
+        first, last = own.get("gate_up_proj"), own.get("down_proj")
+        if first is None or last is None or hasattr(module, "_apply_gate"):
+            return False
+        inner = (last.shape[2], 2 * last.shape[1]) if last.ndim == 3 else ()
+        return first.ndim == 3 and tuple(first.shape[1:]) == inner
+
+    def catch(self, module: nn.Module, blocks: Sequence[Block], note: Note) -> Callable[[], None]:
+        dealt: list[Dealt] = []
+        ends: list[Callable[[], None]] = []
+        for parameter, _ in _parameters_of(module):
+            names = [block.name for block in blocks if block.parameter == parameter]
+
+            def seen(
+                args: tuple[Any, ...], options: dict[str, Any], output: Any,
+                names: list[str] = names, first: bool = not ends,
+            ) -> Any:  # fmt: skip
+                x = args[0]
+                if first:
+                    dealt[:] = [_nonzero(x)]
+                return note(names, x, output, dealt[0]) if names else output
+
+            ends.append(catch_calls(module, parameter, (torch.bmm,), seen))
+
+        def end() -> None:
+            for one in reversed(ends):
+                one()
+
+        return end
+
+    def _entered(self, block: Block, x: Tensor, rows: _Rows) -> Tensor:
+        return x.flatten(0, 1).index_select(0, rows.rows)
+
+
+def _nonzero(x: Tensor) -> Dealt:
+    """The rows of ``x [E, n, H]`` that are not zero."""
+    experts, tokens = x.shape[:2]
+    if x.is_meta:
+        rows = torch.arange(experts * tokens, device=x.device)
+    else:
+        rows = x.any(dim=2).flatten().nonzero()[:, 0]
+    return Dealt(rows, rows % tokens, rows // tokens, (experts, tokens))
 
 
 def experts_forward(
@@ -156,7 +218,7 @@ def experts_forward(
             a row for each of the routing), and what they made, ``[S, O]``; gives what goes on.
     """
     (first, _), (last, _) = _parameters_of(module)
-    routing = Routing.of(top_k_index, len(module.get_parameter(first)))
+    routing = Routing(top_k_index, len(module.get_parameter(first)))
 
     def multiplied(name: str, x: Tensor, rows: Tensor) -> Tensor:
         y = routing.multiply(
@@ -175,43 +237,83 @@ def experts_forward(
     return routing.summed(y).to(hidden_states.dtype)
 
 
-@dataclass(eq=False)
+class Dealt:
+    """Which rows of a call are whose: of an expert, and of an example.
+
+    Args:
+        rows: where they stand in what the call made, sorted by expert, then by example and
+            position, ``[S]``.
+        tokens: of each its token, ``[S]``.
+        experts: of each its expert, ``[S]``.
+        sizes: numbers of experts and of tokens.
+    """
+
+    def __init__(
+        self, rows: Tensor, tokens: Tensor, experts: Tensor, sizes: tuple[int, int]
+    ) -> None:
+        self._rows, self._tokens, self._experts, self.sizes = rows, tokens, experts, sizes
+        self._found: list[_Rows] | None = None
+
+    def of(self, block: Block, call: ModuleCall) -> _Rows:
+        """The rows of a block's expert that stand for tokens, by example: found once for all."""
+        if self._found is None:
+            tokens = self.sizes[1]
+            if tokens % call.examples or (call.mask is not None and call.mask.numel() != tokens):
+                # Refused by what entered.
+                check_examples(block, call.x[:, None], call.examples, 2)
+            self._found = self._by_expert(call.examples, call.mask)
+        assert block.index is not None
+        return self._found[block.index]
+
+    def _by_expert(self, examples: int, mask: Tensor | None) -> list[_Rows]:
+        rows, tokens, experts = self._rows, self._tokens, self._experts
+        if mask is not None:
+            live = mask.flatten()[tokens]
+            rows, tokens, experts = rows[live], tokens[live], experts[live]
+        number, count = self.sizes
+        own = tokens // (count // examples)
+        # Rows of one expert and example follow each other.
+        runs = experts * examples + own
+        lengths = torch.bincount(runs, minlength=number * examples)
+        slots = torch.arange(len(runs), device=runs.device) - (lengths.cumsum(0) - lengths)[runs]
+        by_expert = lengths.view(number, examples)
+        widths = by_expert.amax(dim=1)
+        places = own * widths[experts] + slots
+        counts = by_expert.sum(dim=1).tolist()
+        return [
+            _Rows(*one)
+            for one in zip(
+                rows.split(counts), tokens.split(counts), places.split(counts),
+                by_expert.unbind(), widths.tolist(), strict=True,
+            )
+        ]  # fmt: skip
+
+
 class Routing:
     """The rows of one call, sorted by expert, then by example and position: made once for all
     experts of a layer.
 
     Attributes:
         order: of each row its place among the ``n·k`` choices, ``[S]``.
-        inverse: of each choice its row.
-        experts: of each row, ``[S]``.
+        tokens: of each row its token.
+        experts: of each row its expert.
         counts: how many rows each expert got. Without values (on the meta device) all got the same.
-        chosen: how many experts a token has, k.
+        dealt: the rows by expert and example.
     """
 
-    order: Tensor
-    inverse: Tensor
-    experts: Tensor
-    counts: list[int]
-    chosen: int
-    _rows: list[_Rows] | None = None
-
-    @classmethod
-    def of(cls, index_nk: Tensor, experts: int) -> Routing:
-        """From the experts of each token."""
-        by_row, order = index_nk.reshape(-1).sort(stable=True)
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(len(order), device=order.device)
-        if order.is_meta:
-            share, more = divmod(len(order), experts)
-            counts = [share + (e < more) for e in range(experts)]
+    def __init__(self, index_nk: Tensor, experts: int) -> None:
+        self._chosen = index_nk.shape[-1]
+        self.experts, self.order = index_nk.reshape(-1).sort(stable=True)
+        self._inverse = torch.empty_like(self.order)
+        self._inverse[self.order] = torch.arange(len(self.order), device=self.order.device)
+        if self.order.is_meta:
+            share, more = divmod(len(self.order), experts)
+            self.counts = [share + (e < more) for e in range(experts)]
         else:
-            counts = torch.bincount(by_row, minlength=experts).tolist()
-        return cls(order, inverse, by_row, counts, index_nk.shape[-1])
-
-    @property
-    def tokens(self) -> Tensor:
-        """Of each row its token, ``[S]``."""
-        return self.order // self.chosen
+            self.counts = torch.bincount(self.experts, minlength=experts).tolist()
+        self.tokens = self.order // self._chosen
+        rows = torch.arange(len(self.order), device=self.order.device)
+        self.dealt = Dealt(rows, self.tokens, self.experts, (experts, len(index_nk)))
 
     def multiply(
         self, rows: Tensor, weight: Tensor, transposed: bool, bias: Tensor | None
@@ -222,43 +324,13 @@ class Routing:
             for x, w in zip(rows.split(self.counts), weight.unbind(), strict=True)
             if len(x)
         ]
-        y = torch.cat(made) if made else rows.new_empty(0, weight.shape[2 if transposed else 1])
+        y = torch.cat(made)
         return y if bias is None else y + bias.index_select(0, self.experts)
 
     def summed(self, rows: Tensor) -> Tensor:
         """Rows ``[S, H]`` added up for each token, ``[n, H]``."""
-        by_choice = rows.index_select(0, self.inverse)
-        return by_choice.view(-1, self.chosen, rows.shape[1]).sum(dim=1)
-
-    def rows(self, call: ModuleCall) -> list[_Rows]:
-        """The rows of each expert that stand for tokens, by example."""
-        if self._rows is None:
-            self._rows = self._found(call.examples, call.mask)
-        return self._rows
-
-    def _found(self, examples: int, mask: Tensor | None) -> list[_Rows]:
-        tokens, experts = self.tokens, self.experts
-        rows = torch.arange(len(tokens), device=tokens.device)
-        if mask is not None:
-            live = mask.flatten()[tokens]
-            rows, tokens, experts = rows[live], tokens[live], experts[live]
-        positions = len(self.order) // self.chosen // examples
-        number = len(self.counts)
-        # Of one expert and example: these follow each other.
-        runs = experts * examples + tokens // positions
-        lengths = torch.bincount(runs, minlength=number * examples)
-        slots = torch.arange(len(runs), device=runs.device) - (lengths.cumsum(0) - lengths)[runs]
-        by_expert = lengths.view(number, examples)
-        widths = by_expert.amax(dim=1)
-        places = tokens // positions * widths[experts] + slots
-        counts = by_expert.sum(dim=1).tolist()
-        return [
-            _Rows(*one)
-            for one in zip(
-                rows.split(counts), tokens.split(counts), places.split(counts),
-                by_expert.unbind(), widths.tolist(), strict=True,
-            )
-        ]  # fmt: skip
+        by_choice = rows.index_select(0, self._inverse)
+        return by_choice.view(-1, self._chosen, rows.shape[1]).sum(dim=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,14 +367,6 @@ class _Rows:
         return slots < self.counts[:, None]
 
 
-def _rows_of(block: Block, call: ModuleCall) -> _Rows:
-    tokens = len(call.detail.order) // call.detail.chosen
-    if tokens % call.examples or (call.mask is not None and call.mask.numel() != tokens):
-        check_examples(block, call.x[:, None], call.examples, 2)
-    assert block.index is not None
-    return cast(_Rows, call.detail.rows(call)[block.index])
-
-
 class _Taken(torch.autograd.Function):
     # Hidden states by row: as an index, but its backward adds up in one order on every device.
     @staticmethod
@@ -317,5 +381,6 @@ class _Taken(torch.autograd.Function):
 
 def _parameters_of(module: nn.Module) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """Names of the parameters in the order of their use, each with the parts of its matrices."""
-    first = ("gate_up_proj", ("gate", "up")) if module.has_gate else ("up_proj", ("",))
+    gated = "gate_up_proj" in module._parameters
+    first = ("gate_up_proj", ("gate", "up")) if gated else ("up_proj", ("",))
     return first, ("down_proj", ("",))

@@ -139,6 +139,11 @@ class Kind(ABC):
         where there is no token axis.
         """
 
+    def positions(self, block: Block, call: ModuleCall) -> Tensor | None:
+        """Of which position each row of a call is, ``[N, T]``; ``None`` where the rows are those of
+        all positions in their order, once or several times."""
+        return None
+
     def parameters(self, block: Block) -> tuple[str, ...]:
         """Names in the module of the parameters that hold the block: weight, then bias, if any."""
         return (block.parameter, "bias") if block.bias else (block.parameter,)

@@ -9,18 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 # Is given the function's arguments and its output; gives what the forward shall go on with.
 Seen = Callable[[tuple[Any, ...], dict[str, Any], Any], Any]
+
+# What gives the same weight in another dtype, as routers take it that compute in float32.
+_CASTS = (Tensor.type, Tensor.to, Tensor.float, Tensor.double)
 
 
 def catch_calls(
     module: nn.Module, parameter: str, functions: Collection[Callable[..., Any]], seen: Seen
 ) -> Callable[[], None]:
     """Watch the forwards of a module from now on: each call of one of ``functions`` whose second
-    argument is the module's ``parameter`` goes through ``seen``. Gives what ends the watching."""
+    argument is the module's ``parameter``, in whatever dtype, goes through ``seen``. Gives what
+    ends the watching."""
     modes: list[_Calls] = []
 
     def enter(module: nn.Module, args: Any) -> None:
@@ -46,13 +50,19 @@ class _Calls(TorchFunctionMode):
     def __init__(self, weight: Any, functions: Collection[Callable[..., Any]], seen: Seen) -> None:
         super().__init__()
         self._weight, self._functions, self._seen = weight, functions, seen
+        self._casts: list[Any] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
+        if func in _CASTS and args and self._is_weight(args[0]):
+            self._casts.append(output)
         if func not in self._functions:
             return output
         weight = args[1] if len(args) > 1 else kwargs.get("weight")
-        return self._seen(args, kwargs, output) if weight is self._weight else output
+        return self._seen(args, kwargs, output) if self._is_weight(weight) else output
+
+    def _is_weight(self, value: Any) -> bool:
+        return any(value is one for one in (self._weight, *self._casts))

@@ -1,0 +1,130 @@
+"""Gradients of each example as raycurv captures them, beside those of transformers and autograd.
+
+raycurv's of padded examples together, through its segments; transformers' own of one example after
+the other, unpadded, with its plainest code (eager experts) and autograd on the parameters.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from raycurv.batch import Batch
+from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.capture import Capture, Record
+from raycurv.mathematics.choice import choose_blocks
+from raycurv.mathematics.gradients import example_gradients
+from raycurv.mathematics.kinds.catalogue import kind_of_block
+from raycurv.models.opening import open_model
+
+LENGTHS = (9, 4, 12, 1)
+VOCAB = 57  # below the tokens that stand for images
+CPU = torch.device("cpu")
+
+
+def sentences() -> list[Tensor]:
+    """Token rows of several lengths."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, VOCAB, (n,), generator=generator) for n in LENGTHS]
+
+
+def cotangent(number: int, shape: Sequence[int]) -> Tensor:
+    """Of the logits of an example: what is differentiated is a random linear function of them."""
+    generator = torch.Generator().manual_seed(number)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def gradient_errors(
+    folder: str, cuts: Sequence[int] = (0, 2), globs: Sequence[str] = ()
+) -> dict[str, float]:
+    """By block the largest difference of a gradient from transformers', over the largest gradient
+    of the block; and under ``""`` that of the logits. In float64.
+
+    Args:
+        folder: an HF directory.
+        cuts: where the stages begin and end, in layers.
+        globs: as ``--blocks`` takes them.
+    """
+    rows = sentences()
+    captured, logits = _captured(folder, rows, cuts, globs)
+    whole: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float64, experts_implementation="eager"
+    )
+    whole.eval().requires_grad_(True)
+    found, worst = dict.fromkeys(captured, 0.0), 0.0
+    largest = {block: float(g.abs().max()) for block, g in captured.items()}
+    for n, row in enumerate(rows):
+        whole.zero_grad()
+        out = whole(input_ids=row[None], use_cache=False).logits[0]
+        scale = float(out.detach().abs().max())
+        worst = max(worst, _apart(logits[n, : len(row)], out) / scale)
+        (out * cotangent(n, out.shape)).sum().backward()
+        for block, gradients in captured.items():
+            want = _matrix(whole, block)
+            largest[block] = max(largest[block], float(want.abs().max()))
+            found[block] = max(found[block], _apart(gradients[n], want))
+    errors = {b.name: found[b] / largest[b] if largest[b] else 0.0 for b in captured}
+    return {"": worst} | errors
+
+
+def _captured(
+    folder: str, rows: list[Tensor], cuts: Sequence[int], globs: Sequence[str]
+) -> tuple[dict[Block, Tensor], Tensor]:
+    """By block the gradients ``[N, O, I]``, and the logits ``[N, T, V]``."""
+    model = open_model(folder)
+    blocks = choose_blocks(model.skeleton(), globs, model.default_scope, model.tied_head)
+    longest = max(map(len, rows))
+    mask = torch.stack([torch.arange(longest) < len(row) for row in rows])
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    batch = Batch(0, tuple(map(str, range(len(rows)))), ids, mask)
+    hidden, held = None, []
+    for start, stop in itertools.pairwise(cuts):
+        segment = model.build(range(start, stop), torch.float64, CPU)
+        own = [b for b in blocks if start <= model.unit_of(b.module) < stop]
+        capture, record = Capture(segment.module, own), Record(batch)
+        entered = None
+        if hidden is not None:
+            entered = tuple(tensor.detach().requires_grad_() for tensor in hidden)
+        with capture.recording(record):
+            hidden = segment.forward(batch, entered)
+        capture.blocks = {b.name: b for b in capture.discover(record)}
+        held.append((capture, record, entered, hidden))
+    assert hidden is not None
+    left = hidden[0].detach().requires_grad_()
+    logits = segment.head(left)
+    wanted = torch.zeros_like(logits)
+    for n, row in enumerate(rows):
+        wanted[n, : len(row)] = cotangent(n, (len(row), logits.shape[-1]))
+    logits.backward(wanted)
+    back: list[Tensor | None] = [left.grad]
+    found = {}
+    for capture, record, entered, hidden in reversed(held):
+        torch.autograd.backward([hidden[0]], [back[0]])
+        back = [tensor.grad for tensor in entered or ()]
+        seen = capture.captured(record)
+        for block in capture.blocks.values():
+            g = seen.gradients[block.name]
+            found[block] = torch.zeros(len(rows), block.d_out, block.d_in, dtype=torch.float64)
+            if g is not None:
+                found[block] += example_gradients(seen.inputs[block.input_factor], g)
+    return found, logits.detach()
+
+
+def _matrix(whole: Any, block: Block) -> Tensor:
+    """The gradient ``[O, I]`` that autograd left for a block."""
+    kind, columns = kind_of_block(block), []
+    for name in kind.parameters(block):
+        parameter = whole.get_submodule(block.module).get_parameter(name)
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        part = kind.part(block, gradient)
+        columns.append(kind.to_rows(part) if name == block.parameter else part[:, None])
+    return torch.cat(columns, dim=1)
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    return float((one.detach() - other.detach()).abs().max())

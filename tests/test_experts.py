@@ -1,0 +1,275 @@
+"""Experts and routers: their rows against autograd, in every layout that transformers has."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dense import worst
+from networks import MIXTURE, MIXTURE_3
+from test_invariance import DOUBLE, result, same
+from torch import Tensor, nn
+from transformers.integrations.moe import grouped_mm_experts_forward, use_experts_implementation
+
+from raycurv.batch import Batch
+from raycurv.errors import UserError
+from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.capture import Capture, Captured, Record
+from raycurv.mathematics.choice import choose_blocks
+from raycurv.mathematics.gradients import example_gradients
+from raycurv.mathematics.kinds import experts as kind_of_experts
+from raycurv.mathematics.kinds.catalogue import kind_of_block
+from raycurv.mathematics.kinds.experts import experts_forward
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+from dense_gradients import gradient_errors
+from tiny_families import tiny_config, tiny_model
+
+EXACT = 1e-10
+WIDTH, INNER, EXPERTS, CHOSEN = 8, 8, 5, 2  # multiples of 16 bytes, as grouped_mm wants
+
+LAYOUTS: dict[str, dict[str, bool]] = {
+    "plain": {},
+    "transposed, interleaved, biases": {
+        "is_transposed": True, "is_concatenated": False, "has_bias": True,
+    },
+    "interleaved": {"is_concatenated": False},
+    "transposed, biases": {"is_transposed": True, "has_bias": True},
+    "no gate": {"has_gate": False, "has_bias": True},
+    "a norm behind": {"has_post_expert_norm": True},
+}  # fmt: skip
+
+
+def _experts(dtype: torch.dtype = torch.float64, **flags: bool) -> Any:
+    """A module of experts as transformers' decorator makes it; its own forward is never asked."""
+
+    class Own(nn.Module):
+        def __init__(self, config: Any) -> None:
+            super().__init__()
+            gate, bias = flags.get("has_gate", True), flags.get("has_bias", False)
+            for name, d_in, d_out in (
+                ("gate_up_proj" if gate else "up_proj", WIDTH, INNER * (1 + gate)),
+                ("down_proj", INNER, WIDTH),
+            ):
+                shape = (d_in, d_out) if flags.get("is_transposed") else (d_out, d_in)
+                setattr(self, name, nn.Parameter(torch.randn(EXPERTS, *shape)))
+                if bias:
+                    setattr(self, f"{name}_bias", nn.Parameter(torch.randn(EXPERTS, d_out)))
+            self.num_experts, self.act_fn = EXPERTS, nn.SiLU()
+            if flags.get("has_post_expert_norm"):
+                self.post_expert_norm = nn.LayerNorm(WIDTH)
+
+        def _apply_gate(self, y: Tensor) -> Tensor:
+            alternate = not flags.get("is_concatenated", True)
+            gate, up = (y[:, ::2], y[:, 1::2]) if alternate else y.chunk(2, dim=1)
+            return torch.tanh(gate) * (up + 1)
+
+        def forward(self, *args: Any) -> Tensor:
+            raise AssertionError("experts have a forward of ours")
+
+    torch.manual_seed(0)
+    return use_experts_implementation(**flags)(Own)(None).to(dtype)
+
+
+class Layer(nn.Module):
+    """Examples ``[N, T, d]`` through experts; the fourth of these is no token's."""
+
+    def __init__(self, experts: Any) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)
+        scores = flat @ torch.linspace(-2, 2, EXPERTS * WIDTH, dtype=x.dtype).view(WIDTH, EXPERTS)
+        scores = scores.index_fill(1, torch.tensor([3]), -torch.inf)
+        weights, chosen = scores.softmax(dim=1).topk(CHOSEN, dim=1)
+        return x + self.experts(flat, chosen, weights).view_as(x)
+
+
+MASK = torch.tensor([[True] * 6, [True] * 2 + [False] * 4, [True] * 5 + [False]])
+
+
+def _batch(dtype: torch.dtype = torch.float64) -> Batch:
+    x = torch.randn(3, 6, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return Batch(0, ("a", "b", "c"), x.to(dtype), MASK)
+
+
+def _captured(layer: nn.Module, batch: Batch) -> tuple[dict[str, Block], Captured]:
+    capture, record = Capture(layer, choose_blocks(layer, ())), Record(batch)
+    with capture.recording(record):
+        out = layer(batch.inputs)
+    capture.blocks = {block.name: block for block in capture.discover(record)}
+    (out.tanh().sum(dim=2) * MASK).sum().backward()
+    captured = capture.captured(record)
+    capture.close()
+    return capture.blocks, captured
+
+
+def _gradient(captured: Captured, block: Block) -> Tensor:
+    g = captured.gradients[block.name]
+    assert g is not None
+    return example_gradients(captured.inputs[block.input_factor], g)
+
+
+def _part(block: Block, name: str, parameter: Tensor, flags: dict[str, bool]) -> Tensor:
+    """What of a parameter is a block's, ``[O, I]`` or ``[O]``, from the flags alone."""
+    own = parameter[block.index]
+    own = own.T if flags.get("is_transposed") and own.ndim == 2 else own
+    if not block.part:
+        return own
+    if flags.get("is_concatenated", True):
+        return own[:INNER] if block.part == "gate" else own[INNER:]
+    return own[0::2] if block.part == "gate" else own[1::2]
+
+
+@pytest.mark.parametrize("flags", LAYOUTS.values(), ids=LAYOUTS)
+def test_rows_of_an_expert_give_the_gradient_of_its_matrix(flags: dict[str, bool]) -> None:
+    layer = Layer(_experts(**flags))
+    layer.experts.forward = lambda *args: experts_forward(layer.experts, *args)
+    batch = _batch()
+    parameters = [p for p in layer.parameters() if p.ndim > 1]
+    names = {id(p): name for name, p in layer.experts.named_parameters(recurse=False)}
+    want = []
+    for x, live in zip(batch.inputs, MASK, strict=True):
+        loss = layer(x[live][None]).tanh().sum()
+        found = torch.autograd.grad(loss, parameters)
+        want.append({names[id(p)]: g for p, g in zip(parameters, found, strict=True)})
+    blocks, captured = _captured(layer, batch)
+    assert len(blocks) == EXPERTS * (3 if flags.get("has_gate", True) else 2)
+    seen = 0
+    for block in blocks.values():
+        kind = kind_of_block(block)
+        views = [_part(block, n, layer.experts.get_parameter(n), flags)
+                 for n in kind.parameters(block)]  # fmt: skip
+        seen += sum(view.numel() for view in views)
+        own = [kind.part(block, layer.experts.get_parameter(n)) for n in kind.parameters(block)]
+        assert torch.equal(kind.to_rows(own[0]), views[0])
+        if block.index == 3:
+            # None of the tokens has met it.
+            assert captured.gradients[block.name] is None
+            assert block.input_factor not in captured.inputs
+            continue
+        for n, gradient in enumerate(_gradient(captured, block)):
+            parts = [_part(block, k, want[n][k], flags) for k in kind.parameters(block)]
+            dense = torch.cat([p if p.ndim == 2 else p[:, None] for p in parts], dim=1)
+            assert worst(gradient, dense) < EXACT, block.name
+    assert seen == sum(p.numel() for p in parameters)
+    # Each row is one token's, and no padding is among them.
+    factors = {b.input_factor for b in blocks.values() if b.parameter == "down_proj"}
+    assert sum(captured.rows.get(f, 0) for f in factors) == CHOSEN * int(MASK.sum())
+
+
+def test_gate_and_up_read_the_same_rows_and_down_its_own() -> None:
+    blocks, captured = _captured(Layer(_experts()), _batch())
+    one = "experts.gate_up_proj.1"
+    assert blocks[f"{one}.gate"].input_factor == blocks[f"{one}.up"].input_factor
+    assert len({b.input_factor for b in blocks.values()}) == 2 * EXPERTS
+    a = captured.inputs[blocks[f"{one}.gate"].input_factor]
+    assert a.shape[1] < MASK.shape[1] or int(MASK.sum()) == captured.rows[f"{one}.gate.input"]
+
+
+def test_rows_dealt_to_another_expert_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Control of all above.
+    layer = Layer(_experts())
+    blocks, captured = _captured(layer, _batch())
+    right = {name: _gradient(captured, block) for name, block in blocks.items() if block.index == 1}
+    own = kind_of_experts.Dealt.of
+
+    def next_one(dealt: Any, block: Any, call: Any) -> Any:
+        return own(dealt, Block(**{**vars(block), "index": (block.index + 1) % EXPERTS}), call)
+
+    monkeypatch.setattr(kind_of_experts.Dealt, "of", next_one)
+    blocks, captured = _captured(layer, _batch())
+    for name, gradient in right.items():
+        assert worst(_gradient(captured, blocks[name]), gradient) > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("flags", LAYOUTS.values(), ids=LAYOUTS)
+def test_the_forward_is_that_of_grouped_mm(flags: dict[str, bool], dtype: torch.dtype) -> None:
+    experts = _experts(dtype, **flags)
+    x = torch.randn(40, WIDTH, dtype=dtype)
+    chosen = torch.rand(40, EXPERTS).topk(CHOSEN, dim=1).indices
+    weights = torch.rand(40, CHOSEN)
+    with torch.no_grad():
+        want = grouped_mm_experts_forward(experts, x, chosen, weights)
+        got = experts_forward(experts, x, chosen, weights)
+    assert got.dtype == want.dtype
+    # In bfloat16 the same products and sums, rounded alike.
+    assert torch.equal(got, want) if dtype == torch.bfloat16 else worst(got, want) < 1e-6
+
+
+def test_rows_that_mix_examples_are_refused() -> None:
+    layer = Layer(_experts())
+    x = _batch().inputs
+    capture, record = Capture(layer, choose_blocks(layer, ())), Record(Batch(0, tuple("abcd"), x))
+    with capture.recording(record):
+        layer(x[:, :5]).sum().backward()
+    capture.blocks = {block.name: block for block in capture.discover(record)}
+    with pytest.raises(UserError, match="the 4 examples"):
+        capture.captured(record)
+
+
+# Families, as transformers itself computes them: in float64, with layers on two stages and padding.
+# The tolerance is that of the parts that transformers computes in float32.
+FAMILIES = {
+    "qwen2_moe": ("a gate for shared experts", EXACT),
+    "phimoe": ("a router without a gradient", EXACT),
+    "llama4": ("bmm over all experts", EXACT),
+    "deepseek_v3": ("a router in float32", 1e-6),
+}
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.usefixtures("quiet_transformers")
+def test_gradients_of_a_family_are_those_of_transformers(tmp_path: Path, kind: str) -> None:
+    folder = str(tmp_path / "model")
+    tiny_model(tiny_config(kind)).save_pretrained(folder)
+    errors = gradient_errors(folder, (0, 1, 2))
+    assert any("router" in name or name.endswith("gate") for name in errors)
+    assert sum(".experts.down_proj." in name for name in errors) >= 4
+    assert max(errors.values()) < FAMILIES[kind][1], max(errors, key=lambda name: errors[name])
+
+
+# Fits
+
+
+def test_results_do_not_depend_on_stages_or_batches(fits: Any) -> None:
+    how: dict[str, Any] = {"stages": 3, "schedule": "swept", "batch_tokens": 9}
+    want = result(fits, MIXTURE_3, "float64")
+    same(result(fits, MIXTURE_3, "float64", **how), want, DOUBLE)
+
+
+def test_an_expert_without_tokens_has_the_outcome_zero(fits: Any) -> None:
+    table = {row["block"]: row for row in fits.run(MIXTURE).blocks().to_pylist()}
+    zero = {name for name, row in table.items() if row["eigh_outcome"] == "zero"}
+    assert zero == {name for name, row in table.items() if row["tokens"] == 0}
+    assert zero >= {name for name in table if ".2" in name.partition("experts")[2]}
+    assert 3 <= len(zero) <= 6
+    met = sum(r["tokens"] for name, r in table.items() if ".down_proj." in name)
+    assert met == 2 * sum(len(row["input_ids"]) for row in MIXTURE.data)
+
+
+@pytest.mark.parametrize(
+    "globs, count",
+    [
+        (("*.experts",), 12),
+        (("*.experts.down_proj",), 4),
+        (("*.experts.*.1",), 3),
+        (("*.experts.gate_up_proj.*.up",), 4),
+        (("*.router",), 1),
+        (("!*.experts",), 5),
+        (("*.mlp", "!*.3"), 10),
+        (("*.mlp", "!*.experts.gate_up_proj.3.gate"), 12),
+    ],
+)
+def test_globs_reach_experts(fits: Any, globs: tuple[str, ...], count: int) -> None:
+    from raycurv.models.opening import open_model
+
+    model = open_model(fits.source(MIXTURE))
+    chosen = choose_blocks(model.skeleton(), globs, model.default_scope, model.tied_head)
+    assert len(chosen) == count
