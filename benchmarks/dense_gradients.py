@@ -39,19 +39,16 @@ def cotangent(number: int, shape: Sequence[int]) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-def gradient_errors(
-    folder: str, cuts: Sequence[int] = (0, 2), globs: Sequence[str] = ()
-) -> dict[str, float]:
+def gradient_errors(folder: str, stages: int = 1, globs: Sequence[str] = ()) -> dict[str, float]:
     """By block the largest difference of a gradient from transformers', over the largest gradient
     of the block; and under ``""`` that of the logits. In float64.
 
     Args:
         folder: an HF directory.
-        cuts: where the stages begin and end, in layers.
         globs: as ``--blocks`` takes them.
     """
     rows = sentences()
-    captured, logits = _captured(folder, rows, cuts, globs)
+    captured, logits = _captured(folder, rows, stages, globs)
     whole: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float64, experts_implementation="eager"
     )
@@ -73,7 +70,7 @@ def gradient_errors(
 
 
 def _captured(
-    folder: str, rows: list[Tensor], cuts: Sequence[int], globs: Sequence[str]
+    folder: str, rows: list[Tensor], stages: int, globs: Sequence[str]
 ) -> tuple[dict[Block, Tensor], Tensor]:
     """By block the gradients ``[N, O, I]``, and the logits ``[N, T, V]``."""
     model = open_model(folder)
@@ -82,14 +79,16 @@ def _captured(
     mask = torch.stack([torch.arange(longest) < len(row) for row in rows])
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     batch = Batch(0, tuple(map(str, range(len(rows)))), ids, mask)
-    hidden, held = None, []
+    hidden: tuple[Tensor, ...] | None = None
+    held = []
+    cuts = [model.units * stage // stages for stage in range(stages + 1)]
     for start, stop in itertools.pairwise(cuts):
         segment = model.build(range(start, stop), torch.float64, CPU)
         own = [b for b in blocks if start <= model.unit_of(b.module) < stop]
         capture, record = Capture(segment.module, own), Record(batch)
         entered = None
         if hidden is not None:
-            entered = tuple(tensor.detach().requires_grad_() for tensor in hidden)
+            entered = tuple(t.detach().requires_grad_(t.is_floating_point()) for t in hidden)
         with capture.recording(record):
             hidden = segment.forward(batch, entered)
         capture.blocks = {b.name: b for b in capture.discover(record)}
@@ -104,7 +103,8 @@ def _captured(
     back: list[Tensor | None] = [left.grad]
     found = {}
     for capture, record, entered, hidden in reversed(held):
-        torch.autograd.backward([hidden[0]], [back[0]])
+        pairs = [(t, g) for t, g in zip(hidden, back, strict=False) if g is not None]
+        torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
         back = [tensor.grad for tensor in entered or ()]
         seen = capture.captured(record)
         for block in capture.blocks.values():

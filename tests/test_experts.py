@@ -214,12 +214,12 @@ def test_rows_that_mix_examples_are_refused() -> None:
         capture.captured(record)
 
 
-# Families, as transformers itself computes them: in float64, with layers on two stages and padding.
-# The tolerance is that of the parts that transformers computes in float32.
+# Families, as transformers itself computes them: in float64, on three stages, with padding. The
+# tolerance is that of the parts that transformers computes in float32.
 FAMILIES = {
     "qwen2_moe": ("a gate for shared experts", EXACT),
     "phimoe": ("a router without a gradient", EXACT),
-    "llama4": ("bmm over all experts", EXACT),
+    "llama4": ("bmm over all experts, scores in float32", 1e-6),
     "deepseek_v3": ("a router in float32", 1e-6),
 }
 
@@ -229,7 +229,7 @@ FAMILIES = {
 def test_gradients_of_a_family_are_those_of_transformers(tmp_path: Path, kind: str) -> None:
     folder = str(tmp_path / "model")
     tiny_model(tiny_config(kind)).save_pretrained(folder)
-    errors = gradient_errors(folder, (0, 1, 2))
+    errors = gradient_errors(folder, 3)
     assert any("router" in name or name.endswith("gate") for name in errors)
     assert sum(".experts.down_proj." in name for name in errors) >= 4
     assert max(errors.values()) < FAMILIES[kind][1], max(errors, key=lambda name: errors[name])
