@@ -117,7 +117,7 @@ def made_of(cls: type[T], said: Any) -> T:
     default may be left out.
 
     Types are ``int``, ``float`` (finite), ``bool``, ``str``, ``None``, ``Any``, unions of these,
-    and ``list`` and ``dict`` of them.
+    and ``list``, ``dict`` and ``tuple[..., ...]`` (a list in JSON) of them.
 
     Raises:
         ValueError: says which key is wrong.
@@ -135,7 +135,8 @@ def made_of(cls: type[T], said: Any) -> T:
         wrong = misfit(value, kinds[name])
         if wrong:
             raise ValueError(f"{name!r} is {wrong}")
-    return cls(**said)
+    tuples = (name for name in said if get_origin(kinds[name]) is tuple)
+    return cls(**{**said, **{name: tuple(said[name]) for name in tuples}})
 
 
 @cache
@@ -159,7 +160,7 @@ def misfit(value: Any, kind: Any) -> str:
     if isinstance(kind, type) and not get_args(kind):
         return "" if isinstance(value, kind) else _kind(value)
     origin, inner = get_origin(kind), get_args(kind)
-    if origin is list:
+    if origin in (list, tuple):
         if not isinstance(value, list):
             return _kind(value)
         return next((f"a list with {wrong}" for v in value if (wrong := misfit(v, inner[0]))), "")

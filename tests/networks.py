@@ -205,6 +205,79 @@ class Flat(nn.Module):
         return x + torch.tanh(self.layer(x.flatten(0, 1))).view_as(x)
 
 
+class Places(nn.Module):
+    """Adds an embedding of positions, ``[T]``, that all examples have in common."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.places = nn.Embedding(9, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.places(torch.arange(x.shape[1], device=x.device))
+
+
+class CausalConvolution(nn.Module):
+    """A depthwise convolution over positions, padded on both sides and cut, and a scale."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(width, width, 3, padding=2, groups=width)
+        self.scale = nn.Parameter(torch.randn(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.scale * self.conv(x.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2)
+
+
+class Decaying(nn.Module):
+    """A running sum of positions that decays in its own way: a matrix, and a number."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.decay, self.gain = nn.Parameter(torch.randn(width, 2)), nn.Parameter(torch.randn(()))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        state, out = x.new_zeros(len(x), *self.decay.shape), []
+        for row in x.unbind(1):
+            state = self.decay.sigmoid() * state + (self.gain * row)[..., None]
+            out.append(state.tanh().sum(dim=2))
+        return torch.stack(out, dim=1), state
+
+
+class First(nn.Module):
+    """The first of what a module gives."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x)[0]
+
+
+class TiedEnds(nn.Module):
+    """An embedding whose weight makes the logits, too, with a bias of their own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(VOCAB, width), nn.LayerNorm(width)
+        self.head = nn.Linear(width, VOCAB)
+        self.head.weight = self.embed.weight
+        self.mixer = Mixer(width)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.mixer(self.embed(x))))
+
+
+def _of_every_kind() -> nn.Module:
+    return nn.Sequential(
+        nn.Embedding(VOCAB, 6, padding_idx=4), Places(6), nn.LayerNorm(6), CausalConvolution(6),
+        First(Decaying(6)), nn.RMSNorm(6), Mixer(6), nn.Linear(6, VOCAB),
+    )  # fmt: skip
+
+
 def language_model(*middle: Callable[[int], nn.Module], width: int = 6) -> nn.Module:
     """Embedding, some modules, a head over the vocabulary."""
     return nn.Sequential(
@@ -401,6 +474,17 @@ MIXTURE = Case(
 MIXTURE_3 = Case(
     "mixture of experts of three layers", _seeded(lambda: _gpt_oss(3)), LLAMA_4.data, "causal-lm",
     checkpoint=True, **TOKENS,
+)  # fmt: skip
+ALL = {"blocks": ("all",)}
+# Cases of which every parameter has a block.
+EVERY: tuple[Case, ...] = (
+    Case("every kind", _seeded(_of_every_kind), sentences(LENGTHS, True), "causal-lm",
+         ALL | {"draws": 2}, **TOKENS),
+    Case("tied ends", _seeded(lambda: TiedEnds(6)), sentences(LENGTHS, True), "causal-lm",
+         ALL | {"draws": 2}, **TOKENS),
+    Case("all of a llama", LLAMA.network, LLAMA.data, "causal-lm", ALL, checkpoint=True, **TOKENS),
+    Case("all of gpt2", _seeded(_gpt2), LLAMA.data, "causal-lm", ALL | {"fisher": "empirical"},
+         checkpoint=True, **TOKENS),
 )  # fmt: skip
 
 CASES: tuple[Case, ...] = (

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from dense import worst
-from networks import DEEP, IN_PLACE, LLAMA_4, NO_EMBEDDING, VOCAB, Case, Mixer, sentences
+from networks import ALL, DEEP, IN_PLACE, LLAMA_4, VOCAB, Case, Mixer, sentences
 from test_corrected import recorded_labels
 from test_objectives import numbers
 from test_scores import by_id, own_scores
@@ -25,14 +25,14 @@ SINGLE = 1e-4
 def _chain() -> nn.Module:
     torch.manual_seed(4)
     return nn.Sequential(
-        nn.Embedding(VOCAB, 6), Mixer(6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), Mixer(6),
+        nn.Embedding(VOCAB, 6), Mixer(6), nn.Tanh(), nn.Linear(6, 6), nn.LayerNorm(6), Mixer(6),
         nn.Linear(6, VOCAB),
     ).eval()  # fmt: skip
 
 
 CHAIN = Case(
     "chain of mixers", _chain, sentences((5, 2, 7, 1, 4, 7, 3, 6), True), "causal-lm",
-    NO_EMBEDDING | {"draws": 2}, batch_tokens=14,
+    ALL | {"draws": 2}, batch_tokens=14,
 )  # fmt: skip
 CHAINS = (DEEP, LLAMA_4, CHAIN)
 HOW: tuple[dict[str, Any], ...] = (

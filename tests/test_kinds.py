@@ -332,12 +332,55 @@ def test_frozen_weights_of_another_kind_are_refused_all_the_same() -> None:
         choose_blocks(nn.Sequential(attention), ())
 
 
-def test_a_block_whose_weight_another_module_holds_is_refused() -> None:
+def test_modules_that_share_a_weight_have_one_block_or_none() -> None:
     network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Tanh())
     assert len(choose_blocks(network, ())) == 2
     network[1].weight = network[0].weight
-    with pytest.raises(UserError, match=r"shares with 1.*!0"):
-        choose_blocks(network, ())
+    # The biases are those of each.
+    weight, *biases = choose_blocks(network, ())
+    assert (weight.name, weight.shared, weight.d_in, weight.bias) == ("0", ("1",), 3, False)
+    assert [block.name for block in biases] == ["0.bias", "1.bias"]
+    for globs in (("0",), ("!1",), ("default", "!0")):
+        with pytest.raises(UserError, match=r"shares with [01].*![01]"):
+            choose_blocks(network, globs)
+
+
+def test_words_and_globs_choose_together() -> None:
+    network = nn.Sequential(
+        nn.Embedding(7, 4), nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), nn.Linear(4, 7)
+    )
+
+    def chosen(*globs: str) -> list[str]:
+        return [block.name for block in choose_blocks(network, globs)]
+
+    layers = ["1.0", "2"]
+    assert chosen("all") == ["0", "1.0", "1.1", "1.1.bias", "2"]
+    assert chosen("all", "!*.bias") == ["0", "1.0", "1.1", "2"]
+    assert chosen("!0") == chosen("default", "!0") == layers
+    assert chosen("default", "0") == ["0", *layers]
+    assert chosen("0", "1.1.bias") == ["0", "1.1.bias"]
+    assert chosen("1.1") == ["1.1"] and chosen("*.bias") == ["1.1.bias"]
+    # A glob on what vectors lie in takes, as ever, the layers there.
+    assert chosen("1") == chosen("1.*") == ["1.0"]
+    # What is frozen, or not run, is not among all.
+    network[1][1].requires_grad_(False)
+    assert chosen("all") == ["0", *layers]
+    assert [b.name for b in choose_blocks(network, ("all",), idle={"0"})] == layers
+    assert chosen("all", "1.1") == ["0", "1.0", "1.1", "2"]
+
+
+def test_all_names_a_parameter_that_can_have_no_block() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.start, self.layer = nn.Parameter(torch.randn(3)), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x + self.start)
+
+    with pytest.raises(UserError, match=r"start \(Own\)[\s\S]*!start"):
+        choose_blocks(Own(), ("all",))
+    assert len(choose_blocks(Own(), ("all", "!start"))) == 1
 
 
 # Kinds of one's own: a vector, and matrices of one parameter that are caught inside their module

@@ -284,6 +284,7 @@ class Workers:
         return tuple(block for stage in stages for block in self.by_stage[stage])
 
     def _deal(self, blocks: Sequence[Block]) -> None:
+        self._spec.model.check_cuts(blocks, self.cuts)
         by_unit: dict[int, list[Block]] = {}
         for block in blocks:
             by_unit.setdefault(self._spec.model.unit_of(block.module), []).append(block)

@@ -100,6 +100,7 @@ class Drafts:
         if self.nodes_follow:
             place = replace(place, nodes=min(homes, count) * place.replicas)
         cuts = cut_stages(self.outline.unit_costs, count)
+        self.outline.check_cuts(self.blocks, cuts)
         traced = self.traced(data)
         stages = stage_shapes(self.outline, cuts, traced, self.recipe.dtype, data.rows)
         recipe = replace(self.recipe, **numbers)
@@ -118,8 +119,12 @@ class Drafts:
         # A job without blocks has no axis to cut.
         widest = max((max(b.d_in, b.d_out) for b in self.blocks), default=1)
         tokens = self.settings.batch_tokens
+        together = any(
+            len({self.outline.unit_of(name) for name in (b.module, *b.shared)}) > 1
+            for b in self.blocks
+        )
         return Bounds(
-            self.outline.units,
+            1 if together else self.outline.units,
             min(widest, self.recipe.max_factor_dim or widest),
             tokens,
             data(tokens).longest,

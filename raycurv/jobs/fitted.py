@@ -21,7 +21,7 @@ from raycurv.jobs.fit.fit_settings import REPEATED, FitSettings
 from raycurv.jobs.inputs import Inputs
 from raycurv.jobs.recorded import read_run
 from raycurv.mathematics.blocks import Block
-from raycurv.mathematics.kinds.catalogue import describe
+from raycurv.mathematics.kinds.catalogue import FREE, describe
 from raycurv.mathematics.loss.objective import Objective, is_shipped
 from raycurv.models.adapter import Adapters
 from raycurv.models.model import Model
@@ -217,14 +217,27 @@ def fitted_blocks(store: Store, network: Model) -> tuple[Block, ...]:
     modules = dict(network.skeleton().named_modules())
     for block in blocks:
         module = modules.get(block.module)
-        there = () if module is None else describe(block.module, module)
-        if replace(block, input_factor="") not in there:
+        there: tuple[Block, ...] = ()
+        if module is not None:
+            # The bias of a layer whose weight is shared is by itself.
+            there = (*describe(block.module, module), *FREE.describe(block.module, module))
+        known = set(block.shared) <= modules.keys()
+        if not known or _as_described(block) not in map(_as_described, there):
             raise DamagedFile(
                 store.path(BLOCKS_FILE), f"the blocks of the model {network.name}",
                 f"{shortened(repr(block.name))}, which is none of them as it is described there",
                 "Fit again into another directory.",
             )  # fmt: skip
     return blocks
+
+
+def _as_described(block: Block) -> Block:
+    """What of a block its module decides: not what it shares, nor the form of its factors; without
+    the bias, which is no part of a weight that is shared."""
+    return replace(
+        block, d_in=block.d_in - block.bias, bias=False, input_factor="", shared=(),
+        input_diagonal=False, output_diagonal=False,
+    )  # fmt: skip
 
 
 def fitted_model(fit: Manifest, run: str) -> str:

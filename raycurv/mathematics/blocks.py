@@ -42,6 +42,8 @@ class Block:
         index: which matrix of the parameter along its first axis; ``None`` for all of it.
         part: which outputs of that matrix, by a name that the kind knows (``gate`` or ``up`` of an
             expert's two, which are stored as one); empty for all of them.
+        shared: dotted names of the other modules that have the same weight: the block's gradient is
+            the sum of all uses.
         input_diagonal, output_diagonal: whether A (or G) is diagonal, its basis the identity: where
             inputs are one-hot, or where a full one would tell nothing, or could not be decomposed.
     """
@@ -59,6 +61,7 @@ class Block:
     part: str = ""
     input_diagonal: bool = False
     output_diagonal: bool = False
+    shared: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.module:

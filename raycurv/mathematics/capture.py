@@ -26,7 +26,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from raycurv.batch import Batch
 from raycurv.errors import NumericalError, RaycurvError, UserError
 from raycurv.mathematics.blocks import Block, role
-from raycurv.mathematics.kinds.catalogue import kind_of_block
+from raycurv.mathematics.kinds.catalogue import kind_of, kind_of_block, own_parameter
 from raycurv.mathematics.kinds.kind import Kind, ModuleCall, Note
 
 
@@ -98,22 +98,27 @@ class Capture:
         self._backward = False
         self.kinds: dict[str, Kind] = {block.name: kind_of_block(block) for block in blocks}
         self.modules = {block.name: module.get_submodule(block.module) for block in blocks}
-        self._layouts = {
-            block.name: self.kinds[block.name].layout(block, self.modules[block.name])
+        self._uses = {
+            block.name: (
+                _Use(block, self.kinds[block.name], self.modules[block.name]),
+                *(_other_use(block, name, module) for name in block.shared),
+            )
             for block in blocks
         }
-        together: dict[tuple[str, Kind], list[Block]] = {}
-        for block in blocks:
-            together.setdefault((block.module, self.kinds[block.name]), []).append(block)
-        note = _noting(weakref.ref(self))
+        self._layouts = {name: uses[0].layout for name, uses in self._uses.items()}
+        together: dict[tuple[int, str, Kind], list[_Use]] = {}
+        for uses in self._uses.values():
+            for number, use in enumerate(uses):
+                together.setdefault((number, use.block.module, use.kind), []).append(use)
         self._ends: list[Callable[[], object]] = []
-        for first, *others in together.values():
-            owner = self.modules[first.name]
-            for parameter in owner.parameters():
+        for (number, _, kind), (first, *others) in together.items():
+            for parameter in first.module.parameters():
                 if parameter.requires_grad:
                     parameter.requires_grad_(False)
                     self._ends.append(partial(parameter.requires_grad_, True))
-            self._ends.append(self.kinds[first.name].catch(owner, (first, *others), note))
+            note = _noting(weakref.ref(self), number)
+            mine = [use.block for use in (first, *others)]
+            self._ends.append(kind.catch(first.module, mine, note))
 
     def close(self) -> None:
         """Leave the modules as they were."""
@@ -173,7 +178,7 @@ class Capture:
             if called:
                 self._check_shared(record, factor, called)
                 # The same rows of the same tensors: what is padding in one is so in all.
-                parts, live, support = self._inputs(record, called[0])
+                parts, live, support = self._inputs(record, called[0], draw)
                 if not any(part.shape[1] for part in parts):
                     continue  # of an expert that no token met
                 one_row = self.kinds[called[0].name].one_row
@@ -208,14 +213,17 @@ class Capture:
             )
 
     def _inputs(
-        self, record: Record, block: Block
+        self, record: Record, block: Block, draw: int
     ) -> tuple[list[Tensor], list[Tensor | None], Tensor | None]:
         """Of each call its rows ``[N, T, I]``, and which count, ``[N, T]``, where not all do; and
         of all calls the columns that rows have, where not all are there."""
-        kind, module = self.kinds[block.name], self.modules[block.name]
         parts, live, calls = [], [], record.calls[block.name]
-        support = kind.support(block, calls)
+        uses = self._uses[block.name]
+        support = None
+        if all(uses[call.use].kind is uses[0].kind for call in calls):
+            support = uses[0].kind.support(block, calls)
         for call in calls:
+            use = uses[call.use]
             call.columns = support
             if call.x._version != call.version:
                 raise RaycurvError(
@@ -225,13 +233,16 @@ class Capture:
                     "Make that operation out of place, or leave the block out: "
                     f"--blocks '!{block.name}'.",
                 )
-            a = kind.input_rows(block, module, call)
+            a = use.inputs(call, block.d_in, draw)
             if block.bias:
                 a = torch.cat([a, a.new_ones((*a.shape[:-1], 1))], dim=-1)
-            mask = kind.live_rows(block, call, call.mask, a.shape[1])
+            mask = use.kind.live_rows(use.block, call, call.mask, a.shape[1])
             if mask is not None and mask.all():
                 mask = None
-            parts.append(a if mask is None else _masked(a, mask))
+            if mask is not None:
+                swapped = use.swapped
+                a = _at_tokens(a, mask, block, record.batch) if swapped else _masked(a, mask)
+            parts.append(a)
             live.append(mask)
         return parts, live, support
 
@@ -246,14 +257,68 @@ class Capture:
         calls, parts = record.calls[block.name], []
         if all(draw not in call.g for call in calls):
             return None
-        kind, module = self.kinds[block.name], self.modules[block.name]
         for call, a, mask in zip(calls, inputs, live, strict=True):
             if draw not in call.g:
                 parts.append(a.new_zeros((*a.shape[:2], block.d_out)))
                 continue
-            g = kind.output_rows(block, module, call, call.g[draw])
-            parts.append(g if mask is None else _at_tokens(g, mask, block, record.batch))
-        return torch.stack(parts).sum(dim=0) if kind.one_row else _joined(parts)
+            use = self._uses[block.name][call.use]
+            g = use.outputs(call, draw)
+            if mask is not None:
+                swapped = use.swapped
+                g = _masked(g, mask) if swapped else _at_tokens(g, mask, block, record.batch)
+            parts.append(g)
+        return torch.stack(parts).sum(dim=0) if self.kinds[block.name].one_row else _joined(parts)
+
+
+@dataclass(frozen=True)
+class _Use:
+    """A module that has a block's weight.
+
+    Attributes:
+        block: as the module's own kind describes it.
+        swapped: whether that kind's matrix is the block's transposed: what leaves the module then
+            stands for the input, and what enters it for the gradient.
+    """
+
+    block: Block
+    kind: Kind
+    module: nn.Module
+    swapped: bool = False
+
+    @property
+    def layout(self) -> object:
+        # Of a weight that several modules have the rows are no other block's.
+        own = (self.block.name, self.block.shared) if self.block.shared else None
+        return self.kind.layout(self.block, self.module) if own is None else own
+
+    def inputs(self, call: ModuleCall, d_in: int, draw: int) -> Tensor:
+        """Rows ``[N, T, I]`` of the block's input side."""
+        a = self.kind.input_rows(self.block, self.module, call)
+        if not self.swapped:
+            return a
+        if draw not in call.g:
+            return a.new_zeros((*a.shape[:2], d_in))
+        return self.kind.output_rows(self.block, self.module, call, call.g[draw])
+
+    def outputs(self, call: ModuleCall, draw: int) -> Tensor:
+        """Rows ``[N, T, O]`` of the block's output side."""
+        if self.swapped:
+            return self.kind.input_rows(self.block, self.module, call)
+        return self.kind.output_rows(self.block, self.module, call, call.g[draw])
+
+
+def _other_use(block: Block, name: str, whole: nn.Module) -> _Use:
+    """The use of a block's weight by another module than its own."""
+    module, weight = whole.get_submodule(name), own_parameter(whole, _path(block))
+    kind = kind_of(module)
+    assert kind is not None and weight is not None, f"{name}, which shares {block.name}"
+    as_here = replace(block, kind=kind.name, module=name)
+    swapped = kind.to_rows(weight).stride() != kind_of_block(block).to_rows(weight).stride()
+    return _Use(as_here, kind, module, swapped)
+
+
+def _path(block: Block) -> str:
+    return f"{block.module}.{block.parameter}"
 
 
 def _masked(rows: Tensor, live: Tensor) -> Tensor:
@@ -335,7 +400,7 @@ def _rooted(y: Any) -> Any:
     return _Root.apply(anchor, y)  # type: ignore[no-untyped-call]
 
 
-def _noting(capture: weakref.ref[Capture]) -> Note:
+def _noting(capture: weakref.ref[Capture], use: int) -> Note:
     def note(blocks: str | Sequence[str], x: Any, y: Any, detail: Any = None) -> Any:
         owner = capture()
         if owner is not None and owner._backward:
@@ -360,10 +425,10 @@ def _noting(capture: weakref.ref[Capture]) -> Note:
                 f"Leave out what is like it: --blocks '!{role(block)}'.",
             )
         assert owner is not None
-        kind = owner.kinds[block]
-        if record.span is not None and not kind.in_slices:
+        mine = owner._uses[block][use]
+        if record.span is not None and not mine.kind.in_slices:
             return y
-        x, y = kind.by_example(owner.blocks[block], owner.modules[block], x, y, record.batch)
+        x, y = mine.kind.by_example(mine.block, mine.module, x, y, record.batch)
         mask = record.batch.mask
         start, positions = record.span or (None, None)
         if record.span is None and mask is not None:
@@ -371,7 +436,7 @@ def _noting(capture: weakref.ref[Capture]) -> Note:
         if mask is not None and positions is not None:
             mask = mask[:, start or 0 : (start or 0) + positions]
         size = record.batch.size
-        call = ModuleCall(x.detach(), x._version, size, start, positions, mask, detail)
+        call = ModuleCall(x.detach(), x._version, size, start, positions, mask, detail, use=use)
         for name in names:
             record.calls.setdefault(name, []).append(call)
         y = _rooted(y)

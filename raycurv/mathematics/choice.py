@@ -7,8 +7,8 @@ a network is frozen that tells no layers apart, and it is taken as if nothing we
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from operator import attrgetter
 
 import torch
@@ -17,7 +17,14 @@ from torch.nn.utils import parametrize
 
 from raycurv.errors import UserError
 from raycurv.mathematics.blocks import Block, role
-from raycurv.mathematics.kinds.catalogue import describe, kind_of, kind_of_block, supported
+from raycurv.mathematics.kinds.catalogue import (
+    FREE,
+    describe,
+    kind_of,
+    kind_of_block,
+    own_parameter,
+    supported,
+)
 from raycurv.mathematics.kinds.kind import is_only_held
 
 
@@ -136,12 +143,9 @@ def choose_blocks(
         return not default_scope or any(name.startswith(prefix) for prefix in default_scope)
 
     def wanted(block: Block, module: nn.Module) -> bool:
-        by_default, trained = (
-            kind_of_block(block).by_default,
-            not frozen or _is_trained(block, module),
-        )
+        trained = not frozen or _is_trained(block, module)
         default, every = inside(block.name) and trained, trained and block.module not in idle
-        if by_default:
+        if kind_of_block(block).by_default:
             return globs.take(block.name, default, every)
         if globs.leaves_out(f"{block.module}.{block.parameter}"):
             return False
@@ -151,22 +155,14 @@ def choose_blocks(
         named = is_matrix(weight) or globs.calls(block.name) or block.name in globs.include
         return globs.take(block.name, False, every) and (named or (globs.all and every))
 
-    holders = _holders(modules)
+    taken = [(module, block) for module, block in described if wanted(block, module)]
+    for module, block in () if globs.include or globs.all else taken:
+        _refuse_computed_weight(block, module)
     chosen: list[Block] = []
     obstacles: list[_Obstacle] = []
-    for module, block in described:
-        if not wanted(block, module):
-            continue
-        if not globs.include and not globs.all:
-            _refuse_computed_weight(block, module)
-        obstacle = _no_numbers(block, module) or _shared_weight(
-            block, module, holders, block.module == tied_head
-        )
-        if obstacle is None:
-            chosen.append(block)
-        else:
-            obstacles.append(obstacle)
-    met = {block.name for block in chosen} | {o.name for o in obstacles}
+    for found in _resolved(taken, _holders(modules), tied_head):
+        (obstacles if isinstance(found, _Obstacle) else chosen).append(found)  # type: ignore[arg-type]
+    met = {block.name for _, block in taken}
     held = {
         f"{block.module}.{name}"
         for module, block in described
@@ -281,19 +277,63 @@ def _no_numbers(block: Block, module: nn.Module) -> _Obstacle | None:
     return _Obstacle(block.name, block.name, f"block {block.name}", wanted, got)
 
 
-def _shared_weight(
-    block: Block, module: nn.Module, holders: dict[int, list[str]], tied: bool
-) -> _Obstacle | None:
-    """What stands in the way of a block on a weight that is another module's, too."""
-    held_by = holders.get(id(attrgetter(block.parameter)(module)), ())
-    others = [f"one that it shares with {name}" for name in held_by if name != block.module]
-    if tied:
-        others = ["an output embedding that is tied to the input embedding"]
-    if not others:
-        return None
-    return _Obstacle(
-        block.name, block.name, f"block {block.name}", "a weight of its own", others[0]
-    )
+def _resolved(
+    taken: Sequence[tuple[nn.Module, Block]], holders: dict[int, list[str]], tied_head: str | None
+) -> Iterator[Block | _Obstacle]:
+    """The blocks, those of one weight as one, and what stands in the way of others."""
+    groups: dict[object, list[tuple[nn.Module, Block]]] = {}
+    covered: set[int] = set()
+    for module, block in taken:
+        weight = own_parameter(module, block.parameter)
+        # What is computed is nobody else's, and its identity may be used again.
+        key = block.name if weight is None else (id(weight), block.index, block.part)
+        groups.setdefault(key, []).append((module, block))
+        if kind_of_block(block) is not FREE:
+            covered |= {id(p) for k in kind_of_block(block).parameters(block)
+                        if (p := own_parameter(module, k)) is not None}  # fmt: skip
+    for group in groups.values():
+        module, block = group[0]
+        weight = own_parameter(module, block.parameter)
+        if kind_of_block(block) is FREE and id(weight) in covered:
+            continue  # the bias of a layer that has a block
+        held_by = [block.module] if weight is None else holders[id(weight)]
+        found = _no_numbers(block, module) or _one_block(group, held_by, tied_head)
+        yield found
+        if isinstance(found, Block) and found.shared:
+            for owner, one in group:
+                yield from (b for b in FREE.describe(one.module, owner)
+                            if one.bias and b.parameter == "bias")  # fmt: skip
+
+
+def _one_block(
+    group: Sequence[tuple[nn.Module, Block]], held_by: Sequence[str], tied_head: str | None
+) -> Block | _Obstacle:
+    """The block of a weight, for whichever of the modules that hold it were chosen."""
+    _, block = group[0]
+    names = [one.module for _, one in group]
+    free = [one for _, one in group if kind_of_block(one) is FREE]
+    if len(free) == len(group):
+        # What holds the others is run again with all of them.
+        block = min(free, key=lambda one: len(one.module))
+        others = [name for name in held_by if not _within(name, block.module)]
+        others = [name for name in others if not _within(block.module, name)]
+    else:
+        others = [name for name in held_by if name not in names or free]
+        others = [name for name in others if name != block.module]
+        if len(group) > 1 and not others:
+            d_in = block.d_in - block.bias
+            return replace(block, d_in=d_in, bias=False, shared=tuple(names[1:]))
+    got = f"one that it shares with {others[0]}" if others else ""
+    if not free and block.module == tied_head and len(group) == 1:
+        got = "an output embedding that is tied to the input embedding"
+    if not got:
+        return block
+    wanted = "a weight of its own, or --blocks that take all modules that have it"
+    return _Obstacle(block.name, block.name, f"block {block.name}", wanted, got)
+
+
+def _within(name: str, module: str) -> bool:
+    return name == module or name.startswith(f"{module}.")
 
 
 def _is_trained(block: Block, module: nn.Module) -> bool:

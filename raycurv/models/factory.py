@@ -30,6 +30,7 @@ from raycurv.models.stored import (
     no_tensor_of_its_own,
     parameter_names,
     replacements,
+    shared_names,
 )
 from raycurv.named_objects import import_named
 
@@ -138,7 +139,8 @@ class FactoryModel(Model):
         names: dict[int, list[str]] = {}
         for name, parameter in whole.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(name)
-        alone = {group[0] for group in names.values() if len(group) == 1}
+        among = set(shared_names(block))
+        alone = {group[0] for group in names.values() if set(group[1:]) <= among}
         for key in parameter_names(block):
             if key not in alone:
                 shared = any(key in group for group in names.values())
@@ -155,6 +157,9 @@ class FactoryModel(Model):
 
     def files(self, patches: Sequence[Patch] = ()) -> tuple[CheckpointFile, ...]:
         replaced = replacements(self.stored, patches, self._read)
+        for patch in patches:
+            (weight, *_) = parameter_names(patch.block)
+            replaced |= dict.fromkeys(shared_names(patch.block), replaced[weight])
         return (state_file(self.name, self.skeleton().state_dict(), replaced),)
 
     def _read(self, key: str) -> Tensor:

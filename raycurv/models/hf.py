@@ -60,6 +60,7 @@ from raycurv.models.stored import (
     StoredWeight,
     no_tensor_of_its_own,
     replacements,
+    shared_names,
 )
 from raycurv.models.travelling import leaves
 from raycurv.models.unused import (
@@ -360,8 +361,12 @@ class HFModel(HFOutline, Model):
             for piece in parts.pieces:
                 users = self._users[piece.key]
                 if sum(users.values()) > math.prod(entries[piece.key].shape):
-                    other = next((n for n in users if n != name), name)
-                    raise no_tensor_of_its_own(block, f"{piece.key}, which {other} is, too")
+                    others = [n for n in users if n not in (name, *shared_names(block))]
+                    if others or not block.shared:
+                        other = next(iter(others), name)
+                        raise no_tensor_of_its_own(block, f"{piece.key}, which {other} is, too")
+                elif block.shared:
+                    raise no_tensor_of_its_own(block, "one that is stored for each of its modules")
             return parts
 
         return StoredWeight.among(entries, block, parts_of)

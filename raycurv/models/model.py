@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from raycurv.batch import Batch
+from raycurv.errors import UserError
 from raycurv.mathematics.blocks import Block
 from raycurv.models.checkpoint_files import CheckpointFile
 from raycurv.models.stored import Patch, StoredWeight
@@ -88,6 +89,26 @@ class Outline(ABC):
     @abstractmethod
     def unit_of(self, module_name: str) -> int:
         """The unit that a module of the skeleton belongs to."""
+
+    def check_cuts(self, blocks: Sequence[Block], cuts: Sequence[range]) -> None:
+        """Refuse, with a UserError, cuts between modules that have one block's weight: each stage
+        would have a part of its gradient."""
+        for block in blocks:
+            stages = [self._stage_of(name, cuts) for name in (block.module, *block.shared)]
+            if len(set(stages)) > 1:
+                names = (block.module, *block.shared)
+                flags = " ".join(f"--blocks '!{name}'" for name in names)
+                raise UserError(
+                    f"block {block.name}",
+                    f"one stage for all that have its weight ({', '.join(block.shared)} as well)",
+                    f"stages {', '.join(str(stage + 1) for stage in stages)} of {len(cuts)}",
+                    "Its gradient is the sum of all uses, which one stage has to add up: give "
+                    f"--stages 1, or leave it out with {flags}.",
+                )
+
+    def _stage_of(self, module: str, cuts: Sequence[range]) -> int:
+        unit = self.unit_of(module)
+        return next(stage for stage, units in enumerate(cuts) if unit in units)
 
     @abstractmethod
     def weight_bytes(self, units: range, dtype: torch.dtype) -> int:

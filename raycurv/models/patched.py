@@ -96,9 +96,10 @@ def repatch(module: nn.Module, units: range, before: Model, after: Model) -> Non
     for name in sorted({**old, **new}):
         patch, gone = new.get(name), old.get(name)
         block = (patch or old[name]).block
-        if base.unit_of(block.module) not in units:
+        holders = [n for n in (block.module, *block.shared) if base.unit_of(n) in units]
+        if not holders:
             continue
         if patch is not None and gone is not None and patch.mark == gone.mark:
             continue
         matrix = base.block_weight(block) if patch is None else patch.read()
-        base.stored(block).put(module.get_submodule(block.module), matrix)
+        base.stored(block).put(module.get_submodule(holders[0]), matrix)

@@ -140,6 +140,11 @@ def parameter_names(block: Block) -> tuple[str, ...]:
     return tuple(f"{block.module}.{name}" for name in kind_of_block(block).parameters(block))
 
 
+def shared_names(block: Block) -> tuple[str, ...]:
+    """Dotted names under which other modules have the block's weight."""
+    return tuple(f"{module}.{block.parameter}" for module in block.shared)
+
+
 def replacements(
     stored: Callable[[Block], StoredWeight], patches: Iterable[Patch], read: Callable[[str], Tensor]
 ) -> dict[str, Callable[[], Tensor]]:

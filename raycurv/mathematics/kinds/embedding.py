@@ -83,11 +83,15 @@ class Embedding(Kind):
         return self.name, block.d_in, getattr(module, "padding_idx", None)
 
     def input_rows(self, block: Block, module: nn.Module, call: ModuleCall) -> Tensor:
-        assert call.columns is not None
         check_examples(block, _split(call), call.examples, 1)
         numbers = call.x.reshape(call.examples, -1).contiguous()
-        rows = module.get_parameter(block.parameter).new_zeros(*numbers.shape, len(call.columns))
-        rows.scatter_(2, torch.searchsorted(call.columns, numbers)[..., None], 1.0)
+        weight, width = module.get_parameter(block.parameter), block.d_in
+        if call.columns is not None:
+            numbers_there, width = torch.searchsorted(call.columns, numbers), len(call.columns)
+        else:
+            numbers_there = numbers
+        rows = weight.new_zeros(*numbers.shape, width)
+        rows.scatter_(2, numbers_there[..., None], 1.0)
         padding = getattr(module, "padding_idx", None)
         if padding is not None:
             # torch gives this row of the weight no gradient.

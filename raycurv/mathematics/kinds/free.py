@@ -75,9 +75,10 @@ class FreeParameter(Kind):
             leaves, form = tree_flatten(output)
             given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             again: _Again | None = None
-            for place, leaf in enumerate(leaves):
-                if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-                    continue
+            tensors = {n: leaf for n, leaf in enumerate(leaves) if _is_floating(leaf)}
+            for place, leaf in tensors.items():
+                # One may be made of another inside the module, whose gradient it must not have.
+                leaf = leaf.clone() if len(tensors) > 1 else leaf
                 again = again or _Again(module, args, kwargs, names)
                 left = _Output(again, place, leaf.detach(), leaf._version)
                 x = given[0] if given else leaf
@@ -303,6 +304,10 @@ def _own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         if is_only_held(child):
             for key, parameter in child.named_parameters():
                 yield f"{name}.{key}", parameter
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _detached(value: Any) -> Any:

@@ -39,6 +39,7 @@ class ModuleCall:
             an input factor only if this is one object, too.
         g: gradient of what left, by draw.
         columns: numbers of the input columns that rows are given on, see :meth:`Kind.support`.
+        use: of a block that several modules share, the number of the one that was called.
     """
 
     x: Tensor
@@ -50,6 +51,7 @@ class ModuleCall:
     detail: Any = None
     g: dict[int, Tensor] = field(default_factory=dict)
     columns: Tensor | None = None
+    use: int = 0
 
 
 class Note(Protocol):
