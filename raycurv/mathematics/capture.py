@@ -44,6 +44,8 @@ class Captured:
         own: whether the labels are the data's own.
         positions: of a block's rows, ``[N, T]``, where these are not the positions in their order,
             call after call (then ``None``).
+        live: input factor -> numbers ``[R]`` of the rows that count, among ``N·T``, where products
+            of all rows shall be of these alone; no entry for products of all.
     """
 
     batch: Batch
@@ -54,6 +56,7 @@ class Captured:
     own: bool = False
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     positions: Callable[[Block], Tensor | None] = lambda block: None
+    live: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def of_fit(draws: Sequence[Captured]) -> Sequence[Captured]:
@@ -171,6 +174,7 @@ class Capture:
             by_factor.setdefault(block.input_factor, []).append(block)
         inputs: dict[str, Tensor] = {}
         columns: dict[str, Tensor] = {}
+        counting: dict[str, Tensor] = {}
         rows: dict[str, int] = {}
         gradients: dict[str, Tensor | None] = dict.fromkeys(self.blocks)
         for factor, blocks in by_factor.items():
@@ -181,7 +185,8 @@ class Capture:
                 parts, live, support = self._inputs(record, called[0], draw)
                 if not any(part.shape[1] for part in parts):
                     continue  # of an expert that no token met
-                one_row = self.kinds[called[0].name].one_row
+                kind = self.kinds[called[0].name]
+                one_row = kind.one_row
                 inputs[factor] = parts[0] if one_row else _joined(parts)
                 if support is not None:
                     columns[factor] = support
@@ -189,10 +194,14 @@ class Capture:
                     part.shape[0] * part.shape[1] if mask is None else int(mask.sum())
                     for part, mask in zip(parts[:1] if one_row else parts, live, strict=False)
                 )
+                if kind.ragged and rows[factor] < inputs[factor].shape[:2].numel():
+                    counting[factor] = _counting(parts, live)
                 for block in called:
                     gradients[block.name] = self._gradients(record, block, parts, live, draw)
         positions = partial(self._positions, record)
-        return Captured(record.batch, inputs, gradients, rows, draw == 0, own, columns, positions)
+        return Captured(
+            record.batch, inputs, gradients, rows, draw == 0, own, columns, positions, counting
+        )
 
     def _positions(self, record: Record, block: Block) -> Tensor | None:
         kind = self.kinds[block.name]
@@ -239,7 +248,8 @@ class Capture:
             mask = use.kind.live_rows(use.block, call, call.mask, a.shape[1])
             if mask is not None and mask.all():
                 mask = None
-            if mask is not None:
+            zero = use.kind.ragged and not block.bias
+            if mask is not None and not zero:
                 swapped = use.swapped
                 a = _at_tokens(a, mask, block, record.batch) if swapped else _masked(a, mask)
             parts.append(a)
@@ -263,7 +273,7 @@ class Capture:
                 continue
             use = self._uses[block.name][call.use]
             g = use.outputs(call, draw)
-            if mask is not None:
+            if mask is not None and not use.kind.ragged:
                 swapped = use.swapped
                 g = _masked(g, mask) if swapped else _at_tokens(g, mask, block, record.batch)
             parts.append(g)
@@ -319,6 +329,15 @@ def _other_use(block: Block, name: str, whole: nn.Module) -> _Use:
 
 def _path(block: Block) -> str:
     return f"{block.module}.{block.parameter}"
+
+
+def _counting(parts: Sequence[Tensor], live: Sequence[Tensor | None]) -> Tensor:
+    """Numbers of the rows that count, among those of all calls behind each other."""
+    masks = [
+        part.new_ones(part.shape[:2], dtype=torch.bool) if mask is None else mask
+        for part, mask in zip(parts, live, strict=True)
+    ]
+    return _joined(masks).flatten().nonzero()[:, 0]
 
 
 def _masked(rows: Tensor, live: Tensor) -> Tensor:

@@ -143,16 +143,19 @@ class FactorSums(Sums):
                     self.count(name, rows, rows if first else 0)
                     g = captured.gradients[block.name]
                     if g is not None:
-                        self._add(name, g)
+                        self._add(name, g, captured.live.get(block.input_factor))
             for name, a in captured.inputs.items() if first else ():
                 if name in self._tiles:
                     groups = a.shape[2] if a.ndim == 4 else 1
                     self.count(name, captured.rows[name] * groups, captured.rows[name])
-                    self._add(name, a, captured.columns.get(name))
+                    self._add(name, a, captured.live.get(name), captured.columns.get(name))
         return {}
 
-    def _add(self, name: str, x: Tensor, columns: Tensor | None = None) -> None:
-        rows = x.reshape(-1, x.shape[-1]).to(self.dtype)
+    def _add(
+        self, name: str, x: Tensor, live: Tensor | None, columns: Tensor | None = None
+    ) -> None:
+        rows = x.reshape(-1, x.shape[-1])
+        rows = (rows if live is None else rows.index_select(0, live)).to(self.dtype)
         start = 0
         for total in self._tiles[name]:
             if total.part.ndim == 1:

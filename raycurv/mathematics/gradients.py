@@ -135,10 +135,19 @@ class Rotations:
             return None
         a, g = rows
         if block.input_factor not in self._turned:
-            self._turned[block.input_factor] = self._bases[block.input_factor].rotate(a)
+            self._turned[block.input_factor] = self._rotate(block.input_factor, a, block)
         if self._latest is None or self._latest[0] != block.name:
-            self._latest = block.name, self._bases[block.output_factor].rotate(g)
+            self._latest = block.name, self._rotate(block.output_factor, g, block)
         return self._turned[block.input_factor], self._latest[1]
+
+    def _rotate(self, factor: str, rows: Tensor, block: Block) -> Tensor:
+        """Rows ``[N, T, X]`` in the basis of a factor."""
+        live = self._captured.live.get(block.input_factor)
+        if live is None or not self._bases[factor].tiles:
+            return self._bases[factor].rotate(rows)
+        flat = rows.flatten(0, 1)
+        turned = self._bases[factor].rotate(flat.index_select(0, live))
+        return torch.zeros_like(flat).index_copy_(0, live, turned).view_as(rows)
 
     def gradients(self, block: Block) -> Iterator[tuple[slice, Tensor]]:
         """Per-example gradients in the eigenbasis, ``(examples, [n, O, I])`` a few at a time, of

@@ -41,6 +41,7 @@ class Experts(Kind):
     """
 
     label = "module of experts"
+    ragged = True
 
     def __init__(self, transposed: bool, interleaved: bool) -> None:
         self.name = "experts" + "-transposed" * transposed + "-interleaved" * interleaved

@@ -71,6 +71,8 @@ class Kind(ABC):
         label: a module of this kind, as messages name it.
         rows_are_tokens: whether an example has about as many rows as tokens.
         one_row: whether it has one row, to which all calls add up.
+        ragged: whether examples have different numbers of rows: those that do not count are zero as
+            they come, and are left out of products of all rows.
         by_default: whether weights of this kind have blocks where nobody names them.
         in_slices: whether calls on a slice of positions at the model's end count.
     """
@@ -79,6 +81,7 @@ class Kind(ABC):
     label: str
     rows_are_tokens = True
     one_row = False
+    ragged = False
     by_default = True
     in_slices = True
 
