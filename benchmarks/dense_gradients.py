@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from tiny_families import auto_class
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 from raycurv.batch import Batch
 from raycurv.mathematics.blocks import Block
@@ -49,7 +50,7 @@ def gradient_errors(folder: str, stages: int = 1, globs: Sequence[str] = ()) -> 
     """
     rows = sentences()
     captured, logits = _captured(folder, rows, stages, globs)
-    whole: Any = AutoModelForCausalLM.from_pretrained(
+    whole: Any = auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(
         folder, dtype=torch.float64, experts_implementation="eager"
     )
     whole.eval().requires_grad_(True)

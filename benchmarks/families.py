@@ -5,8 +5,9 @@
 
 Each is saved as a directory, opened, and evaluated in one stage and in two, on examples of several
 lengths in one microbatch. The loss must be that of transformers for each example alone, without
-padding; and that of two stages, that of one bit for bit. A model that is refused, is refused by a
-UserError before the first microbatch.
+padding; and that of two stages, that of one bit for bit. With ``--gradients`` those of each example
+by each block must be autograd's on transformers' own parameters, in float64 and three stages. A
+model that is refused, is refused by a UserError before the first microbatch.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 import transformers
 import tyro
+from dense_gradients import gradient_errors
 from result_file import processor, table
 from tiny_families import auto_class, causal_types, image_types, tiny_config, tiny_model
 from torch import nn
@@ -37,6 +39,7 @@ from raycurv.errors import UserError
 LENGTHS = (9, 5, 12, 2)
 VOCAB = 57  # below the tokens that stand for images
 TOLERANCE = 2e-5  # float32, of a loss relative to its size; transformers may run other kernels
+SINGLE = 1e-5  # of gradients in float64, some of whose parts transformers computes in float32
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def true_loss(model: nn.Module) -> float:
     return total / len(LENGTHS)
 
 
-def tried(kind: str, folder: Path, **more: Any) -> Found:
+def tried(kind: str, folder: Path, gradients: bool, **more: Any) -> Found:
     """What becomes of one type of model."""
     name = kind + "".join(f" ({key})" for key in more)
     try:
@@ -100,19 +103,35 @@ def tried(kind: str, folder: Path, **more: Any) -> Found:
     said = f"loss {mean:.6f}, by transformers {true:.6f}"
     if losses[1] != losses[2]:
         return Found(name, "wrong", f"{said}; two stages {losses[2]}, one {losses[1]}")
-    return Found(name, "right" if abs(mean - true) <= TOLERANCE * abs(true) else "wrong", said)
+    right = abs(mean - true) <= TOLERANCE * abs(true)
+    if gradients:
+        try:
+            errors = gradient_errors(str(folder), 3)
+        except UserError as error:
+            said += f"; no gradients: {_line(error).replace(str(folder), 'DIR')}"
+        else:
+            worst = max(errors, key=lambda block: errors[block])
+            said += f"; gradients of {len(errors) - 1} blocks within {errors[worst]:.1e} ({worst})"
+            right &= errors[worst] <= SINGLE
+    return Found(name, "right" if right else "wrong", said)
 
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def main(kinds: tyro.conf.Positional[tuple[str, ...]] = (), /, out: Path | None = None) -> None:
+def main(
+    kinds: tyro.conf.Positional[tuple[str, ...]] = (),
+    /,
+    out: Path | None = None,
+    gradients: bool = False,
+) -> None:
     """Try types of models.
 
     Args:
         kinds: which, by their ``model_type``; all by default.
         out: file of results.
+        gradients: whether those of each example and block are compared, too.
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -121,7 +140,7 @@ def main(kinds: tyro.conf.Positional[tuple[str, ...]] = (), /, out: Path | None 
         # What has an encoder's attention unless it is told to be a decoder is tried as both.
         for more in ({}, {"is_decoder": True}) if _both(kind) else ({},):
             with tempfile.TemporaryDirectory() as folder:
-                found.append(tried(kind, Path(folder) / "model", **more))
+                found.append(tried(kind, Path(folder) / "model", gradients, **more))
             print(*(found[-1].kind, found[-1].outcome, found[-1].said), sep=" | ", flush=True)
     counts = Counter(f.outcome for f in found)
     took = time.perf_counter() - started
