@@ -216,11 +216,15 @@ def fitted_blocks(store: Store, network: Model) -> tuple[Block, ...]:
     blocks = read_blocks(store)
     modules = dict(network.skeleton().named_modules())
     for block in blocks:
-        module = modules.get(block.module)
-        there: tuple[Block, ...] = ()
-        if module is not None:
-            # The bias of a layer whose weight is shared is by itself.
-            there = (*describe(block.module, module), *FREE.describe(block.module, module))
+        # The bias of a layer whose weight is shared is by itself.
+        there = [
+            described
+            for name in {block.module, block.owner} & modules.keys()
+            for described in (
+                *describe(name, modules[name], network.held),
+                *FREE.describe(name, modules[name]),
+            )
+        ]
         known = set(block.shared) <= modules.keys()
         if not known or _as_described(block) not in map(_as_described, there):
             raise DamagedFile(

@@ -68,6 +68,11 @@ class Block:
             object.__setattr__(self, "module", self.name)
 
     @property
+    def owner(self) -> str:
+        """Name of the module whose own parameter it is, where ``module`` only holds that one."""
+        return f"{self.module}.{self.parameter}".rpartition(".")[0]
+
+    @property
     def output_factor(self) -> str:
         """Name of the output factor, which no other block shares."""
         return f"{self.name}.output"

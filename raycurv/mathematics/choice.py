@@ -19,6 +19,7 @@ from raycurv.errors import UserError
 from raycurv.mathematics.blocks import Block, role
 from raycurv.mathematics.kinds.catalogue import (
     FREE,
+    HELD,
     describe,
     kind_of,
     kind_of_block,
@@ -100,6 +101,7 @@ def choose_blocks(
     default_scope: Sequence[str] = (),
     tied_head: str | None = None,
     idle: Collection[str] = (),
+    held: Collection[str] = (),
 ) -> tuple[Block, ...]:
     """The blocks of a model, in the order of its modules.
 
@@ -111,6 +113,7 @@ def choose_blocks(
         default_scope: prefixes of the names that have blocks by default; empty for the whole model.
         tied_head: name of an output embedding that shares the input embedding's weight.
         idle: names of modules that the forward does not run, which are not among all.
+        held: names of modules that the forward does not call, while others use their weights.
 
     Raises:
         UserError: a pattern matches nothing, no block is left, a block sits on a tied head or, by
@@ -127,7 +130,9 @@ def choose_blocks(
     globs = Globs.of(patterns)
     modules = {name: module for name, module in skeleton.named_modules() if name}
     described = [
-        (module, block) for name, module in modules.items() for block in describe(name, module)
+        (modules[block.module], block)
+        for name, module in modules.items()
+        for block in describe(name, module, held)
     ]
     names = [block.name for _, block in described if kind_of_block(block).by_default]
     parameters = dict(skeleton.named_parameters(remove_duplicate=False))
@@ -163,7 +168,7 @@ def choose_blocks(
     for found in _resolved(taken, _holders(modules), tied_head):
         (obstacles if isinstance(found, _Obstacle) else chosen).append(found)  # type: ignore[arg-type]
     met = {block.name for _, block in taken}
-    held = {
+    named = {
         f"{block.module}.{name}"
         for module, block in described
         if kind_of_block(block).by_default
@@ -173,7 +178,7 @@ def choose_blocks(
     for name, parameter in parameters.items():
         owner, _, key = name.rpartition(".")
         mine = own.get(name)
-        if name in held or (mine is not None and mine.name in met):
+        if name in named or (mine is not None and mine.name in met):
             continue
         # Vectors (norms' scales, biases) have no Kronecker factors and no influence on those that
         # have; a matrix that is silently left out would change what the scores mean.
@@ -202,7 +207,7 @@ def choose_blocks(
 
 def _names_of(block: Block, module: nn.Module) -> Iterable[str]:
     """The parameters of a module that a block is, or is computed from."""
-    if block.parameter not in module._parameters:
+    if own_parameter(module, block.parameter) is None:
         return module._parameters
     return kind_of_block(block).parameters(block)
 
@@ -296,7 +301,7 @@ def _resolved(
         weight = own_parameter(module, block.parameter)
         if kind_of_block(block) is FREE and id(weight) in covered:
             continue  # the bias of a layer that has a block
-        held_by = [block.module] if weight is None else holders[id(weight)]
+        held_by = [_holder(block)] if weight is None else holders[id(weight)]
         found = _no_numbers(block, module) or _one_block(group, held_by, tied_head)
         yield found
         if isinstance(found, Block) and found.shared:
@@ -310,7 +315,7 @@ def _one_block(
 ) -> Block | _Obstacle:
     """The block of a weight, for whichever of the modules that hold it were chosen."""
     _, block = group[0]
-    names = [one.module for _, one in group]
+    names = [_holder(one) for _, one in group]
     free = [one for _, one in group if kind_of_block(one) is FREE]
     if len(free) == len(group):
         # What holds the others is run again with all of them.
@@ -319,7 +324,7 @@ def _one_block(
         others = [name for name in others if not _within(block.module, name)]
     else:
         others = [name for name in held_by if name not in names or free]
-        others = [name for name in others if name != block.module]
+        others = [name for name in others if name != names[0]]
         if len(group) > 1 and not others:
             d_in = block.d_in - block.bias
             return replace(block, d_in=d_in, bias=False, shared=tuple(names[1:]))
@@ -330,6 +335,11 @@ def _one_block(
         return block
     wanted = "a weight of its own, or --blocks that take all modules that have it"
     return _Obstacle(block.name, block.name, f"block {block.name}", wanted, got)
+
+
+def _holder(block: Block) -> str:
+    """The module that has a block's weight."""
+    return block.owner if kind_of_block(block) in HELD else block.module
 
 
 def _within(name: str, module: str) -> bool:
@@ -347,7 +357,7 @@ _COMPUTED_BY = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spec
 
 
 def _refuse_computed_weight(block: Block, module: nn.Module) -> None:
-    if block.parameter in module._parameters or parametrize.is_parametrized(module):
+    if own_parameter(module, block.parameter) is not None or parametrize.is_parametrized(module):
         return
     ask = f"ask for the curvature of what is computed: --blocks {block.name}."
     makers = [type(hook).__name__ for hook in module._forward_pre_hooks.values()]

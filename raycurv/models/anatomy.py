@@ -90,6 +90,7 @@ class Anatomy:
         early: modules outside the layers with weights that run before the first layer.
         late: the same behind the last layer. A module can be both.
         idle: modules outside the layers with weights that this forward does not run.
+        held: modules in the layers with weights that this forward does not call.
         tied: whether the head's weight is the embedding's.
         given: how a forward without values is called.
         numel: number of weights of each module above, and of each layer (``layers.3``).
@@ -106,6 +107,7 @@ class Anatomy:
     early: frozenset[str]
     late: frozenset[str]
     idle: frozenset[str]
+    held: frozenset[str]
     tied: bool
     given: Given
     numel: Mapping[str, int]
@@ -209,6 +211,13 @@ def find_anatomy(
         early=frozenset(seen.early),
         late=frozenset(seen.late),
         idle=frozenset(outside.keys() - run),
+        held=frozenset(
+            name
+            for name, module in whole.named_modules()
+            if name.startswith(f"{layers_name}.")
+            and next(module.parameters(recurse=False), None) is not None
+            and module not in seen.inside
+        ),
         tied=tied,
         given=given,
         numel=numel,
@@ -248,6 +257,7 @@ class _Seen:
     """What one forward showed; see :class:`Anatomy`.
 
     Attributes:
+        inside: the modules that it called.
         watched: what its layers were called with, beside hidden states of the shape ``hidden``.
         called: whether it ran any of the layers.
         problem: the first thing that forbids cutting, or "".
@@ -257,6 +267,7 @@ class _Seen:
     late: set[str]
     outputs: tuple[int, ...]
     made: dict[str, Made]
+    inside: set[nn.Module]
     watched: Watched
     hidden: torch.Size
     called: bool
@@ -279,6 +290,7 @@ def _watch(
     early: set[str] = set()
     late: set[str] = set()
     made: dict[str, tuple[Tensor, int]] = {}
+    inside: set[nn.Module] = set()
     called: list[int] = []
     problems: list[str] = []
     outputs: list[int] = []
@@ -324,6 +336,9 @@ def _watch(
     with ExitStack() as stack:
         for module in names:
             stack.callback(module.register_forward_hook(behind_outside).remove)
+        for module in layers.modules():
+            hook = module.register_forward_pre_hook(lambda module, args: inside.add(module))
+            stack.callback(hook.remove)
         for layer in numbers:
             hook = layer.register_forward_pre_hook(before_layer, with_kwargs=True)
             stack.callback(hook.remove)
@@ -345,6 +360,7 @@ def _watch(
             name: Made(tensor.ndim, tensor.shape[-1] if tensor.ndim else 1, tensor._version != was)
             for name, (tensor, was) in made.items()
         },
+        inside=inside,
         watched=watched,
         hidden=shapes[0] if shapes else torch.Size(),
         called=bool(called),

@@ -119,7 +119,7 @@ class HFOutline(Outline):
         self.unit_costs = tuple(costs)
         self.default_scope = (f"{anatomy.layers}.",)
         self.tied_head = anatomy.head if anatomy.tied else None
-        self.idle = anatomy.idle
+        self.idle, self.held = anatomy.idle, anatomy.held
         if self.idle:
             run = [n for n, _ in whole.named_parameters() if n.rpartition(".")[0] not in self.idle]
             idle = dict.fromkeys(outermost(name, run) for name in sorted(self.idle))

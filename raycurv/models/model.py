@@ -58,6 +58,7 @@ class Outline(ABC):
             ``()`` for everywhere.
         tied_head: name of the output embedding if its weight is the input embedding's.
         idle: names of modules with weights of their own that its forward does not run.
+        held: names of modules that its forward does not call, while others may use their weights.
         max_positions: longest sequence, in tokens, if the model says so.
         token_inputs: whether examples are tokens, or else numbers.
         either_inputs: whether they may as well be of the other kind.
@@ -73,6 +74,7 @@ class Outline(ABC):
     default_scope: tuple[str, ...] = ()
     tied_head: str | None = None
     idle: frozenset[str] = frozenset()
+    held: frozenset[str] = frozenset()
     max_positions: int | None = None
     notices: tuple[str, ...] = ()
     any_length: bool = False

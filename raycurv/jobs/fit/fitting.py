@@ -77,7 +77,7 @@ def _fit(shell: Shell[FitSettings]) -> None:
     opened = open_objective(objective)
     blocks = choose_blocks(
         network.skeleton(), settings.blocks, network.default_scope, network.tied_head,
-        network.idle,
+        network.idle, network.held,
     )  # fmt: skip
     check_names(blocks)
     covered = coverage(network.skeleton(), blocks, network.idle)

@@ -47,7 +47,7 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
     outline = open_outline(settings.model, settings.trust_remote_code, settings.adapters())
     blocks = choose_blocks(
         outline.skeleton(), settings.blocks, outline.default_scope, outline.tied_head,
-        outline.idle,
+        outline.idle, outline.held,
     )  # fmt: skip
     if open_method(settings.method).factors:
         check_axes(blocks, settings.max_factor_dim)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import nn
 
 from raycurv.errors import UserError
@@ -10,6 +12,7 @@ from raycurv.mathematics.kinds.convolution import Convolution
 from raycurv.mathematics.kinds.embedding import Embedding
 from raycurv.mathematics.kinds.experts import BatchedExperts, Experts
 from raycurv.mathematics.kinds.free import FreeParameter
+from raycurv.mathematics.kinds.held import HeldConvolution, HeldLinear, describe_held
 from raycurv.mathematics.kinds.kind import Kind, is_only_held
 from raycurv.mathematics.kinds.linear import Linear, TransposedLinear
 from raycurv.mathematics.kinds.router import Router
@@ -22,6 +25,8 @@ KINDS: list[Kind] = [
     BatchedExperts(),
 ]  # fmt: skip
 FREE = FreeParameter()
+# Of what a module holds and does not call: no module is of these kinds.
+HELD: list[Kind] = [HeldLinear(), HeldConvolution()]
 
 
 def kind_of(module: nn.Module) -> Kind | None:
@@ -29,8 +34,11 @@ def kind_of(module: nn.Module) -> Kind | None:
     return next((kind for kind in KINDS if kind.holds(module)), None)
 
 
-def describe(name: str, module: nn.Module) -> tuple[Block, ...]:
-    """Blocks of all parameters that are a module's own, as far as these are parameters."""
+def describe(name: str, module: nn.Module, held: Collection[str] = ()) -> tuple[Block, ...]:
+    """Blocks of all parameters that are a module's own, as far as these are parameters; ``held``
+    names modules that are never called."""
+    if name in held:
+        return tuple(describe_held(name, block) for block in describe(name, module))
     if is_only_held(module) or "parametrizations" in name.split("."):
         return ()
     kind = kind_of(module)
@@ -52,7 +60,7 @@ def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
 
 def kind_of_block(block: Block) -> Kind:
     """A block's kind; UserError if there is no such kind here."""
-    kinds = [*KINDS, FREE]
+    kinds = [*KINDS, FREE, *HELD]
     for kind in kinds:
         if kind.name == block.kind:
             return kind

@@ -44,7 +44,7 @@ class Convolution(Kind):
 
     def describe(self, name: str, module: nn.Module) -> tuple[Block, ...]:
         (block,) = super().describe(name, module)
-        return (replace(block, groups=_Cut.of(module).groups),)
+        return (replace(block, groups=Cut.of(module).groups),)
 
     def catch(self, module: nn.Module, blocks: Sequence[Block], note: Note) -> Callable[[], None]:
         if type(module).forward is _CLASSES[self.axes].forward:
@@ -55,14 +55,14 @@ class Convolution(Kind):
         def seen(args: tuple[Any, ...], options: dict[str, Any], output: Any) -> Any:
             caught[0] += 1
             x = args[0] if args else options["input"]
-            return note(block.name, x, output, _Cut.of_call(module, *args[2:], **options))
+            return note(block.name, x, output, Cut.of_call(module, *args[2:], **options))
 
         def otherwise(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             """Of a weight that is changed before it is used there is the module's own input."""
             found, caught[0] = caught[0], 0
             if found or not args:
                 return output
-            _check_positions(block, _Cut.of(module), args[0], output)
+            _check_positions(block, Cut.of(module), args[0], output)
             return note(block.name, args[0], output)
 
         calls = catch_calls(module, block.parameter, (_FUNCTIONS[self.axes],), seen)
@@ -75,11 +75,11 @@ class Convolution(Kind):
         return end
 
     def layout(self, block: Block, module: nn.Module) -> object:
-        return _Cut.of(module)
+        return Cut.of(module)
 
     def input_rows(self, block: Block, module: nn.Module, call: ModuleCall) -> Tensor:
         check_examples(block, call.x, call.examples, self.axes + 2)
-        return (call.detail or _Cut.of(module)).patches(call.x)
+        return (call.detail or Cut.of(module)).patches(call.x)
 
     def output_rows(self, block: Block, module: nn.Module, call: ModuleCall, g: Tensor) -> Tensor:
         return g.flatten(2).transpose(1, 2)
@@ -94,11 +94,11 @@ class Convolution(Kind):
 
     def flops(self, module: nn.Module, x: Tensor, *more: Any) -> int:
         assert isinstance(module, _ConvNd)
-        return 2 * len(x) * math.prod(_Cut.of(module).positions(x)) * module.weight.numel()
+        return 2 * len(x) * math.prod(Cut.of(module).positions(x)) * module.weight.numel()
 
 
 @dataclass(frozen=True)
-class _Cut:
+class Cut:
     """How its input is cut into the patches that a convolution multiplies by its weight.
 
     Attributes:
@@ -116,7 +116,7 @@ class _Cut:
     groups: int
 
     @classmethod
-    def of(cls, module: nn.Module) -> _Cut:
+    def of(cls, module: nn.Module) -> Cut:
         """That of torch's own forward."""
         assert isinstance(module, _ConvNd)
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
@@ -135,7 +135,7 @@ class _Cut:
         dilation: Any = 1,
         groups: int = 1,
         **rest: Any,
-    ) -> _Cut:
+    ) -> Cut:
         """That of a call of torch's function with the module's weight, and with these arguments."""
         assert isinstance(module, _ConvNd)
         kernel = tuple(module.weight.shape[2:])
@@ -185,7 +185,7 @@ def _each(value: Any, kernel: tuple[int, ...]) -> tuple[int, ...]:
     return numbers * len(kernel) if len(numbers) == 1 else numbers
 
 
-def _check_positions(block: Block, cut: _Cut, x: Any, y: Any) -> None:
+def _check_positions(block: Block, cut: Cut, x: Any, y: Any) -> None:
     """Refuse, with a UserError, a forward that cuts its input otherwise than its module says."""
     axes = len(cut.kernel) + 2
     if not (isinstance(x, Tensor) and isinstance(y, Tensor) and x.ndim == y.ndim == axes):

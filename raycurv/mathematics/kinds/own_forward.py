@@ -7,6 +7,7 @@ it. So the call of that function is caught inside the forward, with the very arg
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,15 +21,19 @@ _CASTS = (Tensor.type, Tensor.to, Tensor.float, Tensor.double)
 
 
 def catch_calls(
-    module: nn.Module, parameter: str, functions: Collection[Callable[..., Any]], seen: Seen
+    module: nn.Module,
+    parameter: str,
+    functions: Collection[Callable[..., Any]],
+    seen: Seen,
+    place: int = 1,
 ) -> Callable[[], None]:
-    """Watch the forwards of a module from now on: each call of one of ``functions`` whose second
-    argument is the module's ``parameter``, in whatever dtype, goes through ``seen``. Gives what
-    ends the watching."""
+    """Watch the forwards of a module from now on: each call of one of ``functions`` whose argument
+    at ``place`` (or ``weight``) is the module's ``parameter``, or a view of all of it, in whatever
+    dtype, goes through ``seen``. Gives what ends the watching."""
     modes: list[_Calls] = []
 
     def enter(module: nn.Module, args: Any) -> None:
-        modes.append(_Calls(getattr(module, parameter), functions, seen))
+        modes.append(_Calls(attrgetter(parameter)(module), functions, seen, place))
         modes[-1].__enter__()  # type: ignore[no-untyped-call]
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
@@ -47,10 +52,11 @@ def catch_calls(
 
 
 class _Calls(TorchFunctionMode):
-    def __init__(self, weight: Any, functions: Collection[Callable[..., Any]], seen: Seen) -> None:
+    def __init__(
+        self, weight: Tensor, functions: Collection[Callable[..., Any]], seen: Seen, place: int
+    ) -> None:
         super().__init__()
-        self._weight, self._functions, self._seen = weight, functions, seen
-        self._casts: list[Any] = []
+        self._weights, self._functions, self._seen, self._place = [weight], functions, seen, place
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -58,11 +64,19 @@ class _Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         if func in _CASTS and args and self._is_weight(args[0]):
-            self._casts.append(output)
+            self._weights.append(output)
         if func not in self._functions:
             return output
-        weight = args[1] if len(args) > 1 else kwargs.get("weight")
+        weight = args[self._place] if len(args) > self._place else kwargs.get("weight")
         return self._seen(args, kwargs, output) if self._is_weight(weight) else output
 
     def _is_weight(self, value: Any) -> bool:
-        return any(value is one for one in (self._weight, *self._casts))
+        return any(
+            value is one
+            or (
+                isinstance(value, Tensor)
+                and value.untyped_storage() is one.untyped_storage()
+                and value.numel() == one.numel()
+            )
+            for one in self._weights
+        )
