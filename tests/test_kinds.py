@@ -45,10 +45,11 @@ EXACT = 1e-10
 
 @dataclass(frozen=True)
 class Layer:
-    """A module, what it takes, and the weights that its blocks have."""
+    """A module, what it takes, and which of its layers are never called."""
 
     make: Callable[[], nn.Module]
     shape: tuple[int, ...]
+    held: tuple[str, ...] = ()
 
 
 class PadsItself(nn.Conv2d):
@@ -159,6 +160,26 @@ def _norm(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     return shaken
 
 
+class Mixer(nn.Module):
+    """Uses the weights of layers that it does not call, as state-space mixers do; a bias where they
+    scan."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.project = nn.Conv1d(4, 4, 3, groups=4), nn.Linear(4, 5)
+        self.gate = nn.Linear(4, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = F.conv1d(
+            x.transpose(1, 2), self.conv.weight.squeeze(1).unsqueeze(1), self.conv.bias,
+            padding=2, groups=4,
+        )[:, :, : x.shape[1]]  # fmt: skip
+        projected = self.project.weight @ mixed.tanh()
+        gated = F.linear(x, self.gate.weight).sum(dim=2, keepdim=True)
+        return (projected.transpose(1, 2) + self.project.bias) * gated
+
+
+HELD = ("0.conv", "0.project", "0.gate")
 DEPTHWISE = {"kernel_size": 3, "padding": 2, "groups": 4}
 LAYERS = {
     "linear": Layer(lambda: nn.Linear(5, 4), (3, 6, 5)),
@@ -198,6 +219,7 @@ LAYERS = {
     "recurrence": Layer(Positions, (3, 4, 5)),
     "attention": Layer(Attention, (3, 4, 6)),
     "slope": Layer(lambda: nn.PReLU(4), (3, 4, 5)),
+    "layers that are not called": Layer(Mixer, (3, 6, 4), HELD),
     "bilinear": Layer(lambda: Bilinear(), (3, 4, 5)),
 }
 
@@ -223,7 +245,8 @@ def test_rows_give_the_gradient_of_the_matrix_and_the_matrix_gives_the_weight_ba
     if any(isinstance(m, nn.Embedding) for m in module.modules()):
         x = torch.randint(7, layer.shape)
         x.view(-1)[:: len(x)] = 2
-    blocks = choose_blocks(module, ("all",))
+    blocks = choose_blocks(module, ("all",), held=layer.held)
+    assert {block.name for block in blocks} >= set(layer.held)
     parameters = dict(module.named_parameters())
     stored = {}
     for block in blocks:

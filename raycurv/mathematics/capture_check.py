@@ -43,8 +43,9 @@ from raycurv.mathematics.gradients import PIECE, example_gradients
 EXAMPLES, POSITIONS = 2, 64
 # Largest ‖captured − autograd‖ over the larger of both norms. Sums of some hundred rows in another
 # order differ by 1e-15 in float64 and 1e-6 in float32; in bfloat16 autograd rounds every entry to
-# 8 bits, and each partial sum of a layer that is called several times (1e-2).
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2}
+# 8 bits, and each partial sum of a layer that is called several times (1e-2). Models compute some
+# parts in float32 whatever their dtype, routers and scans (1e-7).
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 # Runs the layers of a stage, and its head, on the microbatch of a record; gives what leaves them,
 # with the first position of each.
