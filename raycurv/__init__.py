@@ -30,7 +30,16 @@ if TYPE_CHECKING:
     from raycurv.jobs.prune.prune_settings import PruneSettings
     from raycurv.mathematics.curvature import BlockCurvature, Damping
     from raycurv.mathematics.gradient_statistics import GradientStatistics
-    from raycurv.mathematics.loss.objective import CausalLM, Classification, Objective, Regression
+    from raycurv.mathematics.loss.multi_label import MultiLabel
+    from raycurv.mathematics.loss.objective import (
+        CausalLM,
+        Classification,
+        MaskedLM,
+        Objective,
+        Regression,
+        TokenClassification,
+    )
+    from raycurv.mathematics.loss.preference import Preference
     from raycurv.mathematics.rank.rank_curvature import RankCurvature
     from raycurv.mathematics.rank.rank_fisher import RankFisher
     from raycurv.pruned import Pruned, open_pruned
@@ -43,10 +52,10 @@ __version__ = "0.1.0"
 # `raycurv.open` is no part of `from raycurv import *`, which would put it in place of Python's own.
 __all__ = [
     "BlockCurvature", "CausalLM", "Classification", "DamagedFile", "Damping", "EvaluateSettings",
-    "Evaluation", "FitSettings", "GradientStatistics", "InfluenceSettings", "NumericalError",
-    "Objective", "Products", "PruneSettings", "Pruned", "RankCurvature", "RankFisher",
-    "RaycurvError", "Regression", "Run", "Scores", "UserError", "evaluate", "fit", "open_pruned",
-    "open_scores",
+    "Evaluation", "FitSettings", "GradientStatistics", "InfluenceSettings", "MaskedLM",
+    "MultiLabel", "NumericalError", "Objective", "Preference", "Products", "PruneSettings",
+    "Pruned", "RankCurvature", "RankFisher", "RaycurvError", "Regression", "Run", "Scores",
+    "TokenClassification", "UserError", "evaluate", "fit", "open_pruned", "open_scores",
 ]  # fmt: skip
 
 # Which module has which names.
@@ -59,7 +68,16 @@ _MODULES = {
     "jobs.prune.prune_settings": ("PruneSettings",),
     "mathematics.curvature": ("BlockCurvature", "Damping"),
     "mathematics.gradient_statistics": ("GradientStatistics",),
-    "mathematics.loss.objective": ("CausalLM", "Classification", "Objective", "Regression"),
+    "mathematics.loss.multi_label": ("MultiLabel",),
+    "mathematics.loss.objective": (
+        "CausalLM",
+        "Classification",
+        "MaskedLM",
+        "Objective",
+        "Regression",
+        "TokenClassification",
+    ),
+    "mathematics.loss.preference": ("Preference",),
     "mathematics.rank.rank_curvature": ("RankCurvature",),
     "mathematics.rank.rank_fisher": ("RankFisher",),
     "pruned": ("Pruned", "open_pruned"),

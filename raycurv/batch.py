@@ -1,6 +1,8 @@
 """A microbatch: the examples that go through the stages together.
 
-Axis letters: N examples, T positions (the longest example of the microbatch), padded on the right.
+Axis letters: N examples, T positions (the longest sequence of the microbatch), padded on the right;
+S sequences of an example: two of a pair of texts that are compared, else one. On an axis ``N S``
+those of an example stand together, in row ``n S + s``.
 """
 
 from __future__ import annotations
@@ -24,16 +26,19 @@ class Batch:
     Attributes:
         index: number of the microbatch in the plan of its pass.
         ids: the N example ids.
-        inputs: token ids ``[N, T]`` (int64, 0 where padded), or numbers ``[N, ...]``.
-        mask: ``[N, T]`` bool, True at a token and False at padding; ``None`` without a token axis.
-        labels: targets. Of token data ``[N, T]`` int64 in HF's alignment (``labels[n, t]`` speaks
-            of token t, which position t-1 predicts); otherwise whatever the objective takes, N
-            first. ``None`` when the data has none.
+        inputs: token ids ``[N S, T]`` (int64, 0 where padded), or numbers ``[N, ...]``.
+        mask: ``[N S, T]`` bool, True at a token and False at padding; ``None`` without a token
+            axis.
+        labels: targets. Of tokens ``[N, T]`` int64 in HF's alignment (``labels[n, t]`` speaks of
+            token t, which position t-1 predicts where the next token is predicted); otherwise
+            whatever the objective takes, N first. ``None`` when the data has none.
         loss_mask: ``[N, T]`` bool, so aligned: which tokens are targets. ``None`` for all.
         drawn: labels drawn from the model in an earlier pass, ``[draws, N, ...]``, else ``None``.
         numbers: places of the N examples among those of their data, from 0 on.
         columns: what the objective asked for of the data, by the column's name: of numbers a tensor
             ``[N, ...]`` (int64 for whole numbers), of text a list of N strings.
+        named: further inputs of the model by the name that its forward gives them, ``[N S, ...]``;
+            of tokens (``token_type_ids``) padded as ``inputs`` are.
         start: where an objective is called on a slice of positions, the first of them: ``outputs[:,
             t]`` is of position ``start + t``; else 0. ``inputs``, ``mask`` and ``columns`` are
             those of whole examples all the same.
@@ -48,6 +53,7 @@ class Batch:
     drawn: Tensor | None = None
     numbers: tuple[int, ...] = ()
     columns: Mapping[str, Tensor | list[str]] = field(default_factory=dict)
+    named: Mapping[str, Tensor] = field(default_factory=dict)
     start: int = 0
 
     @property
@@ -55,11 +61,27 @@ class Batch:
         """N, the number of examples."""
         return len(self.ids)
 
+    @property
+    def sequences(self) -> int:
+        """S, the number of sequences that each example has."""
+        each, left = divmod(len(self.inputs), self.size)
+        return each if each and not left else 1
+
+    @property
+    def rows(self) -> int:
+        """N S, the number of sequences in all."""
+        return self.size * self.sequences
+
     def tokens(self) -> Tensor:
         """Positions that are not padding, ``[N]`` int64; ones without a token axis."""
         if self.mask is None:
             return torch.ones(self.size, dtype=torch.int64)
-        return self.mask.sum(dim=1)
+        return self.mask.view(self.size, -1).sum(dim=1)
+
+    def rows_of(self, examples: Sequence[int]) -> list[int]:
+        """The rows of some examples' sequences, by the places of the examples."""
+        each = self.sequences
+        return [n * each + s for n in examples for s in range(each)]
 
     def at_last(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """The outputs at each example's last token, for an objective that reads nothing else.
@@ -72,6 +94,7 @@ class Batch:
             positions. Where it is not, what is given is of another position, and is to be left out:
             ``torch.where(here, value, 0.0)``. Slices together hold each last token once.
         """
+        assert self.sequences == 1, "which of an example's sequences ends it"
         at = self.tokens().to(outputs.device) - 1 - self.start
         here = (at >= 0) & (at < outputs.shape[1])
         examples = torch.arange(self.size, device=outputs.device)
@@ -81,17 +104,18 @@ class Batch:
         """Some examples, by their places in the microbatch, and of token data no more than the
         first so many positions."""
         rows = torch.tensor(list(examples), device=self.inputs.device)
+        sequences = torch.tensor(self.rows_of(examples), device=self.inputs.device)
         end = None if self.mask is None else positions
 
-        def cut(tensor: Tensor) -> Tensor:
+        def cut(tensor: Tensor, rows: Tensor = rows) -> Tensor:
             tokens = self.mask is not None and tensor.shape[:2] == self.mask.shape
             return tensor[rows, :end] if tokens else tensor[rows]
 
         return replace(
             self,
             ids=tuple(self.ids[n] for n in examples),
-            inputs=cut(self.inputs),
-            mask=None if self.mask is None else cut(self.mask),
+            inputs=cut(self.inputs, sequences),
+            mask=None if self.mask is None else cut(self.mask, sequences),
             labels=None if self.labels is None else cut(self.labels),
             loss_mask=None if self.loss_mask is None else cut(self.loss_mask),
             drawn=None if self.drawn is None else torch.stack([cut(y) for y in self.drawn]),
@@ -100,6 +124,7 @@ class Batch:
                 name: c[rows] if isinstance(c, Tensor) else [c[n] for n in examples]
                 for name, c in self.columns.items()
             },
+            named={name: cut(tensor, sequences) for name, tensor in self.named.items()},
         )
 
     def to(self, device: torch.device) -> Batch:
@@ -119,6 +144,7 @@ class Batch:
                 name: value.to(device) if isinstance(value, Tensor) else value
                 for name, value in self.columns.items()
             },
+            named={name: tensor.to(device) for name, tensor in self.named.items()},
         )
 
 

@@ -20,7 +20,7 @@ def evaluate(
     model: AnyModel,
     data: AnySource,
     out: str | os.PathLike[str],
-    objective: str | Objective = "causal-lm",
+    objective: str | Objective | None = None,
     quiet: bool = False,
     **settings: Any,
 ) -> Evaluation:
@@ -29,7 +29,8 @@ def evaluate(
     Args:
         model, data: as for :func:`raycurv.fit`.
         out: where the results go.
-        objective: its name, or the object itself (see :class:`raycurv.Objective`).
+        objective: its name, or the object itself (see :class:`raycurv.Objective`); by default what
+            the model was trained for, as for ``--objective``.
         quiet: show no progress.
         **settings: the fields of :class:`raycurv.EvaluateSettings`; ``address="none"`` runs without
             Ray.

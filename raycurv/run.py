@@ -51,7 +51,7 @@ def fit(
     model: AnyModel,
     data: AnySource | None,
     out: str | os.PathLike[str],
-    objective: str | Objective = "causal-lm",
+    objective: str | Objective | None = None,
     quiet: bool = False,
     **settings: Any,
 ) -> Run:
@@ -63,7 +63,8 @@ def fit(
         data: path or glob of Parquet, JSONL or Arrow, a ``pyarrow.Table``, or a list of dicts;
             ``None`` with ``merge`` and ``subtract``, whose data is that of the runs.
         out: the run directory.
-        objective: its name, or the object itself (see :class:`raycurv.Objective`).
+        objective: its name, or the object itself (see :class:`raycurv.Objective`); by default what
+            the model was trained for, as for ``--objective``.
         quiet: show no progress.
         **settings: the fields of :class:`raycurv.FitSettings`; ``address="none"`` runs without Ray.
 

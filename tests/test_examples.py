@@ -486,8 +486,8 @@ MISTAKES: dict[str, tuple[list[dict[str, Any]], dict[str, Any], list[str]]] = {
     "text of numbers": ([{"text": 1.5}], {}, ["`text`", "1.5"]),
     "one label for tokens": (
         [{"input_ids": [1], "labels": 3}],
-        {},
-        ["whole numbers", "int64", "`inputs`"],
+        {"per_token": True},
+        ["whole numbers", "int64", "Rename"],
     ),
     "null token": ([{"input_ids": [1]}, {"input_ids": [1, None]}], {}, ["row 1", "null"]),
     "null example": ([{"input_ids": [1]}, {"input_ids": None}], {}, ["row 1", "null"]),

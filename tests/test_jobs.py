@@ -121,7 +121,7 @@ def test_the_last_line_of_output_is_json(made: Made) -> None:
 HELP = {
     "fit.py": {
         "--model": "", "--data": "", "--out": "", "--method": "ekfac", "--fisher": "sampled",
-        "--draws": "1", "--objective": "causal-lm", "--blocks": "", "--max-factor-dim": "None",
+        "--draws": "1", "--objective": "None", "--blocks": "", "--max-factor-dim": "None",
         "--max-examples": "None", "--max-length": "None", "--long": "error", "--seed": "0",
         "--dtype": "float32", "--store-dtype": "None", "--logits-chunk": "16777216",
         "--stages": "None", "--schedule": "pipelined", "--homes": "1", "--spool-dir": "None",
@@ -138,7 +138,7 @@ HELP = {
         "--batch-tokens": "4096", "--address": "None",
     },
     "evaluate.py": {
-        "--model": "", "--data": "", "--out": "", "--objective": "causal-lm",
+        "--model": "", "--data": "", "--out": "", "--objective": "None",
         "--max-examples": "None", "--seed": "0", "--dtype": "float32", "--max-length": "None",
         "--long": "error", "--stages": "None", "--schedule": "pipelined", "--batch-tokens": "4096",
     },

@@ -580,7 +580,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     ),
     "not a language model": (
         lambda folder: _edit_config(folder, model_type="vit", architectures=["ViTModel"]),
-        ("config.json", "causal language model"),
+        ("config.json", "a language model or a classifier"),
     ),
     "unknown architecture": (
         lambda folder: _edit_config(folder, model_type="llama_of_tomorrow"),

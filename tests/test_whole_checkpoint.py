@@ -188,9 +188,6 @@ def test_weights_that_were_not_gathered_are_called_so(own: Path) -> None:
 
 
 OTHERS = {
-    "LlamaForSequenceClassification": ("llama", "a classifier", "--objective classification"),
-    "LlamaForTokenClassification": ("llama", "a classifier of tokens"),
-    "ElectraForMaskedLM": ("electra", "a masked language model"),
     "LlamaModel": ("llama", "a bare model"),
     "BartForConditionalGeneration": ("bart", "an encoder with a decoder"),
     "T5ForConditionalGeneration": ("t5", "an encoder with a decoder"),
@@ -210,6 +207,13 @@ def test_another_kind_of_model_is_refused_by_its_name(own: Path, name: str) -> N
         open_outline(str(own))
     _config(own, architectures=["LlamaForCausalLM"], model_type="llama")
     assert open_model(str(own)).units == 2
+
+
+@pytest.mark.parametrize("name", ["LlamaForSequenceClassification", "LlamaForTokenClassification"])
+def test_the_weights_of_a_language_model_are_no_classifiers(own: Path, name: str) -> None:
+    _config(own, architectures=[name])
+    assert open_outline(str(own)).classes == 2
+    _refused(own, name, "score.weight", "missing")
 
 
 def _directory(folder: Path, *names: str, **content: str) -> None:

@@ -2,7 +2,8 @@
 
     attention_mask    padding at either end is cut off: padded and unpadded data are the same
     position_ids      only 0, 1, 2, ...
-    token_type_ids    only zeros, which is what a model has without them
+    token_type_ids    given to a classifier or an encoder that takes them; else only zeros, which is
+                      what a model has without them
     others            that would change what a model computes: refused by name
 
 Padding on the left is cut off like that on the right: the text is the same text, and its positions
@@ -10,6 +11,8 @@ begin with 0, as ``generate`` of Hugging Face's counts them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 import numpy as np
 
@@ -85,11 +88,16 @@ def text_span(mask_T: np.ndarray, where: str) -> slice:
 
 
 def check_positions(
-    rows: Rows, tokens: list[np.ndarray], spans: list[slice], place: columns.Place
+    rows: Rows,
+    tokens: list[np.ndarray],
+    spans: list[slice],
+    place: columns.Place,
+    takes: Collection[str] = (),
 ) -> None:
     """Refuse positions and kinds of tokens that are not those that a model has without them.
 
     Args:
+        takes: those that the model is given.
         tokens: of every row, with its padding.
         spans: what of every row is text.
 
@@ -97,7 +105,7 @@ def check_positions(
         UserError: names the row and the first wrong entry.
     """
     for name in READ[1:]:
-        if name not in rows.columns:
+        if name not in rows.columns or name in takes:
             continue
         for i, values_T in enumerate(columns.integer_lists(name, rows.columns[name], place)):
             if values_T is None:

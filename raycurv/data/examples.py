@@ -51,11 +51,16 @@ class Example:
         inputs: float32 or float64, or int64 where the model's embedding looks them up; of one shape
             in all examples; ``None`` for tokens.
         labels: of tokens ``[T]`` int64, -100 where a token is no target; of numbers int64 ``[]``
-            (a class) or float64 ``[]`` or ``[D]`` (a regression). ``None`` when the data has none.
+            (a class) or float64 ``[]`` or ``[D]`` (a regression); of a whole text ``[]`` as well,
+            or ``[1, D]``, one row for all its tokens. ``None`` when the data has none.
         loss_mask: ``[T]`` bool, which tokens are targets, False wherever the label is -100;
             ``None`` for all.
         columns: further columns that an objective reads, by name: text, or an array of numbers
             (int64, float32 or float64) of the same shape in all examples.
+        named: further inputs of the model, by the name that its forward gives them: int64, of
+            tokens ``[T]``.
+        sequences: tokens of each of several texts, which stand one after the other in
+            ``input_ids``; empty for one text.
     """
 
     index: int
@@ -65,26 +70,39 @@ class Example:
     labels: np.ndarray | None = None
     loss_mask: np.ndarray | None = None
     columns: Mapping[str, str | np.ndarray] = field(default_factory=dict)
+    named: Mapping[str, np.ndarray] = field(default_factory=dict)
+    sequences: tuple[int, ...] = ()
 
     @property
     def length(self) -> int:
         """T, the number of tokens; 1 without a token axis."""
         return 1 if self.input_ids is None else len(self.input_ids)
 
+    @property
+    def positions(self) -> int:
+        """Positions in a microbatch of its own: those of its longest text for each text."""
+        return len(self.sequences) * max(self.sequences) if self.sequences else self.length
+
     def numbered(self, index: int) -> Example:
         """The same of another number; ``dataclasses.replace`` takes five times as long."""
         return Example(
-            index, self.id, self.input_ids, self.inputs, self.labels, self.loss_mask, self.columns
-        )
+            index, self.id, self.input_ids, self.inputs, self.labels, self.loss_mask, self.columns,
+            self.named, self.sequences,
+        )  # fmt: skip
 
 
-def loss_terms(example: Example) -> int:
-    """How many terms the example's loss has: its targets after the first token; 1 for numbers."""
-    if example.input_ids is None:
+def loss_terms(example: Example, shift: int = 1) -> int:
+    """How many terms the example's loss has: its targets after the first token; 1 for numbers, and
+    for a text of one label.
+
+    Args:
+        shift: how far a target stands behind what predicts it; 0 counts the first token, too.
+    """
+    if example.input_ids is None or (example.labels is not None and example.labels.ndim != 1):
         return 1
     if example.loss_mask is None:
-        return len(example.input_ids) - 1
-    return int(np.count_nonzero(example.loss_mask[1:]))
+        return len(example.input_ids) - shift
+    return int(np.count_nonzero(example.loss_mask[shift:]))
 
 
 def no_loss_terms(where: str, examples: int) -> UserError:
@@ -101,8 +119,9 @@ def no_loss_terms(where: str, examples: int) -> UserError:
 def examples_to_table(examples: Sequence[Example]) -> Any:
     """Examples as a ``pyarrow.Table``; nothing is lost, not even dtypes.
 
-    Its columns are those of ``EXAMPLES_SCHEMA``, and of every further column ``column:NAME``, of
-    numbers flattened, with their shape in ``shape:NAME``.
+    Its columns are those of ``EXAMPLES_SCHEMA``; of every further column ``column:NAME``, of
+    numbers flattened, with their shape in ``shape:NAME``; of further inputs ``input:NAME``; and
+    ``sequences`` where examples have several texts.
     """
 
     def of_dtype(arrays: list[np.ndarray | None], dtype: Any) -> list[np.ndarray | None]:
@@ -142,6 +161,12 @@ def examples_to_table(examples: Sequence[Example]) -> Any:
         table = table.append_column(f"column:{name}", columns.list_column(further, numbers))
         shape = columns.list_column(shapes(further), pa.int64())
         table = table.append_column(f"shape:{name}", shape)
+    for name in examples[0].named if examples else ():
+        given = columns.list_column([example.named[name] for example in examples], pa.int64())
+        table = table.append_column(f"input:{name}", given)
+    if any(example.sequences for example in examples):
+        lengths = [np.array(example.sequences, np.int64) for example in examples]
+        table = table.append_column("sequences", columns.list_column(lengths, pa.int64()))
     return table
 
 
@@ -159,6 +184,9 @@ def table_to_examples(table: Any) -> list[Example]:
             name.removeprefix("column:"): _values(batch, name, cells)
             for name in batch.schema.names
             if name.startswith("column:")
+        }
+        named = {
+            name.removeprefix("input:"): cells[name] for name in cells if name.startswith("input:")
         }
 
         def shaped(name: str, dtypes: Sequence[str], i: int, cells: Any = cells) -> Any:
@@ -179,9 +207,16 @@ def table_to_examples(table: Any) -> list[Example]:
                     shaped("labels", ("float64", "int64"), i),
                     cells["loss_mask"][i],
                     {name: values[i] for name, values in further.items()},
+                    {name: _there(values[i]) for name, values in named.items()},
+                    tuple(_there(cells["sequences"][i]).tolist()) if "sequences" in cells else (),
                 )
             )
     return examples
+
+
+def _there(array: np.ndarray | None) -> np.ndarray:
+    assert array is not None, "a column without nulls"
+    return array
 
 
 def _values(batch: Any, name: str, cells: Mapping[str, list[np.ndarray | None]]) -> list[Any]:

@@ -25,6 +25,8 @@ class Findings:
         targets_at_padding: of these tokens, those that ``labels`` make targets: cut off, too.
         truncated_examples: examples whose end was cut off by ``--long truncate``.
         targets_cut_off: of these, those that have no target left and had some.
+        classes_lacking: names of the model's classes that no example has.
+        masking: how tokens were hidden, where the data did not say.
     """
 
     unused_columns: set[str] = field(default_factory=set)
@@ -35,12 +37,14 @@ class Findings:
     targets_at_padding: int = 0
     truncated_examples: int = 0
     targets_cut_off: int = 0
+    classes_lacking: list[str] = field(default_factory=list)
+    masking: dict[str, Any] = field(default_factory=dict)
 
     def recorded(self) -> dict[str, Any]:
         """What there is of it, for JSON."""
         found = {name: value for name, value in asdict(self).items() if value}
         return {
-            name: value if isinstance(value, int) else sorted(value)[:_RECORDED]
+            name: value if isinstance(value, int | dict) else sorted(value)[:_RECORDED]
             for name, value in found.items()
         }
 
@@ -75,7 +79,13 @@ def sentences(recorded: Mapping[str, Any], examples: int, without_target: int) -
             f"{recorded['targets_at_padding']:,} labels at padding count as no targets, though "
             "they are not -100"
         )
+    if "masking" in recorded:
+        said.append(
+            f"of each text {recorded['masking']['targets']:.0%} of the tokens are hidden, drawn by "
+            "the seed and the example's id"
+        )
     for name, what in (
+        ("classes_lacking", "classes that no example has"),
         ("unused_columns", "columns that were not read"),
         ("left_out_files", "hidden files and caches that were not read"),
     ):

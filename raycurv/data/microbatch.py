@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -120,7 +120,8 @@ def make_batch(
     """Packs examples into one microbatch.
 
     Args:
-        examples: all of tokens, or all of numbers of one shape; at least one.
+        examples: all of tokens, or all of numbers of one shape; at least one; all of as many texts
+            each.
         dtype: floating-point type of inputs and labels that are numbers.
         drawn: labels drawn from the model, per example ``[draws, T_n]`` where each token has one,
             otherwise ``[draws, ...]``; whole numbers become int64, others ``dtype``.
@@ -129,7 +130,8 @@ def make_batch(
         Of tokens: padded on the right with 0, ``mask`` True at tokens. ``labels`` are ``None`` when
         no example has any (the tokens are their own targets); an example without labels among
         others that have them gets its tokens. ``loss_mask`` is ``None`` when no example has one and
-        no label is -100; otherwise False at padding and at labels of -100, which become 0.
+        no label is -100; otherwise False at padding and at labels of -100, which become 0. Where
+        examples have a label each, no mask of targets. Further inputs padded like the tokens.
         Of numbers: no masks; ``labels`` int64 ``[N]`` or ``dtype`` ``[N, ...]``.
         Of either: ``columns`` of numbers int64 or ``dtype`` ``[N, ...]``, of text lists.
     """
@@ -161,7 +163,23 @@ def _token_batch(
     dtype: torch.dtype,
     drawn: Sequence[np.ndarray] | None,
 ) -> Batch:
+    labels = [example.labels for example in examples]
     tokens = [_there(example.input_ids) for example in examples]
+    named = {
+        name: _padded(examples, [e.named[name] for e in examples]) for name in examples[0].named
+    }
+    if labels[0] is not None and labels[0].ndim != 1:
+        inputs = _padded(examples, tokens)
+        flat = np.stack([_there(one).reshape(-1) for one in labels])
+        return Batch(
+            index,
+            ids,
+            torch.from_numpy(inputs),
+            mask=torch.from_numpy(_padded(examples, [np.ones(len(t), bool) for t in tokens])),
+            labels=_numbers(flat if labels[0].ndim else flat[:, 0], dtype),
+            drawn=None if drawn is None else _numbers(np.stack(drawn, axis=1), dtype),
+            named=_tensors(named),
+        )
     shape = (len(tokens), max(len(ids_T) for ids_T in tokens))
     inputs_NT = np.zeros(shape, np.int64)
     labels_NT = np.zeros(shape, np.int64)
@@ -191,7 +209,24 @@ def _token_batch(
         labels=torch.from_numpy(labels_NT) if labelled else None,
         loss_mask=torch.from_numpy(loss_mask_NT) if masked else None,
         drawn=drawn_,
+        named=_tensors(named),
     )
+
+
+def _padded(examples: Sequence[Example], values: Sequence[np.ndarray]) -> np.ndarray:
+    """What each example has of each of its tokens as ``[N S, T]``, 0 (False) at padding."""
+    rows: list[np.ndarray] = []
+    for example, own in zip(examples, values, strict=True):
+        rows += np.split(own, np.cumsum(example.sequences[:-1], dtype=np.int64))
+    kind = bool if rows[0].dtype == bool else np.int64
+    padded = np.zeros((len(rows), max(len(row) for row in rows)), kind)
+    for n, row in enumerate(rows):
+        padded[n, : len(row)] = row
+    return padded
+
+
+def _tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def _stacked(drawn: Sequence[np.ndarray], lengths: Sequence[int]) -> np.ndarray:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -19,21 +19,29 @@ from raycurv.data.conversations import conversation
 from raycurv.data.digests import Digests, Smallest
 from raycurv.data.examples import NOT_A_TARGET, VOCABULARY_LIMIT, Example, loss_terms
 from raycurv.data.findings import Findings
+from raycurv.data.labels import NAMES, Labels
+from raycurv.data.masking import Masking
 from raycurv.data.parts import Part, Rows
 from raycurv.data.sources import Source, find_parts
 from raycurv.data.tokenizer import Tokenizer, affixes
 from raycurv.errors import UserError, user_errors
+from raycurv.mathematics.loss.objective import Reads
 
 # In order of preference; each with the columns that it takes.
 TOKENS: tuple[tuple[str, ...], ...] = (("input_ids",), ("prompt", "completion"), ("text",))
+# Of a text that is read together with another one, and of two that are compared.
+TWO_TEXTS = ("text", "text_pair")
+PAIRS: tuple[tuple[str, ...], ...] = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
 NUMBERS: tuple[tuple[str, ...], ...] = (("inputs",),)
 # What a file of a stranger's can raise in the libraries that read it.
 DATA_ERRORS = (
     pa.ArrowException, OSError, MemoryError, RecursionError, ArithmeticError, ValueError,
 )  # fmt: skip
-# So many labels that all equal the next token are no chance.
-_SHIFTED = 4
+# So many labels that all equal the next token are no chance; nor are so many hidden tokens that
+# are all shown, of which one in ten is.
+_SHIFTED, _SHOWN = 4, 10
 OPTIONAL_COLUMNS = ("id", "labels", "loss_mask")
+_KINDS_OF_TOKENS = "token_type_ids"
 # Rows of an embedding that looks a model's inputs up, of whole numbers; None if none does.
 LooksUp: TypeAlias = Callable[[np.ndarray], "int | None"]
 
@@ -44,8 +52,10 @@ class ExampleReader:
 
     Streams: what stays in memory is one chunk of rows (bounds.py), and 16 bytes for every id.
 
-    The columns are ``input_ids``; ``prompt`` and ``completion``; ``text``; or ``inputs``: the first
-    of these that is there. Optional are ``id`` (otherwise the path below the data's root and the
+    The columns are ``input_ids``; ``prompt`` and ``completion``; ``text``, for some models with a
+    second one in ``text_pair``; or ``inputs``: the first of these that is there. Of texts that are
+    compared they are ``chosen`` and ``rejected``, of text or of token ids, with a ``prompt`` before
+    both if there is one. Optional are ``id`` (otherwise the path below the data's root and the
     0-based row, ``sub/file.parquet:17``, and the row alone of a table in memory), ``labels`` and
     ``loss_mask``; beside ``input_ids`` also those of beside_tokens.py. A prompt and its completion
     are tokenised apart; the tokenizer's special tokens stand before the prompt and after the
@@ -67,6 +77,15 @@ class ExampleReader:
         either: whether it may as well take the others: ``inputs`` of whole numbers, say, that its
             embedding looks up.
         per_token: whether the loss is one of tokens, so that there must be some.
+        shift: how far a token that is a target stands behind what predicts it.
+        reads: see :class:`raycurv.mathematics.loss.objective.Objective`.
+        labels_of: whether ``labels`` (or ``label``) beside tokens are one for each ``text``, or one
+            for each of its ``tokens``; ``None`` where their type tells: no list is one for a text.
+        label_names: the numbers of the model's classes by their names.
+        classes: how many classes there are; ``None`` where labels are no classes.
+        masking: makes what hides tokens, of data whose labels do not say which are hidden.
+        takes: further inputs that the model's forward takes.
+        whole_texts: whether a text has its tokenizer's special tokens even where it is truncated.
         looks_up: gives the rows of the embedding that looks the inputs up, for the first example's.
         empty: what to do with a row of no token: ``error``, or ``skip``, which also leaves out a
             text of no character. The other rows keep their ids; ``max_examples`` counts it.
@@ -88,6 +107,14 @@ class ExampleReader:
     token_inputs: bool | None = None
     either: bool = False
     per_token: bool = False
+    shift: int = 1
+    reads: Reads = "texts"
+    labels_of: Literal["text", "tokens"] | None = None
+    label_names: Mapping[str, int] = field(default_factory=dict)
+    classes: int | None = None
+    masking: Callable[[], Masking] | None = None
+    takes: Collection[str] = ()
+    whole_texts: bool = False
     looks_up: LooksUp | None = None
     empty: Literal["error", "skip"] = "error"
     further: Sequence[str] = ()
@@ -98,9 +125,8 @@ class ExampleReader:
     seen: Digests = field(default_factory=Digests)
     kind: tuple[str, ...] = ()
     shape: tuple[int, ...] | None = None
-    labelled: bool | None = None
-    labels_shape: tuple[int, ...] | None = None
-    classes: bool | None = None
+    labels: Labels = field(init=False)
+    kinds_there: bool | None = None
     vocabulary: int | None = None
     """Rows of the embedding that looks ``inputs`` up; 0 if they are no more than numbers."""
     further_as: dict[str, np.ndarray | None] = field(default_factory=dict)
@@ -115,6 +141,12 @@ class ExampleReader:
         if self.long not in ("error", "truncate", "split"):
             got = repr(self.long)
             raise UserError("--long", "error, truncate or split", got, "Choose one of them.")
+        if self.long == "split" and (self.reads == "pairs" or self._one_label()):
+            raise UserError(
+                "--long split", "error or truncate, of texts that are taken as a whole",
+                "split", "Choose one of them.",
+            )  # fmt: skip
+        self.labels = Labels(self.label_names)
         found = find_parts(self.source)
         self.parts = found.parts
         self.findings.left_out_files = list(found.left_out)
@@ -135,9 +167,12 @@ class ExampleReader:
                 if sample is None:
                     self._check_unique(ids, rows)
                 make = self._of_numbers if self.kind in NUMBERS else self._of_tokens
+                if self.kind in PAIRS:
+                    make = self._of_pairs
                 for example in make(rows, ids, _named(rows, ids)):
                     yield example.numbered(index)
                     index += 1
+        self._note_classes()
         if not index:
             files = f"{len(self.parts)} file{'s' if len(self.parts) > 1 else ''}"
             raise UserError(
@@ -160,7 +195,8 @@ class ExampleReader:
                 self.kind = self._kind(part, found)
                 others = tuple(name for name in self.further if name not in self.kind)
                 beside = beside_tokens.READ if self.kind == ("input_ids",) else ()
-                for rows in part.read((*self.kind, *others), (*OPTIONAL_COLUMNS, *beside)):
+                optional = (*OPTIONAL_COLUMNS, *beside, *self._label_columns())
+                for rows in part.read((*self.kind, *others), optional):
                     if self.kind in (("input_ids",), ("inputs",)):
                         beside_tokens.refuse_others(rows)
                     self.findings.unused_columns |= rows.others
@@ -214,6 +250,10 @@ class ExampleReader:
 
     def _usable(self) -> tuple[tuple[str, ...], ...]:
         """The columns of inputs that the model may take, in order of preference."""
+        if self.reads == "pairs":
+            return PAIRS
+        if self.whole_texts:
+            return (TOKENS[0], TWO_TEXTS, TOKENS[2])
         if self.token_inputs is None:
             return (*TOKENS, *NUMBERS)
         if self.per_token and (self.token_inputs or self.either):
@@ -262,18 +302,27 @@ class ExampleReader:
         tokens, targets, blank = self._tokens(rows, place)
         self._check_vocabulary("input_ids", tokens, place)
         nothing: list[np.ndarray | None] = [None] * len(ids)
-        labels, masks = nothing, nothing
-        if "labels" in rows.columns:
+        labels, masks, of_texts = nothing, nothing, nothing
+        if self._of_texts(rows):
+            of_texts = self._text_labels(rows, place)
+        elif "labels" in rows.columns:
             labels = self._token_labels(rows, place)
             self._check_lengths("labels", labels, tokens, place)
             self._check_vocabulary("labels", labels, place)
-            if self.per_token:
+            if self.per_token and self.shift:
                 _refuse_shifted(labels, tokens, place)
+            if self.reads == "masked":
+                _refuse_shown(labels, tokens, place)
+        elif self.classes is not None:
+            raise UserError(
+                place(0), "a label of each token", "none",
+                f"Add a column `labels`, with {NOT_A_TARGET} where a token has none.",
+            )  # fmt: skip
         if "loss_mask" in rows.columns:
             masks = columns.boolean_lists("loss_mask", rows.columns["loss_mask"], place)
             self._check_lengths("loss_mask", masks, tokens, place)
         spans, skip = self._spans(rows, tokens, labels, place), self.empty == "skip"
-        further = self._further(rows, place)
+        further, named = self._further(rows, place), self._token_kinds(rows, tokens, place)
         for i, (ids_T, labels_T) in enumerate(zip(tokens, labels, strict=True)):
             span = None if spans is None else spans[i]
             if skip and (blank[i] or not len(ids_T if span is None else ids_T[span])):
@@ -282,8 +331,9 @@ class ExampleReader:
             targets_T = _both(masks[i], targets[i])
             if labels_T is not None and (labels_T == NOT_A_TARGET).any():
                 targets_T = _both(targets_T, labels_T != NOT_A_TARGET)
+            own = labels_T if of_texts[i] is None else of_texts[i]
             example = Example(
-                0, ids[i], ids_T.astype(np.int32), None, labels_T, targets_T, further[i]
+                0, ids[i], ids_T.astype(np.int32), None, own, targets_T, further[i], named[i]
             )
             if span is not None:
                 example = _slice(example, ids[i], span.start, span.stop)
@@ -294,7 +344,121 @@ class ExampleReader:
                     "none" if not len(ids_T) else "none but padding",
                     "Leave out empty examples, or give --empty skip.",
                 )
-            yield from self._fitted(example, i, rows, place)
+            for fitting in self._fitted(example, i, rows, place):
+                yield self._hidden(fitting)
+
+    def _hidden(self, example: Example) -> Example:
+        """An example of a masked language model, where its labels do not say what is hidden."""
+        if self.reads != "masked" or example.labels is not None:
+            return example
+        shown_T, labels_T = self._masking.hide(example.id, _there(example.input_ids))
+        targets_T = labels_T != NOT_A_TARGET
+        return replace(
+            example, input_ids=shown_T, labels=labels_T,
+            loss_mask=_both(example.loss_mask, targets_T),
+        )  # fmt: skip
+
+    @cached_property
+    def _masking(self) -> Masking:
+        assert self.masking is not None, "nobody says how tokens are hidden"
+        masking = self.masking()
+        self.findings.masking = masking.recorded()
+        return masking
+
+    def _of_pairs(self, rows: Rows, ids: Sequence[str], place: columns.Place) -> Iterator[Example]:
+        """Examples of texts that are compared, the better one first."""
+        names = [name for name in self.kind if name != "prompt"]
+        given = {name: rows.columns[name] for name in self.kind}
+        if any(columns.is_text(column) for column in given.values()):
+            texts = {name: columns.strings(name, column, place) for name, column in given.items()}
+            before = texts.get("prompt", [""] * len(ids))
+            both = [[a + b for a, b in zip(before, texts[n], strict=True)] for n in names]
+            tokens = [
+                self._encoded(name, own, True, place) for name, own in zip(names, both, strict=True)
+            ]
+        else:
+            lists = {
+                name: [_there(one) for one in columns.integer_lists(name, column, place)]
+                for name, column in given.items()
+            }
+            heads = lists.get("prompt", [np.empty(0, np.int64)] * len(ids))
+            tokens = [
+                [np.concatenate(pair) for pair in zip(heads, lists[name], strict=True)]
+                for name in names
+            ]
+        for name, own in zip(names, tokens, strict=True):
+            self._check_vocabulary(name, own, place)
+        further = self._further(rows, place)
+        for i, id in enumerate(ids):
+            texts_ST = [own[i] for own in tokens]
+            empty = next((n for n, own in zip(names, texts_ST, strict=True) if not len(own)), None)
+            if empty is not None:
+                raise UserError(
+                    place(i), f"at least one token in `{empty}`", "none", "Leave out the pair."
+                )
+            limit = self._limit()
+            if limit is not None and max(map(len, texts_ST)) > limit:
+                if self.long == "error":
+                    raise self._too_long(max(map(len, texts_ST)), place(i))
+                texts_ST = [own[:limit] for own in texts_ST]
+                self.findings.truncated_examples += 1
+            whole = np.concatenate(texts_ST).astype(np.int32)
+            yield Example(
+                0, id, whole, labels=np.array(0, np.int64), columns=further[i],
+                sequences=tuple(map(len, texts_ST)),
+            )  # fmt: skip
+
+    def _one_label(self) -> bool:
+        return self.labels_of == "text" and self.whole_texts
+
+    def _label_columns(self) -> tuple[str, ...]:
+        """What a column of labels may be called, where each example has one."""
+        return () if self.per_token or self.reads == "pairs" else NAMES[1:]
+
+    def _of_texts(self, rows: Rows) -> bool:
+        """Whether labels are of whole texts: always, or since they are no lists."""
+        found = next((name for name in NAMES if name in rows.columns), None)
+        if self.per_token or self.labels_of is not None or found is None:
+            return self.labels_of == "text"
+        kind = rows.columns[found].type
+        return not (pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+    def _text_labels(self, rows: Rows, place: columns.Place) -> list[np.ndarray | None]:
+        labels = self.labels.read(rows, place)
+        if labels is None:
+            return [None] * len(rows.numbers)
+        # One row for all tokens, where a label is a list.
+        return [np.array(one if one.ndim == 0 else one[None]) for one in labels]
+
+    def _note_classes(self) -> None:
+        """Note the classes that no example has."""
+        if self.classes is None:
+            return
+        names = {number: name for name, number in self.label_names.items()}
+        lacking = set(range(self.classes)) - self.labels.met
+        self.findings.classes_lacking = [names.get(n, str(n)) for n in sorted(lacking)]
+
+    def _token_kinds(
+        self, rows: Rows, tokens: Sequence[np.ndarray], place: columns.Place
+    ) -> list[dict[str, np.ndarray]]:
+        """Of each row what its tokens are of, first or second text, where the model takes it and
+        data or tokenizer say it."""
+        name, there = _KINDS_OF_TOKENS, _KINDS_OF_TOKENS in rows.columns
+        if name not in self.takes:
+            return [{} for _ in tokens]
+        kinds: Sequence[np.ndarray] = self._pair_kinds if self.kind == TWO_TEXTS else ()
+        if there:
+            lists = columns.integer_lists(name, rows.columns[name], place)
+            self._check_lengths(name, lists, tokens, place)
+            kinds = [_there(own) for own in lists]
+        if self.kinds_there is not None and bool(kinds) != self.kinds_there:
+            raise UserError(
+                place(0), f"`{name}` in all examples or in none",
+                "some" if kinds else "none, after examples that have them",
+                "Give every example its own.",
+            )  # fmt: skip
+        self.kinds_there = bool(kinds)
+        return [{name: own} for own in kinds] if kinds else [{} for _ in tokens]
 
     def _spans(
         self,
@@ -322,27 +486,24 @@ class ExampleReader:
                 if labels_T is not None:
                     targets = (labels_T != NOT_A_TARGET) & ~mask_T
                     found.targets_at_padding += int(np.count_nonzero(targets))
-        beside_tokens.check_positions(rows, tokens, spans, place)
+        beside_tokens.check_positions(rows, tokens, spans, place, self.takes)
         return spans
 
     def _token_labels(self, rows: Rows, place: columns.Place) -> list[np.ndarray | None]:
         column = rows.columns["labels"]
         if pa.types.is_integer(column.type):
-            # Of a loss of tokens, or of a loss of whole examples.
-            remedy = "Rename the column if it is no label of tokens: these are their own labels."
-            if not self.per_token:
-                remedy = (
-                    "For a class of a whole text give token ids as `inputs`, as many in every "
-                    "row, with `labels`: a model of a factory (package.module:factory) whose "
-                    "embedding looks them up takes them."
-                )
             raise UserError(
                 place(0),
                 "lists of whole numbers in `labels`, one a token",
                 f"one whole number a row ({column.type})",
-                remedy,
-            )
-        return columns.integer_lists("labels", column, place)
+                "Rename the column if it is no label of tokens: these are their own labels."
+                if self.shift else "Give a list of labels, one a token.",
+            )  # fmt: skip
+        found = columns.integer_lists("labels", self.labels.listed("labels", column, place), place)
+        if self.classes is not None:
+            for one in found:
+                self.labels.met.update(np.unique(_there(one)).tolist())
+        return found
 
     def _tokens(
         self, rows: Rows, place: columns.Place
@@ -355,8 +516,9 @@ class ExampleReader:
             return present, [None] * len(lists), [False] * len(lists)
         texts = [columns.strings(name, rows.columns[name], place) for name in self.kind]
         blank = [not any(parts) for parts in zip(*texts, strict=True)]
-        if self.kind == ("text",):
-            tokens = self._encoded("text", texts[0], True, place)
+        if self.kind in (("text",), TWO_TEXTS):
+            second = texts[1] if self.kind == TWO_TEXTS else None
+            tokens = self._encoded("text", texts[0], True, place, second)
             return tokens, [None] * len(tokens), blank
         before, after = self._affixes
         prompts, completions = (
@@ -372,10 +534,18 @@ class ExampleReader:
         return tokens, targets, blank
 
     def _encoded(
-        self, name: str, texts: Sequence[str], special: bool, place: columns.Place
+        self,
+        name: str,
+        texts: Sequence[str],
+        special: bool,
+        place: columns.Place,
+        second: Sequence[str] | None = None,
     ) -> list[np.ndarray]:
-        """The token ids of texts, which go through the tokenizer a bounded number at a time."""
+        """The token ids of texts, each with its ``second`` if there are any; they go through the
+        tokenizer a bounded number at a time."""
         sizes = np.array([len(text.encode()) for text in texts])
+        if second is not None:
+            sizes += [len(text.encode()) for text in second]
         if sizes.max(initial=0) > TEXT_BYTES:
             at = int(sizes.argmax())
             raise UserError(
@@ -386,6 +556,8 @@ class ExampleReader:
                 "tokenizer holds 100 to 300 bytes for each of a text.",
             )
         tokens: list[np.ndarray] = []
+        kinds: list[np.ndarray] = []
+        limit = self._limit() if self.whole_texts and self.long == "truncate" else None
         for start, stop in chunks(sizes, TOKENISED_BYTES):
             with user_errors(
                 f"{place(start)} and the {stop - start - 1} after it",
@@ -393,8 +565,16 @@ class ExampleReader:
                 "Try it on them, or give `input_ids`.",
                 Exception,  # tokenizers raise whatever they meet
             ):
-                encoded = self._tokenizer().encode(texts[start:stop], special=special)
+                if not self.whole_texts:
+                    encoded = self._tokenizer().encode(texts[start:stop], special=special)
+                else:
+                    pairs = None if second is None else second[start:stop]
+                    found = self._tokenizer().encode_whole(texts[start:stop], pairs, limit)
+                    encoded = found.ids
+                    kinds += [np.array(own, np.int64) for own in found.kinds]
+                    self.findings.truncated_examples += found.truncated
             tokens += [np.array(ids, np.int64) for ids in encoded]
+        self._pair_kinds = kinds
         return tokens
 
     def _tokenizer(self) -> Tokenizer:
@@ -403,7 +583,8 @@ class ExampleReader:
                 "data",
                 "a tokenizer, since the data is text",
                 f"none beside the column `{self.kind[0]}`",
-                "Give a model directory that has its tokenizer, or give the data as `input_ids`.",
+                "Give --tokenizer DIR, a model directory that has its tokenizer, or the data as "
+                "`input_ids`.",
             )
         return self.tokenizer
 
@@ -415,6 +596,8 @@ class ExampleReader:
         self, name: str, lists: Sequence[np.ndarray | None], place: columns.Place
     ) -> None:
         size = VOCABULARY_LIMIT if self.vocab_size is None else self.vocab_size
+        if name == "labels" and self.classes is not None:
+            size = self.classes
         present = [ids_T for ids_T in lists if ids_T is not None]
         flat = np.concatenate(present) if present else np.empty(0, np.int64)
         # One look at all rows, since nearly always all is well.
@@ -434,9 +617,13 @@ class ExampleReader:
                 elif self.vocab_size is None:
                     remedy = f"Correct `{name}`."
                 also = f", or {NOT_A_TARGET} for no target" if name == "labels" else ""
+                what = f"token ids from 0 to {size - 1} in `{name}` (a vocabulary of {size})"
+                if name == "labels" and self.classes is not None:
+                    what = f"classes from 0 to {size - 1} in `{name}`"
+                    remedy = "Correct the label, or give the model that class."
                 raise UserError(
                     place(i),
-                    f"token ids from 0 to {size - 1} in `{name}` (a vocabulary of {size}){also}",
+                    f"{what}{also}",
                     f"{ids_T[at]} at position {at}",
                     remedy,
                 )
@@ -457,28 +644,17 @@ class ExampleReader:
     ) -> Iterator[Example]:
         """The example of row ``i`` within the limit of length: itself, its beginning, or its
         pieces."""
-        limits = [limit for limit in (self.max_length, self.max_positions) if limit is not None]
-        if not limits or example.length <= min(limits):
+        limit = self._limit()
+        if limit is None or example.length <= limit:
             yield example
             return
-        limit = min(limits)
         if self.long == "error":
-            own = limit == self.max_positions
-            whose = "the model's positions" if own else "--max-length"
-            remedy = "Give --long truncate or --long split"
-            if not own:
-                most = "" if self.max_positions is None else f" (the model takes {max(limits)})"
-                remedy += f", or a larger --max-length{most}"
-            raise UserError(
-                place(i),
-                f"at most {limit} tokens ({whose})",
-                f"{example.length} tokens",
-                remedy + ".",
-            )
+            raise self._too_long(example.length, place(i))
         if self.long == "truncate":
             cut = _slice(example, example.id, 0, limit)
             self.findings.truncated_examples += 1
-            self.findings.targets_cut_off += loss_terms(cut) == 0 < loss_terms(example)
+            none_left = loss_terms(cut, self.shift) == 0 < loss_terms(example, self.shift)
+            self.findings.targets_cut_off += none_left
             yield cut
             return
         begins = range(0, example.length, limit)
@@ -488,6 +664,24 @@ class ExampleReader:
             if k == again:
                 raise self._twice(piece.id, f"piece {k} of {rows.place(i)}")
             yield piece
+
+    def _limit(self) -> int | None:
+        """Tokens of the longest text that is taken."""
+        limits = [limit for limit in (self.max_length, self.max_positions) if limit is not None]
+        return min(limits, default=None)
+
+    def _too_long(self, tokens: int, where: str) -> UserError:
+        limit = self._limit()
+        own = limit == self.max_positions
+        whose = "the model's positions" if own else "--max-length"
+        split = not (self.reads == "pairs" or self._one_label())
+        remedy = "Give --long truncate" + " or --long split" * split
+        if not own:
+            most = "" if self.max_positions is None else f" (the model takes {self.max_positions})"
+            remedy += f", or a larger --max-length{most}"
+        return UserError(
+            where, f"at most {limit} tokens ({whose})", f"{tokens} tokens", remedy + "."
+        )
 
     # Further columns
 
@@ -545,7 +739,7 @@ class ExampleReader:
                 "Write it as a list of one.",
             )
         self.shape = inputs.shape[1:]
-        labels = self._labels(rows, place)
+        labels = self.labels.read(rows, place)
         further = self._further(rows, place)
         for i, id in enumerate(ids):
             # A view would keep its whole chunk alive as long as any of its examples.
@@ -588,33 +782,6 @@ class ExampleReader:
             )
         return columns.numbers("inputs", column, place, self.shape, exact_integers=False)
 
-    def _labels(self, rows: Rows, place: columns.Place) -> np.ndarray | None:
-        here = "labels" in rows.columns
-        if self.labelled is not None and here != self.labelled:
-            raise UserError(
-                place(0),
-                "`labels` in all examples or in none",
-                "some" if here else "none, after examples that have them",
-                "Give every example its labels, or leave out the column.",
-            )
-        self.labelled = here
-        if not here:
-            return None
-        column = rows.columns["labels"]
-        labels = columns.numbers("labels", column, place, self.labels_shape, exact_integers=True)
-        self.labels_shape = labels.shape[1:]
-        classes = labels.dtype == np.int64 and labels.ndim == 1
-        if self.classes and not classes:
-            raise UserError(
-                place(0),
-                "a whole number as label, as in the examples before it",
-                "a fraction",
-                "Write classes as whole numbers, and every label of a regression as a fraction.",
-            )
-        # Whole numbers after fractions are fractions that JSON wrote without a point.
-        self.classes = classes if self.classes is None else self.classes
-        return labels if self.classes else labels.astype(np.float64)
-
 
 def _ids(part: Part, rows: Rows) -> list[str]:
     """The ids of rows: their own, or where they stand."""
@@ -647,6 +814,11 @@ def _told(part: Part) -> AbstractContextManager[None]:
     )
 
 
+def _there(array: np.ndarray | None) -> np.ndarray:
+    assert array is not None, "a column without nulls"
+    return array
+
+
 def _both(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:
     """What both masks leave, ``None`` being a mask that leaves all."""
     if a is None or b is None:
@@ -676,18 +848,37 @@ def _refuse_shifted(
             )
 
 
+def _refuse_shown(
+    labels: Sequence[np.ndarray | None], tokens: Sequence[np.ndarray], place: columns.Place
+) -> None:
+    """Refuse labels of which each is the token that is shown: nothing is hidden."""
+    for i, (labels_T, ids_T) in enumerate(zip(labels, tokens, strict=True)):
+        own = _there(labels_T)
+        targets = own != NOT_A_TARGET
+        if np.count_nonzero(targets) >= _SHOWN and np.array_equal(own[targets], ids_T[targets]):
+            raise UserError(
+                place(i),
+                "`labels` of hidden tokens, which `input_ids` does not show",
+                "labels that all equal the tokens",
+                "Leave the column out, so that the tokens to hide are drawn; or hide them, with "
+                f"{NOT_A_TARGET} as the label of all others.",
+            )
+
+
 def _slice(example: Example, id: str, begin: int, end: int) -> Example:
     """The tokens ``begin`` to ``end`` as an example, with what speaks of them."""
 
     def cut(values_T: np.ndarray | None) -> np.ndarray | None:
         return None if values_T is None else values_T[begin:end]
 
+    labels = example.labels
     return Example(
         example.index,
         id,
         cut(example.input_ids),
         None,
-        cut(example.labels),
+        cut(labels) if labels is not None and labels.ndim == 1 else labels,
         cut(example.loss_mask),
         example.columns,
+        {name: values[begin:end] for name, values in example.named.items()},
     )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from raycurv.data.masking import Masking
 from raycurv.errors import UserError, user_errors
 from raycurv.models.checkpoint_files import TOKENIZER_FILES
 from raycurv.models.foreign_code import nothing_from_outside
@@ -27,6 +30,27 @@ class Tokenizer(Protocol):
     def encode(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
         """Token ids of each text; with ``special``, with the tokenizer's own special tokens."""
 
+    def encode_whole(
+        self, texts: Sequence[str], second: Sequence[str] | None, limit: int | None
+    ) -> Encoded:
+        """Texts, each with its ``second`` if there are any, and with the tokenizer's own special
+        tokens: those that have more than ``limit`` tokens cut so that these stay."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Texts as tokens.
+
+    Attributes:
+        ids: of each text.
+        kinds: of each token, whether it is of the second text; empty where no tokenizer says.
+        truncated: how many texts were cut.
+    """
+
+    ids: list[list[int]]
+    kinds: list[list[int]]
+    truncated: int
+
 
 class LazyTokenizer:
     """The tokenizer of a model's directory, as transformers loads it when the first text is met.
@@ -43,10 +67,8 @@ class LazyTokenizer:
         """Token ids of each text, neither padded nor truncated; UserError if the directory has no
         tokenizer, or one that transformers cannot load; any exception for texts that it does not
         take."""
-        if self._loaded is None:
-            self._loaded = _load(self._directory, self._trusted)
         with _panics_as_errors():
-            encoded = self._loaded(
+            encoded = self._tokenizer(
                 list(texts),
                 add_special_tokens=special,
                 padding=False,
@@ -57,6 +79,36 @@ class LazyTokenizer:
             )
         ids: list[list[int]] = encoded["input_ids"]
         return ids
+
+    def encode_whole(
+        self, texts: Sequence[str], second: Sequence[str] | None, limit: int | None
+    ) -> Encoded:
+        """As :meth:`encode`, of texts that are taken as wholes; see :class:`Tokenizer`."""
+        given = [list(texts)] if second is None else [list(texts), list(second)]
+        options = {"return_attention_mask": False, "padding": False, "verbose": False}
+        with _panics_as_errors():
+            found = self._tokenizer(*given, truncation=False, **options)
+            long = [len(ids) > limit for ids in found["input_ids"]] if limit is not None else []
+            if any(long):
+                found = self._tokenizer(*given, truncation=True, max_length=limit, **options)
+        return Encoded(found["input_ids"], found.get("token_type_ids", []), sum(long))
+
+    def masking(self, seed: int) -> Masking:
+        """What hides tokens of the texts; UserError if it has no token that stands for others."""
+        mask = self._tokenizer.mask_token_id
+        if mask is None:
+            raise UserError(
+                f"the tokenizer of {self._directory}", "a mask token, for a masked language model",
+                "none", "Give `input_ids` in which tokens are hidden, with their `labels`.",
+            )  # fmt: skip
+        special = frozenset(self._tokenizer.all_special_ids)
+        return Masking(mask, special, len(self._tokenizer), seed)
+
+    @property
+    def _tokenizer(self) -> Any:
+        if self._loaded is None:
+            self._loaded = _load(self._directory, self._trusted)
+        return self._loaded
 
     def describe(self) -> dict[str, Any]:
         """What a run records: its class, its size, and the tokens that it puts before and after a
@@ -73,14 +125,28 @@ class LazyTokenizer:
         return {"class": kind, "tokens": size, "before": before, "after": after}
 
 
+def tokenizer_print(directory: str | Path) -> dict[str, str]:
+    """Tells a tokenizer from others: a hash of each of its files; UserError if there is none."""
+    files = [Path(directory) / name for name in _READ]
+    found = {f.name: hashlib.blake2b(f.read_bytes()).hexdigest()[:32] for f in files if f.is_file()}
+    if not found:
+        raise _no_tokenizer(Path(directory))
+    return found
+
+
+def _no_tokenizer(directory: Path) -> UserError:
+    return UserError(
+        str(directory),
+        f"a tokenizer, since the data is text ({', '.join(TOKENIZER_FILES[:3])}, ...)",
+        "none of its files" if directory.is_dir() else "no such directory",
+        "Save the model's tokenizer beside the model, give --tokenizer DIR, or give the data as "
+        "`input_ids`.",
+    )
+
+
 def _load(directory: Path, trust_remote_code: bool) -> Any:
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
-        raise UserError(
-            str(directory),
-            f"a tokenizer, since the data is text ({', '.join(TOKENIZER_FILES[:3])}, ...)",
-            "none of its files" if directory.is_dir() else "no such directory",
-            "Save the model's tokenizer beside the model, or give the data as `input_ids`.",
-        )
+        raise _no_tokenizer(directory)
     for name in _READ:
         path = directory / name
         if not path.exists() and not path.is_symlink():

@@ -35,12 +35,20 @@ from raycurv.errors import DamagedFile, RaycurvError, UserError
 from raycurv.files.store import Store
 from raycurv.files.tables import read_rows, read_table, write_table
 from raycurv.jsonfile import made_of
-from raycurv.models.model import Model
+from raycurv.mathematics.loss.objective import (
+    CausalLM,
+    Classification,
+    Objective,
+    TokenClassification,
+)
+from raycurv.mathematics.loss.shipped import is_ours
+from raycurv.models.model import Model, Outline
 from raycurv.stages.heap import give_back
 
 PART = 1024
 WINDOW = 1024
 _GROUP = 1 << 14  # rows of a row group of the index
+_WIDTHS = "positions"
 _INDEX = pa.schema([("id", pa.string()), ("tokens", pa.int32())])
 
 T = TypeVar("T")
@@ -63,6 +71,9 @@ class Corpus:
         tokenizer: what tokenised them; empty for data without text.
         columns: further ones, that an objective reads.
         findings: what of their source was left out, as :class:`Findings` records it.
+        shift: how far a target stands behind what predicts it.
+        positions: of each example in a microbatch of its own, where these are more than its
+            tokens, for it has several texts.
     """
 
     store: Store
@@ -73,6 +84,8 @@ class Corpus:
     tokenizer: dict[str, Any]
     columns: tuple[str, ...] = ()
     findings: Mapping[str, Any] = field(default_factory=dict)
+    shift: int = 1
+    positions: Array | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -104,7 +117,7 @@ class Corpus:
         """
         if self.terms == len(self):
             return
-        first = next(example for example in self.examples() if not loss_terms(example))
+        first = next(one for one in self.examples() if not loss_terms(one, self.shift))
         cut = self.findings.get("targets_cut_off", 0)
         raise UserError(
             f"example {first.id!r} of {flag}",
@@ -124,13 +137,18 @@ class Corpus:
         """The ids of some examples."""
         return self.ids.take(pa.array(numbers, pa.int64())).cast(pa.string())
 
+    @property
+    def widths(self) -> Array:
+        """Positions that every example takes in a microbatch of its own."""
+        return self.lengths if self.positions is None else self.positions
+
     def plan(self, batch_tokens: int) -> Microbatches:
         """Example numbers of every microbatch."""
-        return plan_microbatches(self.lengths, batch_tokens, WINDOW)
+        return plan_microbatches(self.widths, batch_tokens, WINDOW)
 
     def padding(self, batch_tokens: int) -> float:
         """Share of a plan's positions that are padding."""
-        return padding_share(self.lengths, self.plan(batch_tokens))
+        return padding_share(self.widths, self.plan(batch_tokens))
 
     def reader(
         self, dtype: torch.dtype, drawn: Drawn | None = None
@@ -170,6 +188,7 @@ class _Described:
     tokenizer: dict[str, Any]
     columns: list[str] = field(default_factory=list)
     findings: dict[str, Any] = field(default_factory=dict)
+    shift: int = 1
 
 
 def open_corpus(
@@ -181,28 +200,54 @@ def open_corpus(
     reading: Reading,
     max_examples: int | None,
     seed: int,
-    columns: Sequence[str] = (),
+    objective: Objective | None = None,
     needs_loss: bool = True,
-    per_token: bool = True,
+    masks: int = 0,
 ) -> Corpus:
     """The examples of a source, read from it once and from the store ever after.
 
     Args:
         flag: the flag that named it, for errors.
         max_examples: a seeded sample of so many.
-        columns: further ones, which an objective reads.
+        objective: whose labels and columns are read; a next-token loss when ``None``.
         needs_loss: whether an example needs a loss term, for its loss is what is asked for.
-        per_token: whether the objective's loss is one of tokens.
+        masks: seed of the tokens that are hidden from a masked language model.
 
     Raises:
         UserError: see :class:`raycurv.data.reading.ExampleReader`; or no example has a loss term.
     """
+    asks = CausalLM() if objective is None else objective
     found = stored_corpus(store, directory)
-    if found is not None and set(columns) <= set(found.columns):
+    if found is not None and set(asks.columns) <= set(found.columns):
         return found
     of_model, trusted = model.tokenizer_dir, model.trust_remote_code
     tokenizer = None if of_model is None else LazyTokenizer(of_model, trusted)
-    reader = ExampleReader(
+    reader = reader_for(source, model, tokenizer, reading, asks, max_examples, seed, masks)
+    reader.looks_up = lambda inputs: model.looks_up(torch.from_numpy(inputs)[None])
+    corpus = store_corpus(
+        store, directory, reader.examples(), flag,
+        lambda: {} if tokenizer is None else tokenizer.describe(), needs_loss,
+        reader.findings.recorded, asks.shift,
+    )  # fmt: skip
+    give_back(collect=False)
+    return corpus
+
+
+def reader_for(
+    source: Source,
+    model: Outline,
+    tokenizer: LazyTokenizer | None,
+    reading: Reading,
+    objective: Objective,
+    max_examples: int | None,
+    seed: int,
+    masks: int,
+) -> ExampleReader:
+    """What reads the examples that a model and an objective take; see :func:`open_corpus`."""
+    of_classes = isinstance(objective, Classification | TokenClassification)
+    task = model.task
+    whole_texts = task is not None and not task.causal
+    return ExampleReader(
         source,
         tokenizer=tokenizer,
         vocab_size=model.vocab_size,
@@ -213,18 +258,18 @@ def open_corpus(
         seed=seed,
         token_inputs=model.token_inputs,
         either=model.either_inputs,
-        per_token=per_token,
-        looks_up=lambda inputs: model.looks_up(torch.from_numpy(inputs)[None]),
+        per_token=objective.per_token,
+        shift=objective.shift,
+        reads=objective.reads,
+        labels_of="tokens" if objective.per_token else "text" if is_ours(objective) else None,
+        label_names=model.class_names,
+        classes=model.classes if of_classes and objective.reads == "texts" else None,
+        masking=None if tokenizer is None else lambda: tokenizer.masking(masks),
+        takes=model.takes,
+        whole_texts=whole_texts,
         empty=reading.empty,
-        further=columns,
+        further=objective.columns,
     )
-    corpus = store_corpus(
-        store, directory, reader.examples(), flag,
-        lambda: {} if tokenizer is None else tokenizer.describe(), needs_loss,
-        reader.findings.recorded,
-    )  # fmt: skip
-    give_back(collect=False)
-    return corpus
 
 
 def store_corpus(
@@ -235,6 +280,7 @@ def store_corpus(
     describe: Callable[[], dict[str, Any]],
     needs_loss: bool = True,
     findings: Callable[[], dict[str, Any]] = dict,
+    shift: int = 1,
 ) -> Corpus:
     """Write examples, numbered from 0 on, as a corpus.
 
@@ -243,6 +289,7 @@ def store_corpus(
         describe: what tokenised them; asked when all have been read.
         needs_loss: whether an example needs a loss term.
         findings: what of their source was left out; asked when all have been read.
+        shift: how far a target stands behind what predicts it.
 
     Raises:
         UserError: no example has a loss term.
@@ -250,28 +297,35 @@ def store_corpus(
     store.delete_directory(directory)
     ids: list[pa.StringArray] = []
     lengths: list[Array] = []
+    positions: list[Array] = []
     terms = count = 0
     columns: tuple[str, ...] = ()
     for part, some in enumerate(in_parts(examples)):
         write_table(store, part_file(directory, part), examples_to_table(some))
         ids.append(pa.array([example.id for example in some], pa.string()))
         lengths.append(np.array([example.length for example in some], np.int32))
+        positions.append(np.array([example.positions for example in some], np.int32))
         columns = tuple(some[-1].columns)
         count += len(some)
-        terms += sum(loss_terms(example) > 0 for example in some)
+        terms += sum(loss_terms(example, shift) > 0 for example in some)
         some.clear()
     if needs_loss and not terms:
         raise no_loss_terms(flag, count)
     named, tokens = pa.chunked_array(ids, pa.string()), np.concatenate(lengths)
+    widths = np.concatenate(positions)
     index = pa.table({"id": named, "tokens": tokens})
+    wider = not np.array_equal(widths, tokens)
+    if wider:
+        index = index.append_column(_WIDTHS, pa.array(widths))
     # A writer takes as much as its row group, several times over.
     write_table(store, f"{directory}/index.parquet", index, row_group_size=_GROUP)
     described = describe()
-    said = _Described(count, terms, described, list(columns), findings())
+    said = _Described(count, terms, described, list(columns), findings(), shift)
     store.write_json(f"{directory}/corpus.json", asdict(said))
     return Corpus(
-        store, directory, one_array(named), tokens, terms, described, columns, said.findings
-    )
+        store, directory, one_array(named), tokens, terms, described, columns, said.findings,
+        shift, widths if wider else None,
+    )  # fmt: skip
 
 
 def stored_corpus(store: Store, directory: str) -> Corpus | None:
@@ -296,9 +350,10 @@ def stored_corpus(store: Store, directory: str) -> Corpus | None:
     if len(index) != said.examples or not parts_there(store, directory, len(index)):
         return None
     ids, lengths = one_array(index["id"]), index["tokens"].to_numpy()
+    positions = index[_WIDTHS].to_numpy() if _WIDTHS in index.column_names else None
     return Corpus(
         store, directory, ids, lengths, said.with_loss, said.tokenizer, tuple(said.columns),
-        said.findings,
+        said.findings, said.shift, positions,
     )  # fmt: skip
 
 

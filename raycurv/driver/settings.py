@@ -250,6 +250,9 @@ class Reading:
     """Longest example in tokens; by default the model's own limit."""
     long: Identity[Literal["error", "truncate", "split"]] = "error"
     """What becomes of a longer example: an error, its head, or pieces with ids `id#0`, `id#1`, …"""
+    tokenizer: Place = ""
+    """Directory of the tokenizer that texts go through. Default: the model directory's own (a
+    `package.module:factory` has none); of a job that follows a fit, the fit's."""
     empty: Identity[Literal["error", "skip"]] = "error"
     """What becomes of a row without any token, or of a text of no character: an error (such a text
     may be an example of special tokens alone), or it is left out, and counted."""

@@ -25,7 +25,7 @@ _FACTS: dict[str, Any] = {
     "extend": list[str], "merge": list[str], "subtract": list[str],
     "examples": int, "tokens": int, "examples_without_loss": int, "queries_scored": int,
     "passes": int, "weights": int, "subtracted_with_other_labels": int,
-    "tokenizer": dict[str, Any], "gradients": dict[str, Any],
+    "tokenizer": dict[str, Any], "tokenizer_directory": str, "gradients": dict[str, Any],
     "files": dict[str, int | dict[str, int]], "steps": list[dict[str, Any]],
     "residual": float, "sparsity": float, "loss": float, "loss_per_target": float,
     "perplexity": float, "accuracy": float, "predicted": float | None, "measured": float | None,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from raycurv.data.tokenizer import tokenizer_print
 from raycurv.driver.settings import IN_MEMORY
 from raycurv.errors import DamagedFile, UserError, shortened
 from raycurv.files.artifacts import BLOCKS_FILE, read_blocks
@@ -22,7 +23,8 @@ from raycurv.jobs.inputs import Inputs
 from raycurv.jobs.recorded import read_run
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.kinds.catalogue import FREE, describe
-from raycurv.mathematics.loss.objective import Objective, is_shipped
+from raycurv.mathematics.loss.objective import Objective
+from raycurv.mathematics.loss.shipped import is_shipped
 from raycurv.models.adapter import Adapters
 from raycurv.models.model import Model
 from raycurv.models.opening import open_directory
@@ -61,6 +63,7 @@ class GivenAgain:
         objective: the name of the fit's objective; empty for nothing.
         objective_flag: how that is given, for errors.
         trust_remote_code: whether the code of a model directory may run.
+        tokenizer: directory of one; empty for the fit's own.
     """
 
     model: str
@@ -68,6 +71,7 @@ class GivenAgain:
     objective: str
     objective_flag: str
     trust_remote_code: bool
+    tokenizer: str = ""
 
 
 def open_fitted(run: str, inputs: Inputs, given: GivenAgain) -> Fitted:
@@ -85,6 +89,7 @@ def open_fitted(run: str, inputs: Inputs, given: GivenAgain) -> Fitted:
     store = open_store(run, "--run")
     fit = read_fit(store)
     network = _network(fit, store.root, inputs, given)
+    _take_tokenizer(fit, network, store.root, given.tokenizer)
     check_model(fit, network, store.root)
     held, flag = inputs.fit_objective, given.objective_flag
     objective = fitted_objective(fit, store.root, given.objective if held is None else held, flag)
@@ -126,6 +131,21 @@ def _adapters(fit: Manifest, run: str, given: GivenAgain) -> Adapters:
         )  # fmt: skip
     places = given.adapter or tuple(recorded)
     return Adapters(places, bool(fit.settings.get("merge_adapter", False)))
+
+
+def _take_tokenizer(fit: Manifest, network: Model, run: str, given: str) -> None:
+    """Let texts go through the fit's tokenizer, which may lie elsewhere by now; UserError for
+    another one."""
+    place = given or str(fit.facts.get("tokenizer_directory", ""))
+    if not place:
+        return
+    here, there = tokenizer_print(place), fit.fingerprints.get("tokenizer")
+    if there is not None and here != there:
+        raise UserError(
+            f"the tokenizer in {place}", f"the one that {run} was fitted with", "another one",
+            "Give the fit's by --tokenizer, or fit again into another directory.",
+        )  # fmt: skip
+    network.tokenizer_dir = str(Path(place).absolute())
 
 
 def fitted_objective(fit: Manifest, run: str, given: str | Objective, flag: str) -> str | Objective:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -59,14 +60,19 @@ class Inputs:
         trust_remote_code: bool,
         ignored: Sequence[str] = (),
         adapters: Adapters = NONE,
+        tokenizer: str = "",
     ) -> Model:
-        """The model that is held, else the one of a path or name; see :func:`open_model`."""
+        """The model that is held, else the one of a path or name; see :func:`open_model`. Texts go
+        through the ``tokenizer`` in a directory, where one is given."""
         if self.network is not None:
             return self.network
         source = self.model if self.model is not None else named
-        return open_model(
+        found = open_model(
             source, trust_remote_code=trust_remote_code, ignored=ignored, adapters=adapters
         )
+        if tokenizer:
+            found.tokenizer_dir = str(Path(tokenizer).absolute())
+        return found
 
 
 def settings_and_inputs(kind: type[S], given: Mapping[str, Any]) -> tuple[S, Inputs]:

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 import torch
 
 from raycurv.data.microbatch import Lengths
+from raycurv.data.tokenizer import tokenizer_print
 from raycurv.driver.causality import CausalityCheck
 from raycurv.driver.corpus import Corpus
 from raycurv.driver.settings import Execution, identity
@@ -30,6 +31,7 @@ from raycurv.files.store import Store, open_store
 from raycurv.jobs.check import check_plan
 from raycurv.jobs.drafts import Drafts, arrangement_of
 from raycurv.jobs.inputs import Inputs
+from raycurv.jobs.objectives import objective_for
 from raycurv.jobs.recorded import read_run
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.loss.objective import Objective
@@ -81,6 +83,20 @@ class Shell(Generic[S]):
         wanted = Manifest(self.job, said, dict(fingerprints), dict(facts) | trusted)
         self.manifest = continue_or_refuse(self.store, read_run(self.store), wanted)
         return self.manifest
+
+    def objective_for(self, network: Model) -> str | Objective:
+        """The objective that the job was given, or the one that the model was trained for, which
+        the settings then name; UserError for one that does not fit the model."""
+        settings: Any = self.settings
+        found = objective_for(network, self.inputs.or_named("objective", settings))
+        if settings.objective is None:
+            self.settings = replace(settings, objective=found)
+        return found
+
+    def tokenizer_print(self) -> dict[str, Any]:
+        """Among fingerprints, that of the tokenizer which the job was given, if it was."""
+        settings: Any = self.settings
+        return {"tokenizer": tokenizer_print(settings.tokenizer)} if settings.tokenizer else {}
 
     def notes_of(self, network: Model) -> dict[str, list[str]]:
         """Say what a person should know of how a model was opened; gives it as facts."""

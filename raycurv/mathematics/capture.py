@@ -35,7 +35,8 @@ class Captured:
     """What one microbatch leaves for curvature, for one draw of labels.
 
     Attributes:
-        inputs: input factor -> ``a [N, T, I]`` (``[N, T, S, I]`` when grouped), zero at padding.
+        inputs: input factor -> ``a [N, T, I]`` (``[N, T, S, I]`` when grouped), zero at padding;
+            where examples have several sequences, T are the rows of all of them.
         columns: input factor -> numbers ``[U]`` of the input columns that its rows ``[N, T, U]``
             are of, where the others are zero; no entry where rows have all columns.
         gradients: block -> ``g [N, T, O]``, zero at padding, or ``None`` where no gradient arrived.
@@ -187,15 +188,16 @@ class Capture:
                     continue  # of an expert that no token met
                 kind = self.kinds[called[0].name]
                 one_row = kind.one_row
-                inputs[factor] = parts[0] if one_row else _joined(parts)
+                joined = _by_example(parts[0] if one_row else _joined(parts), record.batch)
+                inputs[factor] = joined[:, :1] if one_row else joined
                 if support is not None:
                     columns[factor] = support
                 rows[factor] = sum(
                     part.shape[0] * part.shape[1] if mask is None else int(mask.sum())
                     for part, mask in zip(parts[:1] if one_row else parts, live, strict=False)
-                )
+                ) // (record.batch.sequences if one_row else 1)
                 if kind.ragged and rows[factor] < inputs[factor].shape[:2].numel():
-                    counting[factor] = _counting(parts, live)
+                    counting[factor] = _by_example(_counting(parts, live), record.batch)
                 for block in called:
                     gradients[block.name] = self._gradients(record, block, parts, live, draw)
         positions = partial(self._positions, record)
@@ -207,7 +209,7 @@ class Capture:
         kind = self.kinds[block.name]
         parts = [kind.positions(block, call) for call in record.calls[block.name]]
         known = [part for part in parts if part is not None]
-        return _joined(known) if len(known) == len(parts) else None
+        return _by_example(_joined(known), record.batch) if len(known) == len(parts) else None
 
     def _check_shared(self, record: Record, factor: str, called: Sequence[Block]) -> None:
         keys = {self._key(block, record.calls[block.name]) for block in called}
@@ -277,7 +279,9 @@ class Capture:
                 swapped = use.swapped
                 g = _masked(g, mask) if swapped else _at_tokens(g, mask, block, record.batch)
             parts.append(g)
-        return torch.stack(parts).sum(dim=0) if self.kinds[block.name].one_row else _joined(parts)
+        if self.kinds[block.name].one_row:
+            return _by_example(torch.stack(parts).sum(dim=0), record.batch).sum(dim=1, keepdim=True)
+        return _by_example(_joined(parts), record.batch)
 
 
 @dataclass(frozen=True)
@@ -352,7 +356,7 @@ def _at_tokens(g: Tensor, live: Tensor, block: Block, batch: Batch) -> Tensor:
         return g
     share = float(there.norm() / g.norm())
     if share > math.sqrt(torch.finfo(g.dtype).eps):
-        n = int((g.abs().sum(dim=2) * ~live).sum(dim=1).argmax())
+        n = int((g.abs().sum(dim=2) * ~live).sum(dim=1).argmax()) // batch.sequences
         raise UserError(
             f"block {block.name}, example {batch.ids[n]!r}",
             "no gradient at padding, of which nothing is to depend",
@@ -368,6 +372,12 @@ def _at_tokens(g: Tensor, live: Tensor, block: Block, batch: Batch) -> Tensor:
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     """Rows of several calls behind each other."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
+
+
+def _by_example(rows: Tensor, batch: Batch) -> Tensor:
+    """Rows ``[N S, T, ...]`` of sequences as ``[N, S T, ...]`` of examples."""
+    each = batch.sequences
+    return rows if each == 1 else rows.reshape(batch.size, each * rows.shape[1], *rows.shape[2:])
 
 
 def _place(x: Tensor) -> tuple[int, int]:
@@ -454,8 +464,10 @@ def _noting(capture: weakref.ref[Capture], use: int) -> Note:
             positions = mask.shape[1]
         if mask is not None and positions is not None:
             mask = mask[:, start or 0 : (start or 0) + positions]
-        size = record.batch.size
-        call = ModuleCall(x.detach(), x._version, size, start, positions, mask, detail, use=use)
+        sequences = record.batch.rows
+        call = ModuleCall(
+            x.detach(), x._version, sequences, start, positions, mask, detail, use=use
+        )
         for name in names:
             record.calls.setdefault(name, []).append(call)
         y = _rooted(y)

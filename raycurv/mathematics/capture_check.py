@@ -116,7 +116,7 @@ def disagreements(
         record = Record(batch)
         with capture.recording(record):
             roots = list(through(record))
-        if not roots or (batch.size > 1 and roots[0][0].shape[:1] != (batch.size,)):
+        if not roots or (batch.size > 1 and roots[0][0].shape[:1] != (batch.rows,)):
             return None
         with capture.going_back():
             _back(roots, batch, [1.0] * batch.size)
@@ -191,7 +191,7 @@ def _back(roots: Sequence[tuple[Tensor, int]], batch: Batch, scales: Sequence[fl
     for number, (root, start) in enumerate(roots):
         if not root.requires_grad or not root.is_floating_point():
             continue
-        if batch.size > 1 and root.shape[:1] != (batch.size,):
+        if batch.size > 1 and root.shape[:1] != (batch.rows,):
             continue  # what all examples share
         generator = torch.Generator().manual_seed(number)
         signs = torch.randint(0, 2, root.shape, generator=generator, dtype=torch.int8)
@@ -202,6 +202,7 @@ def _back(roots: Sequence[tuple[Tensor, int]], batch: Batch, scales: Sequence[fl
                 cotangent *= live.view(*live.shape, *([1] * (root.ndim - 2))).to(root.dtype)
         if batch.size > 1:
             weights = torch.tensor(scales, dtype=root.dtype, device=root.device)
+            weights = weights.repeat_interleave(batch.sequences)
             cotangent *= weights.view(-1, *([1] * (root.ndim - 1)))
         tensors.append(root)
         cotangents.append(cotangent)

@@ -18,8 +18,9 @@ from raycurv.errors import UserError
 from raycurv.mathematics.blocks import Block
 from raycurv.models.adapter import ADAPTER, Adapter, Adapters
 from raycurv.models.checkpoint_files import CheckpointFile
-from raycurv.models.hf import HFModel, HFOutline, HFSegment
+from raycurv.models.hf import HFModel, HFOutline
 from raycurv.models.lora import Merged, Placed, below, fill, find_places, put_matrices, take_out
+from raycurv.models.model import Segment
 from raycurv.models.pieces import Parts
 from raycurv.models.stored import Patch, StoredWeight
 
@@ -123,7 +124,7 @@ class AdaptedModel(_WithMatrices, _OnBase):
         super().__init__(*given, **more)
         self._put_in()
 
-    def build(self, units: range, dtype: torch.dtype, device: torch.device) -> HFSegment:
+    def build(self, units: range, dtype: torch.dtype, device: torch.device) -> Segment:
         segment = super().build(units, dtype, device)
         module = segment.module
         # What stands in for another segment's layer has no weights of its own.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from raycurv.errors import UserError
+from raycurv.models.hf_calls import options
 from raycurv.models.mixtures import routed_experts
 from raycurv.models.travelling import Marks, Travels, Watched, axis_of
 
@@ -54,7 +55,7 @@ class Given:
             dtype = next(whole.parameters()).dtype
             one = torch.zeros((1, 1, tokens, tokens), dtype=dtype, device=META)
             mask = one.expand(examples, -1, -1, -1)
-        return {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        return {"input_ids": ids, "attention_mask": mask, **options(whole)}
 
 
 # In the order in which they are tried.
@@ -81,7 +82,8 @@ class Anatomy:
     """Where the parts of an HF model are, by dotted module name.
 
     Attributes:
-        layers: the list of decoder layers, ``count`` of them.
+        layers: the list of layers, ``count`` of them; "" for a model that is not cut, which is one
+            unit with all that there is.
         outputs: of each layer, how many values the tuple has that it returns; 0 if it returns a
             tensor alone.
         travels: what goes from layer to layer beside hidden states.
@@ -91,8 +93,11 @@ class Anatomy:
         late: the same behind the last layer. A module can be both.
         idle: modules outside the layers with weights that this forward does not run.
         held: modules in the layers with weights that this forward does not call.
-        tied: whether the head's weight is the embedding's.
-        given: how a forward without values is called.
+        head: the output embedding; "" where there is none.
+        tied: whether its weight is the input embedding's.
+        given: how a forward without values is called; ``None`` where none runs.
+        pooled: whether outputs are one row a text, ``[N, V]``, and no rows of its positions.
+        causal: whether a token sees those before it alone.
         numel: number of weights of each module above, and of each layer (``layers.3``).
     """
 
@@ -109,11 +114,26 @@ class Anatomy:
     idle: frozenset[str]
     held: frozenset[str]
     tied: bool
-    given: Given
+    given: Given | None
+    pooled: bool
+    causal: bool
     numel: Mapping[str, int]
 
+    @property
+    def cut(self) -> bool:
+        """Whether it may be cut between its layers."""
+        return bool(self.layers)
+
+    @property
+    def head_numel(self) -> int:
+        """Number of weights behind the last layer that multiply at each token or text."""
+        if self.head:
+            return self.numel[self.head]
+        return sum(self.numel[name] for name in self.late)
+
     def layer(self, index: int) -> str:
-        return f"{self.layers}.{index}"
+        """The name of a unit; "" for the whole model that is not cut."""
+        return f"{self.layers}.{index}" if self.layers else ""
 
     def outside(self, units: range) -> set[str]:
         """Modules outside the layers that the segment of ``units`` holds."""
@@ -126,11 +146,17 @@ class Anatomy:
 
 
 def find_anatomy(
-    whole: Any, config: Any, stored_twice: Callable[[torch.Size], bool], directory: Path
+    whole: Any,
+    config: Any,
+    stored_twice: Callable[[torch.Size], bool],
+    directory: Path,
+    causal: bool = True,
 ) -> Anatomy:
     """Find the parts, and prove on the meta device that layers speak through hidden states only.
 
-    ``stored_twice`` tells whether two weights of a shape hold the same values: HF ties them then.
+    Args:
+        stored_twice: whether two weights of a shape hold the same values: HF ties them then.
+        causal: whether it is a causal language model.
     """
 
     def refuse(got: str) -> UserError:
@@ -147,8 +173,9 @@ def find_anatomy(
         raise refuse(f"no list of {count} layers")
     names = {id(module): name for name, module in whole.named_modules()}
     embedding, head = whole.get_input_embeddings(), whole.get_output_embeddings()
-    if id(embedding) not in names or id(head) not in names:
+    if id(embedding) not in names or (causal and id(head) not in names):
         raise refuse("no input or output embedding")
+    head_name = names.get(id(head), "")
     # The largest that the forward runs: beside a text model may stand another with as many layers.
     for _, layers_name in sorted(lists, reverse=True):
         layers = cast(nn.ModuleList, whole.get_submodule(layers_name))
@@ -190,7 +217,7 @@ def find_anatomy(
         # Behind the layers, a module with weights of its own is held with all of its parts.
         if below and not (seen.late >= {name, *below} and seen.early.isdisjoint({name, *below})):
             raise refuse(f"{name or 'the model'} with weights beside those of its parts")
-    tied = names[id(head)] + ".weight" in whole.all_tied_weights_keys and (
+    tied = f"{head_name}.weight" in whole.all_tied_weights_keys and (
         head.weight is embedding.weight or stored_twice(embedding.weight.shape)
     )
     numel = {
@@ -207,7 +234,7 @@ def find_anatomy(
         embedding=names[id(embedding)],
         width=embedding.weight.shape[1],
         made=seen.made,
-        head=names[id(head)],
+        head=head_name,
         early=frozenset(seen.early),
         late=frozenset(seen.late),
         idle=frozenset(outside.keys() - run),
@@ -220,8 +247,16 @@ def find_anatomy(
         ),
         tied=tied,
         given=given,
+        pooled=seen.pooled,
+        causal=causal or _sees_behind_alone(layers),
         numel=numel,
     )
+
+
+def _sees_behind_alone(layers: nn.ModuleList) -> bool:
+    """Whether all attention in some layers says that it is causal."""
+    said = [module.is_causal for module in layers.modules() if hasattr(module, "is_causal")]
+    return bool(said) and all(map(bool, said))
 
 
 def refused(whole: nn.Module, directory: Path, got: str) -> UserError:
@@ -235,7 +270,7 @@ def refused(whole: nn.Module, directory: Path, got: str) -> UserError:
 
 
 def run_on_meta(whole: nn.Module, examples: int, tokens: int, given: Given) -> Tensor:
-    """Logits ``[N, T, V]`` without values: the forward of a model on the meta device."""
+    """Logits ``[N, T, V]`` or ``[N, V]`` without values: a model's forward on the meta device."""
     return cast(Tensor, whole(**given.arguments(whole, examples, tokens)).logits)
 
 
@@ -271,6 +306,7 @@ class _Seen:
     watched: Watched
     hidden: torch.Size
     called: bool
+    pooled: bool
     problem: str
 
 
@@ -344,7 +380,7 @@ def _watch(
             stack.callback(hook.remove)
             stack.callback(layer.register_forward_hook(behind_layer).remove)
         stack.enter_context(frozen(whole))
-        run_on_meta(whole, *sizes, given)
+        logits = run_on_meta(whole, *sizes, given)
     changed = [name for name, parameter, version in before if parameter._version != version]
     if changed:
         problems.insert(0, f"a forward that changes its own weights ({changed[0]})")
@@ -364,6 +400,7 @@ def _watch(
         watched=watched,
         hidden=shapes[0] if shapes else torch.Size(),
         called=bool(called),
+        pooled=logits.ndim < 3,
         problem=problems[0] if problems else "",
     )
 

@@ -1,8 +1,8 @@
-"""What kind of model a directory holds, by the class that its ``config.json`` names.
+"""What a model in a directory is for, by the class that its ``config.json`` names.
 
-A causal language model is opened from its directory. Any other class (a classifier, a masked
-language model, an encoder and decoder) would run as one, too, since its weights fit in part, and
-its next-token loss would mean nothing: it is refused by its name.
+A model is opened as what it is: a classifier read as a language model would run, too, since its
+weights fit in part, and its next-token loss would mean nothing. A class of no task that there is
+(an encoder and decoder, say) is refused by its name.
 """
 
 from __future__ import annotations
@@ -15,19 +15,17 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from raycurv.errors import UserError
+from raycurv.models.model_task import CAUSAL_LM, TASKS, Task
 
 _OWN = "give it as package.module:factory with an objective of your own"
 _CLASSES = "give it as package.module:factory with --objective classification"
 # Tables of classes in transformers, in the order in which they are asked: what a class of them is,
 # and how it can be given.
 _KINDS = (
-    ("SEQUENCE_CLASSIFICATION", "a classifier", _CLASSES),
-    ("TOKEN_CLASSIFICATION", "a classifier of tokens", _OWN),
     ("QUESTION_ANSWERING", "a model that finds answers in a text", _OWN),
     ("MULTIPLE_CHOICE", "a model that chooses among answers", _OWN),
     ("NEXT_SENTENCE_PREDICTION", "a classifier of pairs of sentences", _CLASSES),
     ("SEQ_TO_SEQ_CAUSAL_LM", "an encoder with a decoder", _OWN),
-    ("MASKED_LM", "a masked language model, whose tokens see those behind them", _OWN),
     ("SPEECH_SEQ_2_SEQ", "an encoder of speech with a decoder", _OWN),
     ("IMAGE_TEXT_TO_TEXT", "a model of images and text", _OWN),
     ("MULTIMODAL_LM", "a model of several kinds of input", _OWN),
@@ -49,8 +47,8 @@ _ENDINGS = (
 _WITH_TEXT = ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
 
 
-def check_architecture(content: Mapping[str, Any], path: str, trust_remote_code: bool) -> None:
-    """Refuse a configuration of anything but a causal language model.
+def task_of(content: Mapping[str, Any], path: str, trust_remote_code: bool) -> Task:
+    """What a model is for.
 
     Args:
         content: of ``config.json``.
@@ -58,7 +56,8 @@ def check_architecture(content: Mapping[str, Any], path: str, trust_remote_code:
         trust_remote_code: whether the class may be one of the directory's own code.
 
     Raises:
-        UserError: names the class, and what it is; or there is no class for such a model.
+        UserError: the class is of no task, which names it and what it is; or there is no class for
+            such a model.
     """
     kind, named = content.get("model_type"), content.get("architectures")
     if not isinstance(kind, str):
@@ -77,9 +76,12 @@ def check_architecture(content: Mapping[str, Any], path: str, trust_remote_code:
     named = [name.removeprefix("FSDP") for name in named]
     own = content.get("auto_map")
     if own and kind not in CONFIG_MAPPING_NAMES:
-        return  # nothing is known of it without the directory's own code
-    if trust_remote_code and isinstance(own, dict) and "AutoModelForCausalLM" in own:
-        return  # a class of that code
+        return CAUSAL_LM  # nothing is known of it without the directory's own code
+    if trust_remote_code and isinstance(own, dict):
+        # A class of that code.
+        found = next((task for task in TASKS if task.auto in own), None)
+        if found is not None:
+            return found
     if kind not in CONFIG_MAPPING_NAMES:
         raise UserError(
             path,
@@ -90,21 +92,26 @@ def check_architecture(content: Mapping[str, Any], path: str, trust_remote_code:
         )
     causal = _names("CAUSAL_LM", kind)
     if not named and causal:
-        return  # the weights will tell
-    if any(name.lower() in {one.lower() for one in causal} for name in named):
-        return
+        return CAUSAL_LM  # the weights will tell
+    # Some tables of encoders name encoders with a decoder, too.
+    named_two = set(_names("SEQ_TO_SEQ_CAUSAL_LM", kind))
+    lower = {name.lower() for name in named if name not in named_two}
+    for task in TASKS:
+        if lower & {one.lower() for one in _names(task.table, kind)}:
+            return task
     if any(name in _names(table, kind) for table in _WITH_TEXT for name in named):
-        return
+        return CAUSAL_LM
     name = (named[0][:80] or "model without a name") if named else f"{kind} model"
     what, how = (
         _described(name, bool(own)) if named else ("a kind without a causal language model", _OWN)
     )
     article = "an" if name.startswith(tuple("AEIO")) else "a"
+    known = [one for task in TASKS for one in _names(task.table, kind)[:1]]
     raise UserError(
         path,
-        f"a causal language model{f' such as {causal[0]}' if causal else ''}",
+        f"a language model or a classifier{f', such as {known[0]}' if known else ''}",
         f"{article} {name}: {what}",
-        f"raycurv opens causal language models from a directory: {how}.",
+        f"raycurv opens language models and classifiers from a directory: {how}.",
     )
 
 
@@ -121,7 +128,7 @@ def _flat(values: Any) -> Iterator[str]:
 
 
 def _described(name: str, own_code: bool) -> tuple[str, str]:
-    """What a class is that is no causal language model of its type, and how it can be given."""
+    """What a class is that is of no task among those of its type, and how it can be given."""
     for table, what, how in _KINDS:
         if name in _names(table):
             return what, how
@@ -130,13 +137,13 @@ def _described(name: str, own_code: bool) -> tuple[str, str]:
             f"{_OWN}, or correct architectures in config.json if it was trained with the head that "
             "its weights have"
         )
+    if any(name in _names(task.table) for task in TASKS):
+        return "of another model_type than config.json names", "correct architectures or model_type"
     for ending, what, how in _ENDINGS:
         if name.endswith(ending):
             return what, how
     if own_code:
         return "a class of the directory's own code", "--trust-remote-code runs that code"
-    if name in _names("CAUSAL_LM"):
-        return "of another model_type than config.json names", "correct architectures or model_type"
     return (
         f"a class that transformers {transformers.__version__} does not have for this model_type",
         "give it as package.module:factory, or correct architectures in config.json if the weights "

@@ -82,9 +82,11 @@ def check_layers(content: Mapping[str, Any], keys: Collection[str], path: str) -
     """
     numbers = [int(n) for key in keys for n in re.findall(r"(?<=\.)\d{1,9}(?=\.)", f".{key}.")]
     stored = max(numbers, default=-1) + 1
-    text = content.get("text_config")
+    text, groups = content.get("text_config"), content.get("num_hidden_groups")
     for name in _LAYERS:
         wanted = (text if isinstance(text, Mapping) else content).get(name)
+        if name == "num_hidden_layers" and isinstance(groups, int):
+            wanted = groups  # each of which is used several times
         if isinstance(wanted, int) and wanted > max(1, stored):
             raise UserError(
                 f"{path}, {name}",

@@ -21,6 +21,7 @@ from raycurv.errors import UserError, user_errors, users_code
 from raycurv.mathematics.blocks import Block
 from raycurv.models.checkpoint import check_finite, describe_tensor
 from raycurv.models.checkpoint_files import CheckpointFile, state_file
+from raycurv.models.hf_calls import further_inputs
 from raycurv.models.model import Model, Segment
 from raycurv.models.own_copies import cast_floats, copied, floats, unwrapped
 from raycurv.models.pieces import Parts
@@ -69,6 +70,7 @@ class FactoryModel(Model):
         self._bytes = [_float_and_other_bytes(part) for part in parts]
         self.token_inputs = _takes_tokens(whole)
         self.either_inputs = self.token_inputs or bool(_embeddings(whole))
+        self.takes = further_inputs(whole)
         dtypes = {p.dtype for p in whole.parameters() if p.is_floating_point()} - {torch.float32}
         if dtypes:
             names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
@@ -260,7 +262,7 @@ class FactorySegment(Segment):
             options["attention_mask"] = None if batch.mask is None else batch.mask.to(torch.int64)
         if "use_cache" in self._parameters:
             options["use_cache"] = False
-        return options
+        return options | dict(batch.named)
 
     def _check(self, output: object, part: str, expected: str, remedy: str) -> None:
         if not isinstance(output, Tensor):
@@ -286,7 +288,7 @@ def _import(name: str, base: Path | None) -> Callable[[], nn.Module]:
 
 
 # What a forward is given beside the inputs, where it takes it.
-_OPTIONS = ("attention_mask", "use_cache")
+_OPTIONS = ("attention_mask", "use_cache", "token_type_ids")
 
 
 def _check_inputs(whole: nn.Module, where: str) -> None:
@@ -302,7 +304,7 @@ def _check_inputs(whole: nn.Module, where: str) -> None:
             raise UserError(
                 where + (f", child {name}" if name else ""),
                 "a forward that is called with the inputs alone"
-                + ("" if name else " (attention_mask and use_cache are given where it takes them)"),
+                + ("" if name else f" ({', '.join(_OPTIONS)} are given where it takes them)"),
                 f"forward{inspect.signature(module.forward)}",
                 "Return a module of your own around it, whose forward takes one tensor and calls "
                 "it with what else it needs; several tensors can be columns of that one.",

@@ -1,4 +1,4 @@
-"""A network from an HF checkpoint, cut between its decoder layers.
+"""A network from an HF checkpoint, cut between its layers.
 
 A segment is the whole HF class, with the layers of other segments replaced by modules that pass
 their input on, so that masks, rotary tables, scalings and the head are HF's own code. What enters
@@ -13,7 +13,7 @@ import re
 import traceback
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +23,7 @@ import transformers
 from torch import Tensor, nn
 
 from raycurv.batch import Batch
-from raycurv.errors import RaycurvError, UserError, in_words, shortened, users_code
+from raycurv.errors import RaycurvError, UserError, in_words, shortened
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.coverage import outermost
 from raycurv.models.adapter import ADAPTER
@@ -39,7 +39,7 @@ from raycurv.models.anatomy import (
     refused,
     run_on_meta,
 )
-from raycurv.models.architectures import check_architecture
+from raycurv.models.architectures import task_of
 from raycurv.models.checkpoint import INDEX, SINGLE, Weights
 from raycurv.models.checkpoint_files import TOKENIZER_FILES, CheckpointFile, hf_files
 from raycurv.models.config_file import CONFIG, check_layers, read_content
@@ -50,8 +50,17 @@ from raycurv.models.foreign_code import (
     nothing_from_outside,
     plain_implementations,
 )
+from raycurv.models.hf_calls import (
+    calling,
+    further_inputs,
+    given_beside,
+    keep_padding_apart,
+    options,
+    padded_ids,
+)
 from raycurv.models.mixtures import take_own_forward
 from raycurv.models.model import Model, Outline, Segment
+from raycurv.models.model_task import CAUSAL_LM, MASKED_LM, Task, class_names, refined
 from raycurv.models.pieces import Parts, Piece, Views
 from raycurv.models.quantisation import Quantisation, copy_in_floating_point
 from raycurv.models.stacked import stacked_parts
@@ -74,6 +83,7 @@ from raycurv.models.unused import (
     unwrapped,
     wrapper_note,
 )
+from raycurv.models.whole_segment import WholeSegment, lists_of_layers, whole_anatomy
 
 # What a model may make in memory beside its weights, such as tables of positions; a checkpoint that
 # is larger may have as much as it has itself.
@@ -86,7 +96,7 @@ _EMPTY = (
 
 
 class HFOutline(Outline):
-    """What the ``config.json`` in a directory says of a causal language model, without weights.
+    """What the ``config.json`` in a directory says of a model, without weights.
 
     Opening it runs the architecture once on the meta device. UserError for no or an unknown
     configuration, a quantised checkpoint, or an architecture whose layers speak past the hidden
@@ -95,6 +105,7 @@ class HFOutline(Outline):
 
     token_inputs = True
     any_length = True
+    task: Task
     anatomy: Anatomy
     _skeleton: nn.Module | None
     # Patterns of names that the model's class knows to be of no use.
@@ -107,17 +118,16 @@ class HFOutline(Outline):
         check_outline_directory(directory)
         self.content = read_content(directory)
         self.quantisation = Quantisation.of(self.content, str(directory / CONFIG))
-        self.config = _read_config(directory, self.content, trust_remote_code)
+        self.task, self.config = _read_config(directory, self.content, trust_remote_code)
         whole = self._on_meta()
-        anatomy = find_anatomy(whole, self.config, self._stored_twice, directory)
-        _try_cuts(whole, anatomy, directory)
+        anatomy = self._anatomy_of(whole)
         self.anatomy, self._skeleton = anatomy, whole
-        self.units, self.width = anatomy.count, anatomy.travels.columns
+        self.units, self.width = anatomy.count, anatomy.travels.columns or None
         # Weights that multiply at each token: those of each layer, and the head's in the last.
         costs = [float(anatomy.numel[anatomy.layer(i)]) for i in range(self.units)]
-        costs[-1] += anatomy.numel[anatomy.head]
+        costs[-1] += anatomy.head_numel
         self.unit_costs = tuple(costs)
-        self.default_scope = (f"{anatomy.layers}.",)
+        self.default_scope = (f"{anatomy.layers}.",) if anatomy.cut else lists_of_layers(whole)
         self.tied_head = anatomy.head if anatomy.tied else None
         self.idle, self.held = anatomy.idle, anatomy.held
         if self.idle:
@@ -125,8 +135,12 @@ class HFOutline(Outline):
             idle = dict.fromkeys(outermost(name, run) for name in sorted(self.idle))
             self.notices += (f"not run with tokens, and not loaded: {', '.join(idle)}",)
         text = self.config.get_text_config()
-        self.max_positions = getattr(text, "max_position_embeddings", None)
+        self.max_positions = _longest(whole, getattr(text, "max_position_embeddings", None))
         self.vocab_size = getattr(text, "vocab_size", None)
+        if self.task not in (CAUSAL_LM, MASKED_LM):
+            self.classes, self.class_names = self.config.num_labels, class_names(self.config)
+        if not self.task.causal:
+            self.takes = further_inputs(whole)
         if any((directory / file).is_file() for file in TOKENIZER_FILES):
             self.tokenizer_dir = str(directory)
 
@@ -149,7 +163,22 @@ class HFOutline(Outline):
         return named_code(self.directory / CONFIG) if self.trust_remote_code else []
 
     def _on_meta(self) -> nn.Module:
-        return _causal_model(self.config, self.content, self.directory, self.trust_remote_code)
+        return _model_of(
+            self.task, self.config, self.content, self.directory, self.trust_remote_code
+        )
+
+    def _anatomy_of(self, whole: nn.Module) -> Anatomy:
+        """Where the model may be cut; of no causal language model this may be nowhere."""
+        causal = self.task.causal
+        try:
+            found = find_anatomy(whole, self.config, self._stored_twice, self.directory, causal)
+            _try_cuts(whole, found, self.directory)
+        except UserError as error:
+            if causal:
+                raise
+            self.notices += (f"runs as one stage: {error.got}",)
+            return whole_anatomy(whole)
+        return found
 
     def _stored_twice(self, shape: torch.Size) -> bool:
         return False
@@ -161,8 +190,9 @@ class HFOutline(Outline):
         return self._skeleton
 
     def rehearse(self, skeleton: nn.Module, examples: int, tokens: int) -> bool:
-        run_on_meta(skeleton, examples, tokens, self.anatomy.given)
-        return True
+        if self.anatomy.given is not None:
+            run_on_meta(skeleton, examples, tokens, self.anatomy.given)
+        return self.anatomy.given is not None
 
     def unit_of(self, module_name: str) -> int:
         """The layer that holds a module: 0 what runs before them, the last what runs behind."""
@@ -180,7 +210,7 @@ class HFOutline(Outline):
 
 
 class HFModel(HFOutline, Model):
-    """A causal language model in a directory with ``config.json`` and safetensors.
+    """A model in a directory with ``config.json`` and safetensors.
 
     Opening it resolves every weight against the checkpoint and runs the architecture once on the
     meta device, reading no weights: so a mistake shows before any stage starts, as a UserError (as
@@ -338,14 +368,14 @@ class HFModel(HFOutline, Model):
             for name, text in read.items()
         }
 
-    def build(self, units: range, dtype: torch.dtype, device: torch.device) -> HFSegment:
+    def build(self, units: range, dtype: torch.dtype, device: torch.device) -> Segment:
         assert 0 <= units.start < units.stop <= self.units and units.step == 1, units
         weights = Weights(self.checkpoint, device, self._names)
         module = self._load(weights, dtype, units)
         # Weights are on the device already; this moves HF's own tables, without a cast.
         module.to(device)
         module.eval().requires_grad_(False)
-        return HFSegment(module, units, self.anatomy)
+        return HFSegment(module, units, self.anatomy) if self.anatomy.cut else WholeSegment(module)
 
     def stored(self, block: Block) -> StoredWeight:
         """Where the checkpoint keeps a block's weight, as the loader resolved its keys; UserError
@@ -446,6 +476,7 @@ class HFModel(HFOutline, Model):
                 ignore_mismatched_sizes=True,
                 local_files_only=True,
             )
+        keep_padding_apart(module)
         # Whatever transformers would have made is an error before it is made.
         assert not info["mismatched_keys"], info["mismatched_keys"]
         assert not {n for n, _ in module.named_parameters()} & set(info["missing_keys"])
@@ -563,9 +594,9 @@ class HFSegment(Segment):
                 part.to_give(weight.dtype, weight.device)
         # HF's eager attention takes its softmax in float32, where a mask of float64's lowest number
         # is -Inf: a padded row that sees only padding (sliding windows) becomes NaN and poisons
-        # the rest. Padded on the right, no token sees padding anyway.
+        # the rest. Padded on the right, no token of a causal model sees padding anyway.
         eager = getattr(getattr(module, "config", None), "_attn_implementation", None) == "eager"
-        self._masked = not (eager and weight.dtype == torch.float64)
+        self._masked = not (anatomy.causal and eager and weight.dtype == torch.float64)
         travels = anatomy.travels
         self._enters, self._leaves = travels.over(units.start), travels.over(units.stop)
         # Values that travel, of the forward under way, by number.
@@ -586,10 +617,12 @@ class HFSegment(Segment):
         """Hidden states ``[N, T, d]`` behind the last layer of the segment, and what travels
         with them; the first segment embeds ``batch.inputs``."""
         assert (hidden is None) == self.first, "the first segment, and only that, takes no hidden"
-        mask = batch.mask
-        mask = mask.to(torch.int64) if mask is not None and self._masked else None
-        with self._calling(batch.inputs):
-            return self._run({"input_ids": batch.inputs, "attention_mask": mask}, hidden)
+        with calling(self.module, batch.inputs):
+            return self._run({"input_ids": batch.inputs, **self._beside(batch)}, hidden)
+
+    def _beside(self, batch: Batch) -> dict[str, Any]:
+        given = given_beside(self.module, batch)
+        return given if self._masked else given | {"attention_mask": None}
 
     def rehearse(self, hidden: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
         """What :meth:`forward` gives of a segment on the meta device, and the head in the last; its
@@ -602,6 +635,7 @@ class HFSegment(Segment):
             MarkedError: such a value reached a layer of the segment, or what it gives.
         """
         given, problems = self._anatomy.given, list[str]()
+        assert given is not None, "a forward that did not run"
 
         def watch(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             for path, tensor in leaves((args, kwargs)):
@@ -620,8 +654,11 @@ class HFSegment(Segment):
                 if any(tensor.requires_grad for tensor in left):
                     problems.append("with outputs that depend on other layers")
                 if self.last:
-                    rows = left[0].flatten(0, 1)[:, None]
-                    if self._logits(rows, given.arguments(self.module, len(rows), 1)).requires_grad:
+                    rows, sizes = left[0], TRIED
+                    if not self.pooled:
+                        rows = rows.flatten(0, 1)[:, None]
+                        sizes = len(rows), 1
+                    if self._logits(rows, given.arguments(self.module, *sizes)).requires_grad:
                         problems.append("before logits that depend on more than its output")
         finally:
             for stand_in in self._stand_ins:
@@ -632,27 +669,29 @@ class HFSegment(Segment):
             raise MarkedError(problems[0])
         return left
 
-    def head(self, part: Tensor) -> Tensor:
-        """Logits ``[N, t, V]`` of hidden states ``[N, t, d]``, differentiable in ``part``.
+    @property
+    def pooled(self) -> bool:
+        return self._anatomy.pooled
 
-        HF's forward with every layer passed over. Nothing behind the layers looks from one
-        position to another, so each position goes alone: no masks of t x t, no limit on N·t.
+    def head(self, part: Tensor, batch: Batch | None = None) -> Tensor:
+        """Outputs of hidden states, differentiable in these: ``[N, t, V]`` of ``[N, t, d]`` at some
+        positions, or where the head pools ``[N S, V]`` of the whole texts' ``[N S, T, d]``.
+
+        HF's forward with every layer passed over. Behind the layers of a language model nothing
+        looks from one position to another, so each position goes alone: no masks of t x t, no limit
+        on N·t.
         """
         assert self.last, "only the last segment holds the head"
-        with self._calling(part):
+        with calling(self.module, part):
+            if self.pooled:
+                assert batch is not None
+                # Some classes find the last token of a text by its id.
+                ids = padded_ids(self.module, batch)
+                return self._logits(part, {"input_ids": ids, **self._beside(batch)})
             rows = part.flatten(0, 1)[:, None]
             ids = torch.full(rows.shape[:2], self._no_padding, device=rows.device)
             logits = self._logits(rows, {"input_ids": ids})
         return logits.reshape(*part.shape[:2], -1)
-
-    def _calling(self, given: Tensor) -> AbstractContextManager[None]:
-        """Around a call of HF's code: what it raises is about the model and its input."""
-        return users_code(
-            f"model {type(self.module).__name__}",
-            f"a forward that takes examples and positions of shape {list(given.shape)}",
-            "If transformers alone takes them, give the model as package.module:factory, which "
-            "runs as one stage.",
-        )
 
     @property
     def _no_padding(self) -> int:
@@ -661,7 +700,8 @@ class HFSegment(Segment):
         return int(getattr(config.get_text_config(), "pad_token_id", None) == 0)
 
     def _logits(self, rows: Tensor, given: dict[str, Any]) -> Tensor:
-        """Logits ``[R, 1, V]`` of hidden states ``[R, 1, ...]``."""
+        """What the model gives where ``rows`` leave its layers: ``[R, 1, V]`` of hidden states
+        ``[R, 1, ...]``, or where its head pools ``[N S, V]`` of ``[N S, T, d]``."""
         entry = cast(_Passed, self._passed[-1])
         hidden, _ = self._anatomy.travels.unpack((rows,), ())
         before = {name: self.module.get_submodule(name) for name in self._before}
@@ -669,7 +709,7 @@ class HFSegment(Segment):
             _replace(self.module, name, stand_in)
         entry.instead = hidden
         try:
-            output = self.module(**given | {"use_cache": False})
+            output = self.module(**given | options(self.module))
         finally:
             entry.instead = None
             for name, module in (before | {self._anatomy.layers: self._layers}).items():
@@ -685,7 +725,7 @@ class HFSegment(Segment):
             assert self._entry is not None
             self._entry.instead, self._values = travels.unpack(entering, self._enters)
         try:
-            self.module(**given | {"use_cache": False})
+            self.module(**given | options(self.module))
         except _Stop as stop:
             # The frames between hold activations that nothing else needs.
             traceback.clear_frames(stop.__traceback__)
@@ -881,9 +921,11 @@ def _replace(module: nn.Module, name: str, by: nn.Module) -> None:
     setattr(module.get_submodule(parent), child, by)
 
 
-def _read_config(directory: Path, content: Mapping[str, Any], trust_remote_code: bool) -> Any:
+def _read_config(
+    directory: Path, content: Mapping[str, Any], trust_remote_code: bool
+) -> tuple[Task, Any]:
     path = str(directory / CONFIG)
-    check_architecture(content, path, trust_remote_code)
+    task = task_of(content, path, trust_remote_code)
     wanted = f"a configuration that transformers {transformers.__version__} knows"
     # Each architecture checks its own fields, with errors of several libraries.
     code = nothing_from_outside(directory / CONFIG, trust_remote_code)
@@ -903,25 +945,26 @@ def _read_config(directory: Path, content: Mapping[str, Any], trust_remote_code:
         for name in ("quantization_config", "compression_config"):
             if getattr(part, name, None) is not None:
                 delattr(part, name)
-    return config
+    return refined(task, config), config
 
 
-def _causal_model(
-    config: Any, content: Mapping[str, Any], directory: Path, trust_remote_code: bool
+def _model_of(
+    task: Task, config: Any, content: Mapping[str, Any], directory: Path, trust_remote_code: bool
 ) -> nn.Module:
     """The whole model on the meta device."""
-    path, wanted = directory / CONFIG, "the configuration of a causal language model"
+    path, wanted = directory / CONFIG, f"the configuration of {task.what}"
     code = nothing_from_outside(path, trust_remote_code)
     with library_errors(str(path), wanted, content), META, _quiet(), code:
         # Of models of images and text, too, text alone is a causal language model's.
-        auto = transformers.AutoModelForCausalLM
-        if type(config) not in auto._model_mapping:
+        auto = getattr(transformers, task.auto)
+        if task.causal and type(config) not in auto._model_mapping:
             others = (
                 transformers.AutoModelForImageTextToText,
                 transformers.AutoModelForMultimodalLM,
             )
             auto = next((a for a in others if type(config) in a._model_mapping), auto)
         model = auto.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        keep_padding_apart(model)
     return cast(nn.Module, model)
 
 
@@ -956,6 +999,16 @@ def _texts(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 def _ignorable(module: Any) -> tuple[str, ...]:
     """Patterns of names that a class of transformers knows to be of no use."""
     return tuple(module._keys_to_ignore_on_load_unexpected or ())
+
+
+def _longest(whole: Any, positions: int | None) -> int | None:
+    """The longest text that a table of so many positions serves: those of some models begin behind
+    the number of the padding. ``None`` for any."""
+    for module in whole.modules():
+        table = isinstance(module, nn.Embedding) and module is not whole.get_input_embeddings()
+        if table and module.num_embeddings == positions and module.padding_idx is not None:
+            return int(module.num_embeddings) - int(module.padding_idx) - 1
+    return None if positions is None or positions < 1 else positions
 
 
 def _fields_of(config: Any, sizes: set[int]) -> list[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from raycurv.batch import Batch
 from raycurv.errors import UserError
 from raycurv.mathematics.blocks import Block
 from raycurv.models.checkpoint_files import CheckpointFile
+from raycurv.models.model_task import Task
 from raycurv.models.stored import Patch, StoredWeight
 
 
@@ -27,6 +29,11 @@ class Segment(ABC):
     first: bool
     last: bool
 
+    @property
+    def pooled(self) -> bool:
+        """Whether :meth:`head` takes whole texts, and gives one row of outputs for each."""
+        return False
+
     @abstractmethod
     def forward(self, batch: Batch, hidden: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
         """What travels to the next segment: the output of the last unit held, from what the segment
@@ -38,10 +45,11 @@ class Segment(ABC):
             whatever hooks on modules of the segment put in place of an output.
         """
 
-    def head(self, part: Tensor) -> Tensor:
+    def head(self, part: Tensor, batch: Batch | None = None) -> Tensor:
         """What the objective takes, from some positions ``[N, t, d]`` of the first tensor that the
-        last segment's :meth:`forward` returned: logits ``[N, t, V]`` of an HF model; ``part``
-        itself for other models."""
+        last segment's :meth:`forward` returned (where it is ``pooled`` all of them, and their
+        microbatch): logits ``[N,
+        t, V]`` or ``[N S, V]`` of an HF model; ``part`` itself for other models."""
         assert self.last, "only the last segment holds the head"
         return part
 
@@ -65,6 +73,10 @@ class Outline(ABC):
         trust_remote_code: whether code that the model's directory brings along may run.
         notices: what a person should know of how it was opened, sentences without a full stop.
         any_length: whether its layers take sequences of every length below that.
+        task: what it is for; ``None`` where nobody says.
+        classes: columns of its outputs where these are no words.
+        class_names: the number of each class by its name.
+        takes: further inputs that its forward is given, where the data has them.
     """
 
     name: str
@@ -83,6 +95,10 @@ class Outline(ABC):
     token_inputs: bool
     either_inputs: bool = False
     trust_remote_code: bool = False
+    task: Task | None = None
+    classes: int | None = None
+    class_names: Mapping[str, int] = MappingProxyType({})
+    takes: frozenset[str] = frozenset()
 
     @abstractmethod
     def skeleton(self) -> nn.Module:

@@ -224,7 +224,7 @@ def stage_shapes(
                 width=outline.width or max((b.d_out for b in blocks), default=1),
                 first=units.start == 0,
                 last=last,
-                vocabulary=(outline.vocab_size or 0) if last else 0,
+                vocabulary=(outline.classes or outline.vocab_size or 0) if last else 0,
                 any_length=outline.any_length,
             )
         )

@@ -51,7 +51,7 @@ def check_independence(
             alone = forward(part, None if entered is None else tuple(map(own, entered)))
         for one, all_ in zip(alone, left, strict=True):
             together = own(all_.detach())
-            if one.shape != together.shape or all_.shape[:1] != (batch.size,):
+            if one.shape != together.shape or all_.shape[:1] != (batch.rows,):
                 continue  # not of examples, or not of their tokens
             if not all_.is_floating_point():
                 continue
@@ -105,14 +105,19 @@ def check_objective(again: Again, batch: Batch, hidden: Tensor, found: LossGradi
 
 
 def _alone(batch: Batch, n: int) -> tuple[Batch, Callable[[Tensor], Tensor]]:
-    """An example of a microbatch without padding, and what takes its part of a tensor."""
-    length = None if batch.mask is None else int(batch.mask[n].sum())
+    """An example of a microbatch without the padding that the others bring, and what takes its part
+    of a tensor."""
+    each = batch.sequences
+    rows = slice(n * each, (n + 1) * each)
+    length = None if batch.mask is None else int(batch.mask[rows].sum(dim=1).max())
 
     def own(tensor: Tensor) -> Tensor:
-        if tensor.shape[:1] != (batch.size,):
+        if tensor.shape[:1] == (batch.size,) and each > 1:
+            return tensor[n : n + 1]
+        if tensor.shape[:1] != (batch.rows,):
             return tensor  # what all examples share
         tokens = batch.mask is not None and tensor.shape[:2] == batch.mask.shape
-        return tensor[n : n + 1, :length] if tokens and tensor.ndim > 2 else tensor[n : n + 1]
+        return tensor[rows, :length] if tokens and tensor.ndim > 2 else tensor[rows]
 
     return batch.part([n], length), own
 

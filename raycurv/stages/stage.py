@@ -36,12 +36,8 @@ from raycurv.mathematics.capture_check import (
 from raycurv.mathematics.checkpointing import PlainCheckpoints
 from raycurv.mathematics.frozen_linear import FrozenLinear
 from raycurv.mathematics.loss.differentiation import LossGradients, differentiate
-from raycurv.mathematics.loss.objective import (
-    Objective,
-    is_ours,
-    open_measurement,
-    open_objective,
-)
+from raycurv.mathematics.loss.objective import Objective
+from raycurv.mathematics.loss.shipped import is_ours, open_measurement, open_objective
 from raycurv.mathematics.sums import Results, is_finite
 from raycurv.models.model import Model
 from raycurv.models.patched import repatch
@@ -177,7 +173,8 @@ class Stage:
         with self._graph(False, record):
             out = self._segment.forward(record.batch, _own(self._entering(hidden, False)))
             if self._segment.last:
-                self._head(self._objective, record, out[0][:, :1] if out[0].ndim > 2 else out[0], 0)
+                some = out[0].ndim > 2 and not self._segment.pooled
+                self._head(self._objective, record, out[0][:, :1] if some else out[0], 0)
         return out, self._capture.discover(record)
 
     def compare(
@@ -442,14 +439,22 @@ class Stage:
         padded = batch.mask is not None and not bool(batch.mask.all())
         if batch.size == 1 or padded in self._alone or self._random:
             return
-        if self.spec.model.any_length or self._measures().causal:
+        task = self.spec.model.task
+        if self._measures().causal or (task is not None and task.causal):
             return
         self._alone.add(padded)
 
+        def pooled(batch: Batch, left: Hidden) -> Hidden:
+            if not (self._segment.last and self._segment.pooled):
+                return left
+            return (*left, self._segment.head(left[0], batch))
+
         def forward(part: Batch, entered: Hidden | None) -> Hidden:
             with FrozenLinear(), self._checkpoints:
-                return self._segment.forward(part, _own(entered))
+                return pooled(part, self._segment.forward(part, _own(entered)))
 
+        with torch.no_grad(), FrozenLinear():
+            left = pooled(batch, left)
         check_independence(forward, batch, entered, left, f"model {self.spec.model.name}")
 
     def _check_objective(
@@ -476,7 +481,8 @@ class Stage:
         if hidden is not None:
             cut = slice(None) if batch.mask is None else slice(positions)
             entered = tuple(
-                tensor[list(rows)][:, cut] if tensor.ndim > 1 and len(tensor) == batch.size
+                tensor[batch.rows_of(rows)][:, cut]
+                if tensor.ndim > 1 and len(tensor) == batch.rows
                 else tensor for tensor in hidden
             )  # fmt: skip
         objective = self._measures()
@@ -516,11 +522,12 @@ class Stage:
         # Only a per-token objective slices positions; otherwise rows are whole examples.
         if objective.per_token:
             with record.positions(start, part.shape[1]):
-                return self._segment.head(part)
-        return self._segment.head(part)
+                return self._segment.head(part, record.batch)
+        return self._segment.head(part, record.batch)
 
     def _slice_positions(self, batch: Batch, hidden: Tensor) -> int:
-        classes = self.spec.model.vocab_size or (hidden.shape[-1] if hidden.ndim else 1)
+        model = self.spec.model
+        classes = model.classes or model.vocab_size or (hidden.shape[-1] if hidden.ndim else 1)
         return max(1, self.spec.logits_chunk // (batch.size * max(1, classes)))
 
 

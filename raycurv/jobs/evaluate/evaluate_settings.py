@@ -33,8 +33,10 @@ class EvaluateSettings(Execution, Reading, Adapting, Predicting):
     """Examples, as a fit takes them: file, directory or glob of Parquet, JSONL or Arrow."""
     out: Required[Place] = ""
     """Where results go: an absolute path, or a URI that pyarrow.fs understands."""
-    objective: Identity[str] = "causal-lm"
-    """`causal-lm`, `classification`, `regression`, or your own as `package.module:Name`."""
+    objective: Identity[str | None] = None
+    """`causal-lm`, `masked-lm`, `classification`, `multi-label`, `regression`,
+    `token-classification`, `preference`, or your own as `package.module:Name`. Default: what the
+    model directory's `architectures` say it was trained for; of a factory `causal-lm`."""
     max_examples: Identity[Count | None] = None
     """Evaluate a seeded sample of so many examples."""
     seed: Identity[Seed] = 0

@@ -29,7 +29,7 @@ from raycurv.jobs.evaluate.evaluate_settings import EvaluateSettings
 from raycurv.jobs.inputs import Inputs
 from raycurv.jobs.losses import Losses
 from raycurv.jobs.shell import Shell, open_shell
-from raycurv.mathematics.loss.objective import open_objective
+from raycurv.mathematics.loss.shipped import open_objective
 from raycurv.models.model import Model
 from raycurv.progress.reporter import Reporter
 
@@ -70,9 +70,11 @@ def evaluate(
 def _evaluate(shell: Shell[EvaluateSettings]) -> Numbers:
     settings, store, inputs = shell.settings, shell.store, shell.inputs
     network = inputs.open_model(
-        settings.model, settings.trust_remote_code, settings.ignore_tensors, settings.adapters()
-    )
-    objective = inputs.or_named("objective", settings)
+        settings.model, settings.trust_remote_code, settings.ignore_tensors, settings.adapters(),
+        settings.tokenizer,
+    )  # fmt: skip
+    objective = shell.objective_for(network)
+    settings = shell.settings
     source = inputs.or_named("data", settings)
     opened = open_objective(objective)
     per_token = opened.per_token
@@ -80,7 +82,7 @@ def _evaluate(shell: Shell[EvaluateSettings]) -> Numbers:
     if settings.adapter:
         places["adapter"] = [*map(shown, settings.adapter)]
     manifest = shell.begin(
-        {"model": network.fingerprint(), "data": fingerprint(source)},
+        {"model": network.fingerprint(), "data": fingerprint(source)} | shell.tokenizer_print(),
         places | shell.notes_of(network),
     )
     if shell.is_complete(
@@ -89,11 +91,10 @@ def _evaluate(shell: Shell[EvaluateSettings]) -> Numbers:
         "the table of examples is gone or damaged: making it again",
     ):
         return _numbers(manifest)
-    most, seed, columns = settings.max_examples, settings.seed, opened.columns
+    most, seed = settings.max_examples, settings.seed
     (corpus,) = shell.examples(
         lambda: open_corpus(
-            store, "data", source, "--data", network, settings, most, seed, columns,
-            per_token=per_token,
+            store, "data", source, "--data", network, settings, most, seed, opened, masks=seed,
         )
     )  # fmt: skip
     if not per_token:
@@ -101,7 +102,7 @@ def _evaluate(shell: Shell[EvaluateSettings]) -> Numbers:
     dtype = DTYPES[settings.dtype]
     # What an identity fit does, which is to compute the losses.
     fit = {"method": "identity", "dtype": settings.dtype, "store_dtype": settings.dtype}
-    shell.check_plan(network, (), recipe_of(fit, settings.logits_chunk), corpus.lengths)
+    shell.check_plan(network, (), recipe_of(fit, settings.logits_chunk), corpus.widths)
     with shell.workers(network, objective, (), dtype, settings.seed) as workers:
         if settings.check_causality:
             shell.check_causality(workers, opened, corpus)
@@ -151,7 +152,7 @@ def _write_tables(
     known = True
     for part, table in found:
         index = table["index"].to_numpy()
-        own = [loss_terms(next(examples)) if per_token else 1 for _ in index]
+        own = [loss_terms(next(examples), corpus.shift) if per_token else 1 for _ in index]
         rows = pa.table(
             {
                 "id": corpus.named(index),

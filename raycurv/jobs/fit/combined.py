@@ -38,6 +38,7 @@ from raycurv.files.tensorfile import open_tensors
 from raycurv.jobs.fit.fit_settings import FitSettings
 from raycurv.jobs.fit.parents import How, Parent, Parents, check_new, places
 from raycurv.jobs.shell import Shell
+from raycurv.mathematics.loss.objective import Objective
 from raycurv.models.model import Model
 from raycurv.steps.step import EXAMPLES_TABLE
 
@@ -50,14 +51,12 @@ def open_examples(
     parents: Parents,
     source: Source,
     network: Model,
-    columns: Sequence[str],
-    per_token: bool,
+    objective: Objective,
 ) -> Corpus:
     """The examples of a fit: of its own source, or of the runs that it puts together.
 
     Args:
-        columns: further ones of the source, which the objective reads.
-        per_token: whether its loss is one of tokens.
+        objective: whose labels and columns are read.
 
     Raises:
         UserError: a mistake in the source; an example that the extended run has already; examples
@@ -70,7 +69,7 @@ def open_examples(
     settings = shell.settings
     corpus = open_corpus(
         shell.store, "data", source, "--data", network, settings, settings.max_examples,
-        settings.seed, columns, per_token=per_token,
+        settings.seed, objective, masks=settings.seed,
     )  # fmt: skip
     check_new(parents, corpus)
     return corpus
@@ -92,7 +91,8 @@ def _combined(shell: Shell[FitSettings], parents: Parents) -> Corpus:
         tokenizers = [run.corpus.tokenizer for run in parents.runs]
         tokenizer = next(filter(None, tokenizers), {})
         examples, flag = _renumbered(parents), f"--{parents.how}"
-        corpus = store_corpus(store, "data", examples, flag, lambda: tokenizer)
+        shift = parents.runs[0].corpus.shift
+        corpus = store_corpus(store, "data", examples, flag, lambda: tokenizer, shift=shift)
     labels = DrawnLabels(store)
     if sampled and not labels.complete(len(corpus)):
         drawn = (one for run, numbers in parents.kept for one in _drawn(run, numbers))

@@ -66,8 +66,10 @@ class FitSettings(Execution, Reading, Adapting, Capturing, Predicting):
     """Labels drawn from the model (the true Fisher), or the data's own."""
     draws: Identity[Count] = 1
     """How many labels are drawn from the model for every target."""
-    objective: Identity[str] = "causal-lm"
-    """`causal-lm`, `classification`, `regression`, or your own as `package.module:Name`."""
+    objective: Identity[str | None] = None
+    """`causal-lm`, `masked-lm`, `classification`, `multi-label`, `regression`,
+    `token-classification`, `preference`, or your own as `package.module:Name`. Default: what the
+    model directory's `architectures` say it was trained for; of a factory `causal-lm`."""
     blocks: Identity[Globs] = ()
     """Glob on dotted module names, repeatable; `!GLOB` leaves out. By default every linear layer of
     the decoder blocks."""

@@ -40,7 +40,7 @@ from raycurv.jobs.inputs import Inputs
 from raycurv.jobs.shell import Shell, open_shell
 from raycurv.mathematics.choice import choose_blocks
 from raycurv.mathematics.coverage import coverage
-from raycurv.mathematics.loss.objective import open_objective
+from raycurv.mathematics.loss.shipped import open_objective
 from raycurv.mathematics.methods import open_method
 from raycurv.mathematics.tiles import check_axes
 from raycurv.progress.reporter import Reporter
@@ -70,9 +70,11 @@ def fit(
 def _fit(shell: Shell[FitSettings]) -> None:
     settings, store, inputs = shell.settings, shell.store, shell.inputs
     network = inputs.open_model(
-        settings.model, settings.trust_remote_code, settings.ignore_tensors, settings.adapters()
-    )
-    objective = inputs.or_named("objective", settings)
+        settings.model, settings.trust_remote_code, settings.ignore_tensors, settings.adapters(),
+        settings.tokenizer,
+    )  # fmt: skip
+    objective = shell.objective_for(network)
+    settings = shell.settings
     data = inputs.or_named("data", settings)
     opened = open_objective(objective)
     blocks = choose_blocks(
@@ -91,11 +93,13 @@ def _fit(shell: Shell[FitSettings]) -> None:
         prints = {
             "model": network.fingerprint(),
             "data": {} if parents.combined else _mark_of(data),
-        }
+        } | shell.tokenizer_print()
         places: dict[str, Any] = {"model": _lasting(settings.model), "data": shown(settings.data)}
         if settings.adapter:
             places["adapter"] = [_lasting(one) for one in settings.adapter]
         places |= parents.places() | shell.notes_of(network)
+        if settings.tokenizer:
+            places["tokenizer_directory"] = network.tokenizer_dir
         manifest = shell.begin(prints, places, parents.marks())
         manifest.facts["coverage"] = covered.facts()
         shell.reporter.say(str(covered))
@@ -107,7 +111,7 @@ def _fit(shell: Shell[FitSettings]) -> None:
         def examples() -> Corpus:
             if isinstance(data, Corpus):
                 return data
-            return open_examples(shell, parents, data, network, opened.columns, opened.per_token)
+            return open_examples(shell, parents, data, network, opened)
 
         (corpus,) = shell.examples(examples)
         if settings.rows is not None and settings.rows > len(corpus):
@@ -117,7 +121,7 @@ def _fit(shell: Shell[FitSettings]) -> None:
             )  # fmt: skip
         recipe = recipe_of(asdict(settings), settings.logits_chunk)
         if not finished and len(corpus):
-            shell.check_plan(network, blocks, recipe, corpus.lengths)
+            shell.check_plan(network, blocks, recipe, corpus.widths)
             if settings.check_causality:
                 shell.check_causality(workers, opened, corpus)
         under_way = Fit(

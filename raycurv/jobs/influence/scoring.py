@@ -48,7 +48,8 @@ from raycurv.jobs.shell import Shell, open_shell
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.curvature import Damping
 from raycurv.mathematics.influence.ihvp import BlockProducts, product_elements
-from raycurv.mathematics.loss.objective import Objective, open_measurement, open_objective
+from raycurv.mathematics.loss.objective import Objective
+from raycurv.mathematics.loss.shipped import open_measurement, open_objective
 from raycurv.mathematics.rank.rank_inverse import RankInverses
 from raycurv.progress.reporter import Reporter
 from raycurv.stages.passes import Pass
@@ -88,6 +89,7 @@ def _score(shell: Shell[InfluenceSettings]) -> None:
             settings.fit_objective,
             "--fit-objective",
             settings.trust_remote_code,
+            settings.tokenizer,
         ),
     )
     blocks = fitted_blocks(fitted.store, fitted.network)
@@ -126,8 +128,8 @@ def _score(shell: Shell[InfluenceSettings]) -> None:
     ) as workers:  # fmt: skip
         recipe = recipe_of(fitted.settings | {"dtype": dtype}, settings.logits_chunk, settings)
         recipe = replace(recipe, whole_queries=not measured.per_token)
-        lengths = None if training is None else training.lengths
-        shell.check_plan(fitted.network, blocks, recipe, lengths, asked.lengths)
+        widths = None if training is None else training.widths
+        shell.check_plan(fitted.network, blocks, recipe, widths, asked.widths)
         if settings.check_causality:
             shell.check_causality(workers, objective, asked if training is None else training)
         curvature = CurvatureFiles.of(fitted.store, fitted.manifest)
@@ -190,8 +192,9 @@ class _Corpora:
             asks: the objective that looks at them.
         """
         settings, fit, network = self.settings, self.fitted.manifest, self.fitted.network
-        flag, columns, of_fit = f"--{name}", asks.columns, self.objective.columns
-        same = mark == fit.fingerprints["data"] and set(columns) <= set(of_fit)
+        flag, of_fit, masks = f"--{name}", self.objective, fit.settings["seed"]
+        same = mark == fit.fingerprints["data"] and set(asks.columns) <= set(of_fit.columns)
+        same &= (asks.reads, asks.shift) == (of_fit.reads, of_fit.shift)
         # A fit of before there was a setting has its default.
         alike = {"max_length": None, "long": "error", "empty": "error"}
         same &= all(getattr(settings, k) == fit.settings.get(k, v) for k, v in alike.items())
@@ -203,12 +206,12 @@ class _Corpora:
             with hold(self.fitted.store, "influence.py", flag="--run"):
                 return open_corpus(
                     self.fitted.store, "data", source, flag, network, settings, None,
-                    settings.seed, of_fit, per_token=self.objective.per_token,
+                    settings.seed, of_fit, masks=masks,
                 )  # fmt: skip
         # A measurement of one's own may look at what is no target.
         return open_corpus(
             self.store, f"work/{name}", source, flag, network, settings, max_examples,
-            settings.seed, columns, needs_loss=asks is self.objective, per_token=asks.per_token,
+            settings.seed, asks, needs_loss=asks is self.objective, masks=masks,
         )  # fmt: skip
 
 

@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from raycurv.data.reading import ExampleReader
 from raycurv.data.tokenizer import LazyTokenizer
+from raycurv.driver.corpus import reader_for
 from raycurv.driver.settings import DTYPES, parse_bytes
 from raycurv.jobs.drafts import Drafts, ShapeOf, arrangement_of, of_lengths, recipe_of, with_spool
+from raycurv.jobs.objectives import objective_for
 from raycurv.jobs.plan.plan_settings import PlanSettings
 from raycurv.mathematics.choice import choose_blocks
+from raycurv.mathematics.loss.objective import Objective
+from raycurv.mathematics.loss.shipped import open_objective
 from raycurv.mathematics.methods import open_method
 from raycurv.mathematics.tiles import check_axes
 from raycurv.models.model import Outline
@@ -45,6 +48,7 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
     """
     settings.check()
     outline = open_outline(settings.model, settings.trust_remote_code, settings.adapters())
+    outline.tokenizer_dir = settings.tokenizer or outline.tokenizer_dir
     blocks = choose_blocks(
         outline.skeleton(), settings.blocks, outline.default_scope, outline.tied_head,
         outline.idle, outline.held,
@@ -63,7 +67,8 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
         rates=_rates(settings, directory),
         spool_apart=supply.spool is not None,
     )
-    data = _data(settings, outline)
+    objective = objective_for(outline, settings.objective)
+    data = _data(settings, outline, objective)
     queries = _uniform(settings.queries, settings.tokens)
     train = data
     if settings.train_examples is not None:
@@ -178,23 +183,15 @@ def _uniform(examples: int, tokens: int) -> ShapeOf:
     return lambda batch_tokens: DataShape.uniform(examples, tokens, batch_tokens)
 
 
-def _data(settings: PlanSettings, outline: Outline) -> ShapeOf:
+def _data(settings: PlanSettings, outline: Outline, objective: str | Objective) -> ShapeOf:
     if not settings.data:
         return _uniform(settings.examples, settings.tokens)
     directory = outline.tokenizer_dir
-    reader = ExampleReader(
-        settings.data,
-        tokenizer=None
-        if directory is None
-        else LazyTokenizer(directory, settings.trust_remote_code),
-        vocab_size=outline.vocab_size,
-        max_positions=outline.max_positions,
-        max_length=settings.max_length,
-        long=settings.long,
-        max_examples=settings.max_examples,
-        seed=settings.seed,
-        token_inputs=outline.token_inputs,
-        either=outline.either_inputs,
-        empty=settings.empty,
-    )
-    return of_lengths(np.fromiter((example.length for example in reader.examples()), np.int32))
+    tokenizer = None
+    if directory is not None:
+        tokenizer = LazyTokenizer(directory, settings.trust_remote_code)
+    reader = reader_for(
+        settings.data, outline, tokenizer, settings, open_objective(objective),
+        settings.max_examples, settings.seed, settings.seed,
+    )  # fmt: skip
+    return of_lengths(np.fromiter((one.positions for one in reader.examples()), np.int32))

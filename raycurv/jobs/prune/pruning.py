@@ -513,7 +513,9 @@ class _Prune:
         generator = np.random.default_rng(self.settings.seed)
         chosen = set(generator.choice(len(there), count, replace=False).tolist())
         examples = (e for n, e in enumerate(there.examples()) if n in chosen)
-        return store_corpus(self.store, "work/sample", examples, "--run", lambda: there.tokenizer)
+        return store_corpus(
+            self.store, "work/sample", examples, "--run", lambda: there.tokenizer, shift=there.shift
+        )
 
 
 def _masked(operations: Sequence[Surgery]) -> bool:

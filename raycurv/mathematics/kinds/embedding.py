@@ -57,7 +57,7 @@ class Embedding(Kind):
         self, block: Block, module: nn.Module, x: Tensor, y: Tensor, batch: Batch
     ) -> tuple[Tensor, Tensor]:
         """Positions ``[1, T]`` or ``[T]`` that all examples have in common are each one's own."""
-        count, positions = batch.size, batch.inputs.shape[1] if batch.inputs.ndim > 1 else 1
+        count, positions = batch.rows, batch.inputs.shape[1] if batch.inputs.ndim > 1 else 1
         if x.ndim == 1 and len(x) in (count, positions) and count != positions:
             self._of_positions[module] = len(x) == positions
         if count == 1:

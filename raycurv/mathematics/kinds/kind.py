@@ -31,6 +31,8 @@ class ModuleCall:
 
     Attributes:
         x: what entered, detached.
+        examples: how many sequences went through: an example of several has its rows one after the
+            other, and the kind takes each for an example.
         version: of ``x`` when it entered: another one later means that it was changed in place.
         start: first position of a slice; ``None`` when the whole microbatch went through.
         positions: how many positions went through (P); ``None`` without a token axis.

@@ -153,7 +153,7 @@ def differentiate(
         _check_finite(loss, batch, what)
         results[LOSS] = loss
     if samples and drawn[0]:
-        results[DRAWN] = torch.stack([_behind(parts, objective.per_token) for parts in drawn])
+        results[DRAWN] = torch.stack([_behind(parts, objective) for parts in drawn])
     if correct is not None:
         results[CORRECT] = correct
     return LossGradients(tuple(gradients), results)
@@ -188,25 +188,28 @@ def _slices(
             "Let the model return one row for each token, examples first, and an objective that is "
             "not per_token choose among them.",
         )
-    labels_NT, counts_NT = _shifted(batch)
-    ahead = None if drawn is None else [_ahead(y) for y in drawn]
+    shift = objective.shift
+    labels_NT, counts_NT = _shifted(batch, shift)
+    ahead = None if drawn is None else [_ahead(y, shift) for y in drawn]
     for start in range(0, hidden.shape[1], slice_positions):
         part = slice(start, min(start + slice_positions, hidden.shape[1]))
         yield _Slice(
             (slice(None), part),
             replace(batch, labels=labels_NT[:, part], loss_mask=counts_NT[:, part], start=start),
-            # Position of the target: one behind the position that predicts it.
-            torch.arange(part.start + 1, part.stop + 1, device=hidden.device),
+            # Positions of the targets, behind those that predict them.
+            torch.arange(part.start + shift, part.stop + shift, device=hidden.device),
             None if ahead is None else [y[:, part] for y in ahead],
         )
 
 
-def _behind(parts: list[Tensor], per_token: bool) -> Tensor:
-    """Drawn labels of all slices, aligned as the data's own: one behind what predicts them."""
-    if not per_token:
+def _behind(parts: list[Tensor], objective: Objective) -> Tensor:
+    """Drawn labels of all slices, aligned as the data's own, behind what predicts them."""
+    if not objective.per_token:
         (whole,) = parts
         return whole
     drawn = torch.cat(parts, dim=1)
+    if not objective.shift:
+        return drawn
     return torch.cat([torch.zeros_like(drawn[:, :1]), drawn[:, :-1]], dim=1)
 
 
@@ -219,16 +222,18 @@ def _gradient(value: Tensor, leaf: Tensor, again: bool) -> Tensor:
     return torch.zeros_like(leaf) if found is None else found
 
 
-def _shifted(batch: Batch) -> tuple[Tensor, Tensor]:
+def _shifted(batch: Batch, shift: int) -> tuple[Tensor, Tensor]:
     """Targets and whether they count, aligned with the positions that predict them, ``[N, T]``."""
     assert batch.mask is not None
     labels = batch.inputs if batch.labels is None else batch.labels
     counts = batch.mask if batch.loss_mask is None else batch.mask & batch.loss_mask
-    return _ahead(labels), _ahead(counts)
+    return _ahead(labels, shift), _ahead(counts, shift)
 
 
-def _ahead(values_NT: Tensor) -> Tensor:
-    """Move a row's entries one position to the left; the last becomes zero."""
+def _ahead(values_NT: Tensor, shift: int) -> Tensor:
+    """Move a row's entries one position to the left, unless ``shift`` is 0; the last becomes 0."""
+    if not shift:
+        return values_NT
     moved = torch.zeros_like(values_NT)
     moved[:, :-1] = values_NT[:, 1:]
     return moved

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raycurv.batch import NOT_A_TARGET, Batch, shown_ids
-from raycurv.errors import UserError, users_code
+from raycurv.batch import NOT_A_TARGET, Batch
+from raycurv.errors import UserError
 from raycurv.mathematics.loss.draws import draw_categorical
-from raycurv.named_objects import import_named, is_named_object
 
 Uniform = Callable[[int], Tensor]
+# What of the data an objective is of, see Objective.reads.
+Reads: TypeAlias = Literal["texts", "masked", "pairs"]
 
 # What the sum of probabilities may be from 1: as much as ten bits round it.
 _ROUNDED = 1e-3
@@ -50,13 +51,19 @@ class Objective(Protocol):
     Attributes:
         per_token: whether the methods are called on slices of positions, so that a long vocabulary
             never makes whole logits; what slices give is added up. They then see
-            ``batch.labels[n, t]`` as the target that ``outputs[n, t]`` predicts (already shifted by
-            one from the data's alignment) and ``batch.loss_mask[n, t]`` as whether that target
-            counts; padding never counts. ``batch.start`` is the slice's first position, and
+            ``batch.labels[n, t]`` as the target that ``outputs[n, t]`` predicts (already moved by
+            ``shift`` from the data's alignment) and ``batch.loss_mask[n, t]`` as whether that
+            target counts; padding never counts. ``batch.start`` is the slice's first position, and
             ``batch.at_last`` finds last tokens. With ``False`` the methods are called once, on
             whole outputs ``[N, T, V]``: ``--batch-tokens`` times the vocabulary of memory.
+        shift: of an objective that is called on positions, how far behind a position its target
+            stands: 1 for the next token, 0 for a label of the token itself.
         causal: whether outputs must not depend on later tokens, as where each predicts the next:
             tried once a job.
+        reads: of which texts an example is: ``texts`` for one; ``masked`` for one of whose tokens
+            some are hidden, by the data's ``labels`` or drawn; ``pairs`` for two, the ``chosen``
+            and the ``rejected``, which go through the model as two rows: ``outputs [2 N, ...]``,
+            with ``batch.labels`` the number of the better one, 0.
         columns: names of further columns of the data that the methods read, as
             ``batch.columns[name]``: numbers as a tensor ``[N, ...]``, of one shape in all examples,
             text as a list of strings. They speak of an example, not of its tokens: with ``--long
@@ -64,7 +71,9 @@ class Objective(Protocol):
     """
 
     per_token: bool = False
+    shift: int = 1
     causal: bool = False
+    reads: Reads = "texts"
     columns: tuple[str, ...] = ()
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
@@ -89,14 +98,14 @@ class Judging(Protocol):
         """How many of each example's targets are the most probable outcome, ``[N]``."""
 
 
-class CausalLM(Objective):
-    """Next-token cross-entropy in nats, summed over an example's targets.
+class TokenLabels(Objective):
+    """Cross-entropy in nats of a label a position, summed over an example's targets.
 
-    Takes ``outputs [N, T, V]``, one row of logits a position; labels are token ids below V.
+    Takes ``outputs [N, T, V]``, one row of logits a position; labels are numbers below V.
     """
 
     per_token = True
-    causal = True
+    name: ClassVar[str]
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         labels, counts = self._targets(outputs, batch)
@@ -121,10 +130,10 @@ class CausalLM(Objective):
         """
         labels, counts = batch.labels, batch.loss_mask
         assert labels is not None and counts is not None
-        _check_numbers("causal-lm", outputs)
+        check_numbers(self.name, outputs)
         if outputs.ndim != 3 or outputs.shape[:2] != labels.shape:
             raise UserError(
-                "causal-lm",
+                self.name,
                 f"outputs of shape [examples, positions, vocabulary], here {list(labels.shape)} "
                 "and the vocabulary",
                 f"{list(outputs.shape)}",
@@ -137,10 +146,35 @@ class CausalLM(Objective):
             raise UserError(
                 f"example {batch.ids[n]!r}",
                 f"labels from 0 to {outputs.shape[2] - 1}, the words of the model's outputs",
-                f"{int(labels[n, t])} at position {batch.start + t + 1}",
+                f"{int(labels[n, t])} at position {batch.start + t + self.shift}",
                 "Correct the label, or write -100 where a token is no target.",
             )
         return torch.where(counts, labels, 0), counts
+
+
+class CausalLM(TokenLabels):
+    """Next-token cross-entropy in nats, summed over an example's targets."""
+
+    causal = True
+    name = "causal-lm"
+
+
+class TokenClassification(TokenLabels):
+    """Cross-entropy in nats of the class of each token, summed over those that have one."""
+
+    shift = 0
+    name = "token-classification"
+
+
+class MaskedLM(TokenLabels):
+    """Cross-entropy in nats of the tokens that were hidden, summed over these.
+
+    Devlin et al., BERT: Pre-training of Deep Bidirectional Transformers (2019), section 3.1.
+    """
+
+    shift = 0
+    reads = "masked"
+    name = "masked-lm"
 
 
 class Classification(Objective):
@@ -151,8 +185,9 @@ class Classification(Objective):
     """
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        labels = self._targets(self._logits(outputs, batch), batch)
-        logits = outputs if outputs.dtype == torch.float64 else outputs.float()
+        logits = self._logits(outputs, batch)
+        labels = self._targets(logits, batch)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
         if labels.ndim == 2:
             labels = labels.to(logits.dtype)
         return F.cross_entropy(logits, labels, reduction="none")
@@ -161,13 +196,14 @@ class Classification(Objective):
         return draw_categorical(self._logits(outputs, batch), uniform(1)[:, 0])
 
     def correct(self, outputs: Tensor, batch: Batch) -> Tensor:
-        labels = self._targets(self._logits(outputs, batch), batch)
+        logits = self._logits(outputs, batch)
+        labels = self._targets(logits, batch)
         likeliest = labels if labels.ndim == 1 else labels.argmax(dim=1)
-        return outputs.argmax(dim=1) == likeliest
+        return logits.argmax(dim=1) == likeliest
 
     def _logits(self, outputs: Tensor, batch: Batch) -> Tensor:
         """The outputs, once it is known that they are one row of logits an example."""
-        _check_numbers("classification", outputs)
+        check_numbers("classification", outputs)
         n = batch.size
         if outputs.shape == (n,) or outputs.shape == (n, 1):
             raise UserError(
@@ -195,7 +231,7 @@ class Classification(Objective):
         Raises:
             UserError: neither; names the example.
         """
-        labels, classes = _labels(batch, "a class number an example"), outputs.shape[1]
+        labels, classes = labels_of(batch, "a class number an example"), outputs.shape[1]
         if labels.shape == (batch.size, 1):
             labels = labels[:, 0]
         if labels.ndim == 1:
@@ -250,7 +286,7 @@ class Regression(Objective):
     """
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        labels = _labels(batch, "a number or a list of numbers an example")
+        labels = labels_of(batch, "a number or a list of numbers an example")
         f, n = self._numbers(outputs, batch), batch.size
         here, there = _sizes(labels), _sizes(outputs)
         flat = min(len(here), len(there)) == 1 and math.prod(here) == math.prod(there)
@@ -272,7 +308,7 @@ class Regression(Objective):
 
     def _numbers(self, outputs: Tensor, batch: Batch) -> Tensor:
         """The outputs as ``[N, D]``."""
-        _check_numbers("regression", outputs)
+        check_numbers("regression", outputs)
         if outputs.ndim == 0 or len(outputs) != batch.size:
             raise UserError(
                 "regression",
@@ -288,7 +324,7 @@ def _sizes(values: Tensor) -> list[int]:
     return [size for size in values.shape[1:] if size != 1] or [1]
 
 
-def _check_numbers(objective: str, outputs: Tensor) -> None:
+def check_numbers(objective: str, outputs: Tensor) -> None:
     """Refuse outputs that have no gradient."""
     if not outputs.is_floating_point():
         raise UserError(
@@ -299,7 +335,7 @@ def _check_numbers(objective: str, outputs: Tensor) -> None:
         )
 
 
-def _labels(batch: Batch, wanted: str) -> Tensor:
+def labels_of(batch: Batch, wanted: str) -> Tensor:
     if batch.labels is None:
         raise UserError(
             f"example {batch.ids[0]!r}",
@@ -308,146 +344,3 @@ def _labels(batch: Batch, wanted: str) -> Tensor:
             "Add a column `labels` to the data.",
         )
     return batch.labels
-
-
-# Columns of the data that every microbatch has, and what it calls them.
-BATCHED = {
-    "id": "ids", "input_ids": "inputs", "inputs": "inputs", "labels": "labels",
-    "loss_mask": "loss_mask",
-}  # fmt: skip
-
-_SHIPPED: dict[str, Callable[[], Objective]] = {
-    "causal-lm": CausalLM,
-    "classification": Classification,
-    "regression": Regression,
-}
-
-
-def is_ours(objective: Objective) -> bool:
-    """Whether an objective is one that comes with raycurv."""
-    return type(objective) in _SHIPPED.values()
-
-
-def is_shipped(name: str) -> bool:
-    """Whether an objective of that name comes with raycurv, so that naming it imports nothing."""
-    return name in _SHIPPED
-
-
-def open_objective(name: str | Objective, folder: str | None = None) -> Objective:
-    """The objective of that name: one that ships with raycurv, or ``package.module:Name``, looked
-    for in ``folder``, too (the working directory when ``None``);
-    UserError if there is none, it cannot be imported, or it lacks loss or sample."""
-    named, own = _found(name, folder)
-    missing = [method for method in ("loss", "sample") if not hasattr(own, method)]
-    if missing:
-        raise UserError(
-            f"--objective {named}",
-            "an object with the methods loss and sample",
-            f"no {' and no '.join(missing)}",
-            "See raycurv.Objective for what each takes and gives.",
-        )
-    return _complete(named, own)
-
-
-def open_measurement(name: str | Objective, folder: str | None = None) -> Objective:
-    """The objective whose measurement queries are measured by, looked for as by
-    :func:`open_objective`; only that may be asked of it.
-    UserError if there is none, it cannot be imported, or it has neither measurement nor loss."""
-    named, own = _found(name, folder)
-    if not (hasattr(own, "measurement") or hasattr(own, "loss")):
-        raise UserError(
-            f"--objective {named}",
-            "an object with the method measurement, for the queries",
-            "no measurement, and no loss that could stand for it",
-            "See raycurv.Objective for what it takes and gives.",
-        )
-    return _complete(named, own)
-
-
-def _found(name: str | Objective, folder: str | None) -> tuple[str, Any]:
-    """An objective as its author made it, and what messages call it."""
-    if isinstance(name, type):
-        raise UserError(
-            "--objective", "an object", f"the class {name.__name__}", f"Give {name.__name__}()."
-        )
-    if not isinstance(name, str):
-        return type(name).__name__, name
-    if name in _SHIPPED:
-        return name, _SHIPPED[name]()
-    if not is_named_object(name):
-        raise UserError(
-            "--objective",
-            ", ".join(_SHIPPED) + " or package.module:Name",
-            repr(name),
-            "Name an objective that ships with raycurv, or your own as package.module:Name.",
-        )
-    try:
-        found = import_named(name, folder)
-        made = found() if isinstance(found, type) else found
-    except Exception as error:  # the user's module raises whatever it does
-        raise UserError(
-            f"--objective {name}",
-            "an importable class or instance",
-            f"{type(error).__name__}: {error}",
-            "Check the spelling, and that the module is on the Python path of every worker.",
-        ) from error
-    return name, made
-
-
-def _complete(name: str, own: Any) -> Objective:
-    """An objective with the defaults for what its author left out."""
-    columns = getattr(own, "columns", ())
-    if isinstance(columns, str) or not all(isinstance(column, str) for column in columns):
-        raise UserError(
-            f"--objective {name}", "columns: a tuple of names", repr(columns),
-            f"Give ({columns!r},)." if isinstance(columns, str) else "Give their names.",
-        )  # fmt: skip
-    taken = [column for column in columns if column in BATCHED]
-    if taken:
-        raise UserError(
-            f"--objective {name}", "columns beside those that every microbatch has",
-            f"{taken[0]!r}", f"Leave it out: batch.{BATCHED[taken[0]]} is it.",
-        )  # fmt: skip
-    return own if type(own) in _SHIPPED.values() else _Completed(name, own)
-
-
-class _Completed:
-    """An objective of the user's, with the defaults for what it leaves out.
-
-    What its methods raise is told as a mistake, with their own words and what they were given.
-    """
-
-    def __init__(self, name: str, own: Any) -> None:
-        self.per_token: bool = getattr(own, "per_token", False)
-        self.causal: bool = getattr(own, "causal", False)
-        self.columns: tuple[str, ...] = tuple(getattr(own, "columns", ()))
-
-        def method(called: str) -> Callable[..., Tensor]:
-            found = getattr(own, called, None)
-            return _not_asked_for if found is None else _telling(f"{name}, {called}", found)
-
-        self.loss, self.sample = method("loss"), method("sample")
-        self.measurement = method("measurement") if hasattr(own, "measurement") else self.loss
-        if isinstance(own, Judging):
-            self.correct = method("correct")
-
-
-def _telling(name: str, method: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A method of an objective whose failures name it."""
-
-    def call(outputs: Tensor, batch: Batch, *rest: Any) -> Tensor:
-        labels = batch.labels
-        given = f"outputs {list(outputs.shape)} and "
-        given += "no labels" if labels is None else f"labels {list(labels.shape)}"
-        with users_code(
-            f"--objective {name}",
-            f"a tensor for {given} of the examples {shown_ids(batch.ids)}",
-            "Correct the method, or the labels of the data.",
-        ):
-            return method(outputs, batch, *rest)
-
-    return call
-
-
-def _not_asked_for(*_: Any) -> Tensor:
-    raise AssertionError("only the measurement of this objective may be asked for")

@@ -1,0 +1,106 @@
+"""Labels of whole examples: class numbers or names, numbers, or lists of numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raycurv.data import columns
+from raycurv.data.parts import Rows
+from raycurv.errors import UserError, shortened
+
+# The column, and what data sets of one label call it.
+NAMES = ("labels", "label")
+
+
+@dataclass
+class Labels:
+    """Reads the labels of a source, all alike, chunk by chunk.
+
+    Args:
+        names: of the model's classes, their numbers; empty where it names none.
+
+    Attributes:
+        met: numbers of classes that examples have.
+    """
+
+    names: Mapping[str, int]
+    met: set[int] = field(default_factory=set)
+    _there: bool | None = None
+    _shape: tuple[int, ...] | None = None
+    _classes: bool | None = None
+
+    def read(self, rows: Rows, place: columns.Place) -> np.ndarray | None:
+        """A label a row: int64 ``[rows]`` for classes, else float64 ``[rows, ...]``; ``None`` where
+        the data has none."""
+        found = [name for name in NAMES if name in rows.columns]
+        if len(found) > 1:
+            raise UserError(
+                rows.location, "one column of labels", "`labels` and `label`",
+                "Rename the one that is not meant.",
+            )  # fmt: skip
+        if self._there is not None and bool(found) != self._there:
+            raise UserError(
+                place(0),
+                "`labels` in all examples or in none",
+                "some" if found else "none, after examples that have them",
+                "Give every example its labels, or leave out the column.",
+            )
+        self._there = bool(found)
+        if not found:
+            return None
+        name, column = found[0], rows.columns[found[0]]
+        if columns.is_text(column):
+            column = self.numbered(name, column, place)
+        labels = columns.numbers(name, column, place, self._shape, exact_integers=True)
+        self._shape = labels.shape[1:]
+        classes = labels.dtype == np.int64 and labels.ndim == 1
+        if self._classes and not classes:
+            raise UserError(
+                place(0),
+                "a whole number as label, as in the examples before it",
+                "a fraction",
+                "Write classes as whole numbers, and every label of a regression as a fraction.",
+            )
+        # Whole numbers after fractions are fractions that JSON wrote without a point.
+        self._classes = classes if self._classes is None else self._classes
+        if not self._classes:
+            return labels.astype(np.float64)
+        self.met.update(np.unique(labels).tolist())
+        return labels
+
+    def numbered(self, name: str, column: Any, place: columns.Place) -> Any:
+        """A column of names of classes as their numbers."""
+        texts = columns.strings(name, column, place)
+        unknown = next((i for i, text in enumerate(texts) if text not in self.names), None)
+        if unknown is not None:
+            listed = shortened(", ".join(map(repr, self.names)), 200)
+            raise UserError(
+                place(unknown),
+                f"a class of the model in `{name}`: {listed}" if self.names
+                else f"a number in `{name}`, for the model names no classes",
+                shortened(repr(texts[unknown]), 60),
+                "Write the class as the model names it (id2label and label2id in its config.json), "
+                "or as its number.",
+            )  # fmt: skip
+        return pa.array([self.names[text] for text in texts], pa.int64())
+
+    def listed(self, name: str, column: Any, place: columns.Place) -> Any:
+        """A column of lists of names of classes, or of numbers, as lists of numbers."""
+        kind = column.type
+        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+            return column
+        inner = column.values
+        if not columns.is_text(inner):
+            return column
+        row_of = pc.list_parent_indices(column)
+        flat = pc.list_flatten(column)
+        numbers = self.numbered(name, flat, lambda i: place(row_of[i].as_py()))
+        lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        return pa.LargeListArray.from_arrays(pa.array(offsets), numbers)

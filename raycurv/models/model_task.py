@@ -1,0 +1,88 @@
+"""What a model is for: which class of transformers opens it, and which objectives fit it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Task:
+    """What models of a kind are for.
+
+    Attributes:
+        name: as messages and ``run.json`` say it.
+        what: such a model, in words.
+        table: of transformers, which names its class for each type of model
+            (``MODEL_FOR_{table}_MAPPING_NAMES``).
+        auto: transformers' class that opens it.
+        objectives: those of raycurv's that fit; the first is the default.
+    """
+
+    name: str
+    what: str
+    table: str
+    auto: str
+    objectives: tuple[str, ...]
+
+    @property
+    def causal(self) -> bool:
+        """Whether outputs at a token are of those before it alone."""
+        return self.name == "causal-lm"
+
+    @property
+    def pooled(self) -> bool:
+        """Whether outputs are of whole texts."""
+        return self.auto == "AutoModelForSequenceClassification"
+
+
+CAUSAL_LM = Task(
+    "causal-lm", "a causal language model", "CAUSAL_LM", "AutoModelForCausalLM", ("causal-lm",)
+)
+SEQUENCE_CLASSIFICATION = Task(
+    "sequence-classification", "a classifier", "SEQUENCE_CLASSIFICATION",
+    "AutoModelForSequenceClassification", ("classification", "multi-label", "regression"),
+)  # fmt: skip
+# A class of transformers' with one output, which gives a text a number.
+REWARD = replace(
+    SEQUENCE_CLASSIFICATION,
+    name="reward",
+    what="a model of one number for a text, such as a reward",
+    objectives=("preference", "regression"),
+)
+TOKEN_CLASSIFICATION = Task(
+    "token-classification", "a classifier of tokens", "TOKEN_CLASSIFICATION",
+    "AutoModelForTokenClassification", ("token-classification",),
+)  # fmt: skip
+MASKED_LM = Task(
+    "masked-lm", "a masked language model, whose tokens see those behind them", "MASKED_LM",
+    "AutoModelForMaskedLM", ("masked-lm",),
+)  # fmt: skip
+# In the order in which a class is looked for.
+TASKS = (CAUSAL_LM, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, MASKED_LM)
+
+_PROBLEMS = {"regression": "regression", "multi_label_classification": "multi-label"}
+
+
+def refined(task: Task, config: Any) -> Task:
+    """The task of a model whose class says no more than ``task``: what its configuration says of
+    the number of its outputs, and of what they are trained for."""
+    if task is not SEQUENCE_CLASSIFICATION:
+        return task
+    problem = getattr(config, "problem_type", None)
+    if config.num_labels == 1 and problem is None:
+        return REWARD
+    if config.num_labels == 1:
+        return replace(task, objectives=("regression", "preference"))
+    if problem not in _PROBLEMS:
+        return task
+    first = _PROBLEMS[problem]
+    return replace(task, objectives=(first, *(o for o in task.objectives if o != first)))
+
+
+def class_names(config: Any) -> Mapping[str, int]:
+    """The number of each class by its name, as a configuration has them; empty for a configuration
+    that has none of its own."""
+    named = getattr(config, "label2id", None) or {}
+    return {str(name): int(number) for name, number in named.items()}

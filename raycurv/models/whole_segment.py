@@ -1,0 +1,57 @@
+"""An HF model in one piece: as one stage, where its layers speak past the hidden states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from raycurv.batch import Batch, Hidden
+from raycurv.models.anatomy import TRIED, WAYS, Anatomy, Given, run_on_meta
+from raycurv.models.hf_calls import calling, given_beside, padded_ids
+from raycurv.models.model import Segment
+from raycurv.models.travelling import Travels
+
+
+class WholeSegment(Segment):
+    """A whole HF model, whose outputs are what the objective takes."""
+
+    first = last = True
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def forward(self, batch: Batch, hidden: Hidden | None) -> Hidden:
+        """The outputs ``[N S, V]`` or ``[N S, T, V]``, alone in a tuple."""
+        assert hidden is None, "there is no segment before it"
+        ids = padded_ids(self.module, batch).clamp_min(0)
+        with calling(self.module, ids):
+            return (self.module(input_ids=ids, **given_beside(self.module, batch)).logits,)
+
+
+def whole_anatomy(whole: Any) -> Anatomy:
+    """The anatomy of a model that is not cut: one unit that holds everything."""
+    ran: Given | None = None
+    for given in WAYS:
+        try:
+            run_on_meta(whole, *TRIED, given)
+            ran = given
+            break
+        except Exception:  # foreign code, which may read values that there are not
+            continue
+    return Anatomy(
+        layers="", count=1, outputs=(0,), travels=Travels(((),), (), (), (0, 1), 0), embedding="",
+        width=0, made={}, head="", early=frozenset(), late=frozenset(), idle=frozenset(), held=frozenset(),
+        tied=False, given=ran, pooled=False, causal=False,
+        numel={"": sum(p.numel() for p in whole.parameters())},
+    )  # fmt: skip
+
+
+def lists_of_layers(whole: nn.Module) -> tuple[str, ...]:
+    """Prefixes of the names of what is in the outermost lists of layers; none for no list."""
+    found: list[str] = []
+    for name, module in whole.named_modules():  # a module comes before its parts
+        inside = bool(found) and name.startswith(tuple(found))
+        if isinstance(module, nn.ModuleList) and not inside:
+            found.append(f"{name}.")
+    return tuple(found)
