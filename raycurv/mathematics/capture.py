@@ -197,7 +197,7 @@ class Capture:
                     for part, mask in zip(parts[:1] if one_row else parts, live, strict=False)
                 ) // (record.batch.sequences if one_row else 1)
                 if kind.ragged and rows[factor] < inputs[factor].shape[:2].numel():
-                    counting[factor] = _by_example(_counting(parts, live), record.batch)
+                    counting[factor] = _counting(parts, live)
                 for block in called:
                     gradients[block.name] = self._gradients(record, block, parts, live, draw)
         positions = partial(self._positions, record)
