@@ -41,8 +41,8 @@ def whole_anatomy(whole: Any) -> Anatomy:
             continue
     return Anatomy(
         layers="", count=1, outputs=(0,), travels=Travels(((),), (), (), (0, 1), 0), embedding="",
-        width=0, made={}, head="", early=frozenset(), late=frozenset(), idle=frozenset(), held=frozenset(),
-        tied=False, given=ran, pooled=False, causal=False,
+        width=0, made={}, head="", early=frozenset(), late=frozenset(), idle=frozenset(),
+        held=frozenset(), tied=False, given=ran, pooled=False, causal=False,
         numel={"": sum(p.numel() for p in whole.parameters())},
     )  # fmt: skip
 
