@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from raycurv.mathematics import eigen
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.eigen import Eigenbasis, decompose, effective_rank
 from raycurv.mathematics.gradients import rotate_before
-from raycurv.mathematics.tiles import LARGEST_EIGH, check_axes, tile_ranges, tile_widths
+from raycurv.mathematics.tiles import LARGEST_EIGH, decomposable, tile_ranges, tile_widths
 
 CPU = torch.device("cpu")
 EXACT = 1e-12  # float64, a dozen columns
@@ -164,11 +165,17 @@ def test_an_axis_wider_than_lapack_can_take_is_cut_only_when_asked() -> None:
     def block(d_in: int, d_out: int) -> Block:
         return Block("layer", "linear", d_in, d_out, False)
 
-    check_axes([block(LARGEST_EIGH, LARGEST_EIGH)], None)
-    check_axes([block(LARGEST_EIGH + 1, 10**6)], LARGEST_EIGH)
+    for blocks, tiles, words in (
+        ([block(LARGEST_EIGH, LARGEST_EIGH)], None, LARGEST_EIGH),
+        ([block(LARGEST_EIGH + 1, 10**6)], LARGEST_EIGH, 10**6),
+    ):
+        assert decomposable(blocks, tiles, words) == tuple(blocks)
+    # The side of a vocabulary that is wider is a diagonal.
+    (head,) = decomposable([block(4, 10**6)], None, 10**6)
+    assert head == replace(block(4, 10**6), output_diagonal=True)
     for wide, side in ((block(LARGEST_EIGH + 1, 3), "input"), (block(3, 10**6), "output")):
         with pytest.raises(UserError, match=rf"block layer: .*{side} axis.*--max-factor-dim"):
-            check_axes([block(4, 4), wide], None)
+            decomposable([block(4, 4), wide], None, 10**5)
     assert tile_widths(LARGEST_EIGH + 1, LARGEST_EIGH) == (16384, 16383)
 
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from dense import Truth, solve, worst
-from networks import EVERY, Case
+from networks import EVERY, VOCAB, Case
 from torch import Tensor
 
 from raycurv.batch import Batch
 from raycurv.files.artifacts import read_blocks
 from raycurv.files.store import Store
+from raycurv.mathematics import tiles
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Captured
 from raycurv.mathematics.corrected import CorrectedSums
@@ -146,6 +148,29 @@ def test_a_weight_of_both_ends_is_in_one_stage(fits: Any) -> None:
         )
         < EXACT
     )
+
+
+def test_the_vocabularys_side_of_a_head_that_nothing_decomposes_is_a_diagonal(
+    fits: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama, narrow = EVERY[2], fits.run(EVERY[2])
+    monkeypatch.setattr(tiles, "LARGEST_EIGH", VOCAB - 1)
+    case = replace(llama, name="a llama whose head is wide")
+    run = fits.run(case)
+    wide, before = (next(b for b in _blocks(r) if b.name == "lm_head") for r in (run, narrow))
+    assert wide == replace(before, output_diagonal=True)
+    curvature, full = run.curvature("lm_head"), narrow.curvature("lm_head")
+    g = full.output_basis.dense()
+    diagonal = ((g * full.output_basis.eigenvalues()) @ g.T).diagonal()
+    assert worst(curvature.output_basis.eigenvalues(), diagonal) < EXACT
+    # Λ is exact in any basis; and a block's scores are those of its dense matrix.
+    assert curvature.trace == pytest.approx(full.trace, rel=EXACT)
+    v = torch.randn(wide.d_out, wide.d_in, dtype=DOUBLE)
+    want = solve(curvature.dense(), 0.5, v)
+    assert worst(curvature.apply(v, lambda lam: 1 / (lam + 0.5)), want) < SOLVED
+    # Control: with tiles there is a factor.
+    tiled = fits.run(replace(llama, name="a llama whose head is cut"), max_factor_dim=8)
+    assert not next(b for b in _blocks(tiled) if b.name == "lm_head").output_diagonal
 
 
 # Rows on the columns that they have

@@ -20,6 +20,7 @@ from raycurv.driver.settings import (
     rank_number,
 )
 from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.factors import Factor
 from raycurv.mathematics.methods import open_method
 from raycurv.models.model import Outline
 from raycurv.planning.advice import Bounds
@@ -117,7 +118,8 @@ class Drafts:
     def bounds(self, data: ShapeOf) -> Bounds:
         """Where to look for settings that fit."""
         # A job without blocks has no axis to cut.
-        widest = max((max(b.d_in, b.d_out) for b in self.blocks), default=1)
+        sides = [Factor(b, side) for b in self.blocks for side in ("input", "output")]
+        widest = max((f.width for f in sides if not f.diagonal), default=1)
         tokens = self.settings.batch_tokens
         together = any(
             len({self.outline.unit_of(name) for name in (b.module, *b.shared)}) > 1

@@ -7,6 +7,7 @@ fitted in it as in any other (Grosse et al. 2023, appendix A).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import accumulate, pairwise
 
 from raycurv.errors import UserError
@@ -31,10 +32,22 @@ def tile_ranges(widths: Iterable[int]) -> tuple[range, ...]:
     return tuple(range(start, stop) for start, stop in pairwise(stops))
 
 
-def check_axes(blocks: Sequence[Block], max_factor_dim: int | None) -> None:
-    """Refuse factors that nothing can decompose whole, where tiles are not asked for, with a
-    UserError that names the first such block and its axis."""
-    for block in blocks if max_factor_dim is None else ():
+def decomposable(
+    blocks: Sequence[Block], max_factor_dim: int | None, vocabulary: int | None
+) -> tuple[Block, ...]:
+    """The blocks with a diagonal factor on the side of a vocabulary that nothing can decompose
+    whole, where tiles are not asked for.
+
+    Raises:
+        UserError: another axis of a block is as wide; it is named.
+    """
+    if max_factor_dim is not None:
+        return tuple(blocks)
+    found = []
+    for block in blocks:
+        if block.d_out == vocabulary and block.d_out > LARGEST_EIGH:
+            block = replace(block, output_diagonal=True)
+        found.append(block)
         for side, width, diagonal in (
             ("input", block.d_in, block.input_diagonal),
             ("output", block.d_out, block.output_diagonal),
@@ -47,3 +60,4 @@ def check_axes(blocks: Sequence[Block], max_factor_dim: int | None) -> None:
                     f"Give --max-factor-dim, {-(-width // 4)} say, to cut it into diagonal tiles, "
                     f"or leave the block out: --blocks '!{block.name}'.",
                 )
+    return tuple(found)

@@ -42,7 +42,7 @@ from raycurv.mathematics.choice import choose_blocks
 from raycurv.mathematics.coverage import coverage
 from raycurv.mathematics.loss.shipped import open_objective
 from raycurv.mathematics.methods import open_method
-from raycurv.mathematics.tiles import check_axes
+from raycurv.mathematics.tiles import decomposable
 from raycurv.progress.reporter import Reporter
 from raycurv.steps.step import Fit
 
@@ -84,7 +84,7 @@ def _fit(shell: Shell[FitSettings]) -> None:
     check_names(blocks)
     covered = coverage(network.skeleton(), blocks, network.idle)
     if open_method(settings.method).factors:
-        check_axes(blocks, settings.max_factor_dim)
+        blocks = decomposable(blocks, settings.max_factor_dim, network.vocab_size)
     dtype = DTYPES[settings.dtype]
     with shell.workers(
         network, objective, blocks, dtype, settings.seed, check_capture=settings.check_capture

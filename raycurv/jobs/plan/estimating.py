@@ -20,7 +20,7 @@ from raycurv.mathematics.choice import choose_blocks
 from raycurv.mathematics.loss.objective import Objective
 from raycurv.mathematics.loss.shipped import open_objective
 from raycurv.mathematics.methods import open_method
-from raycurv.mathematics.tiles import check_axes
+from raycurv.mathematics.tiles import decomposable
 from raycurv.models.model import Outline
 from raycurv.models.opening import open_outline
 from raycurv.planning import report
@@ -54,7 +54,7 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
         outline.idle, outline.held,
     )  # fmt: skip
     if open_method(settings.method).factors:
-        check_axes(blocks, settings.max_factor_dim)
+        blocks = decomposable(blocks, settings.max_factor_dim, outline.vocab_size)
     directory = Path(settings.out).absolute() if "://" not in settings.out else None
     supply = with_spool(_supply(settings, directory), settings, directory)
     drafts = Drafts(
