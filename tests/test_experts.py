@@ -14,6 +14,7 @@ from test_invariance import DOUBLE, result, same
 from torch import Tensor, nn
 from transformers.integrations.moe import grouped_mm_experts_forward, use_experts_implementation
 
+import raycurv
 from raycurv.batch import Batch
 from raycurv.errors import UserError
 from raycurv.mathematics.blocks import Block
@@ -212,6 +213,66 @@ def test_rows_that_mix_examples_are_refused() -> None:
     capture.blocks = {block.name: block for block in capture.discover(record)}
     with pytest.raises(UserError, match="the 4 examples"):
         capture.captured(record)
+
+
+# Routers
+
+
+class TopRouter(nn.Module):
+    """Weights of the best experts, whose scores are computed in float32."""
+
+    def __init__(self, multiply: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(EXPERTS, WIDTH, dtype=torch.float64) / 4)
+        self.multiply = multiply
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weight = self.weight.float()
+        if self.multiply == "otherwise":
+            scores = x.float() @ weight.T
+        else:
+            scores = torch.nn.functional.linear(x.float(), weight)
+        weights, chosen = scores.softmax(dim=-1).topk(CHOSEN, dim=-1)
+        weights /= weights.sum(dim=-1, keepdim=True)
+        return (weights.detach() if self.multiply == "detached" else weights), chosen
+
+
+class Routed(nn.Module):
+    def __init__(self, multiply: str = "linear") -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.router = TopRouter(multiply)
+        self.values = nn.Linear(WIDTH, EXPERTS).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.router(x)
+        return (self.values(x).gather(-1, chosen) * weights).sum(dim=-1, keepdim=True)
+
+
+def test_a_router_is_caught_inside_its_forward() -> None:
+    network = Routed()
+    batch = _batch()
+    want = [
+        torch.autograd.grad(network(x[live][None]).tanh().sum(), network.router.weight)[0]
+        for x, live in zip(batch.inputs, MASK, strict=True)
+    ]
+    blocks, captured = _captured(network, batch)
+    assert blocks["router"].kind == "router"
+    assert worst(_gradient(captured, blocks["router"]), torch.stack(want)) < 1e-6  # float32
+    # One whose weights carry no gradient has none.
+    assert _captured(Routed("detached"), batch)[1].gradients["router"] is None
+
+
+def test_a_router_that_multiplies_otherwise_is_refused(tmp_path: Path) -> None:
+    rows = [{"inputs": [0.5, -1.0, 2.0, n, 1, 1, 1, 1], "labels": [float(n)]} for n in range(3)]
+    given: dict[str, Any] = {
+        "objective": "regression", "address": "none", "quiet": True, "dtype": "float64",
+    }  # fmt: skip
+    run = raycurv.fit(lambda: Routed("detached"), rows, tmp_path / "detached", **given)
+    outcomes = {row["block"]: row["eigh_outcome"] for row in run.blocks().to_pylist()}
+    assert outcomes == {"router": "zero", "values": "ok"}
+    with pytest.raises(UserError, match="block router"):
+        raycurv.fit(lambda: Routed("otherwise"), rows, tmp_path / "otherwise", **given)
 
 
 # Families, as transformers itself computes them: in float64, on three stages, with padding. The
