@@ -2,7 +2,8 @@
 
 Axis letters: N examples, T positions (the longest sequence of the microbatch), padded on the right;
 S sequences of an example: two of a pair of texts that are compared, else one. On an axis ``N S``
-those of an example stand together, in row ``n S + s``.
+those of an example stand together, in row ``n S + s``. R positions of the sources that an encoder
+reads; never as many as T, so that an axis tells which of both a tensor has.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ class Batch:
         numbers: places of the N examples among those of their data, from 0 on.
         columns: what the objective asked for of the data, by the column's name: of numbers a tensor
             ``[N, ...]`` (int64 for whole numbers), of text a list of N strings.
+        source: of a model with an encoder, what that reads: token ids ``[N, R]``, 0 where padded;
+            ``inputs`` are the targets then.
+        source_mask: ``[N, R]`` bool, True at its tokens.
         named: further inputs of the model by the name that its forward gives them, ``[N S, ...]``;
             of tokens (``token_type_ids``) padded as ``inputs`` are.
         start: where an objective is called on a slice of positions, the first of them: ``outputs[:,
@@ -54,6 +58,8 @@ class Batch:
     numbers: tuple[int, ...] = ()
     columns: Mapping[str, Tensor | list[str]] = field(default_factory=dict)
     named: Mapping[str, Tensor] = field(default_factory=dict)
+    source: Tensor | None = None
+    source_mask: Tensor | None = None
     start: int = 0
 
     @property
@@ -83,6 +89,16 @@ class Batch:
         each = self.sequences
         return [n * each + s for n in examples for s in range(each)]
 
+    def mask_of(self, values: Tensor) -> Tensor | None:
+        """The mask of the positions that a tensor ``[N, …]`` has, or one whose first axis is all
+        positions: ``source_mask`` where they are the sources'."""
+        if self.mask is None or self.source_mask is None:
+            return self.mask
+        masks = {mask.shape[1]: mask for mask in (self.source_mask, self.mask)}
+        flat = {mask.numel(): mask for mask in masks.values()}
+        found = [masks[size] for size in values.shape[1:-1] if size in masks]
+        return found[0] if found else flat.get(values.shape[0], self.mask)
+
     def at_last(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """The outputs at each example's last token, for an objective that reads nothing else.
 
@@ -111,6 +127,11 @@ class Batch:
             tokens = self.mask is not None and tensor.shape[:2] == self.mask.shape
             return tensor[rows, :end] if tokens else tensor[rows]
 
+        source = mask = None
+        if self.source is not None and self.source_mask is not None:
+            longest = int(self.source_mask[rows].sum(dim=1).max())
+            source, mask = (t[rows, :longest] for t in (self.source, self.source_mask))
+            source, mask = apart(source, mask, cut(self.inputs, sequences).shape[1])
         return replace(
             self,
             ids=tuple(self.ids[n] for n in examples),
@@ -125,6 +146,8 @@ class Batch:
                 for name, c in self.columns.items()
             },
             named={name: cut(tensor, sequences) for name, tensor in self.named.items()},
+            source=source,
+            source_mask=mask,
         )
 
     def to(self, device: torch.device) -> Batch:
@@ -145,7 +168,16 @@ class Batch:
                 for name, value in self.columns.items()
             },
             named={name: tensor.to(device) for name, tensor in self.named.items()},
+            source=move(self.source),
+            source_mask=move(self.source_mask),
         )
+
+
+def apart(source: Tensor, mask: Tensor, positions: int) -> tuple[Tensor, Tensor]:
+    """Sources and their mask, ``[N, R]``, padded by one where R would be the targets' positions."""
+    if source.shape[1] != positions:
+        return source, mask
+    return torch.nn.functional.pad(source, (0, 1)), torch.nn.functional.pad(mask, (0, 1))
 
 
 def shown_ids(ids: Sequence[str], most: int = 3) -> str:

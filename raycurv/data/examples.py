@@ -59,6 +59,7 @@ class Example:
             (int64, float32 or float64) of the same shape in all examples.
         named: further inputs of the model, by the name that its forward gives them: int64, of
             tokens ``[T]``.
+        source: tokens of what an encoder reads; ``input_ids`` are the target then.
         sequences: tokens of each of several texts, which stand one after the other in
             ``input_ids``; empty for one text.
     """
@@ -72,6 +73,7 @@ class Example:
     columns: Mapping[str, str | np.ndarray] = field(default_factory=dict)
     named: Mapping[str, np.ndarray] = field(default_factory=dict)
     sequences: tuple[int, ...] = ()
+    source: np.ndarray | None = None
 
     @property
     def length(self) -> int:
@@ -80,14 +82,17 @@ class Example:
 
     @property
     def positions(self) -> int:
-        """Positions in a microbatch of its own: those of its longest text for each text."""
-        return len(self.sequences) * max(self.sequences) if self.sequences else self.length
+        """Positions in a microbatch of its own: those of its longest text for each text; of a
+        target and of its source."""
+        if self.sequences:
+            return len(self.sequences) * max(self.sequences)
+        return self.length + (0 if self.source is None else len(self.source))
 
     def numbered(self, index: int) -> Example:
         """The same of another number; ``dataclasses.replace`` takes five times as long."""
         return Example(
             index, self.id, self.input_ids, self.inputs, self.labels, self.loss_mask, self.columns,
-            self.named, self.sequences,
+            self.named, self.sequences, self.source,
         )  # fmt: skip
 
 
@@ -121,7 +126,7 @@ def examples_to_table(examples: Sequence[Example]) -> Any:
 
     Its columns are those of ``EXAMPLES_SCHEMA``; of every further column ``column:NAME``, of
     numbers flattened, with their shape in ``shape:NAME``; of further inputs ``input:NAME``; and
-    ``sequences`` where examples have several texts.
+    ``sequences`` where examples have several texts, ``source`` where an encoder reads one.
     """
 
     def of_dtype(arrays: list[np.ndarray | None], dtype: Any) -> list[np.ndarray | None]:
@@ -167,6 +172,9 @@ def examples_to_table(examples: Sequence[Example]) -> Any:
     if any(example.sequences for example in examples):
         lengths = [np.array(example.sequences, np.int64) for example in examples]
         table = table.append_column("sequences", columns.list_column(lengths, pa.int64()))
+    if any(example.source is not None for example in examples):
+        sources = [example.source for example in examples]
+        table = table.append_column("source", columns.list_column(sources, pa.int32()))
     return table
 
 
@@ -209,6 +217,7 @@ def table_to_examples(table: Any) -> list[Example]:
                     {name: values[i] for name, values in further.items()},
                     {name: _there(values[i]) for name, values in named.items()},
                     tuple(_there(cells["sequences"][i]).tolist()) if "sequences" in cells else (),
+                    cells["source"][i] if "source" in cells else None,
                 )
             )
     return examples

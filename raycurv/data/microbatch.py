@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raycurv.batch import Batch
+from raycurv.batch import Batch, apart
 from raycurv.data.examples import NOT_A_TARGET, Example
 from raycurv.errors import UserError
 
@@ -198,6 +198,12 @@ def _token_batch(
     masked = bool((loss_mask_NT != mask_NT).any()) or any(
         example.loss_mask is not None for example in examples
     )
+    source = source_mask = None
+    if examples[0].source is not None:
+        own = [_there(example.source) for example in examples]
+        there_NR = _padded(examples, [np.ones(len(ids_R), bool) for ids_R in own])
+        source_NR = torch.from_numpy(_padded(examples, own))
+        source, source_mask = apart(source_NR, torch.from_numpy(there_NR), shape[1])
     drawn_ = None
     if drawn is not None:
         drawn_ = _numbers(_stacked(drawn, [len(ids_T) for ids_T in tokens]), dtype)
@@ -210,6 +216,8 @@ def _token_batch(
         loss_mask=torch.from_numpy(loss_mask_NT) if masked else None,
         drawn=drawn_,
         named=_tensors(named),
+        source=source,
+        source_mask=source_mask,
     )
 
 

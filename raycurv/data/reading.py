@@ -32,6 +32,8 @@ TOKENS: tuple[tuple[str, ...], ...] = (("input_ids",), ("prompt", "completion"),
 # Of a text that is read together with another one, and of two that are compared.
 TWO_TEXTS = ("text", "text_pair")
 PAIRS: tuple[tuple[str, ...], ...] = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
+# Of a source and the target that is made of it.
+SOURCES = (("input_ids", "labels"), ("prompt", "completion"), ("text", "target"))
 NUMBERS: tuple[tuple[str, ...], ...] = (("inputs",),)
 # What a file of a stranger's can raise in the libraries that read it.
 DATA_ERRORS = (
@@ -55,7 +57,10 @@ class ExampleReader:
     The columns are ``input_ids``; ``prompt`` and ``completion``; ``text``, for some models with a
     second one in ``text_pair``; or ``inputs``: the first of these that is there. Of texts that are
     compared they are ``chosen`` and ``rejected``, of text or of token ids, with a ``prompt`` before
-    both if there is one. Optional are ``id`` (otherwise the path below the data's root and the
+    both if there is one. Of sources and their targets they are ``input_ids`` and ``labels`` (-100
+    where a token is no target, and the decoder does not see it), ``prompt`` and ``completion``, or
+    ``text`` and ``target``, each tokenised with the special tokens of its side; a limit of length
+    is one of either. Optional are ``id`` (otherwise the path below the data's root and the
     0-based row, ``sub/file.parquet:17``, and the row alone of a table in memory), ``labels`` and
     ``loss_mask``; beside ``input_ids`` also those of beside_tokens.py. A prompt and its completion
     are tokenised apart; the tokenizer's special tokens stand before the prompt and after the
@@ -141,7 +146,7 @@ class ExampleReader:
         if self.long not in ("error", "truncate", "split"):
             got = repr(self.long)
             raise UserError("--long", "error, truncate or split", got, "Choose one of them.")
-        if self.long == "split" and (self.reads == "pairs" or self._one_label()):
+        if self.long == "split" and self._taken_whole():
             raise UserError(
                 "--long split", "error or truncate, of texts that are taken as a whole",
                 "split", "Choose one of them.",
@@ -169,6 +174,8 @@ class ExampleReader:
                 make = self._of_numbers if self.kind in NUMBERS else self._of_tokens
                 if self.kind in PAIRS:
                     make = self._of_pairs
+                if self.reads == "sources":
+                    make = self._of_sources
                 for example in make(rows, ids, _named(rows, ids)):
                     yield example.numbered(index)
                     index += 1
@@ -194,10 +201,14 @@ class ExampleReader:
                     continue
                 self.kind = self._kind(part, found)
                 others = tuple(name for name in self.further if name not in self.kind)
-                beside = beside_tokens.READ if self.kind == ("input_ids",) else ()
+                beside: tuple[str, ...] = ()
+                if self.kind == TOKENS[0]:
+                    beside = beside_tokens.READ
+                if self.kind == SOURCES[0]:
+                    beside = ("attention_mask",)
                 optional = (*OPTIONAL_COLUMNS, *beside, *self._label_columns())
                 for rows in part.read((*self.kind, *others), optional):
-                    if self.kind in (("input_ids",), ("inputs",)):
+                    if self.kind in (("input_ids",), ("inputs",), SOURCES[0]):
                         beside_tokens.refuse_others(rows)
                     self.findings.unused_columns |= rows.others
                     yield part, rows
@@ -250,8 +261,8 @@ class ExampleReader:
 
     def _usable(self) -> tuple[tuple[str, ...], ...]:
         """The columns of inputs that the model may take, in order of preference."""
-        if self.reads == "pairs":
-            return PAIRS
+        if self.reads in ("pairs", "sources"):
+            return PAIRS if self.reads == "pairs" else SOURCES
         if self.whole_texts:
             return (TOKENS[0], TWO_TEXTS, TOKENS[2])
         if self.token_inputs is None:
@@ -408,6 +419,62 @@ class ExampleReader:
                 sequences=tuple(map(len, texts_ST)),
             )  # fmt: skip
 
+    def _of_sources(
+        self, rows: Rows, ids: Sequence[str], place: columns.Place
+    ) -> Iterator[Example]:
+        """Examples of targets, each with its source."""
+        if "loss_mask" in rows.columns:
+            raise UserError(
+                place(0), f"`labels` of {NOT_A_TARGET} where a token of a target does not count",
+                "`loss_mask`", "Leave the column out, or write it into `labels`.",
+            )  # fmt: skip
+        given = [rows.columns[name] for name in self.kind]
+        spans: list[slice] | None = None
+        if self.kind == SOURCES[0]:
+            sources, targets = (
+                [_there(one) for one in columns.integer_lists(name, column, place)]
+                for name, column in zip(self.kind, given, strict=True)
+            )
+            spans = self._spans(rows, sources, [None] * len(ids), place)
+        else:
+            texts = [columns.strings(n, c, place) for n, c in zip(self.kind, given, strict=True)]
+            sources = self._encoded(self.kind[0], texts[0], True, place)
+            targets = self._encoded(self.kind[1], texts[1], True, place, target=True)
+        self._check_vocabulary("input_ids", sources, place)
+        self._check_vocabulary("labels", targets, place)
+        further, limit = self._further(rows, place), self._limit()
+        for i, (source_R, labels_T) in enumerate(zip(sources, targets, strict=True)):
+            source_R = source_R if spans is None else source_R[spans[i]]
+            counts = np.flatnonzero(labels_T != NOT_A_TARGET)
+            # Behind the last target there is padding alone.
+            labels_T = labels_T[: counts[-1] + 1 if len(counts) else 0]
+            if not len(source_R) or not len(labels_T):
+                if self.empty == "skip":
+                    self.findings.empty_examples += 1
+                    continue
+                name = self.kind[bool(len(source_R))]
+                raise UserError(
+                    place(i), f"at least one token in `{name}`", "none",
+                    "Leave out empty examples, or give --empty skip.",
+                )  # fmt: skip
+            longest = max(len(source_R), len(labels_T))
+            if limit is not None and longest > limit:
+                if self.long == "error":
+                    raise self._too_long(longest, place(i))
+                source_R, labels_T = source_R[:limit], labels_T[:limit]
+                self.findings.truncated_examples += 1
+                self.findings.targets_cut_off += not (labels_T != NOT_A_TARGET).any()
+            own = labels_T != NOT_A_TARGET
+            yield Example(
+                0, ids[i], np.where(own, labels_T, 0).astype(np.int32),
+                loss_mask=None if own.all() else own, columns=further[i],
+                source=source_R.astype(np.int32),
+            )  # fmt: skip
+
+    def _taken_whole(self) -> bool:
+        """Whether an example cannot be cut into pieces."""
+        return self.reads in ("pairs", "sources") or self._one_label()
+
     def _one_label(self) -> bool:
         return self.labels_of == "text" and self.whole_texts
 
@@ -540,9 +607,10 @@ class ExampleReader:
         special: bool,
         place: columns.Place,
         second: Sequence[str] | None = None,
+        target: bool = False,
     ) -> list[np.ndarray]:
-        """The token ids of texts, each with its ``second`` if there are any; they go through the
-        tokenizer a bounded number at a time."""
+        """The token ids of texts, each with its ``second`` if there are any, or as what a model is
+        to make; they go through the tokenizer a bounded number at a time."""
         sizes = np.array([len(text.encode()) for text in texts])
         if second is not None:
             sizes += [len(text.encode()) for text in second]
@@ -565,7 +633,9 @@ class ExampleReader:
                 "Try it on them, or give `input_ids`.",
                 Exception,  # tokenizers raise whatever they meet
             ):
-                if not self.whole_texts:
+                if target:
+                    encoded = self._tokenizer().encode_targets(texts[start:stop])
+                elif not self.whole_texts:
                     encoded = self._tokenizer().encode(texts[start:stop], special=special)
                 else:
                     pairs = None if second is None else second[start:stop]
@@ -674,7 +744,7 @@ class ExampleReader:
         limit = self._limit()
         own = limit == self.max_positions
         whose = "the model's positions" if own else "--max-length"
-        split = not (self.reads == "pairs" or self._one_label())
+        split = not self._taken_whole()
         remedy = "Give --long truncate" + " or --long split" * split
         if not own:
             most = "" if self.max_positions is None else f" (the model takes {self.max_positions})"

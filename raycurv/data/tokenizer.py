@@ -36,6 +36,9 @@ class Tokenizer(Protocol):
         """Texts, each with its ``second`` if there are any, and with the tokenizer's own special
         tokens: those that have more than ``limit`` tokens cut so that these stay."""
 
+    def encode_targets(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts that a model is to make, with the special tokens of such."""
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -92,6 +95,15 @@ class LazyTokenizer:
             if any(long):
                 found = self._tokenizer(*given, truncation=True, max_length=limit, **options)
         return Encoded(found["input_ids"], found.get("token_type_ids", []), sum(long))
+
+    def encode_targets(self, texts: Sequence[str]) -> list[list[int]]:
+        """As :meth:`encode`, of texts that a model is to make; see :class:`Tokenizer`."""
+        with _panics_as_errors():
+            encoded = self._tokenizer(
+                text_target=list(texts), padding=False, truncation=False, verbose=False
+            )
+        ids: list[list[int]] = encoded["input_ids"]
+        return ids
 
     def masking(self, seed: int) -> Masking:
         """What hides tokens of the texts; UserError if it has no token that stands for others."""

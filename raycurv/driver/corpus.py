@@ -246,7 +246,7 @@ def reader_for(
     """What reads the examples that a model and an objective take; see :func:`open_corpus`."""
     of_classes = isinstance(objective, Classification | TokenClassification)
     task = model.task
-    whole_texts = task is not None and not task.causal
+    whole_texts = task is not None and not task.causal and objective.reads != "sources"
     return ExampleReader(
         source,
         tokenizer=tokenizer,

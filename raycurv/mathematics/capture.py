@@ -458,7 +458,7 @@ def _noting(capture: weakref.ref[Capture], use: int) -> Note:
         if record.span is not None and not mine.kind.in_slices:
             return y
         x, y = mine.kind.by_example(mine.block, mine.module, x, y, record.batch)
-        mask = record.batch.mask
+        mask = record.batch.mask_of(x)
         start, positions = record.span or (None, None)
         if record.span is None and mask is not None:
             positions = mask.shape[1]

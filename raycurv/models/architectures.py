@@ -25,7 +25,6 @@ _KINDS = (
     ("QUESTION_ANSWERING", "a model that finds answers in a text", _OWN),
     ("MULTIPLE_CHOICE", "a model that chooses among answers", _OWN),
     ("NEXT_SENTENCE_PREDICTION", "a classifier of pairs of sentences", _CLASSES),
-    ("SEQ_TO_SEQ_CAUSAL_LM", "an encoder with a decoder", _OWN),
     ("SPEECH_SEQ_2_SEQ", "an encoder of speech with a decoder", _OWN),
     ("IMAGE_TEXT_TO_TEXT", "a model of images and text", _OWN),
     ("MULTIMODAL_LM", "a model of several kinds of input", _OWN),
@@ -93,9 +92,7 @@ def task_of(content: Mapping[str, Any], path: str, trust_remote_code: bool) -> T
     causal = _names("CAUSAL_LM", kind)
     if not named and causal:
         return CAUSAL_LM  # the weights will tell
-    # Some tables of encoders name encoders with a decoder, too.
-    named_two = set(_names("SEQ_TO_SEQ_CAUSAL_LM", kind))
-    lower = {name.lower() for name in named if name not in named_two}
+    lower = {name.lower() for name in named}
     for task in TASKS:
         if lower & {one.lower() for one in _names(task.table, kind)}:
             return task

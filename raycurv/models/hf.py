@@ -60,9 +60,10 @@ from raycurv.models.hf_calls import (
 )
 from raycurv.models.mixtures import take_own_forward
 from raycurv.models.model import Model, Outline, Segment
-from raycurv.models.model_task import CAUSAL_LM, MASKED_LM, Task, class_names, refined
+from raycurv.models.model_task import CAUSAL_LM, MASKED_LM, SEQ2SEQ, Task, class_names, refined
 from raycurv.models.pieces import Parts, Piece, Views
 from raycurv.models.quantisation import Quantisation, copy_in_floating_point
+from raycurv.models.seq2seq_segment import Seq2SeqSegment, check_seq2seq, rehearse_seq2seq
 from raycurv.models.stacked import stacked_parts
 from raycurv.models.stored import (
     Patch,
@@ -137,7 +138,7 @@ class HFOutline(Outline):
         text = self.config.get_text_config()
         self.max_positions = _longest(whole, getattr(text, "max_position_embeddings", None))
         self.vocab_size = getattr(text, "vocab_size", None)
-        if self.task not in (CAUSAL_LM, MASKED_LM):
+        if self.task not in (CAUSAL_LM, MASKED_LM, SEQ2SEQ):
             self.classes, self.class_names = self.config.num_labels, class_names(self.config)
         if not self.task.causal:
             self.takes = further_inputs(whole)
@@ -170,6 +171,10 @@ class HFOutline(Outline):
     def _anatomy_of(self, whole: nn.Module) -> Anatomy:
         """Where the model may be cut; of no causal language model this may be nowhere."""
         causal = self.task.causal
+        if self.task is SEQ2SEQ:
+            check_seq2seq(whole, self.directory)
+            self.notices += ("runs as one stage: an encoder with a decoder",)
+            return whole_anatomy(whole)
         try:
             found = find_anatomy(whole, self.config, self._stored_twice, self.directory, causal)
             _try_cuts(whole, found, self.directory)
@@ -190,6 +195,8 @@ class HFOutline(Outline):
         return self._skeleton
 
     def rehearse(self, skeleton: nn.Module, examples: int, tokens: int) -> bool:
+        if self.task is SEQ2SEQ:
+            return rehearse_seq2seq(skeleton, examples, tokens)
         if self.anatomy.given is not None:
             run_on_meta(skeleton, examples, tokens, self.anatomy.given)
         return self.anatomy.given is not None
@@ -375,6 +382,8 @@ class HFModel(HFOutline, Model):
         # Weights are on the device already; this moves HF's own tables, without a cast.
         module.to(device)
         module.eval().requires_grad_(False)
+        if self.task is SEQ2SEQ:
+            return Seq2SeqSegment(module)
         return HFSegment(module, units, self.anatomy) if self.anatomy.cut else WholeSegment(module)
 
     def stored(self, block: Block) -> StoredWeight:
@@ -479,7 +488,8 @@ class HFModel(HFOutline, Model):
         keep_padding_apart(module)
         # Whatever transformers would have made is an error before it is made.
         assert not info["mismatched_keys"], info["mismatched_keys"]
-        assert not {n for n, _ in module.named_parameters()} & set(info["missing_keys"])
+        made = {n for n, _ in module.named_parameters()} & set(info["missing_keys"])
+        assert all(any(re.search(p, n) for p in module._may_miss) for n in made), made
         if units is not None and self.anatomy.tied:
             # Either was there for HF to resolve the tie from both names.
             for name in {self.anatomy.embedding, self.anatomy.head} - self.anatomy.outside(units):
@@ -509,7 +519,9 @@ class HFModel(HFOutline, Model):
             if tied.get(name, name) in roots:
                 continue
             tensor = parameters.get(name)
-            if tensor is None and any(pattern.search(name) for pattern in allowed_to):
+            # A table that the class computes, and nobody trains.
+            computed = tensor is None or not tensor.requires_grad
+            if computed and any(pattern.search(name) for pattern in allowed_to):
                 continue
             shape = tuple((tables[name] if tensor is None else tensor).shape)
             self._check_shape(name, shape)

@@ -59,8 +59,12 @@ MASKED_LM = Task(
     "masked-lm", "a masked language model, whose tokens see those behind them", "MASKED_LM",
     "AutoModelForMaskedLM", ("masked-lm",),
 )  # fmt: skip
-# In the order in which a class is looked for.
-TASKS = (CAUSAL_LM, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, MASKED_LM)
+SEQ2SEQ = Task(
+    "seq2seq", "an encoder with a decoder", "SEQ_TO_SEQ_CAUSAL_LM", "AutoModelForSeq2SeqLM",
+    ("seq2seq-lm",),
+)  # fmt: skip
+# In the order in which a class is looked for: some tables of encoders name what has a decoder, too.
+TASKS = (CAUSAL_LM, SEQ2SEQ, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, MASKED_LM)
 
 _PROBLEMS = {"regression": "regression", "multi_label_classification": "multi-label"}
 

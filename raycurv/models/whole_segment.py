@@ -48,10 +48,18 @@ def whole_anatomy(whole: Any) -> Anatomy:
 
 
 def lists_of_layers(whole: nn.Module) -> tuple[str, ...]:
-    """Prefixes of the names of what is in the outermost lists of layers; none for no list."""
+    """Prefixes of the names of what is in the outermost lists of layers, but for embeddings in
+    them, such as of distances; none for no list."""
+    lists: list[str] = []
     found: list[str] = []
     for name, module in whole.named_modules():  # a module comes before its parts
-        inside = bool(found) and name.startswith(tuple(found))
-        if isinstance(module, nn.ModuleList) and not inside:
-            found.append(f"{name}.")
+        if not (lists and name.startswith(tuple(lists))):
+            if isinstance(module, nn.ModuleList):
+                lists.append(f"{name}.")
+            else:
+                continue
+        if found and name.startswith(tuple(found)):
+            continue
+        if not any(isinstance(part, nn.Embedding) for part in module.modules()):
+            found.append(f"{name}." if next(module.children(), None) is not None else name)
     return tuple(found)

@@ -21,7 +21,7 @@ from raycurv.mathematics.loss.draws import draw_categorical
 
 Uniform = Callable[[int], Tensor]
 # What of the data an objective is of, see Objective.reads.
-Reads: TypeAlias = Literal["texts", "masked", "pairs"]
+Reads: TypeAlias = Literal["texts", "masked", "pairs", "sources"]
 
 # What the sum of probabilities may be from 1: as much as ten bits round it.
 _ROUNDED = 1e-3
@@ -63,7 +63,8 @@ class Objective(Protocol):
         reads: of which texts an example is: ``texts`` for one; ``masked`` for one of whose tokens
             some are hidden, by the data's ``labels`` or drawn; ``pairs`` for two, the ``chosen``
             and the ``rejected``, which go through the model as two rows: ``outputs [2 N, ...]``,
-            with ``batch.labels`` the number of the better one, 0.
+            with ``batch.labels`` the number of the better one, 0; ``sources`` for a target that
+            is made of a source, which a model's encoder reads (``batch.source``).
         columns: names of further columns of the data that the methods read, as
             ``batch.columns[name]``: numbers as a tensor ``[N, ...]``, of one shape in all examples,
             text as a list of strings. They speak of an example, not of its tokens: with ``--long
@@ -175,6 +176,15 @@ class MaskedLM(TokenLabels):
     shift = 0
     reads = "masked"
     name = "masked-lm"
+
+
+class Seq2SeqLM(TokenLabels):
+    """Cross-entropy in nats of a target's tokens, each given its source and the tokens before it,
+    summed over them."""
+
+    shift = 0
+    reads = "sources"
+    name = "seq2seq-lm"
 
 
 class Classification(Objective):

@@ -18,6 +18,7 @@ from raycurv.mathematics.loss.objective import (
     Objective,
     Reads,
     Regression,
+    Seq2SeqLM,
     TokenClassification,
 )
 from raycurv.mathematics.loss.preference import Preference
@@ -36,6 +37,7 @@ _SHIPPED: dict[str, Callable[[], Objective]] = {
     "multi-label": MultiLabel,
     "token-classification": TokenClassification,
     "masked-lm": MaskedLM,
+    "seq2seq-lm": Seq2SeqLM,
     "preference": Preference,
 }
 
