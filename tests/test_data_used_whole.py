@@ -145,6 +145,15 @@ def test_columns_that_would_change_a_number_are_followed_or_refused(case: str) -
             assert next(iter(more)) in str(mistake(rows))
 
 
+def test_a_model_that_sees_images_is_given_texts_alone() -> None:
+    rows = [{"input_ids": [4, 5]}, {"input_ids": [1, 9, 3], "images": ["a.png"]}]
+    # A model of text alone has nothing that they could go to.
+    assert len(read(rows)) == 2
+    assert "`images`" in mistake(rows, stands=()).got
+    assert "token 9 at position 1" in mistake([rows[0], {"input_ids": [1, 9]}], stands={9}).got
+    assert len(read(rows[:1], stands={9})) == 1
+
+
 def test_a_padded_file_gives_the_numbers_of_the_text_bit_for_bit(tmp_path: Path) -> None:
     model = save_llama(tmp_path / "model", tokenizer=False)
     rng = np.random.default_rng(0)

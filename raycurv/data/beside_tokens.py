@@ -49,6 +49,54 @@ REFUSED = {
     "encoder_hidden_states": _INPUT,
 }
 
+# What a model of images and text, say, would be given beside its text.
+_SEEN = (
+    "image", "images", "pixel_values", "image_grid_thw", "video", "videos", "pixel_values_videos",
+    "audio", "audios", "input_features", "input_values",
+)  # fmt: skip
+
+
+def refuse_images(rows: Rows) -> None:
+    """Refuse images and the like, of a model that would look at them.
+
+    Raises:
+        UserError: names the first column of them.
+    """
+    for name in _SEEN:
+        if name in rows.others:
+            raise UserError(
+                rows.location,
+                "texts alone, which are all that the model is given here",
+                f"`{name}`",
+                "Leave the column out where the texts are meant without it; else give the model as "
+                "package.module:factory, which takes `inputs` of any shape.",
+            )
+
+
+def refuse_placeholders(
+    tokens: list[np.ndarray], stands: Collection[int], place: columns.Place
+) -> None:
+    """Refuse tokens that stand for an image or the like, which is not there.
+
+    Args:
+        tokens: of every row.
+        stands: these tokens.
+        place: where a row is, by its number.
+
+    Raises:
+        UserError: names the first row with one.
+    """
+    for i, ids_T in enumerate(tokens):
+        found = np.isin(ids_T, list(stands))
+        if found.any():
+            at = int(found.argmax())
+            raise UserError(
+                place(i),
+                "texts alone, which are all that the model is given here",
+                f"token {ids_T[at]} at position {at}, in whose place it sees an image or the like",
+                "Leave the example out, or the token where the text is meant without it.",
+            )
+
 
 def refuse_others(rows: Rows) -> None:
     """Refuse columns that would change what a model makes of the tokens, or numbers.

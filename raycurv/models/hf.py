@@ -57,6 +57,7 @@ from raycurv.models.hf_calls import (
     keep_padding_apart,
     options,
     padded_ids,
+    standing_for_others,
 )
 from raycurv.models.mixtures import take_own_forward
 from raycurv.models.model import Model, Outline, Segment
@@ -142,6 +143,7 @@ class HFOutline(Outline):
             self.classes, self.class_names = self.config.num_labels, class_names(self.config)
         if not self.task.causal:
             self.takes = further_inputs(whole)
+        self.stands = standing_for_others(whole)
         if any((directory / file).is_file() for file in TOKENIZER_FILES):
             self.tokenizer_dir = str(directory)
 

@@ -77,6 +77,8 @@ class Outline(ABC):
         classes: columns of its outputs where these are no words.
         class_names: the number of each class by its name.
         takes: further inputs that its forward is given, where the data has them.
+        stands: tokens in whose place a model of images and text, say, sees an image; ``None`` for a
+            model of text alone.
     """
 
     name: str
@@ -99,6 +101,7 @@ class Outline(ABC):
     classes: int | None = None
     class_names: Mapping[str, int] = MappingProxyType({})
     takes: frozenset[str] = frozenset()
+    stands: frozenset[int] | None = None
 
     @abstractmethod
     def skeleton(self) -> nn.Module:
