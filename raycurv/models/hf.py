@@ -492,6 +492,8 @@ class HFModel(HFOutline, Model):
         assert not info["mismatched_keys"], info["mismatched_keys"]
         made = {n for n, _ in module.named_parameters()} & set(info["missing_keys"])
         assert all(any(re.search(p, n) for p in module._may_miss) for n in made), made
+        for name in made:
+            module.get_parameter(name).requires_grad_(False)
         if units is not None and self.anatomy.tied:
             # Either was there for HF to resolve the tie from both names.
             for name in {self.anatomy.embedding, self.anatomy.head} - self.anatomy.outside(units):
