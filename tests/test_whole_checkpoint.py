@@ -189,8 +189,6 @@ def test_weights_that_were_not_gathered_are_called_so(own: Path) -> None:
 
 OTHERS = {
     "LlamaModel": ("llama", "a bare model"),
-    "BartForConditionalGeneration": ("bart", "an encoder with a decoder"),
-    "T5ForConditionalGeneration": ("t5", "an encoder with a decoder"),
     "WhisperForConditionalGeneration": ("whisper", "an encoder of speech"),
     "MistralForCausalLM": ("llama", "another model_type"),
     "LlamaForCausalLMEagle3": ("llama", "does not have"),
