@@ -173,7 +173,7 @@ class HFOutline(Outline):
     def _anatomy_of(self, whole: nn.Module) -> Anatomy:
         """Where the model may be cut; of no causal language model this may be nowhere."""
         causal = self.task.causal
-        if self.task is SEQ2SEQ:
+        if self.task == SEQ2SEQ:
             check_seq2seq(whole, self.directory)
             self.notices += ("runs as one stage: an encoder with a decoder",)
             return whole_anatomy(whole)
@@ -197,7 +197,7 @@ class HFOutline(Outline):
         return self._skeleton
 
     def rehearse(self, skeleton: nn.Module, examples: int, tokens: int) -> bool:
-        if self.task is SEQ2SEQ:
+        if self.task == SEQ2SEQ:
             return rehearse_seq2seq(skeleton, examples, tokens)
         if self.anatomy.given is not None:
             run_on_meta(skeleton, examples, tokens, self.anatomy.given)
@@ -384,7 +384,7 @@ class HFModel(HFOutline, Model):
         # Weights are on the device already; this moves HF's own tables, without a cast.
         module.to(device)
         module.eval().requires_grad_(False)
-        if self.task is SEQ2SEQ:
+        if self.task == SEQ2SEQ:
             return Seq2SeqSegment(module)
         return HFSegment(module, units, self.anatomy) if self.anatomy.cut else WholeSegment(module)
 
