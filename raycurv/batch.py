@@ -91,12 +91,13 @@ class Batch:
 
     def mask_of(self, values: Tensor) -> Tensor | None:
         """The mask of the positions that a tensor ``[N, …]`` has, or one whose first axis is all
-        positions: ``source_mask`` where they are the sources'."""
+        positions: ``source_mask`` where they are the sources'. Of numbers the last axis is none."""
         if self.mask is None or self.source_mask is None:
             return self.mask
         masks = {mask.shape[1]: mask for mask in (self.source_mask, self.mask)}
         flat = {mask.numel(): mask for mask in masks.values()}
-        found = [masks[size] for size in values.shape[1:-1] if size in masks]
+        axes = values.shape[1:-1] if values.is_floating_point() else values.shape[1:]
+        found = [masks[size] for size in axes if size in masks]
         return found[0] if found else flat.get(values.shape[0], self.mask)
 
     def at_last(self, outputs: Tensor) -> tuple[Tensor, Tensor]:

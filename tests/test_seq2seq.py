@@ -192,6 +192,7 @@ def test_sources_and_targets_are_never_as_long_as_each_other() -> None:
         assert part.source.shape[1] != part.inputs.shape[1]
         assert part.mask_of(torch.zeros(part.size, part.source.shape[1], 5)) is part.source_mask
         assert part.mask_of(torch.zeros(part.inputs.numel(), 5)) is part.mask
+        assert part.mask_of(part.source) is part.source_mask
 
 
 def test_examples_are_stored_whole() -> None:
