@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from raycurv.mathematics.kinds.catalogue import kind_of
 from raycurv.mathematics.kinds.experts import experts_forward
 
 _NAME = "raycurv"
@@ -21,10 +22,10 @@ def take_own_forward(config: Any) -> None:
 
 
 def routed_experts(layers: nn.ModuleList, name: str) -> str:
-    """Where the first experts of a mixture are that choose their forward by themselves, and their
-    class; empty where there are none."""
+    """Where the first experts of a mixture are that have no blocks, and their class; empty where
+    there are none."""
     for path, module in layers.named_modules():
-        own = "expert" in path.rpartition(".")[2] and "shared" not in path
-        if own and not hasattr(module, "_is_expert_parallel"):
+        routed = "expert" in path.rpartition(".")[2] and "shared" not in path
+        if routed and kind_of(module) is None:
             return f"{type(module).__name__} in {name}.{path}"
     return ""
