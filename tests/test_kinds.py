@@ -110,6 +110,17 @@ class Positions(nn.Module):
         return y.sum(dim=1) * state.sum(dim=-1)
 
 
+class Lstm(nn.Module):
+    """torch's own, whose last states have no axis of examples in front, and are not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.LSTM(5, 3, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)[0]
+
+
 class Gemma(nn.Module):
     """A norm whose scale counts from 1, in channels that come first."""
 
@@ -218,6 +229,7 @@ LAYERS = {
     "scale of channels": Layer(lambda: Scaled(5), (3, 6, 5)),
     "recurrence": Layer(Positions, (3, 4, 5)),
     "attention": Layer(Attention, (3, 4, 6)),
+    "lstm": Layer(Lstm, (3, 4, 5)),
     "slope": Layer(lambda: nn.PReLU(4), (3, 4, 5)),
     "layers that are not called": Layer(Mixer, (3, 6, 4), HELD),
     "bilinear": Layer(lambda: Bilinear(), (3, 4, 5)),

@@ -33,8 +33,9 @@ from raycurv.errors import UserError, in_words
 from raycurv.mathematics.blocks import Block, block_name
 from raycurv.mathematics.kinds.kind import Kind, ModuleCall, Note, is_only_held
 
-# Largest difference, relative to the largest number, between two runs of a module on one example.
-_SAME = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-3}
+# Largest difference, relative to the largest number, between two runs of a module on one example:
+# of another cut it would be of the order of 1. Modules of float64 compute in float32 in places.
+_SAME = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-3}
 
 
 _Places = dict[tuple[str, int], tuple[int, ...]]
@@ -85,20 +86,20 @@ class FreeParameter(Kind):
                 leaves[place] = note(noted, x, leaf, left)
             return output if again is None else tree_unflatten(leaves, form)
 
-        return module.register_forward_hook(hook, with_kwargs=True).remove
+        # Before a hook that ends the forward here.
+        return module.register_forward_hook(hook, with_kwargs=True, prepend=True).remove
 
     def layout(self, block: Block, module: nn.Module) -> object:
         return self.name
 
     def input_rows(self, block: Block, module: nn.Module, call: ModuleCall) -> Tensor:
-        left: _Output = call.detail
-        if left.y.ndim == 0 or len(left.y) % call.examples:
-            raise _mixed(block, call, f"an output of shape {tuple(left.y.shape)}")
-        rows: Tensor = left.y.new_ones(call.examples, 1, 1)
+        rows: Tensor = call.detail.y.new_ones(call.examples, 1, 1)
         return rows
 
     def output_rows(self, block: Block, module: nn.Module, call: ModuleCall, g: Tensor) -> Tensor:
         left: _Output = call.detail
+        if left.y.ndim == 0 or len(left.y) % call.examples:
+            raise _mixed(block, call, f"an output of shape {tuple(left.y.shape)}")
         left.again.check_inputs(block)
         shape = self._place(block, module, call)
         if shape:
