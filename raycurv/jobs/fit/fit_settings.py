@@ -71,8 +71,10 @@ class FitSettings(Execution, Reading, Adapting, Capturing, Predicting):
     `token-classification`, `preference`, or your own as `package.module:Name`. Default: what the
     model directory's `architectures` say it was trained for; of a factory `causal-lm`."""
     blocks: Identity[Globs] = ()
-    """Glob on dotted module names, repeatable; `!GLOB` leaves out. By default every linear layer of
-    the decoder blocks."""
+    """Glob on dotted names of modules and parameters, repeatable; `!GLOB` leaves out. `default`:
+    every linear layer of the decoder blocks (as without the flag); `all`: every trainable
+    parameter. Norms, biases and other vectors are taken by `all` or by a glob whose last part names
+    them, such as `*.input_layernorm`."""
     max_factor_dim: Identity[Width | None] = None
     """Widest factor that is decomposed whole; a wider axis is cut into diagonal tiles. At least 8;
     an axis beyond 32,766 cannot be decomposed without."""
