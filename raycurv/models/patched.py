@@ -35,7 +35,9 @@ class Patched(Model):
         self.patches = {**before, **{patch.block.name: patch for patch in patches}}
         # Whatever does not depend on the weights of blocks is the base's.
         for known in Outline.__annotations__:
-            setattr(self, known, getattr(inner, known))
+            found = getattr(inner, known)
+            if found is not getattr(type(self), known, None):
+                setattr(self, known, found)
 
     def skeleton(self) -> nn.Module:
         return self.base.skeleton()
