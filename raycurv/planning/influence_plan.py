@@ -132,7 +132,9 @@ def _score_moments(
 ) -> tuple[Moment, ...]:
     """Training examples against the IHVPs of so many queries."""
     held = weights_of(stage) | {"IHVPs": products_bytes(stage, recipe, queries)}
-    most = max((_scored(block, recipe, data, queries) for block in stage.blocks), default=0)
+    most = max(
+        (_scored(b, recipe, stage.active(data, b), queries) for b in stage.blocks), default=0
+    )
     passing = {"gradients or projections of some examples": most}
     if recipe.rank is None and not recipe.kind.ranked:
         # Where examples are few, their rows are turned into the products' basis.
@@ -197,8 +199,9 @@ def _query_flops(stage: StageShape, recipe: Recipe, queries: DataShape) -> float
 def _score_flops(stage: StageShape, recipe: Recipe, train: DataShape, queries: int) -> float:
     """All training examples against so many queries."""
     total = 0.0
-    length, together = train.row_length, train.batch_examples
+    together = train.batch_examples
     for b in stage.blocks:
+        length = stage.active(train, b).row_length
         rank = kept_rank(recipe.rank, b.d_out, b.d_in)
         size = 2.0 * b.d_in * b.d_out
         if rank is not None and not score_through_gradients(

@@ -9,6 +9,7 @@ Axis letters as in :mod:`raycurv.planning.shapes`; R = N·T rows of the largest 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -58,7 +59,7 @@ def forward_only(
     """
     item = recipe.dtype.itemsize
     passing = {
-        "captured inputs": data.rows * item * sum(_input_widths(stage).values()),
+        "captured inputs": math.ceil(data.rows * item * sum(_input_widths(stage).values())),
         "hidden states": 3 * data.rows * item * stage.width,
     }
     passing |= _layer(stage, recipe, data)
@@ -102,15 +103,18 @@ def running(
     first of them; at the turn or the start of its backward; and when its captured tensors are
     gathered."""
     item, rows, draws = recipe.dtype.itemsize, data.rows, recipe.back
-    inputs = rows * item * sum(_input_widths(stage).values())
-    gradients = rows * item * draws * sum(b.d_out for b in stage.blocks)
+    inputs = math.ceil(rows * item * sum(_input_widths(stage).values()))
+    gradients = rows * item * draws * sum(b.d_out * stage.share(b) for b in stage.blocks)
     hidden = rows * item * stage.width
-    # Where there is padding (or a bias column), masked copies stand beside what was captured.
-    biased = sum(w for w, bias in _inputs(stage) if bias or data.padded)
-    copies = draws * rows * item * biased + (gradients if data.padded else 0)
+    # Where there is padding (or a bias column), masked copies stand beside what was captured; rows
+    # of blocks that do not see every position are always laid out anew.
+    padded = [b for b in stage.blocks if data.padded or stage.share(b) < 1]
+    biased = sum(w * share for w, bias, share in _inputs(stage) if bias or data.padded or share < 1)
+    apart = sum(b.d_out * stage.share(b) for b in padded)
+    copies = math.ceil(draws * rows * item * (biased + apart))
     captured = {
         "captured inputs": inputs,
-        "captured gradients": gradients,
+        "captured gradients": math.ceil(gradients),
         "copies without padding": copies,
         "hidden states": hidden * (2 + 2 * draws),
     }
@@ -129,27 +133,27 @@ def _check(stage: StageShape, recipe: Recipe, data: DataShape) -> Bytes:
     item, examples = recipe.dtype.itemsize, min(EXAMPLES, data.batch_examples)
     positions = min(POSITIONS, data.batch_positions) if stage.any_length else data.batch_positions
     rows = examples * positions
-    widths = sum(w + bias for w, bias in _inputs(stage) if bias) + sum(
-        b.d_out for b in stage.blocks
-    )
+    widths = sum((w + bias) * share for w, bias, share in _inputs(stage) if bias)
+    widths += sum(b.d_out * stage.share(b) for b in stage.blocks)
     return {
         "activations of some examples": stage.graph * rows // data.rows,
-        "captured of some examples": rows * item * widths,
+        "captured of some examples": math.ceil(rows * item * widths),
         "gradient of a weight": item * stage.largest_block + 12 * PIECE,
     }
 
 
-def _inputs(stage: StageShape) -> Iterator[tuple[int, bool]]:
+def _inputs(stage: StageShape) -> Iterator[tuple[int, bool, float]]:
+    """Columns of each input factor, whether one is a bias's, and its rows for each position."""
     seen = set()
     for block in stage.blocks:
         if block.input_factor not in seen:
             seen.add(block.input_factor)
-            yield block.d_in, block.bias
+            yield block.d_in, block.bias, stage.share(block)
 
 
-def _input_widths(stage: StageShape) -> dict[str, int]:
-    """Input factor -> its columns as the model computes them, without the bias."""
-    return {b.input_factor: b.d_in - b.bias for b in reversed(stage.blocks)}
+def _input_widths(stage: StageShape) -> dict[str, float]:
+    """Input factor -> its numbers for each position, as the model computes them, without a bias."""
+    return {b.input_factor: (b.d_in - b.bias) * stage.share(b) for b in reversed(stage.blocks)}
 
 
 def _layer(stage: StageShape, recipe: Recipe, data: DataShape) -> Bytes:
@@ -174,13 +178,13 @@ def turned_blocks(
     stage: StageShape, recipe: Recipe, data: DataShape
 ) -> Iterator[tuple[Block, bool]]:
     """The blocks, and whether their rows are turned before the outer product."""
-    sharing, factors = stage.sharing(), stage.factors(recipe.max_factor_dim)
+    sharing, factors = stage.sharing, stage.factors(recipe.max_factor_dim)
     for block in stage.blocks:
         yield (
             block,
             not recipe.kind.factors
             or rotate_before(
-                data.batch_positions,
+                stage.active(data, block).batch_positions,
                 block.d_in,
                 block.d_out,
                 max(factors[block.input_factor]),
@@ -199,11 +203,12 @@ def gradients_of(
         copies: how many tensors of their size are alive at once.
         pieces: whether some of their rows at a time will do, where rows are turned first.
     """
-    item, rows = recipe.computed, data.rows
+    item = recipe.computed
     factors = stage.factors(recipe.max_factor_dim)
     inputs: dict[str, int] = {}
     largest = 0
     for block, turned in turned_blocks(stage, recipe, data):
+        rows = stage.active(data, block).rows
         size = block.d_in * block.d_out
         here = item * rows * cast_elements(recipe, block.d_in + block.d_out)
         cast = 0
@@ -229,9 +234,10 @@ def gradients_of(
 
 def gradient_flops(stage: StageShape, recipe: Recipe, data: DataShape) -> float:
     """FLOPs of per-example gradients of all data in the eigenbasis."""
-    sharing, factors = stage.sharing(), stage.factors(recipe.max_factor_dim)
-    total, length = 0.0, data.row_length
+    sharing, factors = stage.sharing, stage.factors(recipe.max_factor_dim)
+    total = 0.0
     for b in stage.blocks:
+        length = stage.active(data, b).row_length
         outer = 2.0 * length * b.d_in * b.d_out
         if not recipe.kind.factors:
             total += outer

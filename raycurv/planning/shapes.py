@@ -5,9 +5,11 @@ Axis letters: N examples of a microbatch, T positions, I and O a block's axes, t
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -52,6 +54,17 @@ class DataShape:
     def row_length(self) -> int:
         """Positions of an example, on the mean."""
         return max(1, round(self.positions / max(1, self.examples)))
+
+    def thinned(self, share: float) -> DataShape:
+        """With a share of its positions, spread evenly."""
+        if share == 1.0:
+            return self
+        return replace(
+            self,
+            tokens=math.ceil(share * self.tokens),
+            positions=math.ceil(share * self.positions),
+            batch_positions=math.ceil(share * self.batch_positions),
+        )
 
     @classmethod
     def of_lengths(cls, lengths: Lengths, batch_tokens: int, window: int) -> DataShape:
@@ -147,6 +160,7 @@ class StageShape:
         first, last: whether it holds that end of the chain.
         vocabulary: logits of a position, in the last stage; 0 elsewhere.
         any_length: whether its layers take sequences of every length.
+        shares: rows of a block for each position, where that is not one.
     """
 
     index: int
@@ -160,6 +174,7 @@ class StageShape:
     last: bool
     vocabulary: int
     any_length: bool
+    shares: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def elements(self) -> int:
@@ -167,17 +182,43 @@ class StageShape:
         return sum(b.d_in * b.d_out for b in self.blocks)
 
     @property
+    def active_elements(self) -> float:
+        """Elements of the blocks that a position meets, on the mean."""
+        return sum(b.d_in * b.d_out * self.share(b) for b in self.blocks)
+
+    @property
     def largest_block(self) -> int:
         """Elements of the largest block."""
         return max((b.d_in * b.d_out for b in self.blocks), default=0)
 
+    @cached_property
+    def _tiles(self) -> dict[int | None, dict[str, tuple[int, ...]]]:
+        return {}
+
     def factors(self, max_factor_dim: int | None) -> dict[str, tuple[int, ...]]:
         """Factor -> widths of its tiles, in the order in which they are summed up."""
-        return {n: f.tiles(max_factor_dim) for n, f in factors_of(self.blocks).items()}
+        if max_factor_dim not in self._tiles:
+            found = factors_of(self.blocks).items()
+            self._tiles[max_factor_dim] = {n: f.tiles(max_factor_dim) for n, f in found}
+        return self._tiles[max_factor_dim]
 
+    @cached_property
     def sharing(self) -> Counter[str]:
         """Input factor -> how many blocks read it."""
         return Counter(block.input_factor for block in self.blocks)
+
+    def share(self, block: Block) -> float:
+        """Rows of a block for each position."""
+        return self.shares.get(block.name, 1.0)
+
+    @cached_property
+    def factor_shares(self) -> dict[str, float]:
+        """Factor -> its rows for each position."""
+        return {name: self.share(f.block) for name, f in factors_of(self.blocks).items()}
+
+    def active(self, data: DataShape, block: Block) -> DataShape:
+        """The data as a block sees it, which may not see every position."""
+        return data.thinned(self.share(block))
 
     def forward_flops(self, data: DataShape) -> float:
         """FLOPs of all data forward."""
@@ -209,9 +250,12 @@ def stage_shapes(
     """
     largest = max((p.numel() for p in outline.skeleton().parameters()), default=0)
     shapes = []
+    by_unit: dict[int, list[Block]] = {}
+    for block in traced.blocks:
+        by_unit.setdefault(outline.unit_of(block.module), []).append(block)
     for index, units in enumerate(cuts):
         last = units.stop == outline.units
-        blocks = tuple(b for b in traced.blocks if outline.unit_of(b.module) in units)
+        blocks = tuple(block for unit in units for block in by_unit.get(unit, ()))
         flops = sum(traced.flops[u] for u in units) + (traced.head_flops if last else 0)
         shapes.append(
             StageShape(
@@ -226,6 +270,7 @@ def stage_shapes(
                 last=last,
                 vocabulary=(outline.classes or outline.vocab_size or 0) if last else 0,
                 any_length=outline.any_length,
+                shares=traced.shares,
             )
         )
     return tuple(shapes)

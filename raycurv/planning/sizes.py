@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from raycurv.planning.shapes import Group, Recipe, factor_elements
+from raycurv.planning.shapes import Group, Recipe, factor_elements, squares
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ def sizes(stages: Group, recipe: Recipe) -> Sizes:
         lam=recipe.computed * elements,
         matrices=len(tiles),
         widest=max(map(sum, tiles), default=0),
-        covariance=2.0 * factor_elements(stages, recipe),
-        propagation=4.0 * elements,
+        covariance=2.0
+        * sum(
+            squares(t) * s.factor_shares[name]
+            for s in stages
+            for name, t in s.factors(recipe.max_factor_dim).items()
+        ),
+        propagation=4.0 * sum(stage.active_elements for stage in stages),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -38,6 +38,7 @@ class Trace:
         kept: bytes that each unit keeps for its backward, captured inputs included.
         flops: of each unit's forward (a multiplication and an addition are two).
         head_flops: of what runs behind the last unit.
+        shares: rows of a block for each position, where that is not one.
     """
 
     blocks: tuple[Block, ...]
@@ -45,6 +46,7 @@ class Trace:
     kept: tuple[int, ...]
     flops: tuple[int, ...]
     head_flops: int
+    shares: Mapping[str, float] = field(default_factory=dict)
 
 
 def trace(
@@ -65,15 +67,21 @@ def trace(
                 return _unseen(outline, blocks, examples * positions, dtype)
     finally:
         capture.close()
+    shares: dict[str, float] = {}
     for name, calls in record.calls.items():
+        share = 0.0
         for call in calls:
             watcher.keep(outline.unit_of(capture.blocks[name].module), call.x)
+            share += capture.kinds[name].share(call)
+        if share != len(calls):
+            shares[name] = share
     return Trace(
         capture.discover(record),
         True,
         tuple(watcher.kept),
         tuple(watcher.flops[:-1]),
         watcher.flops[-1],
+        shares,
     )
 
 

@@ -60,9 +60,11 @@ class CovarianceCost(PassCost):
 
     def passing(self, stage: StageShape, recipe: Recipe, data: DataShape) -> Bytes:
         # The product is added to the sum afterwards; one operand is laid out anew for it.
+        shares = stage.factor_shares
         adding = [
-            max(tiles) ** 2 + data.rows * (max(tiles) + cast_elements(recipe, sum(tiles)))
-            for tiles in stage.factors(recipe.max_factor_dim).values()
+            max(tiles) ** 2
+            + data.thinned(shares[name]).rows * (max(tiles) + cast_elements(recipe, sum(tiles)))
+            for name, tiles in stage.factors(recipe.max_factor_dim).items()
         ]
         return {"covariance of a factor": recipe.computed * max(adding, default=0)}
 
@@ -72,10 +74,14 @@ class CovarianceCost(PassCost):
         return {"a factor in float64": (8 + recipe.computed) * largest}
 
     def flops(self, stage: StageShape, recipe: Recipe, data: DataShape) -> float:
-        # 2 Σ t² a position; inputs once, outputs a draw.
-        outputs = _outputs(stage)
+        # 2 Σ t² a row; inputs once, outputs a draw.
+        outputs, shares = _outputs(stage), stage.factor_shares
         return sum(
-            2.0 * data.positions * squares(tiles) * (recipe.draws if name in outputs else 1)
+            2.0
+            * shares[name]
+            * data.positions
+            * squares(tiles)
+            * (recipe.draws if name in outputs else 1)
             for name, tiles in stage.factors(recipe.max_factor_dim).items()
         )
 

@@ -101,7 +101,8 @@ class StatisticsCost(PassCost):
         pieces = gradients_of(stage, replace(recipe, method="diagonal"), data, 1, pieces=True)
         # A product of all rows is added to the sum afterwards; one operand is laid out anew for it.
         product = [
-            b.d_in * b.d_out + data.rows * (b.d_in + cast_elements(recipe, b.d_in + b.d_out))
+            b.d_in * b.d_out
+            + stage.active(data, b).rows * (b.d_in + cast_elements(recipe, b.d_in + b.d_out))
             for b in stage.blocks
         ]
         total = recipe.computed * max(product, default=0)
@@ -115,7 +116,7 @@ class StatisticsCost(PassCost):
     def flops(self, stage: StageShape, recipe: Recipe, data: DataShape) -> float:
         # Two products of all rows for each set of labels: examples apart, and together.
         sets = 1 + (recipe.draws if recipe.own else 0)
-        return 4.0 * sets * stage.elements * data.positions
+        return 4.0 * sets * stage.active_elements * data.positions
 
     def files(self, group: Group, recipe: Recipe, data: DataShape) -> int:
         norms = data.examples * sum(len(stage.blocks) for stage in group)

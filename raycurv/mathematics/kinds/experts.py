@@ -13,6 +13,7 @@ example has of an expert.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -119,6 +120,9 @@ class Experts(Kind):
         """Of what entered the rows of an expert: hidden states by token, or what stands between the
         matrices by row."""
         return x.index_select(0, rows.rows if block.parameter == "down_proj" else rows.tokens)
+
+    def share(self, call: ModuleCall) -> float:
+        return cast(Dealt, call.detail).share
 
     def parameters(self, block: Block) -> tuple[str, ...]:
         return (block.parameter, f"{block.parameter}_bias") if block.bias else (block.parameter,)
@@ -254,6 +258,11 @@ class Dealt:
     ) -> None:
         self._rows, self._tokens, self._experts, self.sizes = rows, tokens, experts, sizes
         self._found: list[_Rows] | None = None
+
+    @property
+    def share(self) -> float:
+        """Rows of an expert for each token, on the mean."""
+        return len(self._rows) / math.prod(self.sizes)
 
     def of(self, block: Block, call: ModuleCall) -> _Rows:
         """The rows of a block's expert that stand for tokens, by example: found once for all."""

@@ -151,6 +151,11 @@ class Kind(ABC):
         all positions in their order, once or several times."""
         return None
 
+    def share(self, call: ModuleCall) -> float:
+        """Rows that a block has of a call for each of its positions, on the mean, as far as that
+        does not depend on values: less than 1 where tokens are shared out among blocks."""
+        return 1.0
+
     def parameters(self, block: Block) -> tuple[str, ...]:
         """Names in the module of the parameters that hold the block: weight, then bias, if any."""
         return (block.parameter, "bias") if block.bias else (block.parameter,)
