@@ -1,4 +1,5 @@
-"""Writes a Llama-shaped checkpoint of random weights, of any size, in little memory.
+"""Writes a Llama-shaped checkpoint of random weights, of any size, in little memory; with experts
+one that is shaped and named as Mixtral's.
 
     shape ─► tensors by name ─► shards ─► chunks of random numbers ─► safetensors, index, config
 
@@ -32,7 +33,7 @@ import source_texts
 import torch
 import tyro
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MixtralConfig
 
 from raycurv.errors import UserError
 from raycurv.files.store import Store
@@ -49,7 +50,8 @@ RECIPE = "recipe.json"  # the settings that a directory's weights were made with
 
 @dataclass(frozen=True)
 class Settings:
-    """Writes OUT: a Llama-shaped checkpoint of random weights, a byte tokenizer, some text."""
+    """Writes OUT: a Llama- or Mixtral-shaped checkpoint of random weights, a byte tokenizer, some
+    text."""
 
     out: Path
     """Directory of the checkpoint."""
@@ -63,6 +65,10 @@ class Settings:
     """Key-value heads, a divisor of the query heads."""
     layers: int = 4
     """Decoder layers."""
+    experts: int = 0
+    """Experts of a layer; 0 for one MLP, without a router."""
+    chosen: int = 2
+    """Experts of a token."""
     vocab: int = 1024
     """Rows of the embedding and of the head, which are two matrices."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -99,6 +105,8 @@ class Settings:
             raise _mistake(
                 "kv_heads", f"a divisor of {self.heads} heads", self.kv_heads, "Change either."
             )
+        if self.experts and not 1 <= self.chosen <= self.experts:
+            raise _mistake("chosen", f"1 to {self.experts} experts", self.chosen, "Change either.")
         if self.vocab < VOCAB_SIZE:
             raise _mistake(
                 "vocab", f"the byte tokenizer's {VOCAB_SIZE} or more", self.vocab, "Raise it."
@@ -133,7 +141,7 @@ class Planned:
 
 def plan_tensors(settings: Settings) -> list[Planned]:
     """All tensors of the checkpoint, in the model's order."""
-    width, ff, std = settings.width, settings.ff, STANDARD_DEVIATION
+    width, std = settings.width, STANDARD_DEVIATION
     kv_width = width // settings.heads * settings.kv_heads
     residual = std / math.sqrt(2 * settings.layers)
     of_a_layer = (
@@ -143,9 +151,7 @@ def plan_tensors(settings: Settings) -> list[Planned]:
         Planned("self_attn.v_proj", (kv_width, width), std),
         Planned("self_attn.o_proj", (width, width), residual),
         Planned("post_attention_layernorm", (width,), 0),
-        Planned("mlp.gate_proj", (ff, width), std),
-        Planned("mlp.up_proj", (ff, width), std),
-        Planned("mlp.down_proj", (width, ff), residual),
+        *_mlp(settings, std, residual),
     )
     return [
         Planned("model.embed_tokens.weight", (settings.vocab, width), std),
@@ -157,6 +163,25 @@ def plan_tensors(settings: Settings) -> list[Planned]:
         Planned("model.norm.weight", (width,), 0),
         Planned("lm_head.weight", (settings.vocab, width), std),
     ]
+
+
+def _mlp(settings: Settings, std: float, residual: float) -> tuple[Planned, ...]:
+    width, ff = settings.width, settings.ff
+    if not settings.experts:
+        return (
+            Planned("mlp.gate_proj", (ff, width), std),
+            Planned("mlp.up_proj", (ff, width), std),
+            Planned("mlp.down_proj", (width, ff), residual),
+        )
+    matrices = (("w1", (ff, width), std), ("w2", (width, ff), residual), ("w3", (ff, width), std))
+    return (
+        Planned("block_sparse_moe.gate", (settings.experts, width), std),
+        *(
+            Planned(f"block_sparse_moe.experts.{expert}.{name}", shape, spread)
+            for expert in range(settings.experts)
+            for name, shape, spread in matrices
+        ),
+    )
 
 
 def plan_shards(tensors: list[Planned], itemsize: int, limit: float) -> list[list[Planned]]:
@@ -216,10 +241,16 @@ def shard_bytes(
             yield tensor_bytes(ahead.popleft().result())
 
 
-def make_config(settings: Settings) -> LlamaConfig:
+def make_config(settings: Settings) -> LlamaConfig | MixtralConfig:
     """What transformers builds the model from."""
-    return LlamaConfig(
-        architectures=["LlamaForCausalLM"],
+    own: dict[str, Any] = {"architectures": ["LlamaForCausalLM"]}
+    if settings.experts:
+        own = {
+            "architectures": ["MixtralForCausalLM"], "num_local_experts": settings.experts,
+            "num_experts_per_tok": settings.chosen,
+        }  # fmt: skip
+    return (MixtralConfig if settings.experts else LlamaConfig)(
+        **own,
         vocab_size=settings.vocab,
         hidden_size=settings.width,
         intermediate_size=settings.ff,

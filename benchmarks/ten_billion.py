@@ -2,6 +2,8 @@
 
     checkpoint of random weights ─► fit.py, swept ─► influence.py ─► results/DATE-ten-billion.md
 
+With ``--experts`` the model is a mixture of experts, and the record DATE-ten-billion-experts.md.
+
 What is finished is not done again: the checkpoint, the fit and the scores each continue where they
 stopped, and a step whose measurement lies in PLACE is taken from there (a step that was stopped and
 went on is measured from where it went on; delete the directory to measure it whole).
@@ -37,14 +39,17 @@ MOST_MEMORY = 16 * 2**30
 
 @dataclass(frozen=True)
 class Settings:
-    """Fits and scores a Llama-shaped model, one layer in memory at a time, and measures it."""
+    """Fits and scores a Llama- or Mixtral-shaped model, one layer in memory at a time, and measures
+    it."""
 
     place: Path
     """Directory for the checkpoint, the run and the scores: about 55 GB with the defaults."""
     width: int = 4096
     """Size of the hidden state."""
     ff: int = 14336
-    """Size of the hidden layer of an MLP."""
+    """Size of the hidden layer of an MLP, or of an expert."""
+    experts: int = 0
+    """Experts of a layer, of which a token meets two; 0 for one MLP."""
     layers: int = 46
     """Decoder layers, one a stage."""
     heads: int = 32
@@ -59,6 +64,8 @@ class Settings:
     """Tokens of an example."""
     max_factor_dim: int = 2048
     """Widest tile."""
+    rank: int = 32
+    """Of IHVPs."""
 
 
 def steps(settings: Settings) -> dict[str, list[str]]:
@@ -73,7 +80,7 @@ def steps(settings: Settings) -> dict[str, list[str]]:
     influence = [
         "--run", f"{place}/run", "--queries", f"{place}/model/queries.jsonl", "--train",
         f"{place}/model/train.jsonl", "--max-examples", str(settings.scored), "--out",
-        f"{place}/scores", *how,
+        f"{place}/scores", "--rank", str(settings.rank), *how,
     ]  # fmt: skip
     return {
         "fit": [sys.executable, "jobs/fit.py", *fit],
@@ -117,9 +124,10 @@ def report(settings: Settings, parameters: int, steps_taken: dict[str, dict[str,
         f"{transformers.__version__}, Ray {ray.__version__}",
         f"- machine: {_processor()}, {os.cpu_count()} cores, no GPU",
         f"- model: {parameters:,} parameters in bfloat16, random; {len(blocks):,} blocks (all "
-        f"linear layers of all {settings.layers} decoder layers), a stage for each layer",
+        f"linear layers{_experts(settings)} of all {settings.layers} decoder layers), a stage for "
+        "each layer",
         f"- fit: {len(examples)} examples of {settings.tokens} tokens; influence: {len(queries)} "
-        f"queries, {len(train)} training examples, rank 32, damping 0.1",
+        f"queries, {len(train)} training examples, rank {settings.rank}, damping 0.1",
         "",
         "| job | wall | CPU | memory of all processes | of that /dev/shm | PSS | directory |",
         "|---|---|---|---|---|---|---|",
@@ -152,6 +160,12 @@ def report(settings: Settings, parameters: int, steps_taken: dict[str, dict[str,
     return "\n".join(lines)
 
 
+def _experts(settings: Settings) -> str:
+    if not settings.experts:
+        return ""
+    return f", {settings.experts} experts, each a block a matrix, and routers"
+
+
 def _flags(settings: Settings) -> str:
     given = [("place", "PLACE")]
     for field in fields(settings):
@@ -172,14 +186,15 @@ def main(settings: Settings) -> None:
     settings.place.mkdir(parents=True, exist_ok=True)
     shape = llama_checkpoint.Settings(
         out=settings.place / "model", width=settings.width, ff=settings.ff, heads=settings.heads,
-        kv_heads=settings.kv_heads, layers=settings.layers, vocab=300, examples=settings.examples,
-        tokens=settings.tokens,
+        kv_heads=settings.kv_heads, layers=settings.layers, experts=settings.experts, vocab=300,
+        examples=settings.examples, tokens=settings.tokens,
     )  # fmt: skip
     parameters = sum(tensor.numel for tensor in llama_checkpoint.plan_tensors(shape))
     llama_checkpoint.main(shape)
     found = {name: taken(settings, name, command) for name, command in steps(settings).items()}
     text = report(settings, parameters, found)
-    file = RESULTS / f"{date.today()}-ten-billion.md"
+    kind = "ten-billion-experts" if settings.experts else "ten-billion"
+    file = RESULTS / f"{date.today()}-{kind}.md"
     file.write_text(text)
     print(text)
     print(file)
