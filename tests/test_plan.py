@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from raycurv.models.opening import open_model, open_outline
 from raycurv.planning import fit_plan, influence_plan
 from raycurv.planning.advice import Bounds, advise, as_sentence
 from raycurv.planning.arrangement import Arrangement, Peak
+from raycurv.planning.cost import PassCost
 from raycurv.planning.job import Job
 from raycurv.planning.plan import Phase, Plan
 from raycurv.planning.rates import Rates
@@ -42,6 +43,45 @@ PUBLISHED = {
     "Qwen2.5-32B": ((5120, 27648, 64, 40, 8, 152064), (628, 125, 704, 27648, 314, 125)),
     "Llama-3-70B": ((8192, 28672, 80, 64, 8, 128256), (919, 274, 880, 28672, 459, 274)),
 }
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A mixture of experts: its configuration with one layer of experts behind ``dense`` others,
+    how many such layers it has, experts that a token meets, and what those of all layers were said
+    to have: factors and Λ in float32 (GB), and factors."""
+
+    config: dict[str, Any]
+    layers: int
+    met: tuple[int, int]
+    published: tuple[float, float, int]
+    dense: int = 0
+
+
+MIXTURES = {
+    "Qwen3-30B-A3B": Mixture({
+        "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144,
+        "moe_intermediate_size": 768, "num_attention_heads": 32, "num_key_value_heads": 4,
+        "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "vocab_size": 151936,
+    }, 48, (8, 128), (250, 116, 30_720)),
+    "Mixtral 8x7B": Mixture({
+        "model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8,
+        "num_experts_per_tok": 2, "vocab_size": 32000,
+    }, 32, (2, 8), (666, 180, 1_280)),
+    "gpt-oss-20b": Mixture({
+        "model_type": "gpt_oss", "hidden_size": 2880, "intermediate_size": 2880,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64,
+        "num_local_experts": 32, "num_experts_per_tok": 4, "vocab_size": 201088,
+    }, 24, (4, 32), (127, 76, 3_840)),
+    "DeepSeek-V3": Mixture({
+        "model_type": "deepseek_v3", "hidden_size": 7168, "intermediate_size": 18432,
+        "moe_intermediate_size": 2048, "num_attention_heads": 128, "num_key_value_heads": 128,
+        "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8, "n_group": 8,
+        "topk_group": 4, "first_k_dense_replace": 3, "q_lora_rank": 1536, "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "vocab_size": 129280,
+    }, 58, (8, 256), (6_850, 2_615, 74_240), dense=3),
+}  # fmt: skip
 SMALL = (256, 512, 6, 4, 2, 1000)
 BASE = 300 * 10**6
 
@@ -66,14 +106,18 @@ def write_config(folder: Path, *shape: int, **more: Any) -> Path:
     return folder
 
 
-def chosen(outline: Outline) -> tuple[Block, ...]:
-    return choose_blocks(outline.skeleton(), (), outline.default_scope, outline.tied_head)
+def chosen(outline: Outline, globs: Sequence[str] = ()) -> tuple[Block, ...]:
+    return choose_blocks(outline.skeleton(), globs, outline.default_scope, outline.tied_head)
 
 
 def shapes(
-    outline: Outline, recipe: Recipe, count: int = 1, batch: tuple[int, int] = (8, 512)
+    outline: Outline,
+    recipe: Recipe,
+    count: int = 1,
+    batch: tuple[int, int] = (8, 512),
+    globs: Sequence[str] = (),
 ) -> tuple[StageShape, ...]:
-    traced = trace(outline, chosen(outline), *batch, recipe.dtype)
+    traced = trace(outline, chosen(outline, globs), *batch, recipe.dtype)
     assert traced.seen
     cuts = cut_stages(outline.unit_costs, count)
     return stage_shapes(outline, cuts, traced, recipe.dtype, batch[0] * batch[1])
@@ -118,6 +162,33 @@ def test_sizes_are_those_worked_out_by_hand(name: str, tmp_path: Path) -> None:
     )
     assert counted == published
     assert found.blocks == 7 * shape[2]
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_sizes_of_experts_are_those_worked_out_by_hand(name: str, tmp_path: Path) -> None:
+    mixture, recipe = MIXTURES[name], Recipe()
+    said = mixture.config | {"num_hidden_layers": mixture.dense + 1, "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    outline = open_outline(str(tmp_path))
+    stages = shapes(outline, recipe, globs=["*.mlp.experts"])
+    found, (routed, experts) = sizes(stages, recipe), mixture.met
+    factors, lam, matrices = mixture.published
+    assert found.factors * mixture.layers / 1e9 == pytest.approx(factors, rel=0.005)
+    assert found.lam * mixture.layers / 1e9 == pytest.approx(lam, rel=0.01)
+    assert (found.matrices * mixture.layers, found.blocks) == (matrices, 3 * experts)
+    # A row of each factor for each expert that a token meets, and weights likewise; all experts
+    # have sums and weights.
+    share = routed / experts
+    assert found.covariance == pytest.approx(2 * found.factors / 4 * share)
+    assert found.propagation == pytest.approx(4 * found.lam / 4 * share)
+    (covariances, *_), data = costs_of(recipe.kind, False), DataShape.uniform(8, 512, 4096)
+    assert isinstance(covariances, PassCost)
+    assert covariances.flops(stages[0], recipe, data) == pytest.approx(
+        found.covariance * data.tokens
+    )
+    assert covariances.held(stages[0], recipe, data) == {"sums of A and G": found.factors}
+    # Of experts that are alike one is looked at.
+    assert len(stages[0].blocks) == 3
 
 
 @pytest.mark.parametrize("tied", [False, True])

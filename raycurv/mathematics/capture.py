@@ -101,7 +101,8 @@ class Capture:
         self._record: Record | None = None
         self._backward = False
         self.kinds: dict[str, Kind] = {block.name: kind_of_block(block) for block in blocks}
-        self.modules = {block.name: module.get_submodule(block.module) for block in blocks}
+        owners = {name: module.get_submodule(name) for name in {b.module for b in blocks}}
+        self.modules = {block.name: owners[block.module] for block in blocks}
         self._uses = {
             block.name: (
                 _Use(block, self.kinds[block.name], self.modules[block.name]),

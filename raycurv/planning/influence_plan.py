@@ -103,8 +103,7 @@ def _query_moments(
     stage: StageShape, recipe: Recipe, data: DataShape, queries: int
 ) -> tuple[Moment, ...]:
     """IHVPs of so many queries at once."""
-    elements = sum(b.d_in * b.d_out for b in stage.blocks)
-    largest = max((b.d_in * b.d_out for b in stage.blocks), default=0)
+    elements, largest = stage.elements, stage.largest_block
     # The products of M-FAC start as plain gradients.
     plain = not recipe.kind.spectral
     inverse = 0 if plain else recipe.computed * elements
@@ -140,11 +139,10 @@ def _score_moments(
         # Where examples are few, their rows are turned into the products' basis.
         held |= bases_of(stage, recipe)
     if recipe.self_influence:
-        elements = sum(b.d_in * b.d_out for b in stage.blocks)
         if recipe.kind.ranked:
-            held |= {"rows": 8 * recipe.rows * elements}
+            held |= {"rows": 8 * recipe.rows * stage.elements}
         else:
-            held |= bases_of(stage, recipe) | {"1 / (Λ + λ)": recipe.computed * elements}
+            held |= bases_of(stage, recipe) | {"1 / (Λ + λ)": recipe.computed * stage.elements}
         passing = gradients_of(stage, recipe, data, 1, pieces=True)
     return running(stage, recipe, data, held, passing)
 
@@ -170,7 +168,7 @@ def _scored(block: Block, recipe: Recipe, data: DataShape, queries: int) -> int:
 
 def products_bytes(stage: StageShape, recipe: Recipe, queries: int) -> int:
     """Bytes of the IHVPs of so many queries."""
-    one = sum(product_elements(recipe.rank, b.d_out, b.d_in) for b in stage.blocks)
+    one = sum(product_elements(recipe.rank, b.d_out, b.d_in) * stage.count(b) for b in stage.blocks)
     return queries * one * recipe.computed
 
 
@@ -185,7 +183,7 @@ def _query_flops(stage: StageShape, recipe: Recipe, queries: DataShape) -> float
     total = gradient_flops(stage, recipe, queries)
     factors = stage.factors(recipe.max_factor_dim)
     for b in stage.blocks:
-        size = 2.0 * b.d_in * b.d_out
+        size = 2.0 * b.d_in * b.d_out * stage.count(b)
         kept = kept_rank(recipe.rank, b.d_out, b.d_in)
         if kept is not None:
             # The range, two power steps there and back, and the projection on it.
@@ -207,9 +205,10 @@ def _score_flops(stage: StageShape, recipe: Recipe, train: DataShape, queries: i
         if rank is not None and not score_through_gradients(
             length, b.d_out, b.d_in, queries, rank, together
         ):
-            total += 2.0 * length * queries * rank * (b.d_in + b.d_out)
+            one = 2.0 * length * queries * rank * (b.d_in + b.d_out)
         else:
-            total += size * (length + queries + queries * (rank or 0) / together)
+            one = size * (length + queries + queries * (rank or 0) / together)
+        total += one * stage.count(b)
     total *= train.examples
     if recipe.self_influence:
         total += gradient_flops(stage, recipe, train)

@@ -88,8 +88,9 @@ class Job:
 
     def _tasks(self, cost: TaskCost, group: Group) -> Place:
         here, recipe = self.arrangement, self.recipe
-        factors = [t for s in group for t in s.factors(recipe.max_factor_dim).values()]
-        tasks = sorted((cost.memory(t, recipe.store_dtype) for t in factors), reverse=True)
+        factors = [found for s in group for found in s.tiles(recipe.max_factor_dim)]
+        tasks = [m for t, n in factors for m in [cost.memory(t, recipe.store_dtype)] * n]
+        tasks.sort(reverse=True)
         weights = sum(stage.weights for stage in group)
         # A group may be layers without weights alone, and have nothing to decompose.
         largest = max(tasks, default=0)
@@ -98,7 +99,7 @@ class Job:
         gpu = 0
         if here.gpus:
             # The matrix, its eigenvectors and the workspace of one tile a task.
-            tile = max((max(t) for t in factors), default=0) ** 2
+            tile = max((max(t) for t, _ in factors), default=0) ** 2
             gpu = GPU_CONTEXT + 32 * tile + -(-weights // here.gpus)
             weights = 0
         if not here.ray:
@@ -162,8 +163,8 @@ class Job:
 
     def task_flops(self, cost: TaskCost, stages: Group) -> list[float]:
         """FLOPs of every task, largest first."""
-        factors = (t for s in stages for t in s.factors(self.recipe.max_factor_dim).values())
-        return sorted(map(cost.flops, factors), reverse=True)
+        factors = (found for s in stages for found in s.tiles(self.recipe.max_factor_dim))
+        return sorted((f for t, n in factors for f in [cost.flops(t)] * n), reverse=True)
 
     def task_seconds(self, cost: TaskCost) -> float | None:
         """Of all tasks, dealt out longest first."""

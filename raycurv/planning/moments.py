@@ -19,7 +19,7 @@ from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture_check import EXAMPLES, POSITIONS
 from raycurv.mathematics.gradients import CHUNK, PIECE, rotate_before
 from raycurv.mathematics.sums import FOLD_EVERY
-from raycurv.planning.shapes import DataShape, Recipe, StageShape, squares
+from raycurv.planning.shapes import DataShape, Recipe, StageShape, factor_elements
 
 Bytes = dict[str, int]
 
@@ -59,7 +59,7 @@ def forward_only(
     """
     item = recipe.dtype.itemsize
     passing = {
-        "captured inputs": math.ceil(data.rows * item * sum(_input_widths(stage).values())),
+        "captured inputs": math.ceil(data.rows * item * _entering(stage)),
         "hidden states": 3 * data.rows * item * stage.width,
     }
     passing |= _layer(stage, recipe, data)
@@ -87,8 +87,7 @@ def weights_of(stage: StageShape) -> Bytes:
 def bases_of(stage: StageShape, recipe: Recipe) -> Bytes:
     if not recipe.kind.factors:
         return {}
-    factors = stage.factors(recipe.max_factor_dim)
-    return {"eigenbases": recipe.store_dtype.itemsize * sum(map(squares, factors.values()))}
+    return {"eigenbases": recipe.store_dtype.itemsize * factor_elements((stage,), recipe)}
 
 
 def cast_elements(recipe: Recipe, elements: int) -> int:
@@ -103,14 +102,14 @@ def running(
     first of them; at the turn or the start of its backward; and when its captured tensors are
     gathered."""
     item, rows, draws = recipe.dtype.itemsize, data.rows, recipe.back
-    inputs = math.ceil(rows * item * sum(_input_widths(stage).values()))
-    gradients = rows * item * draws * sum(b.d_out * stage.share(b) for b in stage.blocks)
+    inputs = math.ceil(rows * item * _entering(stage))
+    gradients = rows * item * draws * sum(b.d_out * stage.rows_of(b) for b in stage.blocks)
     hidden = rows * item * stage.width
     # Where there is padding (or a bias column), masked copies stand beside what was captured; rows
     # of blocks that do not see every position are always laid out anew.
     padded = [b for b in stage.blocks if data.padded or stage.share(b) < 1]
-    biased = sum(w * share for w, bias, share in _inputs(stage) if bias or data.padded or share < 1)
-    apart = sum(b.d_out * stage.share(b) for b in padded)
+    biased = sum(b.d_in * stage.rows_of(b) for b in _inputs(stage) if b.bias or b in padded)
+    apart = sum(b.d_out * stage.rows_of(b) for b in padded)
     copies = math.ceil(draws * rows * item * (biased + apart))
     captured = {
         "captured inputs": inputs,
@@ -133,8 +132,8 @@ def _check(stage: StageShape, recipe: Recipe, data: DataShape) -> Bytes:
     item, examples = recipe.dtype.itemsize, min(EXAMPLES, data.batch_examples)
     positions = min(POSITIONS, data.batch_positions) if stage.any_length else data.batch_positions
     rows = examples * positions
-    widths = sum((w + bias) * share for w, bias, share in _inputs(stage) if bias)
-    widths += sum(b.d_out * stage.share(b) for b in stage.blocks)
+    widths = sum((b.d_in + 1) * stage.rows_of(b) for b in _inputs(stage) if b.bias)
+    widths += sum(b.d_out * stage.rows_of(b) for b in stage.blocks)
     return {
         "activations of some examples": stage.graph * rows // data.rows,
         "captured of some examples": math.ceil(rows * item * widths),
@@ -142,18 +141,14 @@ def _check(stage: StageShape, recipe: Recipe, data: DataShape) -> Bytes:
     }
 
 
-def _inputs(stage: StageShape) -> Iterator[tuple[int, bool, float]]:
-    """Columns of each input factor, whether one is a bias's, and its rows for each position."""
-    seen = set()
-    for block in stage.blocks:
-        if block.input_factor not in seen:
-            seen.add(block.input_factor)
-            yield block.d_in, block.bias, stage.share(block)
+def _inputs(stage: StageShape) -> list[Block]:
+    """The first block that reads each input factor."""
+    return list({block.input_factor: block for block in reversed(stage.blocks)}.values())
 
 
-def _input_widths(stage: StageShape) -> dict[str, float]:
-    """Input factor -> its numbers for each position, as the model computes them, without a bias."""
-    return {b.input_factor: (b.d_in - b.bias) * stage.share(b) for b in reversed(stage.blocks)}
+def _entering(stage: StageShape) -> float:
+    """Numbers of all inputs for each position, as the model computes them, without a bias."""
+    return sum((b.d_in - b.bias) * stage.rows_of(b) for b in _inputs(stage))
 
 
 def _layer(stage: StageShape, recipe: Recipe, data: DataShape) -> Bytes:
@@ -217,7 +212,7 @@ def gradients_of(
             widest = (*factors[block.input_factor], *factors[block.output_factor])
             cast = item * max(widest) ** 2
         if turned and recipe.kind.factors:
-            inputs[block.input_factor] = item * rows * block.d_in
+            inputs[block.input_factor] = item * rows * block.d_in * stage.count(block)
             here += item * rows * block.d_out
         if turned and pieces:
             wide = block.d_in * min(block.d_out, max(1, PIECE // block.d_in))
@@ -238,15 +233,16 @@ def gradient_flops(stage: StageShape, recipe: Recipe, data: DataShape) -> float:
     total = 0.0
     for b in stage.blocks:
         length = stage.active(data, b).row_length
-        outer = 2.0 * length * b.d_in * b.d_out
+        one = 2.0 * length * b.d_in * b.d_out
         if not recipe.kind.factors:
-            total += outer
+            total += one * stage.count(b)
             continue
         # Tiles are as equal as they can be: d t is what a rotation of one row takes.
         t_in, t_out = max(factors[b.input_factor]), max(factors[b.output_factor])
         shared = sharing[b.input_factor]
         if rotate_before(length, b.d_in, b.d_out, t_in, t_out, shared):
-            total += outer + 2.0 * length * (b.d_in * t_in / shared + b.d_out * t_out)
+            one += 2.0 * length * (b.d_in * t_in / shared + b.d_out * t_out)
         else:
-            total += outer + 2.0 * b.d_in * b.d_out * (t_in + t_out)
+            one += 2.0 * b.d_in * b.d_out * (t_in + t_out)
+        total += one * stage.count(b)
     return total * data.examples * recipe.draws

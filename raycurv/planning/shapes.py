@@ -19,6 +19,7 @@ from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.factors import factors_of
 from raycurv.mathematics.methods import Method, open_method
 from raycurv.models.model import Outline
+from raycurv.planning.alike import Alike
 from raycurv.planning.trace import Trace
 
 
@@ -151,7 +152,7 @@ class StageShape:
 
     Attributes:
         index: its place in the chain.
-        blocks: with their input factors.
+        alike: what stands for its blocks, which have input factors.
         weights: bytes of its weights in the model's dtype.
         largest_weight: elements of the largest weight.
         graph: bytes that one open microbatch keeps for its backward.
@@ -164,7 +165,7 @@ class StageShape:
     """
 
     index: int
-    blocks: tuple[Block, ...]
+    alike: Alike
     weights: int
     largest_weight: int
     graph: int
@@ -177,14 +178,27 @@ class StageShape:
     shares: Mapping[str, float] = field(default_factory=dict)
 
     @property
+    def blocks(self) -> tuple[Block, ...]:
+        """Of blocks that are alike one, which counts for so many."""
+        return self.alike.blocks
+
+    def count(self, block: Block) -> int:
+        """How many blocks one stands for."""
+        return self.alike.counts[block.name]
+
+    def factor_count(self, name: str) -> int:
+        """How many factors one stands for."""
+        return self.alike.factor_counts[name]
+
+    @cached_property
     def elements(self) -> int:
         """Elements of all blocks: of Λ, and of one dense gradient."""
-        return sum(b.d_in * b.d_out for b in self.blocks)
+        return sum(b.d_in * b.d_out * self.count(b) for b in self.blocks)
 
-    @property
+    @cached_property
     def active_elements(self) -> float:
         """Elements of the blocks that a position meets, on the mean."""
-        return sum(b.d_in * b.d_out * self.share(b) for b in self.blocks)
+        return sum(b.d_in * b.d_out * self.rows_of(b) for b in self.blocks)
 
     @property
     def largest_block(self) -> int:
@@ -196,7 +210,7 @@ class StageShape:
         return {}
 
     def factors(self, max_factor_dim: int | None) -> dict[str, tuple[int, ...]]:
-        """Factor -> widths of its tiles, in the order in which they are summed up."""
+        """Factor -> widths of its tiles, of those that are alike one."""
         if max_factor_dim not in self._tiles:
             found = factors_of(self.blocks).items()
             self._tiles[max_factor_dim] = {n: f.tiles(max_factor_dim) for n, f in found}
@@ -207,9 +221,18 @@ class StageShape:
         """Input factor -> how many blocks read it."""
         return Counter(block.input_factor for block in self.blocks)
 
+    def tiles(self, max_factor_dim: int | None) -> list[tuple[tuple[int, ...], int]]:
+        """Widths of the tiles of factors, each with the number of those that are alike."""
+        found = self.factors(max_factor_dim).items()
+        return [(tiles, self.factor_count(name)) for name, tiles in found]
+
     def share(self, block: Block) -> float:
         """Rows of a block for each position."""
         return self.shares.get(block.name, 1.0)
+
+    def rows_of(self, block: Block) -> float:
+        """Rows of all blocks that are like one, for each position."""
+        return self.share(block) * self.count(block)
 
     @cached_property
     def factor_shares(self) -> dict[str, float]:
@@ -230,7 +253,7 @@ Group = Sequence[StageShape]
 
 def factor_elements(group: Group, recipe: Recipe) -> int:
     """Elements of all factors of some stages."""
-    return sum(squares(t) for s in group for t in s.factors(recipe.max_factor_dim).values())
+    return sum(squares(t) * count for s in group for t, count in s.tiles(recipe.max_factor_dim))
 
 
 def squares(tiles: Sequence[int]) -> int:
@@ -250,22 +273,19 @@ def stage_shapes(
     """
     largest = max((p.numel() for p in outline.skeleton().parameters()), default=0)
     shapes = []
-    by_unit: dict[int, list[Block]] = {}
-    for block in traced.blocks:
-        by_unit.setdefault(outline.unit_of(block.module), []).append(block)
     for index, units in enumerate(cuts):
         last = units.stop == outline.units
-        blocks = tuple(block for unit in units for block in by_unit.get(unit, ()))
+        alike = Alike.joined([traced.units[unit] for unit in units], traced.shares)
         flops = sum(traced.flops[u] for u in units) + (traced.head_flops if last else 0)
         shapes.append(
             StageShape(
                 index=index,
-                blocks=blocks,
+                alike=alike,
                 weights=outline.weight_bytes(units, dtype),
                 largest_weight=min(largest, outline.weight_bytes(units, dtype) // dtype.itemsize),
                 graph=sum(traced.kept[u] for u in units),
                 flops=flops / rows,
-                width=outline.width or max((b.d_out for b in blocks), default=1),
+                width=outline.width or max((b.d_out for b in alike.blocks), default=1),
                 first=units.start == 0,
                 last=last,
                 vocabulary=(outline.classes or outline.vocab_size or 0) if last else 0,

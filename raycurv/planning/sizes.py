@@ -34,18 +34,18 @@ class Sizes:
 
 def sizes(stages: Group, recipe: Recipe) -> Sizes:
     """Of all stages together."""
-    tiles = [t for s in stages for t in s.factors(recipe.max_factor_dim).values()]
+    tiles = [found for stage in stages for found in stage.tiles(recipe.max_factor_dim)]
     elements = sum(stage.elements for stage in stages)
     return Sizes(
-        blocks=sum(len(s.blocks) for s in stages),
+        blocks=sum(stage.alike.counts.total() for stage in stages),
         weights=sum(s.weights for s in stages),
         factors=recipe.computed * factor_elements(stages, recipe),
         lam=recipe.computed * elements,
-        matrices=len(tiles),
-        widest=max(map(sum, tiles), default=0),
+        matrices=sum(count for _, count in tiles),
+        widest=max((sum(widths) for widths, _ in tiles), default=0),
         covariance=2.0
         * sum(
-            squares(t) * s.factor_shares[name]
+            squares(t) * s.factor_count(name) * s.factor_shares[name]
             for s in stages
             for name, t in s.factors(recipe.max_factor_dim).items()
         ),

@@ -7,6 +7,7 @@ the sizes of what they would keep.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,6 +24,7 @@ from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Capture, Record
 from raycurv.mathematics.kinds.catalogue import kind_of
 from raycurv.models.model import Outline
+from raycurv.planning.alike import Alike
 
 META = torch.device("meta")
 
@@ -39,6 +41,7 @@ class Trace:
         flops: of each unit's forward (a multiplication and an addition are two).
         head_flops: of what runs behind the last unit.
         shares: rows of a block for each position, where that is not one.
+        units: what stands for the blocks of each unit.
     """
 
     blocks: tuple[Block, ...]
@@ -46,7 +49,8 @@ class Trace:
     kept: tuple[int, ...]
     flops: tuple[int, ...]
     head_flops: int
-    shares: Mapping[str, float] = field(default_factory=dict)
+    shares: Mapping[str, float]
+    units: tuple[Alike, ...]
 
 
 def trace(
@@ -75,14 +79,25 @@ def trace(
             share += capture.kinds[name].share(call)
         if share != len(calls):
             shares[name] = share
+    found = capture.discover(record)
     return Trace(
-        capture.discover(record),
+        found,
         True,
         tuple(watcher.kept),
         tuple(watcher.flops[:-1]),
         watcher.flops[-1],
         shares,
+        _by_unit(outline, found, shares),
     )
+
+
+def _by_unit(
+    outline: Outline, blocks: Sequence[Block], shares: Mapping[str, float]
+) -> tuple[Alike, ...]:
+    found: list[list[Block]] = [[] for _ in range(outline.units)]
+    for module, mine in itertools.groupby(blocks, lambda block: block.module):
+        found[outline.unit_of(module)] += mine
+    return tuple(Alike.of(mine, shares) for mine in found)
 
 
 def _unseen(outline: Outline, blocks: Sequence[Block], rows: int, dtype: torch.dtype) -> Trace:
@@ -92,7 +107,8 @@ def _unseen(outline: Outline, blocks: Sequence[Block], rows: int, dtype: torch.d
         unit = outline.unit_of(block.module)
         kept[unit] += rows * (block.d_in + block.d_out) * dtype.itemsize
         flops[unit] += 2 * rows * block.d_in * block.d_out
-    return Trace(named, False, tuple(kept), tuple(flops), 0)
+    units = _by_unit(outline, named, {})
+    return Trace(named, False, tuple(kept), tuple(flops), 0, {}, units)
 
 
 def _on_meta(skeleton: nn.Module) -> bool:

@@ -88,7 +88,7 @@ class CorrectionCost(PassCost):
             size = block.d_in * block.d_out
             together = max(1, (PIECE if rotated_before else CHUNK) // size)
             additions = data.microbatches * recipe.draws * math.ceil(data.batch_examples / together)
-            sums += size * sum_bytes(recipe, additions)
+            sums += size * sum_bytes(recipe, additions) * stage.count(block)
         return bases_of(stage, recipe) | {"sums of Λ": sums}
 
     def passing(self, stage: StageShape, recipe: Recipe, data: DataShape) -> Bytes:

@@ -55,7 +55,7 @@ class CovarianceCost(PassCost):
         sums, outputs = 0, _outputs(stage)
         for name, tiles in stage.factors(recipe.max_factor_dim).items():
             additions = data.microbatches * (recipe.draws if name in outputs else 1)
-            sums += squares(tiles) * sum_bytes(recipe, additions)
+            sums += squares(tiles) * sum_bytes(recipe, additions) * stage.factor_count(name)
         return {"sums of A and G": sums}
 
     def passing(self, stage: StageShape, recipe: Recipe, data: DataShape) -> Bytes:
@@ -75,15 +75,11 @@ class CovarianceCost(PassCost):
 
     def flops(self, stage: StageShape, recipe: Recipe, data: DataShape) -> float:
         # 2 Σ t² a row; inputs once, outputs a draw.
-        outputs, shares = _outputs(stage), stage.factor_shares
-        return sum(
-            2.0
-            * shares[name]
-            * data.positions
-            * squares(tiles)
-            * (recipe.draws if name in outputs else 1)
-            for name, tiles in stage.factors(recipe.max_factor_dim).items()
-        )
+        outputs, shares, total = _outputs(stage), stage.factor_shares, 0.0
+        for name, tiles in stage.factors(recipe.max_factor_dim).items():
+            rows = shares[name] * stage.factor_count(name) * data.positions
+            total += 2.0 * rows * squares(tiles) * (recipe.draws if name in outputs else 1)
+        return total
 
     def written(self, group: Group, recipe: Recipe, data: DataShape) -> int:
         return factor_sum_bytes(group, recipe)

@@ -59,7 +59,7 @@ class DecompositionCost(TaskCost):
 
 def basis_bytes(group: Group, recipe: Recipe) -> int:
     """Bytes of ``eigen/``: bases in the store's dtype, eigenvalues in float64."""
-    widths = sum(sum(t) for s in group for t in s.factors(recipe.max_factor_dim).values())
+    widths = sum(sum(t) * count for s in group for t, count in s.tiles(recipe.max_factor_dim))
     return recipe.store_dtype.itemsize * factor_elements(group, recipe) + 8 * widths
 
 

@@ -67,7 +67,7 @@ class RankRowCost(PassCost):
         return self.scored(group, recipe)
 
     def scored(self, group: Group, recipe: Recipe) -> int:
-        blocks = sum(len(stage.blocks) for stage in group)
+        blocks = sum(stage.alike.counts.total() for stage in group)
         rows = recipe.rows * recipe.store_dtype.itemsize * sum(s.elements for s in group)
         return rows + 8 * blocks * recipe.rows**2
 

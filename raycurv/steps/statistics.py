@@ -93,7 +93,8 @@ class StatisticsCost(PassCost):
             additions = [data.microbatches, pieces]
             if recipe.own:
                 additions += [recipe.draws * pieces, recipe.draws * data.microbatches]
-            total += size * sum(sum_bytes(recipe, count) for count in additions)
+            once = sum(sum_bytes(recipe, count) for count in additions)
+            total += size * once * stage.count(block)
         return {"sums of gradients": total}
 
     def passing(self, stage: StageShape, recipe: Recipe, data: DataShape) -> Bytes:
@@ -119,12 +120,12 @@ class StatisticsCost(PassCost):
         return 4.0 * sets * stage.active_elements * data.positions
 
     def files(self, group: Group, recipe: Recipe, data: DataShape) -> int:
-        norms = data.examples * sum(len(stage.blocks) for stage in group)
+        norms = data.examples * sum(stage.alike.counts.total() for stage in group)
         return recipe.computed * (self._sums(recipe) * sum(s.elements for s in group) + norms)
 
     def rows(self, group: Group, recipe: Recipe, data: DataShape) -> int:
         # The norms as a pass's rows and as they wait for those of other groups, in float64.
-        return 16 * data.examples * sum(len(stage.blocks) for stage in group)
+        return 16 * data.examples * sum(stage.alike.counts.total() for stage in group)
 
     def commit(self, group: Group, recipe: Recipe, data: DataShape) -> int:
         return sum(sum(self.held(stage, recipe, data).values()) for stage in group)

@@ -329,9 +329,13 @@ class Routing:
         self, rows: Tensor, weight: Tensor, transposed: bool, bias: Tensor | None
     ) -> Tensor:
         """Rows ``[S, I]`` through the matrices of their experts."""
+        runs, matrices = rows.split(self.counts), weight.unbind()
+        if rows.is_meta:
+            # Without values one matrix is as good as another.
+            runs, matrices = (rows,), matrices[:1]
         made = [
             F.linear(x, w.T if transposed else w)
-            for x, w in zip(rows.split(self.counts), weight.unbind(), strict=True)
+            for x, w in zip(runs, matrices, strict=True)
             if len(x)
         ]
         y = torch.cat(made)
