@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +31,10 @@ from raycurv.models.model import Model
 from raycurv.models.opening import open_model
 from raycurv.models.patched import Patched, repatch
 from raycurv.models.stored import Patch
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+from tiny_families import tiny_config, tiny_model
 
 CPU = torch.device("cpu")
 # Float32, where a product may split its rows otherwise; max |difference| over max |reference|.
@@ -264,6 +269,68 @@ def test_a_saved_model_is_loaded_by_transformers_alone(tmp_path: Path, family: s
             assert path.read_bytes() == (target / path.name).read_bytes()
     with safe_open(target / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+# How a checkpoint keeps experts: each matrix by itself, under names of its own, or all in tensors
+# that are transposed, interleaved, or joined.
+MIXTURES = ("mixtral", "deepseek_v3", "gpt_oss", "llama4_text", "granitemoe")
+
+
+def _expert(network: Any, block: Block) -> tuple[Tensor, Tensor | None]:
+    """The part of a network's parameters that is an expert's matrix ``[O, I]``, and its bias."""
+    module, bias = network.get_submodule(block.module), None
+    weight = module.get_parameter(block.parameter)[block.index]
+    # Llama 4 says nothing of its own layout.
+    weight = weight.T if getattr(module, "is_transposed", True) else weight
+    if block.bias:
+        bias = module.get_parameter(f"{block.parameter}_bias")[block.index]
+    if block.part:
+        half = slice(len(weight) // 2) if block.part == "gate" else slice(len(weight) // 2, None)
+        if not getattr(module, "is_concatenated", True):
+            half = slice(int(block.part == "up"), None, 2)
+        weight, bias = weight[half], None if bias is None else bias[half]
+    return weight, bias
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_experts_are_read_and_replaced_where_the_checkpoint_keeps_them(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = tmp_path / "model", tmp_path / "saved"
+    tiny_model(tiny_config(kind)).save_pretrained(source)
+    model = open_model(str(source))
+    network = transformers.AutoModelForCausalLM.from_pretrained(source)
+    blocks = [block for block in _blocks(model) if block.index is not None]
+    assert len(blocks) >= 12
+    read: list[int] = []
+    fill = checkpoint._fill
+    monkeypatch.setattr(checkpoint, "_fill", lambda *a: (read.append(len(a[-1])), fill(*a)))
+    patches = []
+    for number, block in enumerate(blocks):
+        weight, bias = (None if t is None else t.detach() for t in _expert(network, block))
+        assert weight is not None
+        own = weight if bias is None else torch.cat([weight, bias[:, None]], dim=1)
+        read.clear()
+        assert torch.equal(model.block_weight(block), own), block.name
+        # Not the other experts'; of two that alternate the other one, too.
+        assert sum(read) <= 4 * (2 * own.numel()), block.name
+        if number % 3 == 0:
+            patches.append(Patch.of(block, _other(model, block)))
+            weight.copy_(patches[-1].read()[:, : weight.shape[1]])
+            if bias is not None:
+                bias.copy_(patches[-1].read()[:, -1])
+    patched = Patched(model, patches)
+    write_checkpoint(Store(str(target)), patched)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(target).state_dict()
+    built = patched.build(range(model.units), torch.float32, CPU).module.state_dict()
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(loaded[name], tensor) and torch.equal(built[name], tensor), name
+    before, after = _tensors(source), _tensors(target)
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed == {place.key for p in patches for place in model.stored(p.block).places}
+    files = [folder / "model.safetensors" for folder in (source, target)]
+    start = 8 + int.from_bytes(files[0].read_bytes()[:8], "little")
+    assert files[0].read_bytes()[:start] == files[1].read_bytes()[:start]
 
 
 def test_shards_keep_their_index_and_bfloat16_its_bytes(tmp_path: Path) -> None:
