@@ -25,6 +25,7 @@ from raycurv.models.opening import open_model
 
 LENGTHS = (9, 4, 12, 1)
 VOCAB = 57  # below the tokens that stand for images
+ROUNDING = 1e-9
 CPU = torch.device("cpu")
 
 
@@ -66,7 +67,9 @@ def gradient_errors(folder: str, stages: int = 1, globs: Sequence[str] = ()) -> 
             want = _matrix(whole, block)
             largest[block] = max(largest[block], float(want.abs().max()))
             found[block] = max(found[block], _apart(gradients[n], want))
-    errors = {b.name: found[b] / largest[b] if largest[b] else 0.0 for b in captured}
+    # A gradient that is zero but for rounding has no size of its own.
+    least = ROUNDING * max(largest.values())
+    errors = {b.name: found[b] / max(largest[b], least) for b in captured}
     return {"": worst} | errors
 
 
@@ -104,8 +107,11 @@ def _captured(
     back: list[Tensor | None] = [left.grad]
     found = {}
     for capture, record, entered, hidden in reversed(held):
-        pairs = [(t, g) for t, g in zip(hidden, back, strict=False) if g is not None]
-        torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
+        pairs = [
+            (t, g) for t, g in zip(hidden, back, strict=False) if g is not None and t.requires_grad
+        ]
+        if pairs:
+            torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
         back = [tensor.grad for tensor in entered or ()]
         seen = capture.captured(record)
         for block in capture.blocks.values():
