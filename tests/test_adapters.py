@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from networks import ADAPTED, VOCAB, sentences
 from safetensors.torch import load_file, save_file
 from test_invariance import DOUBLE, result, same
+from test_quantised import BLOCKS, quantised_and_copy
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
@@ -150,6 +152,20 @@ def test_several_adapters_are_active_together(tmp_path: Path) -> None:
         ours(tmp_path, "llama", one, one)
 
 
+def test_a_quantised_base_is_frozen_below_its_adapter(tmp_path: Path) -> None:
+    adapter = make(tmp_path, "llama", target_modules=["q_proj", "down_proj"])
+    both = quantised_and_copy(tmp_path / "llama", tmp_path, BLOCKS)
+    for merged in (False, True):
+        given = Adapters((str(adapter),), merged)
+        one, other = (logits(open_model(str(folder), adapters=given)) for folder in both)
+        assert torch.equal(one, other)
+    given = {"address": "none", "quiet": True, "adapter": [adapter], "dtype": "float64"}
+    rows = [*sentences((5, 2, 7, 4), False)]
+    runs = [raycurv.fit(folder, rows, f"{folder}-run", **given) for folder in both]
+    assert runs[0].blocks()["trace"] == runs[1].blocks()["trace"]
+    assert all(".lora_" in name for name in runs[0].block_names())
+
+
 @pytest.mark.parametrize("how", [{"stages": 2}, {"schedule": "swept", "batch_tokens": 9}], ids=str)
 def test_results_do_not_depend_on_stages(fits: Any, how: dict[str, Any]) -> None:
     same(result(fits, ADAPTED, "float64", **how), result(fits, ADAPTED, "float64"), DOUBLE)
@@ -172,12 +188,23 @@ def _fit(tmp_path: Path, *adapters: Path, out: str = "run", **settings: Any) -> 
     return raycurv.fit(tmp_path / "llama", rows, tmp_path / out, **chosen)
 
 
-@pytest.mark.parametrize("kind", ["dora", "the head"])
-def test_gradients_are_autograds(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind, blocks", [("dora", 12), ("the head", 6), ("modules as a whole", 6)])
+def test_gradients_are_autograds(tmp_path: Path, kind: str, blocks: int) -> None:
     # The fit itself holds them against autograd's own for the weights (`check_capture`).
-    run = _fit(tmp_path, make(tmp_path, "llama", **KINDS[kind][1]), dtype="float64", stages=2)
-    assert run.manifest.facts["capture_check"]["worst"] < 1e-10
-    assert len(run.block_names()) == 2 * {"dora": 4, "the head": 3}[kind]
+    adapter = make(tmp_path, "llama", **KINDS[kind][1])
+    run = _fit(tmp_path, adapter, dtype="float64", stages=2, blocks=["all"])
+    facts = run.manifest.facts
+    assert facts["capture_check"]["worst"] < 1e-10
+    assert facts["coverage"]["covered"] == facts["coverage"]["trainable"]
+    assert len(run.block_names()) == blocks
+
+
+def test_biases_of_frozen_layers_are_named_where_all_is_asked_for(tmp_path: Path) -> None:
+    adapter = make(tmp_path, "llama", **KINDS["all biases"][1])
+    with pytest.raises(UserError, match="a trainable bias of a layer whose weight is frozen") as no:
+        _fit(tmp_path, adapter, blocks=["all"])
+    left = re.findall(r"--blocks '(\S+)'", no.value.remedy)
+    assert len(_fit(tmp_path, adapter, blocks=["all", *left]).block_names()) == 4
 
 
 def test_rows_of_doras_own_products_are_no_rows_of_the_model(
@@ -290,13 +317,13 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another class": (
         _fields(task_type=None, auto_mapping={"base_model_class": "BertModel"}), "one of BertModel",
     ),
-    "experts' parameters": (_fields(target_parameters=["up"]), "target_parameters.*option"),
-    "tokens": (_fields(trainable_token_indices=[1]), "trainable_token_indices.*option"),
-    "layers twice": (_fields(layer_replication=[[0, 2]]), "layer_replication.*option"),
+    "experts' parameters": (_fields(target_parameters=["up"]), "target_parameters.*an option"),
+    "tokens": (_fields(trainable_token_indices=[1]), "trainable_token_indices.*an option"),
+    "layers twice": (_fields(layer_replication=[[0, 2]]), "layer_replication.*an option"),
     "code": (
-        _fields(megatron_config={"x": 1}, megatron_core="os"), "megatron_config.*option",
+        _fields(megatron_config={"x": 1}, megatron_core="os"), "megatron_config.*an option",
     ),
-    "an option of tomorrow": (_fields(use_tomorrow=True), "use_tomorrow.*option"),
+    "an option of tomorrow": (_fields(use_tomorrow=True), "use_tomorrow.*an option"),
     "a changed base": (_fields(init_lora_weights="pissa"), "changes the base's weights"),
     "a slow pattern": (_fields(target_modules="(a+)+$"), "takes no long time"),
     "many repeats": (_fields(target_modules=".*" * 9), "takes no long time"),

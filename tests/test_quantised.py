@@ -186,11 +186,13 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _quantised(llama: Path, folder: Path, form: Format) -> tuple[Path, Path]:
+def quantised_and_copy(llama: Path, folder: Path, form: Format) -> tuple[Path, Path]:
     """A checkpoint with quantised linear layers, and a copy of it in floating point."""
     both = folder / "quantised", folder / "copy"
     stored, made = load_file(llama / "model.safetensors"), {}
-    for name in [name for name in stored if re.search(r"1\.self_attn\..*proj|up_proj", name)]:
+    for name in [
+        name for name in stored if re.search(r"1\.self_attn\..*proj\.weight|up_proj\.weight", name)
+    ]:
         tensors, made[name] = form.quantise(name, stored.pop(name))
         stored |= tensors
     for place, tensors in zip(both, (stored, stored | made), strict=True):
@@ -206,7 +208,7 @@ FILE = "model.safetensors"
 
 @pytest.fixture
 def own(llama: Path, tmp_path: Path) -> Path:
-    return _quantised(llama, tmp_path, BLOCKS)[0]
+    return quantised_and_copy(llama, tmp_path, BLOCKS)[0]
 
 
 def _config(folder: Path, **fields: Any) -> None:
@@ -243,7 +245,9 @@ def test_a_quantised_checkpoint_is_its_copy_in_floating_point(
     llama: Path, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dequantised, "_STRIP", 100)  # some rows at a time, no whole cells
-    models = [open_model(str(folder)) for folder in _quantised(llama, tmp_path, FORMATS[form])]
+    models = [
+        open_model(str(folder)) for folder in quantised_and_copy(llama, tmp_path, FORMATS[form])
+    ]
     for units, dtype in ((range(2), torch.float32), (range(1, 2), torch.bfloat16)):
         mine, expected = (_built(model, units, dtype) for model in models)
         assert mine.keys() == expected.keys()
@@ -253,7 +257,7 @@ def test_a_quantised_checkpoint_is_its_copy_in_floating_point(
 
 
 def test_logits_of_stages_equal_those_of_the_copy(llama: Path, tmp_path: Path) -> None:
-    own, copy = _quantised(llama, tmp_path, BLOCKS)
+    own, copy = quantised_and_copy(llama, tmp_path, BLOCKS)
     assert open_outline(str(own)).units == 2
     for dtype in (torch.float32, torch.bfloat16):
         expected = _logits(copy, dtype, (0, 2))
@@ -264,7 +268,7 @@ def test_logits_of_stages_equal_those_of_the_copy(llama: Path, tmp_path: Path) -
 
 
 def test_a_fit_is_that_of_the_copy(llama: Path, tmp_path: Path) -> None:
-    own, copy = _quantised(llama, tmp_path, BLOCKS)
+    own, copy = quantised_and_copy(llama, tmp_path, BLOCKS)
     rows = [{"input_ids": list(range(n, n + 6))} for n in range(4)]
     runs = [
         raycurv.fit(
@@ -313,7 +317,7 @@ def test_experts_of_quantised_checkpoints_are_those_of_copies(tmp_path: Path) ->
     small = transformers.Qwen3MoeConfig(**sizes, num_experts=3, moe_intermediate_size=20)
     base = tmp_path / "qwen"
     transformers.Qwen3MoeForCausalLM(small).save_pretrained(base)
-    own, copy = _quantised(base, tmp_path, BLOCKS)
+    own, copy = quantised_and_copy(base, tmp_path, BLOCKS)
     assert any(".experts.2.up_proj.weight_scale_inv" in key for key in load_file(own / FILE))
     for cuts in ((0, 2), (0, 1, 2)):
         assert torch.equal(*(_logits(folder, torch.float32, cuts) for folder in (own, copy)))
@@ -446,7 +450,7 @@ def _packed_wrong() -> Iterator[tuple[str, Callable[[dict[str, Tensor]], object]
 
 
 def test_packed_numbers_lack_nothing(llama: Path, tmp_path: Path) -> None:
-    own, _ = _quantised(llama, tmp_path, FORMATS["packed 4 bits with zeros"])
+    own, _ = quantised_and_copy(llama, tmp_path, FORMATS["packed 4 bits with zeros"])
     whole = (own / FILE).read_bytes()
     for key, change, says in _packed_wrong():
         (own / FILE).write_bytes(whole)

@@ -174,15 +174,21 @@ def choose_blocks(
         if kind_of_block(block).by_default
         for name in _names_of(block, module)
     }
+    covered = {f"{b.module}.{name}" for module, b in taken for name in _names_of(b, module)}
     own = {f"{block.module}.{block.parameter}": block for _, block in described}
     for name, parameter in parameters.items():
         owner, _, key = name.rpartition(".")
         mine = own.get(name)
+        trained = id(parameter) not in frozen
+        # All is asked for, and a bias is trained whose layer's weight is not.
+        alone = globs.all and trained and owner not in idle and name in named - covered
+        if alone and not globs.leaves_out(name):
+            got = "a trainable bias of a layer whose weight is frozen"
+            obstacles.append(_Obstacle(owner, name, name, "a weight that has a block", got))
         if name in named or (mine is not None and mine.name in met):
             continue
         # Vectors (norms' scales, biases) have no Kronecker factors and no influence on those that
         # have; a matrix that is silently left out would change what the scores mean.
-        trained = id(parameter) not in frozen
         default = inside(name) and trained and is_matrix(parameter)
         every = mine is None and trained and owner not in idle
         if globs.take(name, default, every) and (is_matrix(parameter) or every):

@@ -165,7 +165,7 @@ class Adapter:
             if value and name not in _WITHOUT_EFFECT:
                 raise UserError(
                     where, "LoRA matrices of linear layers (also rsLoRA and DoRA)",
-                    f"an option that is not known here: {shortened(repr(value))}", MERGE_BY_PEFT,
+                    f"{shortened(repr(value))}, an option that is not taken here", MERGE_BY_PEFT,
                 )  # fmt: skip
             return
         wrong = misfit(value, kind) if value is not None else ""
