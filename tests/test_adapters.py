@@ -17,7 +17,13 @@ from safetensors.torch import load_file, save_file
 from test_invariance import DOUBLE, result, same
 from test_quantised import BLOCKS, quantised_and_copy
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    LlamaConfig,
+    RobertaConfig,
+)
 
 import raycurv
 from raycurv.batch import Batch
@@ -283,6 +289,37 @@ def test_a_plan_counts_an_adapters_matrices(tmp_path: Path) -> None:
     assert outline.unit_of("lm_head.lora_A.default") == 1
 
 
+def test_a_classifiers_head_is_the_adapters_and_trained(tmp_path: Path) -> None:
+    # PEFT saves the head whole, and puts no matrices into it though all layers are asked for.
+    config = RobertaConfig(
+        vocab_size=VOCAB, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=32, num_labels=3,
+    )  # fmt: skip
+    auto, base = AutoModelForSequenceClassification, tmp_path / "base"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        auto.from_config(config).save_pretrained(base)
+        wanted = peft.LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS")
+        model = peft.get_peft_model(auto.from_pretrained(base), wanted)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.3 * parameter.requires_grad)
+        model.save_pretrained(str(tmp_path / "adapter"))
+    rows = [row | {"labels": n % 3} for n, row in enumerate(sentences((5, 2, 7, 4), False))]
+    run = raycurv.fit(
+        base, rows, tmp_path / "run", adapter=[tmp_path / "adapter"], stages=2, dtype="float64",
+        address="none", quiet=True,
+    )  # fmt: skip
+    whole = peft.PeftModel.from_pretrained(
+        auto.from_pretrained(base, dtype=torch.float64), str(tmp_path / "adapter")
+    ).eval()
+    for row, loss in zip(rows, run.examples()["loss"].to_pylist(), strict=True):
+        outputs = whole(input_ids=torch.tensor([row["input_ids"]])).logits[0]
+        assert abs(-float(outputs.log_softmax(0)[row["labels"]]) - loss) < 1e-12
+    head = [name for name in run.block_names() if ".lora_" not in name]
+    assert head == ["classifier.dense", "classifier.out_proj"]
+
+
 # Bad input
 
 
@@ -313,9 +350,10 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a rank in words": (_fields(r="2"), "what PEFT writes there"),
     "layers that are not there": (_fields(target_modules=["c_attn"]), "Target modules.*not found"),
     "fewer layers": (_fields(target_modules=["q_proj"]), "4 that have no place.*v_proj"),
-    "another task": (_fields(task_type="SEQ_CLS"), "one of SEQ_CLS"),
+    "another task": (_fields(task_type="SEQ_CLS"), r"task \(SEQ_CLS\).*AutoModelForSeq"),
     "another class": (
-        _fields(task_type=None, auto_mapping={"base_model_class": "BertModel"}), "one of BertModel",
+        _fields(task_type=None, auto_mapping={"base_model_class": "BertModel"}),
+        "one of a BertModel",
     ),
     "experts' parameters": (_fields(target_parameters=["up"]), "target_parameters.*an option"),
     "tokens": (_fields(trainable_token_indices=[1]), "trainable_token_indices.*an option"),

@@ -24,6 +24,15 @@ from raycurv.models.model import Segment
 from raycurv.models.pieces import Parts
 from raycurv.models.stored import Patch, StoredWeight
 
+# The class of transformers that PEFT's tasks are opened by; one is of any that has no head.
+_TASKS = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+}
+_ANY_TASK = ("FEATURE_EXTRACTION",)
+
 
 class _WithMatrices(HFOutline):
     """What an outline and a model with adapters have in common.
@@ -56,8 +65,9 @@ class _WithMatrices(HFOutline):
         for name, parameter in whole.named_parameters():
             if name in own:
                 at = below(name)
-                layers = f"{self.anatomy.layers}."
-                if at.startswith(layers):
+                if not self.anatomy.cut:
+                    at = ""
+                elif at.startswith(f"{self.anatomy.layers}."):
                     at = self.anatomy.layer(self.unit_of(at))
                 numel[at] += parameter.numel()
         self.anatomy = replace(self.anatomy, numel=numel)
@@ -179,17 +189,22 @@ class MergedModel(_OnBase):
 
 def _check_task(outline: HFOutline, adapters: Sequence[Adapter], whole: nn.Module) -> None:
     """Refuse an adapter of a model of another task, or of another class."""
+    opened = type(whole).__name__
     for adapter in adapters:
-        name = type(whole).__name__
-        other = adapter.task not in (None, "CAUSAL_LM") and adapter.task
-        if not other and adapter.model_class not in (None, name):
-            other = adapter.model_class
-        if other:
-            raise UserError(
-                adapter.where, f"an adapter of a model as it is opened here, {name}",
-                f"one of {other}", "Give the base that it was trained on as --model"
-                f"{adapter.made_for}.",
-            )  # fmt: skip
+        auto, remedy = _TASKS.get(adapter.task or "", ""), f"Give its base{adapter.made_for}."
+        got = ""
+        if adapter.task not in (None, *_ANY_TASK) and auto != outline.task.auto:
+            got = f"one of a model of another task ({adapter.task})"
+            if auto:
+                remedy = (
+                    f"Save the base as such a model (transformers.{auto}.from_pretrained(BASE, "
+                    "…).save_pretrained(DIR), a classifier's with num_labels) and give --model DIR."
+                )
+        elif adapter.model_class not in (None, opened):
+            got = f"one of a {adapter.model_class}"
+        if got:
+            wanted = f"an adapter of a {opened}, as which {outline.directory} is opened"
+            raise UserError(adapter.where, wanted, got, remedy)
 
 
 def _check_layers(outline: HFOutline, placed: Sequence[Placed]) -> None:
@@ -198,13 +213,13 @@ def _check_layers(outline: HFOutline, placed: Sequence[Placed]) -> None:
     tied = {anatomy.embedding, anatomy.head} if anatomy.tied else set()
     for one in placed:
         changed = {*one.changes, *(name.rpartition(".")[0] for name in one.instead)}
-        idle = sorted(changed & outline.idle)
+        idle = sorted(changed & (outline.idle | outline.held))
         replaced = {name.rpartition(".")[0] for name in one.instead} & tied
         if idle or replaced:
             raise UserError(
                 f"model {outline.directory}, {(idle or sorted(replaced))[0]}",
                 "modules that run with tokens, with weights of their own, where an adapter is",
-                "one that does not run" if idle else "the head, which is the input embedding",
+                "one that is not called" if idle else "the head, which is the input embedding",
                 "Merge the adapter into the base with PEFT (merge_and_unload) and give what that "
                 "saves.",
             )  # fmt: skip

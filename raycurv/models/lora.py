@@ -315,11 +315,10 @@ def _peft_config(peft: Any, adapter: Adapter) -> Any:
     if saved:
         # PEFT puts no matrices into a module that is there as a whole.
         left = said.get("exclude_modules") or []
-        if isinstance(left, str):
-            whole = "|".join(map(re.escape, saved))
-            said["exclude_modules"] = rf"(?:{left})|(?:.*\.)?(?:{whole})"
-        else:
-            said["exclude_modules"] = [*left, *saved]
+        if not isinstance(left, str):
+            left = "|".join(rf"(.*\.)?{re.escape(name)}" for name in left)
+        whole = "|".join(rf"(.*\.)?{re.escape(name)}(\..*)?" for name in saved)
+        said["exclude_modules"] = f"({left})|{whole}" if left else whole
     return peft.LoraConfig(**said, lora_dropout=0.0, init_lora_weights=False, inference_mode=False)
 
 
