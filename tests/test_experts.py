@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,7 @@ def test_gate_and_up_read_the_same_rows_and_down_its_own() -> None:
     assert a.shape[1] < MASK.shape[1] or int(MASK.sum()) == captured.rows[f"{one}.gate.input"]
 
 
-def test_rows_dealt_to_another_expert_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_dealt_to_another_expert_are_seen(fits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # Control of all above.
     layer = Layer(_experts())
     blocks, captured = _captured(layer, _batch())
@@ -181,12 +182,15 @@ def test_rows_dealt_to_another_expert_are_seen(monkeypatch: pytest.MonkeyPatch) 
     own = kind_of_experts.Dealt.of
 
     def next_one(dealt: Any, block: Any, call: Any) -> Any:
-        return own(dealt, Block(**{**vars(block), "index": (block.index + 1) % EXPERTS}), call)
+        return own(dealt, replace(block, index=(block.index + 1) % dealt.sizes[0]), call)
 
     monkeypatch.setattr(kind_of_experts.Dealt, "of", next_one)
     blocks, captured = _captured(layer, _batch())
     for name, gradient in right.items():
         assert worst(_gradient(captured, blocks[name]), gradient) > 1e-2
+    # A fit sees it itself.
+    with pytest.raises(UserError, match=r"block model.layers.0.mlp.experts[\s\S]*relative error"):
+        fits.run(MIXTURE, seed=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -202,6 +206,16 @@ def test_the_forward_is_that_of_grouped_mm(flags: dict[str, bool], dtype: torch.
     assert got.dtype == want.dtype
     # In bfloat16 the same products and sums, rounded alike.
     assert torch.equal(got, want) if dtype == torch.bfloat16 else worst(got, want) < 1e-6
+
+
+def test_experts_behind_the_positions_have_a_row_an_example() -> None:
+    class Pooled(Layer):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.mean(dim=1, keepdim=True))
+
+    blocks, captured = _captured(Pooled(_experts()), _batch())
+    downs = [b for b in blocks.values() if b.parameter == "down_proj"]
+    assert sum(captured.rows.get(b.input_factor, 0) for b in downs) == CHOSEN * len(MASK)
 
 
 def test_rows_that_mix_examples_are_refused() -> None:

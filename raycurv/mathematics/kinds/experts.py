@@ -267,11 +267,13 @@ class Dealt:
     def of(self, block: Block, call: ModuleCall) -> _Rows:
         """The rows of a block's expert that stand for tokens, by example: found once for all."""
         if self._found is None:
-            tokens = self.sizes[1]
-            if tokens % call.examples or (call.mask is not None and call.mask.numel() != tokens):
+            tokens, mask = self.sizes[1], call.mask
+            if tokens % call.examples:
                 # Refused by what entered.
                 check_examples(block, call.x[:, None], call.examples, 2)
-            self._found = self._by_expert(call.examples, call.mask)
+            if mask is not None and mask.numel() != tokens:
+                mask = None  # of no positions, or of others
+            self._found = self._by_expert(call.examples, mask)
         assert block.index is not None
         return self._found[block.index]
 
