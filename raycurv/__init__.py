@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         MaskedLM,
         Objective,
         Regression,
+        Seq2SeqLM,
         TokenClassification,
     )
     from raycurv.mathematics.loss.preference import Preference
@@ -55,7 +56,8 @@ __all__ = [
     "Evaluation", "FitSettings", "GradientStatistics", "InfluenceSettings", "MaskedLM",
     "MultiLabel", "NumericalError", "Objective", "Preference", "Products", "PruneSettings",
     "Pruned", "RankCurvature", "RankFisher", "RaycurvError", "Regression", "Run", "Scores",
-    "TokenClassification", "UserError", "evaluate", "fit", "open_pruned", "open_scores",
+    "Seq2SeqLM", "TokenClassification", "UserError", "evaluate", "fit", "open_pruned",
+    "open_scores",
 ]  # fmt: skip
 
 # Which module has which names.
@@ -75,6 +77,7 @@ _MODULES = {
         "MaskedLM",
         "Objective",
         "Regression",
+        "Seq2SeqLM",
         "TokenClassification",
     ),
     "mathematics.loss.preference": ("Preference",),

@@ -34,7 +34,7 @@ class EvaluateSettings(Execution, Reading, Adapting, Predicting):
     out: Required[Place] = ""
     """Where results go: an absolute path, or a URI that pyarrow.fs understands."""
     objective: Identity[str | None] = None
-    """`causal-lm`, `masked-lm`, `classification`, `multi-label`, `regression`,
+    """`causal-lm`, `masked-lm`, `seq2seq-lm`, `classification`, `multi-label`, `regression`,
     `token-classification`, `preference`, or your own as `package.module:Name`. Default: what the
     model directory's `architectures` say it was trained for; of a factory `causal-lm`."""
     max_examples: Identity[Count | None] = None

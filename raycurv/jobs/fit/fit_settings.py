@@ -67,7 +67,7 @@ class FitSettings(Execution, Reading, Adapting, Capturing, Predicting):
     draws: Identity[Count] = 1
     """How many labels are drawn from the model for every target."""
     objective: Identity[str | None] = None
-    """`causal-lm`, `masked-lm`, `classification`, `multi-label`, `regression`,
+    """`causal-lm`, `masked-lm`, `seq2seq-lm`, `classification`, `multi-label`, `regression`,
     `token-classification`, `preference`, or your own as `package.module:Name`. Default: what the
     model directory's `architectures` say it was trained for; of a factory `causal-lm`."""
     blocks: Identity[Globs] = ()
