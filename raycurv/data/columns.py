@@ -178,11 +178,32 @@ def numbers(
     return values
 
 
+def image_files(name: str, column: Any, place: Place) -> list[bytes]:
+    """Images as the bytes of their files, one in every row: a binary column, or as data sets have
+    them a struct with ``bytes`` (beside a ``path``, which is not followed)."""
+    column = _decoded(column)
+    if pa.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
+        column = column.field("bytes")
+    if not _is_binary(column.type):
+        raise UserError(
+            place(0),
+            f"the bytes of image files in the column `{name}`, or a struct with `bytes`",
+            type_name(column),
+            "Write the files' bytes into the column: a path in it would not be followed.",
+        )
+    if column.null_count:
+        where = place(first_null(column))
+        remedy = "Write the file's bytes into it: a path beside them is not followed."
+        raise UserError(where, f"bytes of an image in `{name}`", "none", remedy)
+    files: list[bytes] = column.to_pylist()
+    return files
+
+
 def row_bytes(column: Any) -> np.ndarray:
     """What each row of a column would take in memory once it is decoded, int64 ``[rows]``.
 
     Rows of dictionaries and views may share bytes that are there once. A column of a kind that is
-    not read (a struct, say) counts as nothing.
+    not read (a map, say) counts as nothing.
     """
     kind, rows = column.type, len(column)
     if not rows:
@@ -194,11 +215,15 @@ def row_bytes(column: Any) -> np.ndarray:
         values = np.append(row_bytes(column.dictionary), 0)  # of a dictionary without values
         taken: np.ndarray = values[indices]
         return taken
-    if pa.types.is_string_view(kind):
+    if pa.types.is_struct(kind):
+        fields = [row_bytes(column.field(number)) for number in range(kind.num_fields)]
+        whole: np.ndarray = np.sum([np.zeros(rows, np.int64), *fields], axis=0)
+        return whole
+    if pa.types.is_string_view(kind) or pa.types.is_binary_view(kind):
         # Views of 16 bytes, which begin with the length.
         views = np.frombuffer(column.buffers()[1], "<i4").reshape(-1, 4)[column.offset :][:rows]
         return np.where(column.is_valid().to_numpy(zero_copy_only=False), views[:, 0], 0)
-    if _is_string(kind):
+    if _is_string(kind) or _is_binary(kind):
         return _lengths(pc.binary_length(column))
     if pa.types.is_fixed_size_list(kind):
         values = row_bytes(column.values)
@@ -278,6 +303,12 @@ def _width(kind: Any) -> int | None:
 def _is_string(kind: Any) -> bool:
     return bool(
         pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    )
+
+
+def _is_binary(kind: Any) -> bool:
+    return bool(
+        pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,6 +19,7 @@ from raycurv.data.conversations import conversation
 from raycurv.data.digests import Digests, Smallest
 from raycurv.data.examples import NOT_A_TARGET, VOCABULARY_LIMIT, Example, loss_terms
 from raycurv.data.findings import Findings
+from raycurv.data.images import Images
 from raycurv.data.labels import NAMES, Labels
 from raycurv.data.masking import Masking
 from raycurv.data.parts import Part, Rows
@@ -35,6 +36,8 @@ PAIRS: tuple[tuple[str, ...], ...] = (("prompt", "chosen", "rejected"), ("chosen
 # Of a source and the target that is made of it.
 SOURCES = (("input_ids", "labels"), ("prompt", "completion"), ("text", "target"))
 NUMBERS: tuple[tuple[str, ...], ...] = (("inputs",),)
+# Of a model of images: numbers as well, or the bytes of files.
+IMAGES: tuple[tuple[str, ...], ...] = (*NUMBERS, ("pixel_values",), ("image",))
 # What a file of a stranger's can raise in the libraries that read it.
 DATA_ERRORS = (
     pa.ArrowException, OSError, MemoryError, RecursionError, ArithmeticError, ValueError,
@@ -55,14 +58,15 @@ class ExampleReader:
     Streams: what stays in memory is one chunk of rows (bounds.py), and 16 bytes for every id.
 
     The columns are ``input_ids``; ``prompt`` and ``completion``; ``text``, for some models with a
-    second one in ``text_pair``; or ``inputs``: the first of these that is there. Of texts that are
-    compared they are ``chosen`` and ``rejected``, of text or of token ids, with a ``prompt`` before
-    both if there is one. Of sources and their targets they are ``input_ids`` and ``labels`` (-100
-    where a token is no target, and the decoder does not see it), ``prompt`` and ``completion``, or
-    ``text`` and ``target``, each tokenised with the special tokens of its side; a limit of length
-    is one of either. Optional are ``id`` (otherwise the path below the data's root and the
-    0-based row, ``sub/file.parquet:17``, and the row alone of a table in memory), ``labels`` and
-    ``loss_mask``; beside ``input_ids`` also those of beside_tokens.py. A prompt and its completion
+    second one in ``text_pair``; or ``inputs``, of a model of images also ``pixel_values`` or
+    ``image``: the first of these that is there. Of texts that are compared they are ``chosen`` and
+    ``rejected``, of text or of token ids, with a ``prompt`` before both if there is one. Of sources
+    and their targets they are ``input_ids`` and ``labels`` (-100 where a token is no target, and
+    the decoder does not see it), ``prompt`` and ``completion``, or ``text`` and ``target``, each
+    tokenised with the special tokens of its side; a limit of length is one of either. Optional are
+    ``id`` (otherwise the path below the data's root and the 0-based row, ``sub/file.parquet:17``,
+    and the row alone of a table in memory), ``labels`` and ``loss_mask``; beside ``input_ids`` also
+    those of beside_tokens.py. A prompt and its completion
     are tokenised apart; the tokenizer's special tokens stand before the prompt and after the
     completion, and the targets are the completion's tokens with those after it, as they would be
     of a text. ``findings`` has what was left out.
@@ -70,6 +74,7 @@ class ExampleReader:
     Args:
         source: see ``raycurv.data.sources.open_parts``.
         tokenizer: for text.
+        images: for images, which a model of images takes.
         vocab_size: of the model; ``None`` for a model without token ids.
         max_positions: the longest example that the model takes, in tokens; ``None`` for any.
         max_length: the longest example wanted, in tokens.
@@ -126,6 +131,7 @@ class ExampleReader:
     looks_up: LooksUp | None = None
     empty: Literal["error", "skip"] = "error"
     further: Sequence[str] = ()
+    images: Images | None = None
 
     # What was met so far.
     findings: Findings = field(default_factory=Findings)
@@ -174,7 +180,7 @@ class ExampleReader:
                 ids = _ids(part, rows)
                 if sample is None:
                     self._check_unique(ids, rows)
-                make = self._of_numbers if self.kind in NUMBERS else self._of_tokens
+                make = self._of_numbers if self.kind in IMAGES else self._of_tokens
                 if self.kind in PAIRS:
                     make = self._of_pairs
                 if self.reads == "sources":
@@ -211,7 +217,7 @@ class ExampleReader:
                     beside = ("attention_mask",)
                 optional = (*OPTIONAL_COLUMNS, *beside, *self._label_columns())
                 for rows in part.read((*self.kind, *others), optional):
-                    if self.kind in (("input_ids",), ("inputs",), SOURCES[0]):
+                    if self.kind in (("input_ids",), SOURCES[0], *IMAGES):
                         beside_tokens.refuse_others(rows)
                     if self.stands is not None:
                         beside_tokens.refuse_images(rows)
@@ -235,14 +241,14 @@ class ExampleReader:
                 "the columns " + _listed(found),
                 "Rename the column that holds the inputs.",
             )
-        if kind == ("inputs",) and "loss_mask" in found:
+        if kind in IMAGES and "loss_mask" in found:
             raise UserError(
                 part.location,
                 "`loss_mask` beside tokens only",
-                "`loss_mask` beside `inputs`",
+                f"`loss_mask` beside `{kind[0]}`",
                 "Leave out the column: numbers have no tokens to mask.",
             )
-        if self.kind and (self.kind in NUMBERS) != (kind in NUMBERS):
+        if self.kind and (self.kind in IMAGES) != (kind in IMAGES):
             raise UserError(
                 part.location,
                 f"inputs like those of the files before it ({' + '.join(self.kind)})",
@@ -266,6 +272,8 @@ class ExampleReader:
 
     def _usable(self) -> tuple[tuple[str, ...], ...]:
         """The columns of inputs that the model may take, in order of preference."""
+        if self.images is not None:
+            return IMAGES
         if self.reads in ("pairs", "sources"):
             return PAIRS if self.reads == "pairs" else SOURCES
         if self.whole_texts:
@@ -807,27 +815,48 @@ class ExampleReader:
     def _of_numbers(
         self, rows: Rows, ids: Sequence[str], place: columns.Place
     ) -> Iterator[Example]:
-        inputs = self._inputs(rows, place)
-        if inputs.ndim == 1:
-            raise UserError(
-                place(0),
-                "a list of numbers in `inputs`",
-                f"one number ({inputs[0]})",
-                "Write it as a list of one.",
-            )
-        self.shape = inputs.shape[1:]
+        inputs: Iterable[np.ndarray]
+        if self.kind == ("image",):
+            inputs = self._pixels(rows, place)
+        else:
+            inputs = given = self._inputs(rows, place)
+            if given.ndim == 1:
+                raise UserError(
+                    place(0),
+                    f"a list of numbers in `{self.kind[0]}`",
+                    f"one number ({given[0]})",
+                    "Write it as a list of one.",
+                )
+            self.shape = given.shape[1:]
         labels = self.labels.read(rows, place)
         further = self._further(rows, place)
-        for i, id in enumerate(ids):
+        for i, (id, values) in enumerate(zip(ids, inputs, strict=True)):
             # A view would keep its whole chunk alive as long as any of its examples.
             own = None if labels is None else labels[i].copy()
-            yield Example(0, id, inputs=inputs[i].copy(), labels=own, columns=further[i])
+            yield Example(0, id, inputs=values.copy(), labels=own, columns=further[i])
+
+    def _pixels(self, rows: Rows, place: columns.Place) -> Iterator[np.ndarray]:
+        """The numbers of images, one at a time: they take far more memory than their files."""
+        assert self.images is not None
+        for i, file in enumerate(columns.image_files("image", rows.columns["image"], place)):
+            pixels = self.images.pixels(file, place(i))
+            if self.shape not in (None, pixels.shape):
+                raise UserError(
+                    place(i),
+                    f"an image that becomes {list(self.shape or ())}, as those before it",
+                    f"one that becomes {list(pixels.shape)}",
+                    "Let the processor resize or crop images to one size (do_resize with a height "
+                    "and a width, do_center_crop in preprocessor_config.json).",
+                )
+            self.shape = pixels.shape
+            yield pixels
 
     def _inputs(self, rows: Rows, place: columns.Place) -> np.ndarray:
         """Numbers as floats, or as int64 where the model's embedding looks them up."""
-        column = rows.columns["inputs"]
+        (name,) = self.kind
+        column = rows.columns[name]
         if self.vocabulary != 0 and self.looks_up is not None:
-            inputs = columns.numbers("inputs", column, place, self.shape, exact_integers=True)
+            inputs = columns.numbers(name, column, place, self.shape, exact_integers=True)
             whole = inputs.dtype == np.int64
             if self.vocabulary is None:
                 self.vocabulary = (self.looks_up(inputs[0]) if whole else None) or 0
@@ -857,7 +886,7 @@ class ExampleReader:
                 f"{columns.type_name(column)}, which it does not",
                 "Give token ids, as many in every row, as the model's forward takes them.",
             )
-        return columns.numbers("inputs", column, place, self.shape, exact_integers=False)
+        return columns.numbers(name, column, place, self.shape, exact_integers=False)
 
 
 def _ids(part: Part, rows: Rows) -> list[str]:

@@ -26,6 +26,7 @@ from raycurv.data.examples import (
     table_to_examples,
 )
 from raycurv.data.findings import sentences
+from raycurv.data.images import LazyImages
 from raycurv.data.microbatch import Microbatches, make_batch, padding_share, plan_microbatches
 from raycurv.data.reading import ExampleReader
 from raycurv.data.sources import Source
@@ -223,11 +224,12 @@ def open_corpus(
     of_model, trusted = model.tokenizer_dir, model.trust_remote_code
     tokenizer = None if of_model is None else LazyTokenizer(of_model, trusted)
     reader = reader_for(source, model, tokenizer, reading, asks, max_examples, seed, masks)
+    made = reader.images or tokenizer
     reader.looks_up = lambda inputs: model.looks_up(torch.from_numpy(inputs)[None])
     corpus = store_corpus(
         store, directory, reader.examples(), flag,
-        lambda: {} if tokenizer is None else tokenizer.describe(), needs_loss,
-        reader.findings.recorded, asks.shift,
+        lambda: {} if made is None else made.describe(), needs_loss,
+        reader.findings.recorded, asks.shift, positions_of(model),
     )  # fmt: skip
     give_back(collect=False)
     return corpus
@@ -245,7 +247,7 @@ def reader_for(
 ) -> ExampleReader:
     """What reads the examples that a model and an objective take; see :func:`open_corpus`."""
     of_classes = isinstance(objective, Classification | TokenClassification)
-    task = model.task
+    task, images = model.task, model.images
     whole_texts = task is not None and not task.causal and objective.reads != "sources"
     return ExampleReader(
         source,
@@ -270,7 +272,13 @@ def reader_for(
         whole_texts=whole_texts,
         empty=reading.empty,
         further=objective.columns,
+        images=None if images is None else LazyImages(images.directory, images.channels),
     )
+
+
+def positions_of(model: Outline) -> int:
+    """Tokens that an example without any counts as in a microbatch."""
+    return 1 if model.images is None else model.images.positions
 
 
 def store_corpus(
@@ -282,6 +290,7 @@ def store_corpus(
     needs_loss: bool = True,
     findings: Callable[[], dict[str, Any]] = dict,
     shift: int = 1,
+    each: int = 1,
 ) -> Corpus:
     """Write examples, numbered from 0 on, as a corpus.
 
@@ -291,6 +300,7 @@ def store_corpus(
         needs_loss: whether an example needs a loss term.
         findings: what of their source was left out; asked when all have been read.
         shift: how far a target stands behind what predicts it.
+        each: positions that an example has at least.
 
     Raises:
         UserError: no example has a loss term.
@@ -305,7 +315,7 @@ def store_corpus(
         write_table(store, part_file(directory, part), examples_to_table(some))
         ids.append(pa.array([example.id for example in some], pa.string()))
         lengths.append(np.array([example.length for example in some], np.int32))
-        positions.append(np.array([example.positions for example in some], np.int32))
+        positions.append(np.array([max(each, example.positions) for example in some], np.int32))
         columns = tuple(some[-1].columns)
         count += len(some)
         terms += sum(loss_terms(example, shift) > 0 for example in some)

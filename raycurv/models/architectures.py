@@ -28,7 +28,6 @@ _KINDS = (
     ("SPEECH_SEQ_2_SEQ", "an encoder of speech with a decoder", _OWN),
     ("IMAGE_TEXT_TO_TEXT", "a model of images and text", _OWN),
     ("MULTIMODAL_LM", "a model of several kinds of input", _OWN),
-    ("IMAGE_CLASSIFICATION", "a classifier of images", _CLASSES),
     ("AUDIO_CLASSIFICATION", "a classifier of sound", _CLASSES),
     ("CTC", "a model of speech", _OWN),
     ("PRETRAINING", "a model with the heads of its pretraining", _OWN),

@@ -59,6 +59,12 @@ from raycurv.models.hf_calls import (
     padded_ids,
     standing_for_others,
 )
+from raycurv.models.image_model import (
+    ImageSegment,
+    image_inputs,
+    layers_of,
+    run_images_on_meta,
+)
 from raycurv.models.mixtures import take_own_forward
 from raycurv.models.model import Model, Outline, Segment
 from raycurv.models.model_task import CAUSAL_LM, MASKED_LM, SEQ2SEQ, Task, class_names, refined
@@ -136,11 +142,16 @@ class HFOutline(Outline):
             run = [n for n, _ in whole.named_parameters() if n.rpartition(".")[0] not in self.idle]
             idle = dict.fromkeys(outermost(name, run) for name in sorted(self.idle))
             self.notices += (f"not run with tokens, and not loaded: {', '.join(idle)}",)
+        if self.task not in (CAUSAL_LM, MASKED_LM, SEQ2SEQ):
+            self.classes, self.class_names = self.config.num_labels, class_names(self.config)
+        if self.task.of_images:
+            self.images = image_inputs(whole, self.config, directory)
+            self.token_inputs = self.any_length = False
+            self.default_scope = layers_of(whole)
+            return
         text = self.config.get_text_config()
         self.max_positions = _longest(whole, getattr(text, "max_position_embeddings", None))
         self.vocab_size = getattr(text, "vocab_size", None)
-        if self.task not in (CAUSAL_LM, MASKED_LM, SEQ2SEQ):
-            self.classes, self.class_names = self.config.num_labels, class_names(self.config)
         if not self.task.causal:
             self.takes = further_inputs(whole)
         self.stands = standing_for_others(whole)
@@ -176,6 +187,7 @@ class HFOutline(Outline):
         if self.task == SEQ2SEQ:
             check_seq2seq(whole, self.directory)
             self.notices += ("runs as one stage: an encoder with a decoder",)
+        if self.task == SEQ2SEQ or self.task.of_images:
             return whole_anatomy(whole)
         try:
             found = find_anatomy(whole, self.config, self._stored_twice, self.directory, causal)
@@ -199,6 +211,9 @@ class HFOutline(Outline):
     def rehearse(self, skeleton: nn.Module, examples: int, tokens: int) -> bool:
         if self.task == SEQ2SEQ:
             return rehearse_seq2seq(skeleton, examples, tokens)
+        if self.images is not None:
+            run_images_on_meta(skeleton, examples, self.images)
+            return True
         if self.anatomy.given is not None:
             run_on_meta(skeleton, examples, tokens, self.anatomy.given)
         return self.anatomy.given is not None
@@ -250,7 +265,8 @@ class HFModel(HFOutline, Model):
     def _on_meta(self) -> nn.Module:
         self.checkpoint = open_checkpoint(self.directory, self.quantisation)
         path = str(self.directory / CONFIG)
-        check_layers(self.content, self.checkpoint.entries, path)
+        if not self.task.of_images:  # whose configurations count otherwise
+            check_layers(self.content, self.checkpoint.entries, path)
         self.notices = (*self._about_files(), *self.checkpoint.notes)
         code = named_code(self.directory / CONFIG)
         if code and not self.trust_remote_code:
@@ -386,6 +402,8 @@ class HFModel(HFOutline, Model):
         module.eval().requires_grad_(False)
         if self.task == SEQ2SEQ:
             return Seq2SeqSegment(module)
+        if self.images is not None:
+            return ImageSegment(module)
         return HFSegment(module, units, self.anatomy) if self.anatomy.cut else WholeSegment(module)
 
     def stored(self, block: Block) -> StoredWeight:

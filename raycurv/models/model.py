@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -54,6 +56,23 @@ class Segment(ABC):
         return part
 
 
+@dataclass(frozen=True)
+class ImageInputs:
+    """What a model of images takes.
+
+    Attributes:
+        directory: that has its image processor.
+        channels: of an image; ``height`` and ``width``: those that its configuration says.
+        positions: tokens of as much work and memory as an image.
+    """
+
+    directory: Path
+    channels: int
+    height: int
+    width: int
+    positions: int
+
+
 class Outline(ABC):
     """What is known of a model without its weights.
 
@@ -76,6 +95,7 @@ class Outline(ABC):
         task: what it is for; ``None`` where nobody says.
         classes: columns of its outputs where these are no words.
         class_names: the number of each class by its name.
+        images: what it takes, of a model of images.
         takes: further inputs that its forward is given, where the data has them.
         stands: tokens in whose place a model of images and text, say, sees an image; ``None`` for a
             model of text alone.
@@ -100,6 +120,7 @@ class Outline(ABC):
     task: Task | None = None
     classes: int | None = None
     class_names: Mapping[str, int] = MappingProxyType({})
+    images: ImageInputs | None = None
     takes: frozenset[str] = frozenset()
     stands: frozenset[int] | None = None
 

@@ -33,8 +33,13 @@ class Task:
 
     @property
     def pooled(self) -> bool:
-        """Whether outputs are of whole texts."""
-        return self.auto == "AutoModelForSequenceClassification"
+        """Whether outputs are of whole texts, or images."""
+        return self.auto == "AutoModelForSequenceClassification" or self.of_images
+
+    @property
+    def of_images(self) -> bool:
+        """Whether inputs are images."""
+        return self.auto == "AutoModelForImageClassification"
 
 
 CAUSAL_LM = Task(
@@ -63,8 +68,18 @@ SEQ2SEQ = Task(
     "seq2seq", "an encoder with a decoder", "SEQ_TO_SEQ_CAUSAL_LM", "AutoModelForSeq2SeqLM",
     ("seq2seq-lm",),
 )  # fmt: skip
+IMAGE_CLASSIFICATION = replace(
+    SEQUENCE_CLASSIFICATION,
+    name="image-classification",
+    what="a classifier of images",
+    table="IMAGE_CLASSIFICATION",
+    auto="AutoModelForImageClassification",
+)
 # In the order in which a class is looked for: some tables of encoders name what has a decoder, too.
-TASKS = (CAUSAL_LM, SEQ2SEQ, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, MASKED_LM)
+TASKS = (
+    CAUSAL_LM, SEQ2SEQ, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, MASKED_LM,
+    IMAGE_CLASSIFICATION,
+)  # fmt: skip
 
 _PROBLEMS = {"regression": "regression", "multi_label_classification": "multi-label"}
 

@@ -6,7 +6,6 @@ the sizes of what they would keep.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Capture, Record
 from raycurv.mathematics.kinds.catalogue import kind_of
 from raycurv.models.model import Outline
+from raycurv.models.own_copies import copied
 from raycurv.planning.alike import Alike
 
 META = torch.device("meta")
@@ -59,7 +59,7 @@ def trace(
     """Run the model once without values, if it can be, and watch."""
     skeleton = outline.skeleton()
     if _dtype_of(skeleton) != dtype and _on_meta(skeleton):
-        skeleton = copy.deepcopy(skeleton).to(dtype)
+        skeleton = copied(skeleton, f"model {outline.name}").to(dtype)
     if not _on_meta(skeleton):
         return _unseen(outline, blocks, examples * positions, dtype)
     watcher = _Watcher(outline)

@@ -54,7 +54,8 @@ class FitSettings(Execution, Reading, Adapting, Capturing, Predicting):
     a tensor that the model does not take, and that could matter, is an error."""
     data: InputPath = ""
     """File, directory or glob of Parquet, JSONL or Arrow with `text`, `input_ids`,
-    `prompt` + `completion`, or `inputs` + `labels`."""
+    `prompt` + `completion`, or `inputs` + `labels`; of a model of images also `image` or
+    `pixel_values`."""
     out: Required[Place] = ""
     """Run directory: an absolute path, or a URI that pyarrow.fs understands."""
     method: Identity[MethodName] = "ekfac"

@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 
 from raycurv.data.tokenizer import LazyTokenizer
-from raycurv.driver.corpus import reader_for
+from raycurv.driver.corpus import positions_of, reader_for
 from raycurv.driver.settings import DTYPES, parse_bytes
 from raycurv.jobs.drafts import Drafts, ShapeOf, arrangement_of, of_lengths, recipe_of, with_spool
 from raycurv.jobs.objectives import objective_for
@@ -68,11 +68,13 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
         spool_apart=supply.spool is not None,
     )
     objective = objective_for(outline, settings.objective)
-    data = _data(settings, outline, objective)
-    queries = _uniform(settings.queries, settings.tokens)
+    each = positions_of(outline)
+    tokens = settings.tokens if each == 1 else each
+    data = _data(settings, outline, objective, tokens)
+    queries = _uniform(settings.queries, tokens)
     train = data
     if settings.train_examples is not None:
-        train = _uniform(settings.train_examples, settings.tokens)
+        train = _uniform(settings.train_examples, tokens)
 
     def both(changes: Mapping[str, Any]) -> tuple[Plan, Plan]:
         return drafts.fit(data, changes), drafts.influence(queries, train, changes)
@@ -183,9 +185,11 @@ def _uniform(examples: int, tokens: int) -> ShapeOf:
     return lambda batch_tokens: DataShape.uniform(examples, tokens, batch_tokens)
 
 
-def _data(settings: PlanSettings, outline: Outline, objective: str | Objective) -> ShapeOf:
+def _data(
+    settings: PlanSettings, outline: Outline, objective: str | Objective, tokens: int
+) -> ShapeOf:
     if not settings.data:
-        return _uniform(settings.examples, settings.tokens)
+        return _uniform(settings.examples, tokens)
     directory = outline.tokenizer_dir
     tokenizer = None
     if directory is not None:
@@ -194,4 +198,6 @@ def _data(settings: PlanSettings, outline: Outline, objective: str | Objective) 
         settings.data, outline, tokenizer, settings, open_objective(objective),
         settings.max_examples, settings.seed, settings.seed,
     )  # fmt: skip
-    return of_lengths(np.fromiter((one.positions for one in reader.examples()), np.int32))
+    each = positions_of(outline)
+    positions = (max(each, one.positions) for one in reader.examples())
+    return of_lengths(np.fromiter(positions, np.int32))

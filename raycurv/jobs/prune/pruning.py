@@ -513,9 +513,11 @@ class _Prune:
         generator = np.random.default_rng(self.settings.seed)
         chosen = set(generator.choice(len(there), count, replace=False).tolist())
         examples = (e for n, e in enumerate(there.examples()) if n in chosen)
+        each = 1 if there.positions is None else int(there.positions.min())
         return store_corpus(
-            self.store, "work/sample", examples, "--run", lambda: there.tokenizer, shift=there.shift
-        )
+            self.store, "work/sample", examples, "--run", lambda: there.tokenizer,
+            shift=there.shift, each=each,
+        )  # fmt: skip
 
 
 def _masked(operations: Sequence[Surgery]) -> bool:

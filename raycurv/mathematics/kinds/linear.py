@@ -1,6 +1,7 @@
 """Linear layers, and HF's ``Conv1D``, which holds the same weight transposed.
 
-y_t = W a_t + b        a row a token, wherever its axis is: [N, T, I], [N, H, T, I], [N·T, I]
+y_t = W a_t + b        a row a token, wherever its axis is: [N, T, I], [N, H, T, I], [N·T, I];
+                       of an image a row a place in each of its windows: [N·W, P, I]
 """
 
 from __future__ import annotations
@@ -57,9 +58,15 @@ class TransposedLinear(Linear):
 
 
 def _split(values: Tensor, call: ModuleCall) -> Tensor:
-    """Examples and positions as two axes, where they were flattened into one."""
-    if call.positions is not None and values.shape[0] == call.examples * call.positions:
-        return values.reshape(call.examples, call.positions, *values.shape[1:])
+    """Examples and positions as two axes, where they were flattened into one; without an axis of
+    positions examples and whatever each has several of."""
+    each = call.positions
+    if each is None and not values.shape[0] % call.examples:
+        each = values.shape[0] // call.examples
+        if each == 1:
+            return values
+    if each is not None and values.shape[0] == call.examples * each:
+        return values.reshape(call.examples, each, *values.shape[1:])
     return values
 
 
