@@ -692,6 +692,9 @@ def test_busy_is_a_share_of_the_last_seconds() -> None:
     # What is long ago does not count.
     work("replica 0, stage 1", "turn", 1090, 1100)
     assert [doing.busy for doing in activity.actors()] == pytest.approx([0, 1 / 3])
+    # Nor does what comes late, from an actor whose answer had to wait.
+    work("replica 1, stage 0", "forward", 1000, 1004)
+    assert [doing.busy for doing in activity.actors()] == pytest.approx([0, 1 / 3, 0])
     now[0] = 1100.0
     activity.begin()
     work("task", "decompose_factor", 1100, 1110)

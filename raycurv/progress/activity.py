@@ -82,7 +82,7 @@ class Activity:
             seen.recent.append((span.start, span.end))
             # Spans come with answers: a share up to this moment would lack those on their way.
             self._now = max(self._now, span.end)
-            while seen.recent[0][1] < self._now - WINDOW:
+            while seen.recent and seen.recent[0][1] < self._now - WINDOW:
                 seen.recent.popleft()
 
     def actors(self) -> list[Doing]:
