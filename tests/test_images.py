@@ -178,6 +178,13 @@ def test_a_directory_without_a_processor_that_is_known_is_named(tmp_path: Path) 
     assert "preprocessor_config.json" in said(tmp_path)
 
 
+def test_without_pillow_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = LazyImages(saved(tmp_path), 3)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"raycurv\[images\]"):
+        found.pixels(file_of(picture()), "row 0")
+
+
 # In data ------------------------------------------------------------------------------------
 
 

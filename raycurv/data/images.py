@@ -6,6 +6,7 @@ is, and a few hundred of them can stand for any number of pixels.
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import warnings
 from pathlib import Path
@@ -53,6 +54,7 @@ class LazyImages:
 
     def pixels(self, file: bytes, place: str) -> np.ndarray:
         if self._loaded is None:
+            _need_pillow()
             self._loaded = _load(self._directory, self._channels)
         image = _decoded(file, _CHANNELS[self._channels], place)
         longest, shortest = max(image.size), min(image.size)
@@ -91,17 +93,20 @@ class LazyImages:
         return {"class": type(self._loaded).__name__, "settings": known}
 
 
-def _decoded(file: bytes, mode: str, place: str) -> Any:
-    """An image as Pillow has it, upright, in a mode of its own."""
-    try:
-        from PIL import Image, ImageOps
-    except ImportError as error:
+def _need_pillow() -> None:
+    if importlib.util.find_spec("PIL") is None:
         raise UserError(
-            place,
+            "data",
             "Pillow, which decodes images",
-            "none",
-            "Install it: pip install 'raycurv[images]'.",
-        ) from error
+            "none in this environment",
+            "Install it (pip install 'raycurv[images]'), or give the data as `pixel_values`.",
+        )
+
+
+def _decoded(file: bytes, mode: str, place: str) -> Any:
+    """An image as Pillow has it, upright, in one of its modes."""
+    from PIL import Image, ImageOps
+
     if len(file) > IMAGE_BYTES:
         got = f"{len(file):,} bytes"
         raise UserError(place, f"an image of at most {IMAGE_BYTES >> 20} MiB", got, _SMALLER)
