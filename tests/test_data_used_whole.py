@@ -149,9 +149,11 @@ def test_a_model_that_sees_images_is_given_texts_alone() -> None:
     rows = [{"input_ids": [4, 5]}, {"input_ids": [1, 9, 3], "images": ["a.png"]}]
     # A model of text alone has nothing that they could go to.
     assert len(read(rows)) == 2
-    assert "`images`" in mistake(rows, stands=()).got
-    assert "token 9 at position 1" in mistake([rows[0], {"input_ids": [1, 9]}], stands={9}).got
-    assert len(read(rows[:1], stands={9})) == 1
+    assert "`images`" in mistake(rows, placeholders=()).got
+    assert (
+        "token 9 at position 1" in mistake([rows[0], {"input_ids": [1, 9]}], placeholders={9}).got
+    )
+    assert len(read(rows[:1], placeholders={9})) == 1
 
 
 def test_a_padded_file_gives_the_numbers_of_the_text_bit_for_bit(tmp_path: Path) -> None:

@@ -74,20 +74,20 @@ def refuse_images(rows: Rows) -> None:
 
 
 def refuse_placeholders(
-    tokens: list[np.ndarray], stands: Collection[int], place: columns.Place
+    tokens: list[np.ndarray], placeholders: Collection[int], place: columns.Place
 ) -> None:
     """Refuse tokens that stand for an image or the like, which is not there.
 
     Args:
         tokens: of every row.
-        stands: these tokens.
+        placeholders: these tokens.
         place: where a row is, by its number.
 
     Raises:
         UserError: names the first row with one.
     """
     for i, ids_T in enumerate(tokens):
-        found = np.isin(ids_T, list(stands))
+        found = np.isin(ids_T, list(placeholders))
         if found.any():
             at = int(found.argmax())
             raise UserError(

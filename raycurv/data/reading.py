@@ -95,8 +95,8 @@ class ExampleReader:
         classes: how many classes there are; ``None`` where labels are no classes.
         masking: makes what hides tokens, of data whose labels do not say which are hidden.
         takes: further inputs that the model's forward takes.
-        stands: tokens in whose place a model of images and text, say, sees an image; ``None`` for a
-            model of text alone.
+        placeholders: tokens in whose place a model of images and text, say, sees an image; ``None``
+            for a model of text alone.
         whole_texts: whether a text has its tokenizer's special tokens even where it is truncated.
         looks_up: gives the rows of the embedding that looks the inputs up, for the first example's.
         empty: what to do with a row of no token: ``error``, or ``skip``, which also leaves out a
@@ -126,7 +126,7 @@ class ExampleReader:
     classes: int | None = None
     masking: Callable[[], Masking] | None = None
     takes: Collection[str] = ()
-    stands: Collection[int] | None = None
+    placeholders: Collection[int] | None = None
     whole_texts: bool = False
     looks_up: LooksUp | None = None
     empty: Literal["error", "skip"] = "error"
@@ -219,7 +219,7 @@ class ExampleReader:
                 for rows in part.read((*self.kind, *others), optional):
                     if self.kind in (("input_ids",), SOURCES[0], *IMAGES):
                         beside_tokens.refuse_others(rows)
-                    if self.stands is not None:
+                    if self.placeholders is not None:
                         beside_tokens.refuse_images(rows)
                     self.findings.unused_columns |= rows.others
                     yield part, rows
@@ -325,8 +325,8 @@ class ExampleReader:
     def _of_tokens(self, rows: Rows, ids: Sequence[str], place: columns.Place) -> Iterator[Example]:
         tokens, targets, blank = self._tokens(rows, place)
         self._check_vocabulary("input_ids", tokens, place)
-        if self.stands:
-            beside_tokens.refuse_placeholders(tokens, self.stands, place)
+        if self.placeholders:
+            beside_tokens.refuse_placeholders(tokens, self.placeholders, place)
         nothing: list[np.ndarray | None] = [None] * len(ids)
         labels, masks, of_texts = nothing, nothing, nothing
         if self._of_texts(rows):

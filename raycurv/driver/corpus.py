@@ -268,7 +268,7 @@ def reader_for(
         classes=model.classes if of_classes and objective.reads == "texts" else None,
         masking=None if tokenizer is None else lambda: tokenizer.masking(masks),
         takes=model.takes,
-        stands=model.stands,
+        placeholders=model.placeholders,
         whole_texts=whole_texts,
         empty=reading.empty,
         further=objective.columns,

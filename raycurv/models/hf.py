@@ -57,7 +57,7 @@ from raycurv.models.hf_calls import (
     keep_padding_apart,
     options,
     padded_ids,
-    standing_for_others,
+    placeholders_of,
 )
 from raycurv.models.image_model import (
     ImageSegment,
@@ -154,7 +154,8 @@ class HFOutline(Outline):
         self.vocab_size = getattr(text, "vocab_size", None)
         if not self.task.causal:
             self.takes = further_inputs(whole)
-        self.stands = standing_for_others(whole)
+        if self.token_inputs:
+            self.placeholders = placeholders_of(whole)
         if any((directory / file).is_file() for file in TOKENIZER_FILES):
             self.tokenizer_dir = str(directory)
 

@@ -21,14 +21,14 @@ NO_TOKEN = -1
 
 # Inputs that are no text, and what a configuration calls the tokens that stand for them.
 _OTHERS = ("pixel_values", "pixel_values_videos", "input_features", "input_values")
-_STANDS = re.compile(r"^(image|video|audio)_token_(id|index)$")
+_PLACEHOLDER = re.compile(r"^(image|video|audio)_token_(id|index)$")
 
 
-def standing_for_others(module: Any) -> frozenset[int] | None:
+def placeholders_of(module: Any) -> frozenset[int] | None:
     """The tokens of a model's in whose place it sees an image or the like; ``None`` for a model
     that sees none."""
     said = vars(module.config).items()
-    found = frozenset(n for name, n in said if _STANDS.match(name) and isinstance(n, int))
+    found = frozenset(n for name, n in said if _PLACEHOLDER.match(name) and isinstance(n, int))
     sees = set(_OTHERS) & inspect.signature(module.forward).parameters.keys()
     return found if found or sees else None
 

@@ -97,8 +97,8 @@ class Outline(ABC):
         class_names: the number of each class by its name.
         images: what it takes, of a model of images.
         takes: further inputs that its forward is given, where the data has them.
-        stands: tokens in whose place a model of images and text, say, sees an image; ``None`` for a
-            model of text alone.
+        placeholders: tokens in whose place a model of images and text, say, sees an image; ``None``
+            for a model of text alone.
     """
 
     name: str
@@ -122,7 +122,7 @@ class Outline(ABC):
     class_names: Mapping[str, int] = MappingProxyType({})
     images: ImageInputs | None = None
     takes: frozenset[str] = frozenset()
-    stands: frozenset[int] | None = None
+    placeholders: frozenset[int] | None = None
 
     @abstractmethod
     def skeleton(self) -> nn.Module:
