@@ -19,6 +19,7 @@ from raycurv.jobs import check
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Capture, Record
 from raycurv.mathematics.choice import choose_blocks
+from raycurv.mathematics.tiles import decomposable
 from raycurv.models.model import Outline
 from raycurv.models.opening import open_model, open_outline
 from raycurv.planning import fit_plan, influence_plan
@@ -162,6 +163,26 @@ def test_sizes_are_those_worked_out_by_hand(name: str, tmp_path: Path) -> None:
     )
     assert counted == published
     assert found.blocks == 7 * shape[2]
+
+
+def test_every_parameter_takes_no_square_of_the_vocabulary(tmp_path: Path) -> None:
+    outline = open_outline(str(write_config(tmp_path / "wide", *SMALL[:-1], 128256)))
+    blocks = decomposable(chosen(outline, ("all",)), None, outline.vocab_size)
+    traced = trace(outline, blocks, 8, 512, torch.float32)
+    (stage,) = stage_shapes(outline, (range(outline.units),), traced, torch.float32, 8 * 512)
+    found = sizes((stage,), Recipe())
+    assert stage.elements == sum(p.numel() for p in outline.skeleton().parameters())
+    # A of the head and G of the embedding are all that is square; vectors are as long as they are.
+    default = sizes(shapes(outline, Recipe()), Recipe())
+    vectors = 4 * (2 * 128256 + 13 * (256 + 1))
+    assert found.factors - default.factors == 2 * 4 * 256**2 + vectors
+    # Rows of the embedding are on the tokens that there are; a norm has one row an example.
+    by_name = {block.name: block for block in stage.blocks}
+    embedding, norm = by_name["model.embed_tokens"], by_name["model.layers.0.input_layernorm"]
+    assert stage.columns(DATA, embedding) == DATA.rows and stage.share(norm) == 1 / 512
+    with pytest.raises(UserError, match="stages 1, 2"):
+        tied = open_outline(str(write_config(tmp_path / "tied", *SMALL, tie_word_embeddings=True)))
+        tied.check_cuts(chosen(tied, ("all",)), cut_stages(tied.unit_costs, 2))
 
 
 @pytest.mark.parametrize("name", MIXTURES)

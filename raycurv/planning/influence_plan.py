@@ -132,7 +132,11 @@ def _score_moments(
     """Training examples against the IHVPs of so many queries."""
     held = weights_of(stage) | {"IHVPs": products_bytes(stage, recipe, queries)}
     most = max(
-        (_scored(b, recipe, stage.active(data, b), queries) for b in stage.blocks), default=0
+        (
+            _scored(b, stage.columns(data, b), recipe, stage.active(data, b), queries)
+            for b in stage.blocks
+        ),
+        default=0,
     )
     passing = {"gradients or projections of some examples": most}
     if recipe.rank is None and not recipe.kind.ranked:
@@ -147,17 +151,18 @@ def _score_moments(
     return running(stage, recipe, data, held, passing)
 
 
-def _scored(block: Block, recipe: Recipe, data: DataShape, queries: int) -> int:
-    """What a block's scores pass through: whole gradients and products, or projected rows."""
-    item, rows, size = recipe.computed, data.rows, block.d_in * block.d_out
-    cast = item * rows * cast_elements(recipe, block.d_in + block.d_out)
+def _scored(block: Block, d_in: int, recipe: Recipe, data: DataShape, queries: int) -> int:
+    """What a block's scores pass through: whole gradients and products, or projected rows, of
+    ``d_in`` columns."""
+    item, rows, size = recipe.computed, data.rows, d_in * block.d_out
+    cast = item * rows * cast_elements(recipe, d_in + block.d_out)
     examples = min(data.batch_examples, max(1, TOGETHER // size))
     kept = kept_rank(recipe.rank, block.d_out, block.d_in)
     if kept is None:
         # Some outputs' gradients of all examples.
-        return cast + item * max(PIECE, data.batch_examples * block.d_in)
+        return cast + item * max(PIECE, data.batch_examples * d_in)
     if not score_through_gradients(
-        data.batch_positions, block.d_out, block.d_in, queries, kept, examples
+        data.batch_positions, block.d_out, d_in, queries, kept, examples
     ):
         # The left and the right projection, and their product.
         return cast + 3 * item * rows * kept * min(queries, max(1, TOGETHER // (rows * kept)))
@@ -201,11 +206,12 @@ def _score_flops(stage: StageShape, recipe: Recipe, train: DataShape, queries: i
     for b in stage.blocks:
         length = stage.active(train, b).row_length
         rank = kept_rank(recipe.rank, b.d_out, b.d_in)
-        size = 2.0 * b.d_in * b.d_out
+        d_in = stage.columns(train, b)
+        size = 2.0 * d_in * b.d_out
         if rank is not None and not score_through_gradients(
-            length, b.d_out, b.d_in, queries, rank, together
+            length, b.d_out, d_in, queries, rank, together
         ):
-            one = 2.0 * length * queries * rank * (b.d_in + b.d_out)
+            one = 2.0 * length * queries * rank * (d_in + b.d_out)
         else:
             one = size * (length + queries + queries * (rank or 0) / together)
         total += one * stage.count(b)

@@ -108,7 +108,11 @@ def running(
     # Where there is padding (or a bias column), masked copies stand beside what was captured; rows
     # of blocks that do not see every position are always laid out anew.
     padded = [b for b in stage.blocks if data.padded or stage.share(b) < 1]
-    biased = sum(b.d_in * stage.rows_of(b) for b in _inputs(stage) if b.bias or b in padded)
+    biased = sum(
+        stage.columns(data, b) * stage.rows_of(b)
+        for b in _inputs(stage)
+        if b.bias or b.input_diagonal or b in padded
+    )
     apart = sum(b.d_out * stage.rows_of(b) for b in padded)
     copies = math.ceil(draws * rows * item * (biased + apart))
     captured = {
@@ -147,13 +151,17 @@ def _inputs(stage: StageShape) -> list[Block]:
 
 
 def _entering(stage: StageShape) -> float:
-    """Numbers of all inputs for each position, as the model computes them, without a bias."""
-    return sum((b.d_in - b.bias) * stage.rows_of(b) for b in _inputs(stage))
+    """Numbers of all inputs for each position, as the model computes them, without a bias; of
+    one-hot rows the token alone."""
+    widths = {b.name: 1 if b.input_diagonal else b.d_in - b.bias for b in _inputs(stage)}
+    return sum(widths[b.name] * stage.rows_of(b) for b in _inputs(stage))
 
 
 def _layer(stage: StageShape, recipe: Recipe, data: DataShape) -> Bytes:
     """What nothing keeps of a layer: the gradient of a product, and of its two parts."""
-    widest = max((max(b.d_in, b.d_out) for b in stage.blocks), default=0)
+    # What is diagonal on the input side is looked up, or multiplied number by number.
+    products = [b for b in stage.blocks if not b.input_diagonal]
+    widest = max((max(b.d_in, b.d_out) for b in products), default=stage.width)
     return {"intermediate results": 3 * data.rows * widest * recipe.dtype.itemsize}
 
 
@@ -180,7 +188,7 @@ def turned_blocks(
             not recipe.kind.factors
             or rotate_before(
                 stage.active(data, block).batch_positions,
-                block.d_in,
+                stage.columns(data, block),
                 block.d_out,
                 max(factors[block.input_factor]),
                 max(factors[block.output_factor]),
@@ -203,19 +211,19 @@ def gradients_of(
     inputs: dict[str, int] = {}
     largest = 0
     for block, turned in turned_blocks(stage, recipe, data):
-        rows = stage.active(data, block).rows
-        size = block.d_in * block.d_out
-        here = item * rows * cast_elements(recipe, block.d_in + block.d_out)
+        rows, d_in = stage.active(data, block).rows, stage.columns(data, block)
+        size = d_in * block.d_out
+        here = item * rows * cast_elements(recipe, d_in + block.d_out)
         cast = 0
         if recipe.kind.factors and recipe.store_dtype.itemsize != item:
             # A basis that is stored in another dtype is cast for each product.
             widest = (*factors[block.input_factor], *factors[block.output_factor])
             cast = item * max(widest) ** 2
         if turned and recipe.kind.factors:
-            inputs[block.input_factor] = item * rows * block.d_in * stage.count(block)
+            inputs[block.input_factor] = item * rows * d_in * stage.count(block)
             here += item * rows * block.d_out
         if turned and pieces:
-            wide = block.d_in * min(block.d_out, max(1, PIECE // block.d_in))
+            wide = d_in * min(block.d_out, max(1, PIECE // d_in))
             examples = min(data.batch_examples, max(1, PIECE // size))
             here += max(cast, item * wide * (examples * copies + 1))
         else:
@@ -232,17 +240,17 @@ def gradient_flops(stage: StageShape, recipe: Recipe, data: DataShape) -> float:
     sharing, factors = stage.sharing, stage.factors(recipe.max_factor_dim)
     total = 0.0
     for b in stage.blocks:
-        length = stage.active(data, b).row_length
-        one = 2.0 * length * b.d_in * b.d_out
+        length, d_in = stage.active(data, b).row_length, stage.columns(data, b)
+        one = 2.0 * length * d_in * b.d_out
         if not recipe.kind.factors:
             total += one * stage.count(b)
             continue
         # Tiles are as equal as they can be: d t is what a rotation of one row takes.
         t_in, t_out = max(factors[b.input_factor]), max(factors[b.output_factor])
         shared = sharing[b.input_factor]
-        if rotate_before(length, b.d_in, b.d_out, t_in, t_out, shared):
-            one += 2.0 * length * (b.d_in * t_in / shared + b.d_out * t_out)
+        if rotate_before(length, d_in, b.d_out, t_in, t_out, shared):
+            one += 2.0 * length * (d_in * t_in / shared + b.d_out * t_out)
         else:
-            one += 2.0 * b.d_in * b.d_out * (t_in + t_out)
+            one += 2.0 * d_in * b.d_out * (t_in + t_out)
         total += one * stage.count(b)
     return total * data.examples * recipe.draws

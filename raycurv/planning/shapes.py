@@ -230,6 +230,11 @@ class StageShape:
         """Rows of a block for each position."""
         return self.shares.get(block.name, 1.0)
 
+    def columns(self, data: DataShape, block: Block) -> int:
+        """Input columns that a microbatch's rows have: of one-hot ones no more than tokens."""
+        one_hot = block.input_diagonal and not block.shared
+        return min(block.d_in, data.rows) if one_hot else block.d_in
+
     def rows_of(self, block: Block) -> float:
         """Rows of all blocks that are like one, for each position."""
         return self.share(block) * self.count(block)

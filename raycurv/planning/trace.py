@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from raycurv.batch import Batch
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Capture, Record
-from raycurv.mathematics.kinds.catalogue import kind_of
+from raycurv.mathematics.kinds.catalogue import kind_of, kind_of_block
 from raycurv.models.model import Outline
 from raycurv.models.own_copies import copied
 from raycurv.planning.alike import Alike
@@ -61,14 +61,14 @@ def trace(
     if _dtype_of(skeleton) != dtype and _on_meta(skeleton):
         skeleton = copied(skeleton, f"model {outline.name}").to(dtype)
     if not _on_meta(skeleton):
-        return _unseen(outline, blocks, examples * positions, dtype)
+        return _unseen(outline, blocks, examples, positions, dtype)
     watcher = _Watcher(outline)
     capture = Capture(skeleton, blocks)
     record = Record(Batch(0, ("",) * examples, torch.empty(examples, positions, device=META)))
     try:
         with watcher.watching(skeleton), capture.recording(record):
             if not outline.rehearse(skeleton, examples, positions):
-                return _unseen(outline, blocks, examples * positions, dtype)
+                return _unseen(outline, blocks, examples, positions, dtype)
     finally:
         capture.close()
     shares: dict[str, float] = {}
@@ -100,15 +100,21 @@ def _by_unit(
     return tuple(Alike.of(mine, shares) for mine in found)
 
 
-def _unseen(outline: Outline, blocks: Sequence[Block], rows: int, dtype: torch.dtype) -> Trace:
-    kept, flops = [0] * outline.units, [0] * outline.units
+def _unseen(
+    outline: Outline, blocks: Sequence[Block], examples: int, positions: int, dtype: torch.dtype
+) -> Trace:
+    kept, flops, rows = [0] * outline.units, [0] * outline.units, examples * positions
     named = tuple(replace(b, input_factor=b.input_factor or f"{b.name}.input") for b in blocks)
+    shares = {b.name: 1 / positions for b in named if kind_of_block(b).one_row and positions > 1}
     for block in named:
         unit = outline.unit_of(block.module)
-        kept[unit] += rows * (block.d_in + block.d_out) * dtype.itemsize
-        flops[unit] += 2 * rows * block.d_in * block.d_out
-    units = _by_unit(outline, named, {})
-    return Trace(named, False, tuple(kept), tuple(flops), 0, {}, units)
+        # What is diagonal on the input side is looked up, or multiplied number by number.
+        d_in = 1 if block.input_diagonal else block.d_in
+        here = round(rows * shares.get(block.name, 1))
+        kept[unit] += here * (d_in + block.d_out) * dtype.itemsize
+        flops[unit] += 2 * here * d_in * block.d_out
+    units = _by_unit(outline, named, shares)
+    return Trace(named, False, tuple(kept), tuple(flops), 0, shares, units)
 
 
 def _on_meta(skeleton: nn.Module) -> bool:

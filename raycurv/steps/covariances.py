@@ -65,6 +65,7 @@ class CovarianceCost(PassCost):
             max(tiles) ** 2
             + data.thinned(shares[name]).rows * (max(tiles) + cast_elements(recipe, sum(tiles)))
             for name, tiles in stage.factors(recipe.max_factor_dim).items()
+            if max(tiles) > 1  # else a sum of squares
         ]
         return {"covariance of a factor": recipe.computed * max(adding, default=0)}
 

@@ -103,8 +103,9 @@ class StatisticsCost(PassCost):
         # A product of all rows is added to the sum afterwards; one operand is laid out anew for it.
         product = [
             b.d_in * b.d_out
-            + stage.active(data, b).rows * (b.d_in + cast_elements(recipe, b.d_in + b.d_out))
+            + stage.active(data, b).rows * (d_in + cast_elements(recipe, d_in + b.d_out))
             for b in stage.blocks
+            for d_in in [stage.columns(data, b)]
         ]
         total = recipe.computed * max(product, default=0)
         return larger(pieces, {"sum of some gradients": total})

@@ -117,6 +117,10 @@ class FreeParameter(Kind):
     ) -> Tensor | None:
         return None
 
+    def share(self, call: ModuleCall) -> float:
+        y: Tensor = call.detail.y
+        return 1 / max(1, y.shape[1]) if y.ndim > 2 else 1.0
+
     def part(self, block: Block, parameter: Tensor) -> Tensor:
         return parameter
 
