@@ -78,7 +78,9 @@ def _captured(
 ) -> tuple[dict[Block, Tensor], Tensor]:
     """By block the gradients ``[N, O, I]``, and the logits ``[N, T, V]``."""
     model = open_model(folder)
-    blocks = choose_blocks(model.skeleton(), globs, model.default_scope, model.tied_head)
+    blocks = choose_blocks(
+        model.skeleton(), globs, model.default_scope, model.tied_head, model.idle, model.held
+    )
     longest = max(map(len, rows))
     mask = torch.stack([torch.arange(longest) < len(row) for row in rows])
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)

@@ -3,11 +3,14 @@
     python benchmarks/families.py --out FILE.md          # all of them
     python benchmarks/families.py llama xglm             # some, to stdout
 
-Each is saved as a directory, opened, and evaluated in one stage and in two, on examples of several
-lengths in one microbatch. The loss must be that of transformers for each example alone, without
-padding; and that of two stages, that of one bit for bit. With ``--gradients`` those of each example
-by each block must be autograd's on transformers' own parameters, in float64 and three stages. A
-model that is refused, is refused by a UserError before the first microbatch.
+Each is saved as a directory, opened, and evaluated in one stage and in three, on examples of
+several lengths in one microbatch. The loss must be that of transformers for each example alone,
+without padding; and that of three stages, that of one bit for bit. With ``--gradients`` those of
+each example by each block must be autograd's on transformers' own parameters, in float64 and three
+stages. A model that is refused, is refused by a UserError before the first microbatch. What has to
+be left out of the blocks is what the refusal of a fit says.
+
+``--table`` keeps what was found for ``docs/models.md``, see ``models_page.py``.
 """
 
 from __future__ import annotations
@@ -17,11 +20,13 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import datetime
+import json
+import re
 import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +34,16 @@ import torch
 import transformers
 import tyro
 from dense_gradients import gradient_errors
-from result_file import processor, table
+from result_file import processor
+from result_file import table as markdown
 from tiny_families import auto_class, causal_types, image_types, tiny_config, tiny_model
 from torch import nn
 
 import raycurv
 from raycurv.errors import UserError
+from raycurv.mathematics.choice import choose_blocks
+from raycurv.mathematics.coverage import coverage
+from raycurv.models.opening import open_model
 
 LENGTHS = (9, 5, 12, 2)
 VOCAB = 57  # below the tokens that stand for images
@@ -50,11 +59,21 @@ class Found:
         outcome: ``right``, ``refused``, ``wrong``, ``crash``, or ``not built``: no tiny model of
             it by transformers alone.
         said: the message, or the numbers.
+        name: of its class.
+        units: into how many pieces it may be cut.
+        experts: whether it has blocks of experts.
+        covered: share of its trainable parameters that have blocks by default.
+        left: what has to be left out of the blocks by default.
     """
 
     kind: str
     outcome: str
     said: str
+    name: str = ""
+    units: int = 0
+    experts: bool = False
+    covered: float = 0.0
+    left: tuple[str, ...] = ()
 
 
 def examples() -> list[dict[str, Any]]:
@@ -88,32 +107,67 @@ def tried(kind: str, folder: Path, gradients: bool, **more: Any) -> Found:
     except Exception as error:
         return Found(name, "not built", f"{type(error).__name__}: {_line(error)}")
     losses: dict[int, Any] = {}
-    for stages in (1, 2):
+    try:
+        about = _described(str(folder))
+    except UserError as error:
+        return Found(name, "refused", _line(error).replace(str(folder), "DIR"), _class(folder))
+    except Exception as error:
+        return Found(name, "crash", f"{type(error).__name__}: {_line(error)}")
+    whole, cut = 1, min(3, about["units"])
+    for stages in (whole, cut):
         try:
             evaluation = raycurv.evaluate(
                 str(folder), examples(), folder / f"out-{stages}", quiet=True, stages=stages,
                 address="none",
             )  # fmt: skip
         except UserError as error:
-            return Found(name, "refused", _line(error).replace(str(folder), "DIR"))
+            return Found(name, "refused", _line(error).replace(str(folder), "DIR"), _class(folder))
         except Exception as error:
             return Found(name, "crash", f"{stages} stages: {type(error).__name__}: {_line(error)}")
         losses[stages] = evaluation.examples()["loss"].to_pylist()
-    mean = sum(losses[1]) / len(LENGTHS)
+    mean = sum(losses[whole]) / len(LENGTHS)
     said = f"loss {mean:.6f}, by transformers {true:.6f}"
-    if losses[1] != losses[2]:
-        return Found(name, "wrong", f"{said}; two stages {losses[2]}, one {losses[1]}")
+    if losses[whole] != losses[cut]:
+        return Found(name, "wrong", f"{said}; {cut} stages {losses[cut]}, one {losses[whole]}")
     right = abs(mean - true) <= TOLERANCE * abs(true)
     if gradients:
         try:
-            errors = gradient_errors(str(folder), 3)
-        except UserError as error:
+            errors = gradient_errors(str(folder), cut, about["left"])
+        except Exception as error:
             said += f"; no gradients: {_line(error).replace(str(folder), 'DIR')}"
+            right &= isinstance(error, UserError)
         else:
             worst = max(errors, key=lambda block: errors[block])
             said += f"; gradients of {len(errors) - 1} blocks within {errors[worst]:.1e} ({worst})"
             right &= errors[worst] <= SINGLE
-    return Found(name, "right" if right else "wrong", said)
+    return Found(name, "right" if right else "wrong", said, _class(folder), **about)
+
+
+def _described(folder: str) -> dict[str, Any]:
+    """What a fit would say of a model before it starts: units, experts, coverage, and what has to
+    be left out."""
+    model, left = open_model(folder), ()
+    for _ in range(2):
+        try:
+            blocks = choose_blocks(
+                model.skeleton(), left, model.default_scope, model.tied_head, model.idle, model.held
+            )
+            break
+        except UserError as error:
+            left = tuple(re.findall(r"--blocks '(![^']+)'", str(error)))
+            if not left:
+                raise
+    share = coverage(model.skeleton(), blocks, model.idle)
+    return {
+        "units": model.units,
+        "experts": any(block.kind == "experts" for block in blocks),
+        "covered": share.covered / max(1, share.trainable),
+        "left": left,
+    }
+
+
+def _class(folder: Path) -> str:
+    return str(json.loads((folder / "config.json").read_text())["architectures"][0])
 
 
 def _line(error: Exception) -> str:
@@ -125,6 +179,7 @@ def main(
     /,
     out: Path | None = None,
     gradients: bool = False,
+    table: Path | None = None,
 ) -> None:
     """Try types of models.
 
@@ -132,6 +187,7 @@ def main(
         kinds: which, by their ``model_type``; all by default.
         out: file of results.
         gradients: whether those of each example and block are compared, too.
+        table: file for what was found, as JSON.
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -142,6 +198,9 @@ def main(
             with tempfile.TemporaryDirectory() as folder:
                 found.append(tried(kind, Path(folder) / "model", gradients, **more))
             print(*(found[-1].kind, found[-1].outcome, found[-1].said), sep=" | ", flush=True)
+    if table is not None:
+        rows = [asdict(one) | {"covered": round(one.covered, 4)} for one in found]
+        table.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     counts = Counter(f.outcome for f in found)
     took = time.perf_counter() - started
     summary = f"{len(found)} models in {took:.0f} s: " + ", ".join(
@@ -174,13 +233,13 @@ def _page(found: list[Found], summary: str, command: str) -> str:
         "",
         f"{summary}.",
         "",
-        "Right, in one stage and two bit for bit, and as by transformers: "
+        "Right, in one stage and three bit for bit, and as by transformers: "
         + ", ".join(f.kind for f in found if f.outcome == "right")
         + ".",
         "",
     ]
     rows = [[f.kind, f.outcome, f.said.replace("|", "/")] for f in found if f.outcome != "right"]
-    return "\n".join([*lines, *table(["type", "outcome", "what was said"], rows), ""])
+    return "\n".join([*lines, *markdown(["type", "outcome", "what was said"], rows), ""])
 
 
 if __name__ == "__main__":

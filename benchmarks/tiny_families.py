@@ -71,8 +71,12 @@ _ATTENTION = ["linear_attention", "hybrid"] * 2
 _OWN: dict[str, dict[str, Any]] = {
     **{kind: {"num_key_value_heads": 4} for kind in ("axk2", "deepseek_v32", "dots3_note_text",
         "glm_moe_dsa", "minicpm3")},
-    **{kind: {"num_key_value_heads": 4, "head_dim": 4} for kind in ("axk1", "deepseek_v3",
-        "longcat_flash", "youtu")},
+    **{kind: {"num_key_value_heads": 4, "head_dim": 4} for kind in ("axk1", "deepseek_v2",
+        "deepseek_v3", "glm4_moe_lite", "longcat_flash", "mistral4", "mistral_large4", "youtu")},
+    **{kind: {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+        "mrope_section": [1, 1, 2]}} for kind in ("glm46v", "glm4v", "glmga", "paddleocr_vl",
+        "qwen2_5_omni_thinker", "qwen2_5_vl")},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}},
     "cohere_compass_text": {"rope_parameters": {
         "full_attention": {"rope_type": "default", "rope_theta": 1e4},
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
@@ -85,7 +89,8 @@ _OWN: dict[str, dict[str, Any]] = {
         "attn_layers": ("local", "lsh") * 2},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": _ATTENTION, "attention_hidden_size": 64},
-    "zamba2": {"layers_block_type": _ATTENTION},
+    "zamba2": {"layers_block_type": _ATTENTION, "attention_hidden_size": 64,
+        "attention_head_dim": 16},
     "zaya": {"num_experts_per_tok": 1},
 }
 # fmt: on
