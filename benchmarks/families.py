@@ -109,6 +109,7 @@ def tried(kind: str, folder: Path, gradients: bool, **more: Any) -> Found:
     losses: dict[int, Any] = {}
     try:
         about = _described(str(folder))
+        shared = about.pop("shared")
     except UserError as error:
         return Found(name, "refused", _line(error).replace(str(folder), "DIR"), _class(folder))
     except Exception as error:
@@ -132,10 +133,17 @@ def tried(kind: str, folder: Path, gradients: bool, **more: Any) -> Found:
     right = abs(mean - true) <= TOLERANCE * abs(true)
     if gradients:
         try:
-            errors = gradient_errors(str(folder), cut, about["left"])
+            # What several layers share is one block, of one stage.
+            errors = gradient_errors(str(folder), 1 if shared else cut, about["left"])
         except Exception as error:
-            said += f"; no gradients: {_line(error).replace(str(folder), 'DIR')}"
-            right &= isinstance(error, UserError)
+            said = f"{said}; no gradients: {type(error).__name__}: {_line(error)}"
+            try:
+                out, left = folder / "fit", about["left"] or ("default",)
+                raycurv.fit(folder, examples(), out, quiet=True, address="none", blocks=left)
+                right = False
+            except UserError as refused:
+                told = _line(refused).replace(str(folder), "DIR")
+                return Found(name, "refused", f"evaluated as by transformers, not fitted: {told}")
         else:
             worst = max(errors, key=lambda block: errors[block])
             said += f"; gradients of {len(errors) - 1} blocks within {errors[worst]:.1e} ({worst})"
@@ -163,6 +171,7 @@ def _described(folder: str) -> dict[str, Any]:
         "experts": any(block.kind == "experts" for block in blocks),
         "covered": share.covered / max(1, share.trainable),
         "left": left,
+        "shared": any(block.shared for block in blocks),
     }
 
 

@@ -190,6 +190,18 @@ class Mixer(nn.Module):
         return (projected.transpose(1, 2) + self.project.bias) * gated
 
 
+class Grouped(nn.Linear):
+    """Each group of inputs has its own part of the weight's rows, as DeepSeek-V4 projects heads."""
+
+    def __init__(self) -> None:
+        super().__init__(5, 6)
+        self.n_groups = 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.weight.unflatten(0, (2, 3)), self.bias.unflatten(0, (2, 3))
+        return torch.einsum("ntgi,goi->ntgo", x, parts[0]) + parts[1]
+
+
 HELD = ("0.conv", "0.project", "0.gate")
 DEPTHWISE = {"kernel_size": 3, "padding": 2, "groups": 4}
 LAYERS = {
@@ -231,6 +243,7 @@ LAYERS = {
     "attention": Layer(Attention, (3, 4, 6)),
     "lstm": Layer(Lstm, (3, 4, 5)),
     "slope": Layer(lambda: nn.PReLU(4), (3, 4, 5)),
+    "grouped linear": Layer(Grouped, (3, 6, 2, 5)),
     "layers that are not called": Layer(Mixer, (3, 6, 4), HELD),
     "bilinear": Layer(lambda: Bilinear(), (3, 4, 5)),
 }

@@ -123,6 +123,15 @@ def disagreements(
         del roots
         captured = capture.captured(record)
         del record
+    if all(g is None for g in captured.gradients.values()):
+        raise UserError(
+            "the model",
+            "a forward through which gradients reach its weights",
+            f"one that leads to none of {len(capture.blocks)} blocks, {next(iter(capture.blocks))} "
+            "among them",
+            "Let the forward keep a graph: not under torch.no_grad, nor in a function of autograd "
+            "that differentiates its weights alone (reversible layers).",
+        )
     scales = [1.0, -0.5][: batch.size]
     sides = _Sides(capture, captured, scales, dtype)
     with _same_randomness(device), torch.enable_grad(), sides.watching():

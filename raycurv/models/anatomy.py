@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +11,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from raycurv.errors import UserError
 from raycurv.models.hf_calls import options
 from raycurv.models.mixtures import routed_experts
-from raycurv.models.travelling import Marks, Travels, Watched, axis_of
+from raycurv.models.travelling import Marks, Travels, Watched, axis_of, leaves
 
 META = torch.device("meta")
 AS_FACTORY = (
@@ -165,12 +166,14 @@ def find_anatomy(
     text = config.get_text_config()
     count = getattr(text, "num_hidden_layers", None)
     lists = [
-        (sum(p.numel() for p in module.parameters()), name)
+        (_size(module), name)
         for name, module in whole.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == count
     ]
+    if not lists:  # some count otherwise, such as two for a layer
+        lists = [(_size(whole.get_submodule(name)), name) for name in _outermost_lists(whole)]
     if not lists:
-        raise refuse(f"no list of {count} layers")
+        raise refuse("no list of layers")
     names = {id(module): name for name, module in whole.named_modules()}
     embedding, head = whole.get_input_embeddings(), whole.get_output_embeddings()
     if id(embedding) not in names or (causal and id(head) not in names):
@@ -206,9 +209,21 @@ def find_anatomy(
             raise refuse(got) from errors[0]
         if seen.called:
             break
+    if seen.changed:
+        raise UserError(
+            f"model {directory} ({type(whole).__name__})",
+            "a forward that leaves the weights as they are",
+            f"one that changes its own ({seen.changed})",
+            "Curvature is of weights that stay: give it as package.module:factory, with a forward "
+            "that changes none.",
+        )
     if seen.problem:
         raise refuse(seen.problem)
-    run = seen.early | seen.late
+    # Around the layers, what has weights of its own may not use them.
+    around = {name for name in seen.early | seen.late if f"{layers_name}.".startswith(f"{name}.")}
+    around |= {""} & (seen.early | seen.late)
+    unused = {name for name in around if not _used(whole, name, given)}
+    run = (seen.early | seen.late) - unused
     for name in run:
         prefix = f"{name}." if name else ""
         below = [
@@ -225,7 +240,7 @@ def find_anatomy(
         for name in outside
     }
     for index, layer in enumerate(layers):
-        numel[f"{layers_name}.{index}"] = sum(p.numel() for p in layer.parameters())
+        numel[f"{layers_name}.{index}"] = _size(layer)
     return Anatomy(
         layers=layers_name,
         count=len(layers),
@@ -235,8 +250,8 @@ def find_anatomy(
         width=embedding.weight.shape[1],
         made=seen.made,
         head=head_name,
-        early=frozenset(seen.early),
-        late=frozenset(seen.late),
+        early=frozenset(seen.early - unused),
+        late=frozenset(seen.late - unused),
         idle=frozenset(outside.keys() - run),
         held=frozenset(
             name
@@ -253,15 +268,55 @@ def find_anatomy(
     )
 
 
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _outermost_lists(whole: nn.Module) -> list[str]:
+    """Names of the lists of modules that are in no other."""
+    found: list[str] = []
+    for name, module in whole.named_modules():  # a module comes before its parts
+        inside = any(name.startswith(f"{other}.") for other in found)
+        if isinstance(module, nn.ModuleList) and not inside:
+            found.append(name)
+    return found
+
+
+class _Uses(TorchFunctionMode):
+    """Takes note of which of some tensors torch's functions are given."""
+
+    def __init__(self, watched: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.used: bool = False
+        self.watched = {id(tensor) for tensor in watched}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = leaves((args, kwargs or {}))
+        self.used = self.used or any(id(tensor) in self.watched for _, tensor in given)
+        return func(*args, **kwargs or {})
+
+
+def _used(whole: nn.Module, name: str, given: Given) -> bool:
+    """Whether a forward uses the weights that a module has beside those of its parts."""
+    uses = _Uses(whole.get_submodule(name).parameters(recurse=False))
+    with uses:
+        run_on_meta(whole, *TRIED, given)
+    return uses.used
+
+
 def _sees_behind_alone(layers: nn.ModuleList) -> bool:
     """Whether all attention in some layers says that it is causal."""
     said = [module.is_causal for module in layers.modules() if hasattr(module, "is_causal")]
     return bool(said) and all(map(bool, said))
 
 
-def refused(whole: nn.Module, directory: Path, got: str) -> UserError:
+class NotCutError(UserError):
+    """A model that cannot be cut, and may run as one stage."""
+
+
+def refused(whole: nn.Module, directory: Path, got: str) -> NotCutError:
     """A model that cannot be cut, and what stands in the way."""
-    return UserError(
+    return NotCutError(
         f"model {directory} ({type(whole).__name__})",
         "a model that may be cut between its layers",
         got,
@@ -295,6 +350,7 @@ class _Seen:
         inside: the modules that it called.
         watched: what its layers were called with, beside hidden states of the shape ``hidden``.
         called: whether it ran any of the layers.
+        changed: the first of its own weights that it changed, or "".
         problem: the first thing that forbids cutting, or "".
     """
 
@@ -307,6 +363,7 @@ class _Seen:
     hidden: torch.Size
     called: bool
     pooled: bool
+    changed: str
     problem: str
 
 
@@ -382,8 +439,6 @@ def _watch(
         stack.enter_context(frozen(whole))
         logits = run_on_meta(whole, *sizes, given)
     changed = [name for name, parameter, version in before if parameter._version != version]
-    if changed:
-        problems.insert(0, f"a forward that changes its own weights ({changed[0]})")
     if len(called) != len(layers):
         problems.append(f"{len(called)} of {len(layers)} layers called")
     if len(set(shapes)) > 1:
@@ -401,6 +456,7 @@ def _watch(
         hidden=shapes[0] if shapes else torch.Size(),
         called=bool(called),
         pooled=logits.ndim < 3,
+        changed=changed[0] if changed else "",
         problem=problems[0] if problems else "",
     )
 

@@ -33,6 +33,7 @@ from raycurv.models.anatomy import (
     TRIED,
     Anatomy,
     Made,
+    NotCutError,
     find_anatomy,
     frozen,
     hidden_of,
@@ -130,6 +131,7 @@ class HFOutline(Outline):
         whole = self._on_meta()
         anatomy = self._anatomy_of(whole)
         self.anatomy, self._skeleton = anatomy, whole
+        self._ties = dict(getattr(whole, "all_tied_weights_keys", None) or {})
         self.units, self.width = anatomy.count, anatomy.travels.columns or None
         # Weights that multiply at each token: those of each layer, and the head's in the last.
         costs = [float(anatomy.numel[anatomy.layer(i)]) for i in range(self.units)]
@@ -139,8 +141,9 @@ class HFOutline(Outline):
         self.tied_head = anatomy.head if anatomy.tied else None
         self.idle, self.held = anatomy.idle, anatomy.held
         if self.idle:
-            run = [n for n, _ in whole.named_parameters() if n.rpartition(".")[0] not in self.idle]
-            idle = dict.fromkeys(outermost(name, run) for name in sorted(self.idle))
+            names = [name for name, _ in whole.named_parameters()]
+            run = [name for name in names if name.rpartition(".")[0] not in self.idle]
+            idle = dict.fromkeys(outermost(name, run) for name in sorted({*names} - {*run}))
             self.notices += (f"not run with tokens, and not loaded: {', '.join(idle)}",)
         if self.task not in (CAUSAL_LM, MASKED_LM, SEQ2SEQ):
             self.classes, self.class_names = self.config.num_labels, class_names(self.config)
@@ -193,9 +196,7 @@ class HFOutline(Outline):
         try:
             found = find_anatomy(whole, self.config, self._stored_twice, self.directory, causal)
             _try_cuts(whole, found, self.directory)
-        except UserError as error:
-            if causal:
-                raise
+        except NotCutError as error:
             self.notices += (f"runs as one stage: {error.got}",)
             return whole_anatomy(whole)
         return found
@@ -396,7 +397,7 @@ class HFModel(HFOutline, Model):
 
     def build(self, units: range, dtype: torch.dtype, device: torch.device) -> Segment:
         assert 0 <= units.start < units.stop <= self.units and units.step == 1, units
-        weights = Weights(self.checkpoint, device, self._names)
+        weights = Weights(self.checkpoint, device, self._names | self._aliases(units))
         module = self._load(weights, dtype, units)
         # Weights are on the device already; this moves HF's own tables, without a cast.
         module.to(device)
@@ -406,6 +407,16 @@ class HFModel(HFOutline, Model):
         if self.images is not None:
             return ImageSegment(module)
         return HFSegment(module, units, self.anatomy) if self.anatomy.cut else WholeSegment(module)
+
+    def _aliases(self, units: range) -> dict[str, str]:
+        """Of weights in some layers that are tied to those of other ones, the keys of these."""
+        layers = f"{self.anatomy.layers}."
+        return {
+            target: self._parts[source].pieces[0].key
+            for target, source in self._ties.items()
+            if target.startswith(layers) and source.startswith(layers) and source in self._parts
+            if self.unit_of(target) in units and self.unit_of(source) not in units
+        }
 
     def stored(self, block: Block) -> StoredWeight:
         """Where the checkpoint keeps a block's weight, as the loader resolved its keys; UserError
@@ -902,7 +913,8 @@ def _stand_ins(module: nn.Module, units: range, anatomy: Anatomy) -> dict[str, n
     for name in sorted((anatomy.early | anatomy.late | anatomy.idle) - kept):
         # What stands below another one that goes, goes with it; above one that stays, stays.
         goes = any(name.startswith(f"{other}.") for other in found)
-        if not goes and not any(other.startswith(f"{name}.") for other in kept):
+        stays = {*kept, f"{anatomy.layers}." if anatomy.cut else ""}
+        if not goes and not any(other.startswith(f"{name}.") for other in stays):
             found[name] = _Absent(module.get_submodule(name), anatomy.made.get(name))
     return found
 

@@ -14,13 +14,13 @@ from raycurv.mathematics.kinds.experts import BatchedExperts, Experts
 from raycurv.mathematics.kinds.free import FreeParameter
 from raycurv.mathematics.kinds.held import HeldConvolution, HeldLinear, describe_held
 from raycurv.mathematics.kinds.kind import Kind, is_only_held
-from raycurv.mathematics.kinds.linear import Linear, TransposedLinear
+from raycurv.mathematics.kinds.linear import GroupedLinear, Linear, TransposedLinear
 from raycurv.mathematics.kinds.router import Router
 
 # A module is of the first kind that holds it; what of its parameters that leaves is free.
 KINDS: list[Kind] = [
-    Router(), Linear(), TransposedLinear(), Convolution(2), Convolution(1), Convolution(3),
-    Embedding(), *(Experts(transposed, interleaved) for transposed in (False, True)
+    Router(), GroupedLinear(), Linear(), TransposedLinear(), Convolution(2), Convolution(1),
+    Convolution(3), Embedding(), *(Experts(transposed, interleaved) for transposed in (False, True)
       for interleaved in (False, True)),
     BatchedExperts(),
 ]  # fmt: skip

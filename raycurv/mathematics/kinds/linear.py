@@ -6,6 +6,9 @@ y_t = W a_t + b        a row a token, wherever its axis is: [N, T, I], [N, H, T,
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from torch import Tensor, nn
 
 from raycurv.mathematics.blocks import Block
@@ -42,6 +45,37 @@ class Linear(Kind):
         if mask is None or _position_axis(_split(call.x, call), call.positions) is None:
             return None
         return mask.repeat(1, rows // mask.shape[1])
+
+
+class GroupedLinear(Linear):
+    """The weight ``[O, I]`` of a ``torch.nn.Linear`` whose forward is its own, in ``n_groups``: of
+    inputs ``[N, T, S, I]`` each is multiplied by its own rows of the weight."""
+
+    name = "grouped_linear"
+    label = "grouped linear layer"
+
+    def holds(self, module: nn.Module) -> bool:
+        own = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+        return own and isinstance(getattr(module, "n_groups", None), int)
+
+    def describe(self, name: str, module: nn.Module) -> tuple[Block, ...]:
+        (block,) = super().describe(name, module)
+        groups: Any = module.n_groups
+        return (replace(block, groups=groups),)
+
+    def layout(self, block: Block, module: nn.Module) -> object:
+        return self.name, block.groups
+
+    def input_rows(self, block: Block, module: nn.Module, call: ModuleCall) -> Tensor:
+        check_examples(block, _split(call.x, call), call.examples, 4)
+        x = _split(call.x, call)
+        return x.reshape(call.examples, -1, *x.shape[-2:])
+
+    def output_rows(self, block: Block, module: nn.Module, call: ModuleCall, g: Tensor) -> Tensor:
+        return _split(g, call).reshape(call.examples, -1, block.d_out)
+
+    def flops(self, module: nn.Module, x: Tensor, *more: Any) -> int:
+        return super().flops(module, x, *more) // x.shape[-2]
 
 
 class TransposedLinear(Linear):
