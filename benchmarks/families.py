@@ -207,9 +207,9 @@ def main(
             with tempfile.TemporaryDirectory() as folder:
                 found.append(tried(kind, Path(folder) / "model", gradients, **more))
             print(*(found[-1].kind, found[-1].outcome, found[-1].said), sep=" | ", flush=True)
-    if table is not None:
-        rows = [asdict(one) | {"covered": round(one.covered, 4)} for one in found]
-        table.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+            if table is not None:
+                rows = [asdict(one) | {"covered": round(one.covered, 4)} for one in found]
+                table.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     counts = Counter(f.outcome for f in found)
     took = time.perf_counter() - started
     summary = f"{len(found)} models in {took:.0f} s: " + ", ".join(

@@ -61,6 +61,7 @@ PARTICULAR = {
     "gemma4": "a weight read off an absent embedding",
     "roformer": "sines that stand in a table",
     "openai-gpt": "layers that return lists, padding looked for among token ids",
+    "zamba": "weights that layers share",
     "lfm2": "convolutions, which mix positions",
     "bert": "a head with a weight beside its parts",
 }
@@ -85,9 +86,7 @@ def test_a_cut_decoder_is_the_whole(tmp_path: Path, kind: str) -> None:
 
 REFUSED = {
     "jetmoe": r"a mixture of others \(JetMoeMoA in model.layers.0.self_attention.experts\)",
-    "rwkv": r"a forward that changes its own weights \(rwkv.blocks.0.attention.output.weight\)",
-    "xlm": r"layer 1 called with learned values \(0\)",
-    "cpmant": r"hidden states of shape \[2, 35, 32\] of 2 texts of 3 tokens",
+    "rwkv": r"one that changes its own \(rwkv.blocks.0.attention.output.weight\)",
 }
 
 
@@ -95,6 +94,24 @@ REFUSED = {
 def test_what_cannot_be_cut_is_refused_with_its_reason(tmp_path: Path, kind: str) -> None:
     with pytest.raises(UserError, match=REFUSED[kind]):
         open_model(_saved(tmp_path / "model", kind))
+
+
+# What runs as one stage, and why: a value between its layers, positions that are no tokens.
+WHOLE = {
+    "xlm": "layer 1 called with learned values (0)",
+    "cpmant": "hidden states of shape [2, 35, 32] of 2 texts of 3 tokens",
+}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_a_decoder_that_cannot_be_cut_runs_as_one_stage(tmp_path: Path, kind: str) -> None:
+    folder = _saved(tmp_path / "model", kind)
+    model = open_model(folder)
+    assert model.units == 1 and f"runs as one stage: {WHOLE[kind]}" in model.notices
+    whole = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        expected = whole(input_ids=_batch(False).inputs, use_cache=False).logits
+        assert torch.equal(_logits(folder, _batch(False), (0, 1)), expected)
 
 
 def test_a_vision_tower_is_not_loaded(tmp_path: Path) -> None:
