@@ -196,6 +196,32 @@ OTHERS = {
 }
 
 
+def test_what_a_pretrained_encoder_has_beside_a_masked_language_model_is_told(
+    tmp_path: Path,
+) -> None:
+    config = transformers.BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=8, max_position_embeddings=16,
+    )  # fmt: skip
+    whole = transformers.BertForPreTraining(config)
+    masked = transformers.BertForMaskedLM(config)
+    masked.save_pretrained(tmp_path)
+    kept = dict(load_file(tmp_path / "model.safetensors"))
+    beside = {k: v.clone() for k, v in whole.state_dict().items() if k not in masked.state_dict()}
+    assert set(beside) == {
+        f"{name}.{part}" for name in ("bert.pooler.dense", "cls.seq_relationship")
+        for part in ("weight", "bias")
+    }  # fmt: skip
+    save_file(kept | beside, tmp_path / "model.safetensors", {"format": "pt"})
+    told = " ".join(open_model(str(tmp_path)).notices)
+    assert all(name in told for name in ("bert.pooler.dense", "pretraining"))
+    # Control: a layer that the configuration does not know is no part of its pretraining.
+    strange = {"bert.encoder.layer.1.output.dense.weight": torch.ones(8, 8)}
+    save_file(kept | beside | strange, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"1 that it does not take: bert\.encoder\.layer\.1"):
+        open_model(str(tmp_path))
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_another_kind_of_model_is_refused_by_its_name(own: Path, name: str) -> None:
     kind, *says = OTHERS[name]

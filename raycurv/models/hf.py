@@ -349,6 +349,20 @@ class HFModel(HFOutline, Model):
             yield f"left out, as {FLAG} says: {listed(left)}"
         self._given = tuple(key for key in self.checkpoint.entries if key not in left)
 
+    def _pretrained(self, whole: Any) -> Iterator[str]:
+        """Names of the weights that models of this kind have when they are pretrained, of which
+        one for a task may have no use: BERT's pooler, say, and the heads beside it."""
+        if self.task.causal:
+            return
+        for auto in (transformers.AutoModel, transformers.AutoModelForPreTraining):
+            if type(self.config) in auto._model_mapping:
+                wanted = "a configuration that its bare model takes"
+                with library_errors(str(self.directory / CONFIG), wanted), META, _quiet():
+                    bare = auto.from_config(self.config, dtype=torch.float32)
+                inside = type(bare).base_model_prefix if auto is transformers.AutoModel else ""
+                for name, _ in bare.named_parameters():
+                    yield f"{inside}.{name}" if inside else name
+
     def _check_unused(self, whole: nn.Module) -> None:
         """Refuse tensors that the model did not take, but those that are known not to matter, or
         that the user lets be; they are told."""
@@ -357,7 +371,7 @@ class HFModel(HFOutline, Model):
         if not unused:
             return
         entries = self.checkpoint.entries
-        known = Known.of(whole, self._ignorable)
+        known = Known.of(whole, self._ignorable, self._pretrained(whole))
         left: dict[str, list[str]] = {}
         refused = []
         for name, key in unused.items():

@@ -71,18 +71,22 @@ class Known:
         patterns: on names that may be left unused.
         buffers: names of the tensors that are computed, not loaded.
         modules: names of the modules.
+        pretrained: names of the weights that models of its kind have when they are pretrained.
     """
 
     patterns: tuple[str, ...]
     buffers: frozenset[str]
     modules: frozenset[str]
+    pretrained: frozenset[str]
 
     @classmethod
-    def of(cls, module: nn.Module, patterns: Iterable[str]) -> Known:
+    def of(
+        cls, module: nn.Module, patterns: Iterable[str], pretrained: Iterable[str] = ()
+    ) -> Known:
         """Of a model, with the patterns that its class has for itself."""
         buffers = frozenset(name for name, _ in module.named_buffers())
         modules = frozenset(name for name, _ in module.named_modules())
-        return cls(tuple(patterns), buffers, modules)
+        return cls(tuple(patterns), buffers, modules, frozenset(pretrained))
 
 
 def reason(name: str, entry: Entry, known: Known) -> str:
@@ -108,6 +112,8 @@ def reason(name: str, entry: Entry, known: Known) -> str:
     square = triangle and entry.shape[2] == entry.shape[3]
     if last == "bias" and re.search("attn|attention", name) and square:
         return "a causal mask, computed"
+    if name in known.pretrained:
+        return "of its pretraining, and no part of this model"
     numel = math.prod(entry.shape)
     if last == "masked_bias" and numel == 1:
         return "a constant of a causal mask"
