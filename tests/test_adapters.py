@@ -441,6 +441,9 @@ def test_an_adapter_lies_beside_its_base_or_is_told_from_a_model(
         ours(lora, "llama", merged=True)
     with pytest.raises(UserError, match="the factory networks:adapted"):
         open_model("networks:adapted", adapters=Adapters(("x",)))
+    for opened in (open_model, open_outline):
+        with pytest.raises(UserError, match="an --adapter to merge"):
+            opened("networks:adapted", adapters=Adapters((), True))
     both = Path(shutil.copytree(lora / "llama", tmp_path / "llama"))
     for file in (lora / "adapter").iterdir():
         shutil.copy(file, both)

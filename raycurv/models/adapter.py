@@ -65,6 +65,13 @@ class Adapters:
     directories: tuple[str, ...] = ()
     merged: bool = False
 
+    def given(self) -> bool:
+        """Whether there are any; UserError if there is none to merge."""
+        if self.merged and not self.directories:
+            remedy = "Give --adapter, or leave --merge-adapter out."
+            raise UserError("--merge-adapter", "an --adapter to merge", "none", remedy)
+        return bool(self.directories)
+
     def open(self) -> tuple[Adapter, ...]:
         """Describe each; see :class:`Adapter`."""
         places = [Path(os.path.abspath(os.path.expanduser(one))) for one in self.directories]

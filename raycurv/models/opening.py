@@ -68,10 +68,7 @@ def open_directory(
     from raycurv.models.hf import HFModel
 
     name = name or str(directory)
-    if not adapters.directories:
-        if adapters.merged:
-            remedy = "Give --adapter, or leave --merge-adapter out."
-            raise UserError("--merge-adapter", "an --adapter to merge", "none", remedy)
+    if not adapters.given():
         return HFModel(name, directory, trust_remote_code, ignored)
     kind = MergedModel if adapters.merged else AdaptedModel
     return kind(name, directory, adapters, trust_remote_code, ignored)
@@ -89,13 +86,13 @@ def open_outline(
     from raycurv.models.hf import HFOutline
 
     # Merged ones leave the weights as many as they are.
-    if adapters.directories and not adapters.merged:
+    if adapters.given() and not adapters.merged:
         return AdaptedOutline(str(source), found, adapters, trust_remote_code)
     return HFOutline(str(source), found, trust_remote_code)
 
 
 def _without_adapters(model: FactoryModel, adapters: Adapters) -> FactoryModel:
-    if adapters.directories:
+    if adapters.given():
         raise UserError(
             f"--adapter {adapters.directories[0]}",
             "a directory as --model, with the base's weights", f"the factory {model.name}",
