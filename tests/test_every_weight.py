@@ -12,14 +12,19 @@ import pytest
 import torch
 from dense import Truth, solve, worst
 from networks import EVERY, VOCAB, Case
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
+import raycurv
 from raycurv.batch import Batch
+from raycurv.errors import UserError
 from raycurv.files.artifacts import read_blocks
 from raycurv.files.store import Store
+from raycurv.files.weights import write_checkpoint
 from raycurv.mathematics import tiles
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Captured
+from raycurv.mathematics.choice import choose_blocks
 from raycurv.mathematics.corrected import CorrectedSums
 from raycurv.mathematics.curvature import BlockCurvature, Damping
 from raycurv.mathematics.eigen import Eigenbasis
@@ -28,8 +33,10 @@ from raycurv.mathematics.gradient_statistics import GradientSums
 from raycurv.mathematics.influence.ihvp import QueryGradients, QueryProducts
 from raycurv.mathematics.influence.scores import PairwiseScores, SpectralSelfScores
 from raycurv.mathematics.rank.rank_fisher import RowSums
+from raycurv.models.opening import open_model
+from raycurv.models.patched import Patched
 from raycurv.models.pieces import Parts
-from raycurv.models.stored import StoredWeight
+from raycurv.models.stored import Patch, StoredWeight
 
 DOUBLE = torch.float64
 # Sums of some hundred float64 products of numbers near 1; HF takes some of a norm in float32.
@@ -171,6 +178,57 @@ def test_the_vocabularys_side_of_a_head_that_nothing_decomposes_is_a_diagonal(
     # Control: with tiles there is a factor.
     tiled = fits.run(replace(llama, name="a llama whose head is cut"), max_factor_dim=8)
     assert not next(b for b in _blocks(tiled) if b.name == "lm_head").output_diagonal
+
+
+@pytest.mark.parametrize("case", [EVERY[1], EVERY[3]], ids=lambda case: case.name)
+def test_a_weight_of_both_ends_is_replaced_at_both(fits: Any, tmp_path: Path, case: Case) -> None:
+    model = open_model(fits.source(case))
+    block = next(b for b in choose_blocks(model.skeleton(), ("all",)) if b.shared)
+    weight = model.block_weight(block)
+    assert torch.equal(weight, fits.truth(case).network.get_parameter(f"{block.name}.weight").T)
+    patched = Patched(model, [Patch.of(block, 2 * weight)])
+    write_checkpoint(Store(str(tmp_path)), patched)
+    stored = load_file(tmp_path / "model.safetensors")
+    held = [key for key in stored if stored[key].shape == weight.T.shape]
+    assert held and all(torch.equal(stored[key], 2 * weight.T) for key in held)
+    # In each stage that has an end of the model.
+    for units in {range(model.units), range(model.units - 1, model.units)}:
+        module = patched.build(units, torch.float32, torch.device("cpu")).module
+        head = module.get_parameter(f"{block.shared[0]}.weight")
+        assert torch.equal(head, 2 * weight.T)
+
+
+class Beside(nn.Module):
+    """Its embedding's weight, or its norm's, is used beside the module's own calls as well."""
+
+    def __init__(self, of_norm: bool) -> None:
+        super().__init__()
+        self.of_norm, self.embed, self.norm = of_norm, nn.Embedding(VOCAB, 6), nn.LayerNorm(6)
+        self.out = nn.Linear(6, VOCAB)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.norm(self.embed(x))
+        if self.of_norm:
+            return self.out(hidden * self.norm.weight)
+        return self.out(hidden) + nn.functional.linear(hidden, self.embed.weight)
+
+
+@pytest.mark.parametrize("block", ["norm", "embed"])
+def test_a_weight_that_is_used_beside_its_module_is_refused(tmp_path: Path, block: str) -> None:
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        return Beside(block == "norm").eval()
+
+    case = EVERY[1]
+    given: dict[str, Any] = {"address": "none", "quiet": True, "objective": case.objective}
+    with pytest.raises(UserError, match=rf"block {block}:[\s\S]*relative error") as caught:
+        raycurv.fit(network, list(case.data), tmp_path / "run", blocks=("all",), **given)
+    flag = f"!{block}"
+    assert flag in caught.value.remedy
+    raycurv.fit(network, list(case.data), tmp_path / "run", blocks=("all", flag), **given)
 
 
 # Rows on the columns that they have
