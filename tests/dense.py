@@ -143,18 +143,36 @@ class Truth:
         return torch.tensor([row["inputs"]], dtype=torch.float64)
 
     def outputs(self, row: dict[str, Any]) -> Tensor:
-        """Logits ``[T, V]`` of a sentence, ``[V]`` or ``[D]`` of numbers."""
+        """Logits ``[T, V]`` of a sentence, ``[V]`` of a text or of numbers, ``[D]`` of numbers;
+        of two texts the number of each."""
+        if "chosen" in row:
+            each = [self.network(torch.tensor([row[name]])) for name in ("chosen", "rejected")]
+            return torch.cat([one.logits[0] for one in each])
         found = self.network(self.inputs(row))
         return getattr(found, "logits", found)[0]
 
     def targets(self, row: dict[str, Any]) -> list[bool]:
-        """Which tokens are targets: not the first, not those that a mask or -100 leaves out."""
+        """Which tokens are targets: not the first where the one before it predicts it, not those
+        that a mask or -100 leaves out."""
         count = len(row["input_ids"])
         mask, own = row.get("loss_mask", [True] * count), self.own(row)
-        return [t > 0 and bool(mask[t]) and own[t] != -100 for t in range(count)]
+        first = self.shift
+        return [t >= first and bool(mask[t]) and own[t] != -100 for t in range(count)]
+
+    @property
+    def shift(self) -> int:
+        """How far a token that is a target stands behind what predicts it."""
+        return int(self.case.objective == "causal-lm")
+
+    @property
+    def of_texts(self) -> bool:
+        """Whether an example has one label, a class."""
+        return self.case.objective in ("classification", "preference")
 
     def own(self, row: dict[str, Any]) -> Any:
         """The data's own labels."""
+        if "chosen" in row:
+            return 0
         return row.get("labels", row.get("input_ids"))
 
     def loss(self, row: dict[str, Any], outputs: Tensor, labels: Any) -> Tensor:
@@ -162,10 +180,11 @@ class Truth:
         if self.case.objective == "regression":
             y = torch.as_tensor(labels, dtype=torch.float64)
             return sum((((f - t) ** 2) / 2 for f, t in zip(outputs, y, strict=True)))
-        if self.case.objective == "classification":
+        if self.of_texts:
             return -outputs.log_softmax(dim=0)[int(labels)]
         log_p = outputs.log_softmax(dim=1)
-        terms = [-log_p[t - 1, int(labels[t])] for t, yes in enumerate(self.targets(row)) if yes]
+        s = self.shift
+        terms = [-log_p[t - s, int(labels[t])] for t, yes in enumerate(self.targets(row)) if yes]
         return sum(terms, 0.0 * outputs.sum())
 
     def drawn(self, row: dict[str, Any], draw: int) -> Any:
@@ -176,11 +195,12 @@ class Truth:
                 float(f) + NormalDist().inv_cdf(uniform(self.seed, name, 0, draw, k))
                 for k, f in enumerate(outputs)
             ]
-        if self.case.objective == "classification":
+        if self.of_texts:
             return inverse_cdf(outputs, uniform(self.seed, name, 0, draw, 0))
-        return [0] + [
-            inverse_cdf(outputs[t - 1], uniform(self.seed, name, t, draw, 0))
-            for t in range(1, len(outputs))
+        s = self.shift
+        return [0] * s + [
+            inverse_cdf(outputs[t - s], uniform(self.seed, name, t, draw, 0))
+            for t in range(s, len(outputs))
         ]
 
     def examine(self, row: dict[str, Any], labels: Any, names: Sequence[str]) -> dict[str, Rows]:

@@ -107,6 +107,29 @@ def sentences(lengths: Sequence[int], masked: bool, seed: int = 0) -> tuple[dict
     return tuple(rows)
 
 
+def texts(lengths: Sequence[int], labels: str, seed: int = 0) -> tuple[dict[str, Any], ...]:
+    """Token rows with a class of each text (``class``) or of most tokens (``classes``), or with
+    some tokens hidden (``words``); or two rows of tokens that are compared (``pairs``)."""
+    rng = np.random.default_rng(seed)
+    rows: list[dict[str, Any]] = []
+    for n, length in enumerate(lengths):
+        row: dict[str, Any] = {"id": f"text {n}"}
+        ids = rng.integers(3, VOCAB, size=length).tolist()
+        if labels == "pairs":
+            row |= {"chosen": ids, "rejected": rng.integers(3, VOCAB, size=1 + n).tolist()}
+        elif labels == "class":
+            row |= {"input_ids": ids, "labels": int(rng.integers(3))}
+        else:
+            most = 3 if labels == "classes" else VOCAB
+            own = rng.integers(most, size=length)
+            row |= {
+                "input_ids": ids,
+                "labels": np.where(rng.random(length) < 0.4, -100, own).tolist(),
+            }
+        rows.append(row)
+    return tuple(rows)
+
+
 # Networks
 
 
@@ -425,6 +448,21 @@ def _separated(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     return network
 
 
+def _encoder(head: str, kind: str = "Bert", **more: Any) -> Callable[[], nn.Module]:
+    """An encoder of two layers with a head: ``SequenceClassification``, say."""
+
+    def make() -> nn.Module:
+        import transformers
+
+        config = getattr(transformers, f"{kind}Config")(
+            vocab_size=VOCAB, hidden_size=8, intermediate_size=10, num_hidden_layers=2,
+            num_attention_heads=2, max_position_embeddings=32, **more,
+        )  # fmt: skip
+        return shaken(getattr(transformers, f"{kind}For{head}")(config))
+
+    return make
+
+
 # Lengths that differ, one token among them: an example without any loss term.
 LENGTHS = (5, 2, 7, 1, 4, 7)
 TOKENS = {"batch_tokens": 14}
@@ -450,6 +488,22 @@ REGRESSION = Case("regression", _seeded(_mlp), vectors(9, 5, "numbers"), "regres
 LLAMA = Case(
     "llama", _seeded(_llama), sentences(LENGTHS, True), "causal-lm", checkpoint=True, **TOKENS
 )
+# What looks both ways, and what is of whole texts. Pads of 1, and of none: a text may hold either.
+CLASSIFIER = Case(
+    "bert of texts", _seeded(_encoder("SequenceClassification", num_labels=3)),
+    texts(LENGTHS, "class"), "classification", {"blocks": ("bert.encoder.*", "classifier")},
+    checkpoint=True, **TOKENS,
+)  # fmt: skip
+REWARD = Case(
+    "qwen2 of pairs",
+    _seeded(_encoder("SequenceClassification", "Qwen2", num_labels=1, num_key_value_heads=1)),
+    texts(LENGTHS, "pairs"), "preference", {"draws": 2, "blocks": ("model.layers.*", "score")},
+    checkpoint=True, **TOKENS,
+)  # fmt: skip
+MASKED = Case(
+    "roberta of masked words", _seeded(_encoder("MaskedLM", "Roberta", pad_token_id=1)),
+    texts(LENGTHS, "words"), "masked-lm", checkpoint=True, **TOKENS,
+)  # fmt: skip
 LLAMA_4 = Case(
     "llama of four layers", _seeded(lambda: _llama(4)), sentences((5, 2, 7, 1, 4, 7, 3, 6), False),
     "causal-lm", checkpoint=True, **TOKENS,
@@ -507,6 +561,9 @@ CASES: tuple[Case, ...] = (
     ADAPTED,
     MIXTURE,
     Case("gpt2", _seeded(_gpt2), LLAMA.data, "causal-lm", checkpoint=True, **TOKENS),
+    CLASSIFIER,
+    REWARD,
+    MASKED,
     MIXER,
     Case(
         "q/k/v, empirical",

@@ -1,10 +1,11 @@
 """Claims about every kind of decoder that HF has: cut between its layers it is the whole, bit for
-bit, or it is refused when it is opened, with the reason."""
+bit, or it is refused when it is opened, with the reason; and about encoders and classifiers."""
 
 from __future__ import annotations
 
 import itertools
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import transformers
 from torch import Tensor
 
+import raycurv
 from raycurv.batch import Batch
 from raycurv.errors import UserError
 from raycurv.models.opening import open_model
@@ -119,3 +121,85 @@ def test_a_vision_tower_is_not_loaded(tmp_path: Path) -> None:
     segment = model.build(range(0, 4), torch.float32, torch.device("cpu"))
     names = [name for name, _ in segment.module.named_parameters()]
     assert names and not any("vision" in name or "multi_modal" in name for name in names)
+
+
+# What is particular about each, and whether it is cut.
+TASKS = {
+    ("bert", "SequenceClassification"): ("pools the first token, which it projects", True),
+    ("distilbert", "SequenceClassification"): ("sizes of other names", True),
+    ("llama", "SequenceClassification"): ("pools the last token, without padding", True),
+    ("gpt2", "SequenceClassification"): (
+        "pools the last token but padding, which texts hold",
+        True,
+    ),
+    ("modernbert", "SequenceClassification"): ("a mean over tokens, windows", True),
+    ("deberta-v2", "SequenceClassification"): (
+        "one stage: learned positions in every layer",
+        False,
+    ),
+    ("mpnet", "TokenClassification"): ("eager attention with a mask, a bias that travels", True),
+    ("electra", "TokenClassification"): ("a narrow embedding", True),
+    ("roberta", "MaskedLM"): ("positions behind padding, a tied decoder", True),
+    ("albert", "MaskedLM"): ("one stage: one layer is used twice", False),
+}
+_MORE: dict[str, dict[str, Any]] = {
+    "llama": {"pad_token_id": None},
+    "gpt2": {"pad_token_id": 5},
+    "modernbert": {"classifier_pooling": "mean"},
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+    "roberta": {"pad_token_id": 1},
+}
+_LOSSES = {
+    "SequenceClassification": raycurv.Classification(),
+    "TokenClassification": raycurv.TokenClassification(),
+    "MaskedLM": raycurv.MaskedLM(),
+}
+
+
+@pytest.mark.parametrize("kind, head", TASKS)
+def test_a_text_is_what_it_is_alone_without_padding(tmp_path: Path, kind: str, head: str) -> None:
+    made = getattr(transformers, f"AutoModelFor{head}")
+    config = tiny_config(kind, num_labels=4, **_MORE.get(kind, {}))
+    torch.manual_seed(0)
+    whole = made.from_config(config)
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    whole.save_pretrained(tmp_path)
+    whole = made.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    batch, model = _batch(True), open_model(str(tmp_path))
+    assert batch.mask is not None and (model.units > 1) == TASKS[kind, head][1]
+    batch.inputs[0, -1] = batch.inputs[2, 6] = 5  # the last of two texts: padding of gpt2's
+    lengths = batch.tokens().tolist()
+    pooled = head == "SequenceClassification"
+    labels = torch.tensor([3, 0, 2]) if pooled else torch.randint(4, (3, 9))
+    if not pooled:
+        labels = torch.where(batch.mask & (torch.rand(3, 9) < 0.7), labels, -100)
+        batch = replace(batch, labels=labels.clamp_min(0), loss_mask=labels >= 0)
+    batch = replace(batch, labels=labels) if pooled else batch
+    own = [labels[n : n + 1] if pooled else labels[n : n + 1, :t] for n, t in enumerate(lengths)]
+    with torch.no_grad():
+        alone = [
+            whole(batch.inputs[n : n + 1, :length], labels=own[n])
+            for n, length in enumerate(lengths)
+        ]
+    for cuts in {(0, model.units), tuple(sorted({0, 1, model.units}))}:
+        hidden = None
+        for start, stop in itertools.pairwise(cuts):
+            segment = model.build(range(start, stop), torch.float64, torch.device("cpu"))
+            hidden = segment.forward(batch, hidden)
+        assert hidden is not None
+        outputs = segment.head(hidden[0], batch)
+        losses = _LOSSES[head].loss(outputs, batch)
+        for n, (length, one) in enumerate(zip(lengths, alone, strict=True)):
+            got = outputs[n] if pooled else outputs[n, :length]
+            assert (got - one.logits[0]).abs().max() <= 1e-10 * one.logits.abs().max()
+            count = 1 if pooled else int((labels[n] >= 0).sum())
+            # DeBERTa's own loss is of float32.
+            assert abs(float(losses[n] - count * one.loss)) <= 1e-6 * float(losses[n])
+    # The control: a text that sees its padding is another one.
+    seen = replace(batch, mask=torch.ones_like(batch.mask))
+    segment = model.build(range(model.units), torch.float64, torch.device("cpu"))
+    other = segment.head(segment.forward(seen, None)[0], seen)[1]
+    other = other if pooled else other[: lengths[1]]
+    assert (other - alone[1].logits[0]).abs().max() > 1e-6

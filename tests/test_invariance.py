@@ -9,7 +9,19 @@ import numpy as np
 import pytest
 import torch
 from dense import worst
-from networks import ALL, DEEP, IN_PLACE, LLAMA_4, VOCAB, Case, Mixer, sentences
+from networks import (
+    ALL,
+    CLASSIFIER,
+    DEEP,
+    IN_PLACE,
+    LLAMA_4,
+    MASKED,
+    REWARD,
+    VOCAB,
+    Case,
+    Mixer,
+    sentences,
+)
 from test_corrected import recorded_labels
 from test_objectives import numbers
 from test_scores import by_id, own_scores
@@ -80,6 +92,14 @@ def test_results_do_not_depend_on_stages_or_batches(fits, case: Case, how: dict[
     got = recorded_labels(fits.run(case, **how))
     want = recorded_labels(fits.run(case, dtype="float64"))
     assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("case", [CLASSIFIER, REWARD, MASKED], ids=lambda case: case.name)
+def test_whole_texts_do_not_depend_on_stages_or_batches(fits, case: Case) -> None:
+    want = result(fits, case, "float64")
+    same(result(fits, case, "float64", stages=2, batch_tokens=40), want, DOUBLE)
+    # Control: what is compared is not the same for all examples.
+    assert len(want["scores"].flatten().unique()) > len(case.data)
 
 
 def test_a_stage_may_begin_with_an_operation_in_place(fits) -> None:

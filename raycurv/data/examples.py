@@ -110,14 +110,14 @@ def loss_terms(example: Example, shift: int = 1) -> int:
     return int(np.count_nonzero(example.loss_mask[shift:]))
 
 
-def no_loss_terms(where: str, examples: int) -> UserError:
+def no_loss_terms(where: str, examples: int, shift: int = 1) -> UserError:
     """The mistake of data in which every loss, gradient and score would be 0."""
     return UserError(
         where,
-        "at least one example with a loss term (a target after its first token)",
+        f"at least one example with a loss term (a target{' after its first token' * shift})",
         f"{examples} examples without any",
-        "Give examples of two or more tokens, and a `loss_mask` or `labels` that leave some of "
-        "them as targets; with --long truncate the targets may have been cut off.",
+        f"Give {'examples of two or more tokens, and ' * shift}a `loss_mask` or `labels` that "
+        "leave some of them as targets; with --long truncate the targets may have been cut off.",
     )
 
 

@@ -5,6 +5,7 @@
                       where u_2 < 90 % (the one of u_3), else left as it is
 
 So an example has the same mask in every run, pass and microbatch. Special tokens are no targets.
+Of a text so short that none is drawn the token of the least u_1 is one, or it would say nothing.
 Devlin et al., BERT: Pre-training of Deep Bidirectional Transformers (2019), section 3.1.
 """
 
@@ -44,7 +45,10 @@ class Masking:
         """An example's tokens with some hidden, and its labels: -100 for all others."""
         positions = torch.arange(len(ids_T))
         u_T3 = uniforms(self.seed, id_keys([name]), positions, _STREAM, 3)[0].numpy()
-        targets_T = (u_T3[:, 0] < TARGETS) & ~np.isin(ids_T, list(self.special))
+        usual_T = ~np.isin(ids_T, list(self.special))
+        targets_T = (u_T3[:, 0] < TARGETS) & usual_T
+        if usual_T.any() and not targets_T.any():
+            targets_T[np.where(usual_T, u_T3[:, 0], 1.0).argmin()] = True
         labels_T = np.where(targets_T, ids_T, NOT_A_TARGET).astype(np.int64)
         hidden_T = targets_T & (u_T3[:, 1] < HIDDEN)
         random_T = targets_T & ~hidden_T & (u_T3[:, 1] < HIDDEN + RANDOM)

@@ -340,10 +340,7 @@ class ExampleReader:
             if self.reads == "masked":
                 _refuse_shown(labels, tokens, place)
         elif self.classes is not None:
-            raise UserError(
-                place(0), "a label of each token", "none",
-                f"Add a column `labels`, with {NOT_A_TARGET} where a token has none.",
-            )  # fmt: skip
+            raise self._no_classes(place(0))
         if "loss_mask" in rows.columns:
             masks = columns.boolean_lists("loss_mask", rows.columns["loss_mask"], place)
             self._check_lengths("loss_mask", masks, tokens, place)
@@ -532,11 +529,11 @@ class ExampleReader:
         if there:
             lists = columns.integer_lists(name, rows.columns[name], place)
             self._check_lengths(name, lists, tokens, place)
-            kinds = [_there(own) for own in lists]
-        if self.kinds_there is not None and bool(kinds) != self.kinds_there:
+            kinds = [own for own in lists if own is not None]
+        usual = bool(kinds) if self.kinds_there is None else self.kinds_there
+        if len(kinds) != usual * len(tokens):
             raise UserError(
-                place(0), f"`{name}` in all examples or in none",
-                "some" if kinds else "none, after examples that have them",
+                place(0), f"`{name}` in all examples or in none", "some",
                 "Give every example its own.",
             )  # fmt: skip
         self.kinds_there = bool(kinds)
@@ -583,9 +580,17 @@ class ExampleReader:
             )  # fmt: skip
         found = columns.integer_lists("labels", self.labels.listed("labels", column, place), place)
         if self.classes is not None:
-            for one in found:
-                self.labels.met.update(np.unique(_there(one)).tolist())
+            for i, one in enumerate(found):
+                if one is None:
+                    raise self._no_classes(place(i))
+                self.labels.met.update(np.unique(one).tolist())
         return found
+
+    def _no_classes(self, where: str) -> UserError:
+        return UserError(
+            where, "a label of each token", "none",
+            f"Add a column `labels`, with {NOT_A_TARGET} where a token has none.",
+        )  # fmt: skip
 
     def _tokens(
         self, rows: Rows, place: columns.Place
@@ -959,8 +964,9 @@ def _refuse_shown(
 ) -> None:
     """Refuse labels of which each is the token that is shown: nothing is hidden."""
     for i, (labels_T, ids_T) in enumerate(zip(labels, tokens, strict=True)):
-        own = _there(labels_T)
-        targets = own != NOT_A_TARGET
+        if labels_T is None:
+            continue
+        own, targets = labels_T, labels_T != NOT_A_TARGET
         if np.count_nonzero(targets) >= _SHOWN and np.array_equal(own[targets], ids_T[targets]):
             raise UserError(
                 place(i),

@@ -122,7 +122,7 @@ class Corpus:
         cut = self.findings.get("targets_cut_off", 0)
         raise UserError(
             f"example {first.id!r} of {flag}",
-            "a target after its first token, whose loss is asked for",
+            "a target" + " after its first token" * self.shift + ", whose loss is asked for",
             f"none, as in {len(self) - self.terms:,} of {len(self):,} examples"
             + (f" (of {cut:,} of them --long truncate cut all targets off)" if cut else ""),
             "Leave these examples out"
@@ -321,7 +321,7 @@ def store_corpus(
         terms += sum(loss_terms(example, shift) > 0 for example in some)
         some.clear()
     if needs_loss and not terms:
-        raise no_loss_terms(flag, count)
+        raise no_loss_terms(flag, count, shift)
     named, tokens = pa.chunked_array(ids, pa.string()), np.concatenate(lengths)
     widths = np.concatenate(positions)
     index = pa.table({"id": named, "tokens": tokens})
