@@ -83,10 +83,10 @@ class Labels:
             raise UserError(
                 place(unknown),
                 f"a class of the model in `{name}`: {listed}" if self.names
-                else f"a number in `{name}`, for the model names no classes",
+                else f"a number in `{name}`: texts name classes where a classifier names them",
                 shortened(repr(texts[unknown]), 60),
                 "Write the class as the model names it (id2label and label2id in its config.json), "
-                "or as its number.",
+                "or as its number." if self.names else "Write numbers.",
             )  # fmt: skip
         return pa.array([self.names[text] for text in texts], pa.int64())
 

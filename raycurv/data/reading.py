@@ -233,14 +233,17 @@ class ExampleReader:
             if talk is not None and any(kind in TOKENS for kind in usable):
                 raise conversation(part.location, talk, part.message_keys(talk))
             model = {None: "", True: ", for a model of tokens", False: ", for a model of numbers"}
+            what, remedy = model[None if self.either else self.token_inputs], ""
+            if self.reads == "pairs":
+                what = ", for --objective preference, which compares two texts"
+                remedy = "; of texts with a number each as label give --objective regression"
             raise UserError(
                 part.location,
-                "a column "
-                + " or ".join(" + ".join(f"`{c}`" for c in kind) for kind in usable)
-                + model[None if self.either else self.token_inputs],
+                "a column " + " or ".join(" + ".join(f"`{c}`" for c in kind) for kind in usable)
+                + what,
                 "the columns " + _listed(found),
-                "Rename the column that holds the inputs.",
-            )
+                f"Rename the column that holds the inputs{remedy}.",
+            )  # fmt: skip
         if kind in IMAGES and "loss_mask" in found:
             raise UserError(
                 part.location,
@@ -383,7 +386,12 @@ class ExampleReader:
 
     @cached_property
     def _masking(self) -> Masking:
-        assert self.masking is not None, "nobody says how tokens are hidden"
+        if self.masking is None:
+            raise UserError(
+                "data", "a tokenizer, which says what stands for a hidden token, or `labels`",
+                "neither", "Give --tokenizer DIR, or `input_ids` in which tokens are hidden, with "
+                f"their `labels` ({NOT_A_TARGET} for all others).",
+            )  # fmt: skip
         masking = self.masking()
         self.findings.masking = masking.recorded()
         return masking

@@ -104,7 +104,10 @@ class Corpus:
 
     def said(self) -> list[str]:
         """What a person is told of how they were read, a line each."""
-        told = sentences(self.findings, len(self), len(self) - self.terms)
+        findings = dict(self.findings)
+        if self.name == "queries":
+            findings.pop("classes_lacking", None)  # some ask of some classes
+        told = sentences(findings, len(self), len(self) - self.terms)
         return [f"{self.name}: {sentence}" for sentence in told]
 
     def check_targets(self, flag: str) -> None:
@@ -264,7 +267,7 @@ def reader_for(
         shift=objective.shift,
         reads=objective.reads,
         labels_of="tokens" if objective.per_token else "text" if is_ours(objective) else None,
-        label_names=model.class_names,
+        label_names=model.class_names if of_classes else {},
         classes=model.classes if of_classes and objective.reads == "texts" else None,
         masking=None if tokenizer is None else lambda: tokenizer.masking(masks),
         takes=model.takes,

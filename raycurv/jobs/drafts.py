@@ -111,6 +111,11 @@ class Drafts:
     def traced(self, data: DataShape) -> Trace:
         """What a forward of the largest microbatch keeps, run without values once."""
         key = (data.batch_examples, data.batch_positions)
+        most, task = self.outline.max_positions, self.outline.task
+        if most is not None and task is not None and not task.causal and key[1] > most:
+            # Several texts of an example, or more tokens than a text may have.
+            times = -(-key[1] // most)
+            key = (key[0] * times, -(-key[1] // times))
         if key not in self._traces:
             self._traces[key] = trace(self.outline, self.blocks, *key, self.recipe.dtype)
         return self._traces[key]

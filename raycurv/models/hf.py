@@ -197,7 +197,7 @@ class HFOutline(Outline):
             found = find_anatomy(whole, self.config, self._stored_twice, self.directory, causal)
             _try_cuts(whole, found, self.directory)
         except NotCutError as error:
-            self.notices += (f"runs as one stage: {error.got}",)
+            self.notices += (f"runs as one stage: {shortened(error.got, 120)}",)
             return whole_anatomy(whole)
         return found
 

@@ -177,12 +177,14 @@ class Kind(ABC):
 def check_examples(block: Block, x: Tensor, examples: int, axes: int) -> None:
     """Refuse, with a UserError, an input of a block whose first axis is not the examples."""
     if x.ndim < axes or x.shape[0] != examples:
+        alone = "give --batch-tokens 1, with which each example goes alone, or "
+        common = x.ndim >= axes and x.shape[0] == 1
         raise UserError(
             f"block {block.name}",
             f"an input whose first of {axes} or more axes is the {examples} examples",
             f"shape {tuple(x.shape)}",
-            "Rows that mix examples have no per-example gradient: leave it out with "
-            f"--blocks '!{block.name}'.",
+            f"Rows that mix examples have no per-example gradient: {alone * common}leave it out "
+            f"with --blocks '!{block.name}'.",
         )
 
 
