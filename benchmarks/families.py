@@ -217,8 +217,9 @@ def main(
     )
     print(summary)
     if out is not None:
-        command = f"python benchmarks/families.py --out {out.name}"
-        out.write_text(_page(found, summary, command))
+        words = [*kinds, *(["--gradients"] if gradients else []), "--out", out.name]
+        command = f"python benchmarks/families.py {' '.join(words)}"
+        out.write_text(_page(found, summary, command, gradients))
     if counts["wrong"] or counts["crash"]:
         sys.exit(1)
 
@@ -231,8 +232,8 @@ def _both(kind: str) -> bool:
         return False  # named where it is tried
 
 
-def _page(found: list[Found], summary: str, command: str) -> str:
-    """The results as Markdown: right ones by name, a row for each other one."""
+def _page(found: list[Found], summary: str, command: str, every: bool) -> str:
+    """The results as Markdown: right ones by name; a row for each other one, or for every one."""
     lines = [
         "# Types of causal language models",
         "",
@@ -247,7 +248,8 @@ def _page(found: list[Found], summary: str, command: str) -> str:
         + ".",
         "",
     ]
-    rows = [[f.kind, f.outcome, f.said.replace("|", "/")] for f in found if f.outcome != "right"]
+    shown = [f for f in found if every or f.outcome != "right"]
+    rows = [[f.kind, f.outcome, f.said.replace("|", "/")] for f in shown]
     return "\n".join([*lines, *markdown(["type", "outcome", "what was said"], rows), ""])
 
 
