@@ -294,7 +294,7 @@ def main(settings: Settings) -> None:
     report.write(
         RESULTS / f"{date.today()}-real-minilm.md",
         f"# MiniLM as a classifier of {len(train)} texts, {date.today()}",
-        command_line("real_minilm.py", settings, Settings(settings.place)),
+        command_line("real_minilm.py", settings, Settings(Path())),
         said,
     )
     if not all(report.reached.values()):

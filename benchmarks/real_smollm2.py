@@ -282,7 +282,7 @@ def main(settings: Settings) -> None:
     report.write(
         RESULTS / f"{date.today()}-real-smollm2.md",
         f"# SmolLM2-135M-Instruct and {len(train)} facts, {date.today()}",
-        command_line("real_smollm2.py", settings, Settings(settings.place)),
+        command_line("real_smollm2.py", settings, Settings(Path())),
         said,
     )
     if not all(report.reached.values()):

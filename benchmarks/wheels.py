@@ -26,8 +26,9 @@ def unpacked(name: str, version: str, cache: Path, tries: int = 3) -> Path:
         return place
     wheels = cache / "wheels"
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    patience = ["--timeout", "10", "--retries", str(tries)]
     done = subprocess.run(
-        [*pip, "--retries", str(tries), "--dest", str(wheels), f"{name}=={version}"],
+        [*pip, *patience, "--dest", str(wheels), f"{name}=={version}"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
