@@ -168,7 +168,7 @@ def _described(folder: str) -> dict[str, Any]:
     share = coverage(model.skeleton(), blocks, model.idle)
     return {
         "units": model.units,
-        "experts": any(block.kind == "experts" for block in blocks),
+        "experts": any(block.kind.startswith("experts") for block in blocks),
         "covered": share.covered / max(1, share.trainable),
         "left": left,
         "shared": any(block.shared for block in blocks),
