@@ -498,7 +498,7 @@ REWARD = Case(
     "qwen2 of pairs",
     _seeded(_encoder("SequenceClassification", "Qwen2", num_labels=1, num_key_value_heads=1)),
     texts(LENGTHS, "pairs"), "preference", {"draws": 2, "blocks": ("model.layers.*", "score")},
-    checkpoint=True, **TOKENS,
+    checkpoint=True, batch_tokens=40,  # several pairs in a microbatch
 )  # fmt: skip
 MASKED = Case(
     "roberta of masked words", _seeded(_encoder("MaskedLM", "Roberta", pad_token_id=1)),
