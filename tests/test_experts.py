@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers.integrations.moe import grouped_mm_experts_forward, use_expert
 import raycurv
 from raycurv.batch import Batch
 from raycurv.errors import UserError
+from raycurv.files.artifacts import read_blocks, read_factor
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Capture, Captured, Record
 from raycurv.mathematics.choice import choose_blocks
@@ -348,3 +350,93 @@ def test_globs_reach_experts(fits: Any, globs: tuple[str, ...], count: int) -> N
     model = open_model(fits.source(MIXTURE))
     chosen = choose_blocks(model.skeleton(), globs, model.default_scope, model.tied_head)
     assert len(chosen) == count
+
+
+# What the fit never saw
+
+
+def test_a_query_says_how_much_of_it_lies_in_experts_that_the_fit_never_saw(
+    fits: Any, tmp_path: Path
+) -> None:
+    source = fits.source(MIXTURE_3)
+    data = [row for row in MIXTURE_3.data if len(row["input_ids"]) > 1][:4]
+    how: dict[str, Any] = {"address": "none", "dtype": "float64", "quiet": True}
+    run = raycurv.fit(source, data[:1], str(tmp_path / "run"), objective="causal-lm", **how)
+    rows = run.blocks().to_pylist()
+    unreached = [row["block"] for row in rows if row["tokens"] == 0]
+    experts = [row for row in rows if ".experts." in row["block"]]
+    assert 0 < len(unreached) < len(experts)
+    thin = [r["block"] for r in experts if r["tokens"] < 2 * max(r["d_in"], r["d_out"])]
+    assert [row["block"] for row in experts if row["thin"]] == thin
+    assert run.manifest.facts["experts"] == {
+        "blocks": len(experts), "unreached": unreached, "thin": len(thin) - len(unreached),
+    }  # fmt: skip
+    # With no curvature at all the score of a query on itself is its squared gradient, block by
+    # block.
+    plain = raycurv.fit(
+        source, data, str(tmp_path / "plain"), objective="causal-lm", method="identity", **how
+    )
+    own = plain.influence(
+        data, data, str(tmp_path / "own"), rank="full", per_block=True, address="none", quiet=True
+    )
+    table = own.table()
+    names = json.loads(table.schema.metadata[b"raycurv.blocks"])
+    want = {}
+    for row in table.to_pylist():
+        if row["query_id"] == row["train_id"]:
+            parts = dict(zip(names, row["block_scores"], strict=True))
+            want[row["query_id"]] = sum(parts[n] for n in unreached) / sum(parts.values())
+    want = {query: share for query, share in want.items() if share > 0}
+    assert len(want) > 1
+    ways = ({"rank": "full"}, {"rank": "2", "stages": 3, "query_memory": "1"})
+    for number, more in enumerate(ways):
+        out = str(tmp_path / f"scores-{number}")
+        scores = run.influence(data, data[:1], out, address="none", quiet=True, **more)
+        assert scores.manifest.facts["unreached_shares"] == pytest.approx(want, rel=1e-9)
+    # Control: a fit of everything that is asked about sees it all.
+    seen = fits.run(MIXTURE_3).influence(
+        data, data[:1], str(tmp_path / "seen"), address="none", quiet=True
+    )
+    assert "unreached_shares" not in seen.manifest.facts
+
+
+# One output factor for all
+
+
+def test_experts_of_a_layer_may_share_their_last_output_factor(fits: Any) -> None:
+    own, shared = (fits.run(MIXTURE, share_output_factor=s, keep_sums=True) for s in (False, True))
+    blocks = {b.name: b for b in read_blocks(shared._store)}
+    down = [b for b in blocks.values() if b.parameter == "down_proj"]
+    (name,) = {b.output_factor for b in down}
+    assert {b.name for b in blocks.values() if b.output_factor == name} == {b.name for b in down}
+    # The mean over all of their rows; each expert's own is over its own.
+    parts = [read_factor(own._store, f"{b.name}.output") for b in down]
+    joined = read_factor(shared._store, name)
+    assert (joined.count, joined.rows) == (sum(p.count for p in parts), sum(p.rows for p in parts))
+    assert worst(joined.tiles[0], torch.stack([p.tiles[0] for p in parts]).sum(dim=0)) < EXACT
+    # Rows, and what is exact in every basis, stay those of each matrix.
+    mine, theirs = (run.blocks().to_pylist() for run in (own, shared))
+    for one, other in zip(mine, theirs, strict=True):
+        assert (one["block"], one["tokens"], one["thin"]) == tuple(
+            other[key] for key in ("block", "tokens", "thin")
+        )
+        assert other["trace"] == pytest.approx(one["trace"], rel=1e-9)
+    # What Λ says in a basis is the second moment of the gradients there: the diagonal in that of
+    # the weights is not the same.
+    block = max(down, key=lambda b: {r["block"]: r["trace"] for r in theirs}[b.name]).name
+    first, second = (run.curvature(block).dense() for run in (own, shared))
+    assert torch.trace(first).item() == pytest.approx(torch.trace(second).item(), rel=1e-9)
+    assert worst(first, second) > 1e-3
+    # And so on several stages, and of K-FAC.
+    more = fits.run(MIXTURE, share_output_factor=True, method="kfac")
+    rows = {row["block"]: row for row in more.blocks().to_pylist()}
+    assert all(rows[r["block"]]["tokens"] == r["tokens"] for r in theirs)
+    examples, names = theirs[0]["examples"], [b.name for b in down]
+    for one in names:
+        (a,), (g,) = (read_factor(shared._store, f).mean() for f in (f"{one}.input", name))
+        want = rows[one]["tokens"] / examples * torch.trace(a) * torch.trace(g)
+        assert rows[one]["trace"] == pytest.approx(want.item(), rel=1e-9)
+    with pytest.raises(UserError, match=r"--share-output-factor.*none"):
+        fits.run(MIXTURE, share_output_factor=True, blocks=("*.q_proj",))
+    with pytest.raises(UserError, match=r"--share-output-factor.*--method diagonal"):
+        fits.run(MIXTURE, share_output_factor=True, method="diagonal")

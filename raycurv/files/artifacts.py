@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +56,11 @@ def read_blocks(store: Store) -> tuple[Block, ...]:
     """
     blocks = read_block_list(store, BLOCKS_FILE)
     first = {block.input_factor: block for block in reversed(blocks)}
+    outputs = {block.output_factor: block for block in reversed(blocks)}
     for block in blocks:
+        if block.d_out != outputs[block.output_factor].d_out:
+            got = f"block {block.name} with {shortened(repr(block.output_factor))}"
+            raise _no_blocks(store, BLOCKS_FILE, got)
         shared = first[block.input_factor]
         if block.input_factor != f"{shared.name}.input" or block.d_in != shared.d_in:
             got = f"block {block.name} that reads {shortened(repr(block.input_factor))}"
@@ -434,7 +439,16 @@ def write_products(
     """Write the IHVPs of a block; NumericalError if one is not finite."""
     check_products(block, products, queries)
     notes = {"queries": json.dumps(queries), "block": block}
+    if products.squares is not None:
+        notes["squares"] = json.dumps(products.squares.tolist())
     write_tensors(store, ihvp_file(block), products.tensors(), notes)
+
+
+def read_squares(store: Store, block: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The squared norms of the queries' gradients, ``[Q]``, that were kept with a block's IHVPs;
+    DamagedFile if there are none."""
+    file = open_tensors(store, ihvp_file(block))
+    return np.asarray(file.noted_json("squares", list[float]), np.float64)
 
 
 def read_products(

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 
 from raycurv.errors import not_finite
@@ -33,14 +35,35 @@ def write_blocks(
     method: Method,
     examples: int,
     notes: Mapping[str, str],
-) -> None:
-    """``tables/blocks``: one row a block.
+) -> dict[str, Any]:
+    """``tables/blocks``: one row a block. Gives what :func:`_unevenly_reached` says of them.
 
     ``trace`` is ΣΛ; of K-FAC rows an example · tr A · tr G; of M-FAC the mean squared
-    norm of its rows; null for the identity.
+    norm of its rows; null for the identity. ``thin`` is a block that fewer rows reached than twice
+    the longer of its axes.
     """
     rows = [_row(store, b, stages[b.name], method, examples) for b in blocks]
     write_table(store, BLOCKS_FILE, pa.Table.from_pylist(rows, schema=BLOCKS), notes)
+    return _unevenly_reached(blocks, rows)
+
+
+def _unevenly_reached(blocks: Sequence[Block], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of blocks that share out rows among them, as experts do: how many there are (``blocks``), the
+    names of those that no row reached (``unreached``), and how many are ``thin`` besides; empty
+    where there are none."""
+    shared = [row for block, row in zip(blocks, rows, strict=True) if block.index is not None]
+    if not shared:
+        return {}
+    none = [r["block"] for r in shared if 0 in (r.get("tokens"), r.get("mean_eigenvalue"))]
+    thin = sum(bool(row.get("thin")) for row in shared if row["block"] not in set(none))
+    return {"blocks": len(shared), "unreached": none, "thin": thin}
+
+
+def unreached_blocks(store: Store) -> tuple[str, ...]:
+    """The blocks of a fit without curvature: those that no row reached, or no gradient."""
+    with store.reading(BLOCKS_FILE) as file:
+        table = pq.read_table(file, columns=["block", "mean_eigenvalue"])
+    return tuple(table.filter(pc.equal(table["mean_eigenvalue"], 0.0))["block"].to_pylist())
 
 
 def _row(store: Store, block: Block, stage: int, method: Method, examples: int) -> dict[str, Any]:
@@ -61,9 +84,10 @@ def _row(store: Store, block: Block, stage: int, method: Method, examples: int) 
     if method.factors:
         inputs = read_spectrum(store, block.input_factor, block.d_in)
         outputs = read_spectrum(store, block.output_factor, block.d_out)
-        right, left, rows = inputs.values, outputs.values, outputs.rows
+        right, left, rows = inputs.values, outputs.values, inputs.rows
         row |= {
             "tokens": rows,
+            "thin": rows < 2 * max(block.d_in, block.d_out),
             "input_tiles": inputs.tiles,
             "output_tiles": outputs.tiles,
             "input_effective_rank": effective_rank(torch.cat(list(right))),

@@ -109,7 +109,7 @@ class CurvatureFiles:
                     bases[name] = read_eigen(self.store, name, factor.width).to(device)
         right, left = bases[block.input_factor], bases[block.output_factor]
         if not self.method.corrected:
-            rows = read_spectrum(self.store, block.output_factor, block.d_out).rows
+            rows = read_spectrum(self.store, block.input_factor, block.d_in).rows
             lam = kfac_eigenvalues(left, right, rows / max(self.examples, 1))
             return BlockCurvature(block, right, left, lam)
         file = open_tensors(self.store, corrected_file(block.name))

@@ -68,7 +68,7 @@ BLOCKS = _schema(
     input_tiles [int32], output_tiles [int32], d_in int32, d_out int32, bias bool,
     tokens int64, examples int64, trace float64, mean_eigenvalue float64,
     input_effective_rank float64, output_effective_rank float64,
-    eigh_outcome string, eigh_seconds float64
+    eigh_outcome string, eigh_seconds float64, thin bool
     """
 )
 SPECTRUM = _schema(

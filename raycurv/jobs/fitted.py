@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -235,18 +236,18 @@ def fitted_blocks(store: Store, network: Model) -> tuple[Block, ...]:
     """
     blocks = read_blocks(store)
     modules = dict(network.skeleton().named_modules())
-    for block in blocks:
+
+    @cache
+    def there(name: str) -> frozenset[Block]:
         # The bias of a layer whose weight is shared is by itself.
-        there = [
-            described
-            for name in {block.module, block.owner} & modules.keys()
-            for described in (
-                *describe(name, modules[name], network.held),
-                *FREE.describe(name, modules[name]),
-            )
-        ]
+        module = modules[name]
+        found = (*describe(name, module, network.held), *FREE.describe(name, module))
+        return frozenset(map(_as_described, found))
+
+    for block in blocks:
+        names = {block.module, block.owner} & modules.keys()
         known = set(block.shared) <= modules.keys()
-        if not known or _as_described(block) not in map(_as_described, there):
+        if not known or not any(_as_described(block) in there(name) for name in names):
             raise DamagedFile(
                 store.path(BLOCKS_FILE), f"the blocks of the model {network.name}",
                 f"{shortened(repr(block.name))}, which is none of them as it is described there",
@@ -260,7 +261,7 @@ def _as_described(block: Block) -> Block:
     the bias, which is no part of a weight that is shared."""
     return replace(
         block, d_in=block.d_in - block.bias, bias=False, input_factor="", shared=(),
-        input_diagonal=False, output_diagonal=False,
+        input_diagonal=False, output_diagonal=False, one_output="",
     )  # fmt: skip
 
 

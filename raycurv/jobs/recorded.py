@@ -21,7 +21,12 @@ _WRITTEN: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
 # Settings that name other runs are recorded by what these are of.
 _MARKED = ("extend", "merge", "subtract")
 # Settings of a fit that its first version did not know, and what stands for how that went about it.
-_LATER: dict[str, Any] = {"empty": "error", "ignore_tensors": [], "merge_adapter": False}
+_LATER: dict[str, Any] = {
+    "empty": "error",
+    "ignore_tensors": [],
+    "merge_adapter": False,
+    "share_output_factor": False,
+}
 
 
 def read_run(store: Store) -> Manifest | None:

@@ -55,12 +55,12 @@ JOBS = {
     for job in (
         Job(
             "fit", "the curvature of a model on a data set",
-            "jobs.fit.fit_settings:FitSettings", "jobs.fit.fitting:fit",
+            "jobs.fit.fit_settings:FitSettings", "jobs.fit.fitting:fit_and_tell",
         ),
         Job(
             "influence", "scores of queries against training examples, and IHVPs",
             "jobs.influence.influence_settings:InfluenceSettings",
-            "jobs.influence.scoring:influence",
+            "jobs.influence.scoring:influence_and_tell",
         ),
         Job(
             "plan", "what a fit and a scoring would take: memory, disk, time",

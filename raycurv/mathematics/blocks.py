@@ -46,6 +46,8 @@ class Block:
             the sum of all uses.
         input_diagonal, output_diagonal: whether A (or G) is diagonal, its basis the identity: where
             inputs are one-hot, or where a full one would tell nothing, or could not be decomposed.
+        one_output: what the output factor is named for where blocks share one, over all of their
+            rows.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Block:
     input_diagonal: bool = False
     output_diagonal: bool = False
     shared: tuple[str, ...] = ()
+    one_output: str = ""
 
     def __post_init__(self) -> None:
         if not self.module:
@@ -74,5 +77,5 @@ class Block:
 
     @property
     def output_factor(self) -> str:
-        """Name of the output factor, which no other block shares."""
-        return f"{self.name}.output"
+        """Name of the output factor; no other block shares it unless ``one_output`` says so."""
+        return f"{self.one_output or self.name}.output"

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Captured, of_fit
+from raycurv.mathematics.kinds.catalogue import kind_of_block
 from raycurv.mathematics.sums import Results, RunningSum, Sums
 from raycurv.mathematics.tiles import tile_widths
 
@@ -52,8 +53,19 @@ def factors_of(blocks: Iterable[Block]) -> dict[str, Factor]:
     found: dict[str, Factor] = {}
     for block in blocks:
         found.setdefault(block.input_factor, Factor(block, "input"))
-        found[block.output_factor] = Factor(block, "output")
+        found.setdefault(block.output_factor, Factor(block, "output"))
     return found
+
+
+def share_outputs(blocks: Iterable[Block]) -> tuple[Block, ...]:
+    """The blocks, all of one parameter with one output factor where their kind says that they may:
+    a mean over the rows of all of them."""
+    return tuple(
+        replace(block, one_output=f"{block.module}.{block.parameter}")
+        if kind_of_block(block).may_share_output(block)
+        else block
+        for block in blocks
+    )
 
 
 @dataclass(frozen=True)

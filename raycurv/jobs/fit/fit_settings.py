@@ -26,6 +26,8 @@ from raycurv.driver.settings import (
     check_given,
 )
 from raycurv.errors import UserError
+from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.factors import share_outputs
 from raycurv.mathematics.methods import MethodName, methods_with, open_method
 from raycurv.mathematics.tiles import LARGEST_EIGH, SMALLEST_TILE
 
@@ -79,6 +81,9 @@ class FitSettings(Execution, Reading, Adapting, Capturing, Predicting):
     max_factor_dim: Identity[Width | None] = None
     """Widest factor that is decomposed whole; a wider axis is cut into diagonal tiles. At least 8;
     an axis beyond 32,766 cannot be decomposed without."""
+    share_output_factor: Identity[bool] = False
+    """One output factor for the last matrices of all experts of a layer, over the rows of all of
+    them; corrected eigenvalues stay each matrix' own. Default: each has its own."""
     max_examples: Identity[Count | None] = None
     """Curvature from a seeded sample of so many examples."""
     seed: Identity[Seed] = 0
@@ -114,11 +119,29 @@ class FitSettings(Execution, Reading, Adapting, Capturing, Predicting):
                 "--rows", "--method mfac, which is made of them", f"--method {self.method}",
                 "Leave --rows out, or give --method mfac.",
             )  # fmt: skip
+        if self.share_output_factor and not open_method(self.method).factors:
+            raise UserError(
+                "--share-output-factor", "a method with factors (ekfac, kfac)",
+                f"--method {self.method}", "Leave --share-output-factor out.",
+            )  # fmt: skip
         if self.fisher == "empirical" and self.draws != 1:
             raise UserError(
                 "--draws", "1 with --fisher empirical, whose labels are the data's own",
                 str(self.draws), "Leave --draws out, or use --fisher sampled.",
             )  # fmt: skip
+
+    def factored(self, blocks: tuple[Block, ...]) -> tuple[Block, ...]:
+        """The blocks, with the factors that these settings give them; UserError if none of them may
+        share any."""
+        if not self.share_output_factor:
+            return blocks
+        shared = share_outputs(blocks)
+        if shared == blocks:
+            raise UserError(
+                "--share-output-factor", "the last matrices of experts among the blocks", "none",
+                "Leave --share-output-factor out, or widen --blocks.",
+            )  # fmt: skip
+        return shared
 
     def _check_data(self) -> None:
         check_given([] if self.data else ["--data"])

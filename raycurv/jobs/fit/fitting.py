@@ -29,6 +29,7 @@ from raycurv.driver.settings import DTYPES, identity
 from raycurv.driver.workers import check_address
 from raycurv.errors import UserError
 from raycurv.files.artifacts import check_names
+from raycurv.files.manifest import Manifest
 from raycurv.files.store import Store
 from raycurv.files.tables import footer
 from raycurv.jobs.drafts import recipe_of
@@ -36,6 +37,7 @@ from raycurv.jobs.fit.combined import open_examples
 from raycurv.jobs.fit.fit_settings import FitSettings
 from raycurv.jobs.fit.parents import open_parents
 from raycurv.jobs.fit.phases import FitLoop
+from raycurv.jobs.fitted import read_fit
 from raycurv.jobs.inputs import Inputs
 from raycurv.jobs.shell import Shell, open_shell
 from raycurv.mathematics.choice import choose_blocks
@@ -85,6 +87,7 @@ def _fit(shell: Shell[FitSettings]) -> None:
     covered = coverage(network.skeleton(), blocks, network.idle)
     if open_method(settings.method).factors:
         blocks = decomposable(blocks, settings.max_factor_dim, network.vocab_size)
+        blocks = settings.factored(blocks)
     dtype = DTYPES[settings.dtype]
     with shell.workers(
         network, objective, blocks, dtype, settings.seed, check_capture=settings.check_capture
@@ -137,7 +140,26 @@ def _fit(shell: Shell[FitSettings]) -> None:
         FitLoop(under_way, parents).run()
     shell.end(
         f"fitted {settings.method} of {len(blocks)} blocks on {manifest.facts['examples']:,} "
-        f"examples, {manifest.facts['tokens']:,} tokens"
+        f"examples, {manifest.facts['tokens']:,} tokens{_of_experts(manifest)}"
+    )
+
+
+def fit_and_tell(settings: FitSettings, reporter: Reporter) -> tuple[Store, dict[str, Any]]:
+    """As :func:`fit`; gives the store, and under ``experts`` how many blocks of experts no row
+    reached, and how many few rows did, where there are any."""
+    store = fit(settings, reporter=reporter)
+    said = read_fit(store).facts.get("experts")
+    return store, {"experts": said | {"unreached": len(said["unreached"])}} if said else {}
+
+
+def _of_experts(manifest: Manifest) -> str:
+    """What is to be known of blocks that share out rows, as the end of a sentence."""
+    said = manifest.facts.get("experts")
+    if not said or not (said["unreached"] or said["thin"]):
+        return ""
+    return (
+        f"; of {said['blocks']:,} blocks of experts {len(said['unreached']):,} were reached by no "
+        f"row, {said['thin']:,} by fewer than twice the longer of their axes"
     )
 
 

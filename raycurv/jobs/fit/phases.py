@@ -209,6 +209,10 @@ class FitLoop:
         fit = self._fit
         by_stage = enumerate(fit.workers.by_stage)
         stages = {block.name: stage for stage, blocks in by_stage for block in blocks}
-        write_blocks(fit.store, fit.workers.blocks, stages, fit.method, fit.examples, fit.notes)
+        reached = write_blocks(
+            fit.store, fit.workers.blocks, stages, fit.method, fit.examples, fit.notes
+        )
+        if reached:
+            fit.manifest.facts["experts"] = reached
         for step in self._steps:
             step.write_tables()

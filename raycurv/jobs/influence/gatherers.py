@@ -58,6 +58,7 @@ class ProductsGatherer(Gatherer):
         scored: rows of the examples that alone the products are for; ``None`` when they are
             results themselves.
         held: where the products go instead, in one process; by block.
+        squares: whether the squared norms of the gradients are kept with them.
     """
 
     queries: tuple[str, ...]
@@ -68,6 +69,7 @@ class ProductsGatherer(Gatherer):
     seed: int
     scored: int | None = None
     held: dict[str, BlockProducts] | None = None
+    squares: bool = False
 
     name = "queries"
 
@@ -77,7 +79,7 @@ class ProductsGatherer(Gatherer):
         curvatures = self.curvature.open_stage(blocks, device)
         return QueryProducts(
             curvatures, self.queries, self.damping, self.rank, self.seed, dtype, device,
-            self.scored,
+            self.scored, self.squares,
         )  # fmt: skip
 
     def write(self, name: str, result: BlockProducts, blocks: Mapping[str, Block]) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 
 from raycurv.data.sources import Source, fingerprint
@@ -28,7 +29,8 @@ from raycurv.driver.sinks import Sink
 from raycurv.driver.sweep import Sweep, Task, commit_directory
 from raycurv.driver.workers import Workers, in_order
 from raycurv.errors import DamagedFile, UserError
-from raycurv.files.artifacts import ihvp_file, read_products, write_products
+from raycurv.files.artifacts import ihvp_file, read_products, read_squares, write_products
+from raycurv.files.block_rows import unreached_blocks
 from raycurv.files.curvature_files import CurvatureFiles
 from raycurv.files.lock import hold
 from raycurv.files.manifest import Manifest
@@ -43,7 +45,7 @@ from raycurv.jobs.influence.influence_settings import InfluenceSettings
 from raycurv.jobs.influence.score_rows import ScoreRows
 from raycurv.jobs.inputs import Inputs
 from raycurv.jobs.rank_products import RankProducts
-from raycurv.jobs.recorded import fit_settings
+from raycurv.jobs.recorded import fit_settings, read_run
 from raycurv.jobs.shell import Shell, open_shell
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.curvature import Damping
@@ -73,6 +75,25 @@ def influence(
     with open_shell("influence", settings, settings.out, inputs or Inputs(), reporter) as shell:
         _score(shell)
     return shell.store
+
+
+def influence_and_tell(
+    settings: InfluenceSettings, reporter: Reporter
+) -> tuple[Store, dict[str, Any]]:
+    """As :func:`influence`; gives the store, and under ``unreached`` how many queries have a part
+    of their gradient in blocks that nothing of the fit reached, and the largest such part, where
+    there are any."""
+    store = influence(settings, reporter=reporter)
+    manifest = read_run(store)
+    shares = {} if manifest is None else _shares(manifest)
+    if not shares:
+        return store, {}
+    return store, {"unreached": {"queries": len(shares), "largest_share": max(shares.values())}}
+
+
+def _shares(manifest: Manifest) -> dict[str, float]:
+    found: dict[str, float] = manifest.facts.get("unreached_shares", {})
+    return found
 
 
 def _score(shell: Shell[InfluenceSettings]) -> None:
@@ -258,9 +279,16 @@ class _Influence:
 
     def said(self) -> str:
         """What was done, in one line."""
-        if self.train is None:
-            return f"made the IHVPs of {len(self.queries):,} queries"
-        return f"scored {len(self.queries):,} queries against {len(self.train):,} examples"
+        said = f"made the IHVPs of {len(self.queries):,} queries"
+        if self.train is not None:
+            said = f"scored {len(self.queries):,} queries against {len(self.train):,} examples"
+        shares = _shares(self.manifest)
+        if shares:
+            said += (
+                f"; {len(shares):,} of them have up to {max(shares.values()):.1%} of their squared "
+                "gradient in blocks that the fit never saw used, which add nothing to scores"
+            )
+        return said
 
     def run(self) -> None:
         passes, examples = self._passes(), 0 if self.train is None else len(self.train)
@@ -277,6 +305,7 @@ class _Influence:
             if asked.span in self._finished:
                 continue
             files = self._products(asked, score=self.train is not None)
+            self._note_unreached(asked)
             self._finished[asked.span] = self._sizes(files)
             self.manifest.write(self.store)
             if not self.settings.ihvp:
@@ -286,6 +315,28 @@ class _Influence:
         self.store.delete_directory("work")
         self.manifest.complete.append("scores")
         self.manifest.write(self.store)
+
+    @cached_property
+    def _unreached(self) -> tuple[str, ...]:
+        """The fit's blocks that have no curvature, for nothing reached them."""
+        if not self.curvature.method.curved or self.curvature.method.ranked:
+            return ()
+        return unreached_blocks(self.curvature.store)
+
+    def _note_unreached(self, asked: _Asked) -> None:
+        """Record of each query which share of its squared gradient lies in such blocks."""
+        if not self._unreached:
+            return
+        squares = {b.name: read_squares(asked.place, b.name) for b in self.workers.blocks}
+        total = sum(squares.values(), np.zeros(len(asked.ids)))
+        lost = sum((squares[name] for name in self._unreached), np.zeros(len(asked.ids)))
+        shares = {
+            query: float(part / whole)
+            for query, part, whole in zip(asked.ids, lost, total, strict=True)
+            if part > 0
+        }
+        if shares:
+            self.manifest.facts["unreached_shares"] = _shares(self.manifest) | shares
 
     @property
     def _finished(self) -> dict[str, dict[str, int]]:
@@ -341,7 +392,9 @@ class _Influence:
         if ranked and self._without_products(asked.place, self.workers.blocks):
             self._rank_products(asked)
         train = None if settings.ihvp else self.train
-        holds = train is not None and self.workers.in_process and rank is None and not ranked
+        # What files say beside the products is read at the end.
+        holds = train is not None and self.workers.in_process and rank is None
+        holds = holds and not (ranked or self._unreached)
         gatherer = ProductsGatherer(
             asked.ids,
             asked.place,
@@ -351,6 +404,7 @@ class _Influence:
             settings.seed,
             scored=None if train is None else train.tokens,
             held=self.held if holds else None,
+            squares=bool(self._unreached),
         )
         return self._sweep(asked, gatherer, asked.label, score)
 

@@ -55,6 +55,7 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
     )  # fmt: skip
     if open_method(settings.method).factors:
         blocks = decomposable(blocks, settings.max_factor_dim, outline.vocab_size)
+        blocks = settings.factored(blocks)
     directory = Path(settings.out).absolute() if "://" not in settings.out else None
     supply = with_spool(_supply(settings, directory), settings, directory)
     drafts = Drafts(

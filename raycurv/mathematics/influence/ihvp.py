@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,12 +39,16 @@ class BlockProducts:
 
     The product of query q is ``full[q]``, or ``left[q]ᵀ right[q]``. Those that are made for some
     examples alone may stay in the eigenbasis: ``turned [Q, O, I]``.
+
+    Attributes:
+        squares: the squared norm of each query's gradient, ``[Q]``, float64, where it is kept.
     """
 
     full: Tensor | None = None
     left: Tensor | None = None
     right: Tensor | None = None
     turned: Tensor | None = None
+    squares: Tensor | None = None
 
     @property
     def whole(self) -> Tensor | None:
@@ -80,10 +84,13 @@ class BlockProducts:
     def plus(self, other: BlockProducts) -> BlockProducts:
         """The products of the queries of both: either has zeros where the other made its own."""
         mine, theirs = self.tensors(), other.tensors()
-        return BlockProducts(**{name: mine[name] + theirs[name] for name in mine})
+        squares = self.squares
+        if squares is not None and other.squares is not None:
+            squares = squares + other.squares
+        return BlockProducts(**{name: mine[name] + theirs[name] for name in mine}, squares=squares)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Those that are held, by name."""
+        """Those that are held of the products, by name."""
         named = {
             "full": self.full,
             "left": self.left,
@@ -265,6 +272,7 @@ class QueryProducts(QueryGradients):
         dtype: of the model's computation.
         device: where the products live.
         scored: rows of the examples that alone the products are for; ``None`` turns all back.
+        squares: whether to keep the gradients' squared norms, too.
     """
 
     def __init__(
@@ -277,12 +285,17 @@ class QueryProducts(QueryGradients):
         dtype: torch.dtype,
         device: torch.device,
         scored: int | None = None,
+        squares: bool = False,
     ) -> None:
         self._rank, self._seed, self._scored, self._count = rank, seed, scored, len(queries)
         preconditioner = Preconditioner.of(curvatures, damping, working_dtype(dtype), device)
         self._inverse = preconditioner.inverse
         self.bases = preconditioner.bases
         super().__init__(preconditioner.blocks, queries, dtype, device, preconditioner.bases)
+        for name in self.names if squares else ():
+            held = PlainSum((len(queries),), torch.float64, device)
+            self.sums[f"{name}#squares"] = held
+            self.products[name] = replace(self.products[name], squares=held.part)
 
     def _shapes(self, block: Block) -> dict[str, tuple[int, int]]:
         kept = kept_rank(self._rank, block.d_out, block.d_in)
@@ -301,8 +314,11 @@ class QueryProducts(QueryGradients):
         ids: Sequence[str],
     ) -> None:
         inverse = self._inverse[block.name]
-        m_NOI = m_NOI.mul_(inverse if columns is None else inverse[:, columns])
         products = self.products[block.name]
+        if products.squares is not None:
+            norms = torch.linalg.vector_norm(m_NOI, dim=(1, 2), dtype=torch.float64)
+            products.squares[where] = norms.square()
+        m_NOI = m_NOI.mul_(inverse if columns is None else inverse[:, columns])
         left, right = self.bases[block.output_factor], self.bases[block.input_factor]
         if products.turned is not None:
             _fill(products.turned, where, m_NOI, columns)

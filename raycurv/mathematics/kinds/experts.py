@@ -121,6 +121,10 @@ class Experts(Kind):
         matrices by row."""
         return x.index_select(0, rows.rows if block.parameter == "down_proj" else rows.tokens)
 
+    def may_share_output(self, block: Block) -> bool:
+        # What leaves them is added up to the hidden states.
+        return block.parameter == "down_proj"
+
     def share(self, call: ModuleCall) -> float:
         return cast(Dealt, call.detail).share
 

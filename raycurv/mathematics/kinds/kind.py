@@ -151,6 +151,11 @@ class Kind(ABC):
         all positions in their order, once or several times."""
         return None
 
+    def may_share_output(self, block: Block) -> bool:
+        """Whether gradients of what a block makes are alike in all blocks of its parameter, which
+        may have one output factor then."""
+        return False
+
     def share(self, call: ModuleCall) -> float:
         """Rows that a block has of a call for each of its positions, on the mean, as far as that
         does not depend on values: less than 1 where tokens are shared out among blocks."""
