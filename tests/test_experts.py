@@ -387,7 +387,7 @@ def test_a_query_says_how_much_of_it_lies_in_experts_that_the_fit_never_saw(
             parts = dict(zip(names, row["block_scores"], strict=True))
             want[row["query_id"]] = sum(parts[n] for n in unreached) / sum(parts.values())
     want = {query: share for query, share in want.items() if share > 0}
-    assert len(want) > 1
+    assert want
     ways = ({"rank": "full"}, {"rank": "2", "stages": 3, "query_memory": "1"})
     for number, more in enumerate(ways):
         out = str(tmp_path / f"scores-{number}")
