@@ -65,6 +65,10 @@ class OnGpu(Tensor):
     def tolist(self) -> Any:
         return self.held.tolist()
 
+    def cpu(self, *args: Any, **kwargs: Any) -> Tensor:
+        # In threads that the mode does not see, too: they write files.
+        return _moved(self, CPU, None, True)
+
     @classmethod
     def __torch_dispatch__(
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None

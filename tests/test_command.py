@@ -160,18 +160,16 @@ def test_the_help_of_the_command_waits_for_no_library() -> None:
 
 # Settings that may change between a run and its continuation, beside how it is run.
 FREE = {
-    "fit": {"out", "adapter", "keep_sums", "gradients", "check_capture", "check_causality"},
+    "fit": {
+        "out", "adapter", "tokenizer", "keep_sums", "gradients", "check_capture", "check_causality",
+    },
     "influence": {
-        "out",
-        "adapter",
-        "query_memory",
-        "fit_objective",
-        "check_capture",
+        "out", "adapter", "tokenizer", "query_memory", "fit_objective", "check_capture",
         "check_causality",
     },
     "prune": {"out", "adapter", "objective"},
-    "evaluate": {"out", "adapter", "check_causality"},
-}
+    "evaluate": {"out", "adapter", "tokenizer", "check_causality"},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FREE)

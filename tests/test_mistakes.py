@@ -293,7 +293,6 @@ FIT: dict[str, Mistake] = {
     ),
     "an exclusion that matches nothing": mistake("--blocks '*heads*'", blocks=["!*heads*"]),
     "no block left": mistake("at least one linear", blocks=["!*"]),
-    "a block without Kronecker factors": mistake("embed_tokens", blocks=["model.embed_tokens"]),
     "a block on a tied head": Mistake(_tied, ("block lm_head", "tied")),
     "more stages than layers": mistake("--stages", "at most 2", "3", stages=3),
     "no stage": mistake("--stages", "at least 1", stages=0),

@@ -238,16 +238,16 @@ def fitted_blocks(store: Store, network: Model) -> tuple[Block, ...]:
     modules = dict(network.skeleton().named_modules())
 
     @cache
-    def there(name: str) -> frozenset[Block]:
+    def there(name: str, weights_alone: bool) -> frozenset[Block]:
         # The bias of a layer whose weight is shared is by itself.
         module = modules[name]
         found = (*describe(name, module, network.held), *FREE.describe(name, module))
-        return frozenset(map(_as_described, found))
+        return frozenset(_as_described(block, weights_alone) for block in found)
 
     for block in blocks:
-        names = {block.module, block.owner} & modules.keys()
-        known = set(block.shared) <= modules.keys()
-        if not known or not any(_as_described(block) in there(name) for name in names):
+        names, shared = {block.module, block.owner} & modules.keys(), bool(block.shared)
+        known, wanted = set(block.shared) <= modules.keys(), _as_described(block, shared)
+        if not known or not any(wanted in there(name, shared) for name in names):
             raise DamagedFile(
                 store.path(BLOCKS_FILE), f"the blocks of the model {network.name}",
                 f"{shortened(repr(block.name))}, which is none of them as it is described there",
@@ -256,12 +256,14 @@ def fitted_blocks(store: Store, network: Model) -> tuple[Block, ...]:
     return blocks
 
 
-def _as_described(block: Block) -> Block:
+def _as_described(block: Block, weight_alone: bool) -> Block:
     """What of a block its module decides: not what it shares, nor the form of its factors; without
-    the bias, which is no part of a weight that is shared."""
+    the bias where the weight is shared, and so stands alone."""
+    if weight_alone:
+        block = replace(block, d_in=block.d_in - block.bias, bias=False)
     return replace(
-        block, d_in=block.d_in - block.bias, bias=False, input_factor="", shared=(),
-        input_diagonal=False, output_diagonal=False, one_output="",
+        block, input_factor="", shared=(), input_diagonal=False, output_diagonal=False,
+        one_output="",
     )  # fmt: skip
 
 

@@ -17,13 +17,16 @@ from raycurv.mathematics.kinds.kind import Kind, is_only_held
 from raycurv.mathematics.kinds.linear import GroupedLinear, Linear, TransposedLinear
 from raycurv.mathematics.kinds.router import Router
 
-# A module is of the first kind that holds it; what of its parameters that leaves is free.
-KINDS: list[Kind] = [
-    Router(), GroupedLinear(), Linear(), TransposedLinear(), Convolution(2), Convolution(1),
-    Convolution(3), Embedding(), *(Experts(transposed, interleaved) for transposed in (False, True)
+_COMMON: list[Kind] = [
+    Linear(), TransposedLinear(), Convolution(2), Convolution(1), Convolution(3), Embedding(),
+    *(Experts(transposed, interleaved) for transposed in (False, True)
       for interleaved in (False, True)),
     BatchedExperts(),
 ]  # fmt: skip
+# Of modules that look like those of another kind.
+_SPECIAL: list[Kind] = [Router(), GroupedLinear()]
+# A module is of the first kind that holds it; what of its parameters that leaves is free.
+KINDS = [*_SPECIAL, *_COMMON]
 FREE = FreeParameter()
 # Of what a module holds and does not call: no module is of these kinds.
 HELD: list[Kind] = [HeldLinear(), HeldConvolution()]
@@ -74,5 +77,5 @@ def kind_of_block(block: Block) -> Kind:
 
 def supported() -> str:
     """The modules that have blocks by default, as messages name them."""
-    *most, last = dict.fromkeys(kind.label for kind in KINDS if kind.by_default)
+    *most, last = dict.fromkeys(kind.label for kind in (*_COMMON, *_SPECIAL) if kind.by_default)
     return f"{', '.join(most)} or {last}"
