@@ -81,7 +81,7 @@ _OWN: dict[str, dict[str, Any]] = {
         "full_attention": {"rope_type": "default", "rope_theta": 1e4},
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     **{kind: {"layer_types": ["sliding_attention", "full_attention"] * 2} for kind in ("gemma4",
-        "gemma4_text")},
+        "gemma4_text", "gemma4_unified", "gemma4_unified_text")},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     **{kind: {"layer_types": ["conv", "full_attention"] * 2} for kind in ("lfm2", "lfm2_moe")},
     "mamba2": {"num_heads": 8},
@@ -155,4 +155,5 @@ def _small(made: Any, kind: str) -> dict[str, Any]:
 
 def _beyond(name: str, value: Any) -> bool:
     special = name.endswith(("token_id", "token_index")) and isinstance(value, int)
-    return special and name not in _SIZES and value >= VOCAB
+    other = any(kind in name for kind in ("image", "video", "audio"))
+    return special and name not in _SIZES and (other or value >= VOCAB)

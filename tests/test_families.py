@@ -4,6 +4,7 @@ bit, or it is refused when it is opened, with the reason; and about encoders and
 from __future__ import annotations
 
 import itertools
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from raycurv.models.opening import open_model
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
+from models_page import FAMILIES, PAGE, page
 from tiny_families import tiny_config, tiny_model
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
@@ -69,9 +71,13 @@ PARTICULAR = {
 }
 
 
+# What attends both ways unless its configuration says that it is a decoder.
+DECODERS = ("bert", "roformer")
+
+
 @pytest.mark.parametrize("kind", PARTICULAR)
 def test_a_cut_decoder_is_the_whole(tmp_path: Path, kind: str) -> None:
-    more = {"is_decoder": True} if kind in ("bert", "roformer") else {}
+    more = {"is_decoder": True} if kind in DECODERS else {}
     folder = _saved(tmp_path / "model", kind, **more)
     whole = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     for padded in (False, True):
@@ -203,3 +209,37 @@ def test_a_text_is_what_it_is_alone_without_padding(tmp_path: Path, kind: str, h
     other = segment.head(segment.forward(seen, None)[0], seen)[1]
     other = other if pooled else other[: lengths[1]]
     assert (other - alone[1].logits[0]).abs().max() > 1e-6
+
+
+# ---- The page of models -----------------------------------------------------------------------
+
+
+def models_page() -> str:
+    """``docs/models.md``, from what was found of all types and the tables of the tests."""
+    import test_experts
+    import test_image_models
+    import test_model
+    import test_seq2seq
+
+    here = "tests/test_families.py"
+    tested = {make().model_type: "tests/test_model.py" for make in test_model.FAMILIES.values()}
+    tested |= dict.fromkeys(test_experts.FAMILIES, "tests/test_experts.py")
+    tested |= dict.fromkeys([*PARTICULAR, *WHOLE, *REFUSED], here)
+    others = [[task, kind, "any" if TASKS[kind, task][1] else "one", here] for kind, task in TASKS]
+    others += [
+        ["ImageClassification", kind, "one", "tests/test_image_models.py"]
+        for kind in test_image_models.FAMILIES
+    ]
+    others += [
+        ["ConditionalGeneration", kind, "one", "tests/test_seq2seq.py"]
+        for kind in test_seq2seq.FAMILIES
+    ]
+    return page(tested, others)
+
+
+def test_the_page_of_models_is_what_was_found_and_what_tests_try() -> None:
+    assert PAGE.read_text() == models_page(), "python benchmarks/models_page.py"
+    found = {row["kind"]: row for row in json.loads(FAMILIES.read_text())}
+    kinds = {kind if kind not in DECODERS else f"{kind} (is_decoder)" for kind in PARTICULAR}
+    assert all(found[kind]["outcome"] == "right" and found[kind]["units"] > 1 for kind in kinds)
+    assert all(found[kind]["outcome"] == "refused" for kind in REFUSED)
