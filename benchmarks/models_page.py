@@ -26,8 +26,8 @@ of transformers for each example alone, without padding, and those of three stag
 bit for bit; and if the gradients of each example by each block are autograd's on transformers' own
 parameters, in float64 (to 1e-5, where a class computes parts in float32; a class that fails in
 float64 by itself is fitted in float32, where a check holds two examples against autograd). Types of
-images and text are tried with a text alone. A test of the suite tries those that name it; the rest by
-[`benchmarks/families.py`](../benchmarks/results/2026-11-30-families-by-gradients.md).
+images and text are tried with a text alone. Tests of the suite try those that name one; the rest
+was tried by [`families.py`](../benchmarks/results/2026-11-30-families-by-gradients.md).
 
 - **stages**: whether the model may be cut between its layers, or runs as one stage.
 - **experts**: whether a mixture's experts have blocks.
