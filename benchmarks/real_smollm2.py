@@ -192,7 +192,8 @@ def influence_section(settings: Settings, train: Sequence[Fact], asked: Sequence
         scores = raycurv.open_scores(settings.place / f"scores-{stages}")
         matrix, queries, names = scores.matrix()
         assert queries == [fact.id for fact in asked]
-        matrices[stages] = matrix
+        # Rows of a table may come in any order.
+        matrices[stages] = matrix[:, np.argsort(names)]
         order = np.argsort(-matrix, axis=1)
         ranks[stages] = [
             1 + [names[n] for n in row].index(query)
