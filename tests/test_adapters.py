@@ -158,6 +158,31 @@ def test_several_adapters_are_active_together(tmp_path: Path) -> None:
         ours(tmp_path, "llama", one, one)
 
 
+def test_of_adapters_that_replace_one_weight_one_is_taken(tmp_path: Path) -> None:
+    one, other = (
+        make(tmp_path, "llama", name, n, target_modules=["q_proj"], modules_to_save=["lm_head"])
+        for n, name in enumerate(("one", "other"))
+    )
+    for merged in (False, True):
+        with pytest.raises(UserError, match=r"lm_head.weight in it and in .*one\."):
+            ours(tmp_path, "llama", one, other, merged=merged)
+        ours(tmp_path, "llama", other, merged=merged)
+    outline = Adapters((str(one), str(other)))
+    with pytest.raises(UserError, match="Give one of them"):
+        open_outline(str(tmp_path / "llama"), adapters=outline)
+
+
+def test_an_adapters_own_tokenizer_is_told(tmp_path: Path) -> None:
+    adapter = make(tmp_path, "llama", target_modules=["q_proj"])
+    base = tmp_path / "llama" / "tokenizer.json"
+    base.write_text("{}")
+    for merged in (False, True):
+        for own, told in (("{}", False), ('{"added_tokens": []}', True)):
+            (adapter / base.name).write_text(own)
+            notices = ours(tmp_path, "llama", adapter, merged=merged).notices
+            assert any(f"by --tokenizer {adapter} alone" in one for one in notices) == told
+
+
 def test_a_quantised_base_is_frozen_below_its_adapter(tmp_path: Path) -> None:
     adapter = make(tmp_path, "llama", target_modules=["q_proj", "down_proj"])
     both = quantised_and_copy(tmp_path / "llama", tmp_path, BLOCKS)
@@ -350,7 +375,8 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a rank in words": (_fields(r="2"), "what PEFT writes there"),
     "layers that are not there": (_fields(target_modules=["c_attn"]), "Target modules.*not found"),
     "fewer layers": (_fields(target_modules=["q_proj"]), "4 that have no place.*v_proj"),
-    "another task": (_fields(task_type="SEQ_CLS"), r"task \(SEQ_CLS\).*AutoModelForSeq"),
+    "another task": (_fields(task_type="SEQ_CLS"), r"task \('SEQ_CLS'\).*AutoModelForSeq"),
+    "a task in colours": (_fields(task_type="\x1b[31mX"), r"task \('\\x1b\[31mX'\)"),
     "another class": (
         _fields(task_type=None, auto_mapping={"base_model_class": "BertModel"}),
         "one of a BertModel",
@@ -364,7 +390,15 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "an option of tomorrow": (_fields(use_tomorrow=True), "use_tomorrow.*an option"),
     "a changed base": (_fields(init_lora_weights="pissa"), "changes the base's weights"),
     "a slow pattern": (_fields(target_modules="(a+)+$"), "takes no long time"),
-    "many repeats": (_fields(target_modules=".*" * 9), "takes no long time"),
+    "many repeats": (_fields(target_modules=".*" * 7), "takes no long time"),
+    "many that may be missing": (_fields(target_modules=".?" * 7), "takes no long time"),
+    "many of several": (_fields(exclude_modules="(.|..)" * 17), "takes no long time"),
+    "a slow pattern in a comment": (
+        _fields(target_modules="(?#[)(a+)+(?#])"), "takes no long time",
+    ),
+    "a slow pattern with spaces": (
+        _fields(rank_pattern={"(?x)([a-z.]+) +": 2}), "takes no long time",
+    ),
     "a missing tensor": (_tensors(lambda t: t.pop(_A)), "1 missing.*lora_A"),
     "a stranger": (_tensors(lambda t: t.update(extra=torch.ones(2))), "no place there: extra"),
     "another width": (_tensors(lambda t: t.update({_A: torch.ones(2, 9)})), r"\[2, 9\] of F32"),

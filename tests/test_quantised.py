@@ -488,6 +488,12 @@ REFUSED: dict[str, tuple[Any, str]] = {
         _int("pack-quantized") | {"config_groups": {"a": {"targets": ["re:("], "weights": {}}}},
         "targets",
     ),
+    "a slow pattern": (
+        _int("pack-quantized") | {
+            "config_groups": {"a": {"targets": ["re:(a+)+$"], "weights": {}}}
+        },
+        "targets",
+    ),
     "a rotation": (_group() | {"transform_config": {"a": 1}}, "transform_config"),
     "a bad size": (fp8(weight_block_size=[128]), "weight_block_size"),
 }  # fmt: skip

@@ -6,6 +6,7 @@ behind that, where the layers are that an adapter changes.
 
 from __future__ import annotations
 
+import filecmp
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,15 +15,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from raycurv.errors import UserError
+from raycurv.errors import UserError, shortened
 from raycurv.mathematics.blocks import Block
 from raycurv.models.adapter import ADAPTER, Adapter, Adapters
-from raycurv.models.checkpoint_files import CheckpointFile
+from raycurv.models.checkpoint_files import TOKENIZER_FILES, CheckpointFile
 from raycurv.models.hf import HFModel, HFOutline
-from raycurv.models.lora import Merged, Placed, below, fill, find_places, put_matrices, take_out
+from raycurv.models.lora import (
+    Merged,
+    Placed,
+    below,
+    below_parameter,
+    fill,
+    find_places,
+    put_matrices,
+    take_out,
+)
 from raycurv.models.model import Segment
 from raycurv.models.pieces import Parts
 from raycurv.models.stored import Patch, StoredWeight
+from raycurv.models.unused import listed
 
 # The class of transformers that PEFT's tasks are opened by; one is of any that has no head.
 _TASKS = {
@@ -32,6 +43,9 @@ _TASKS = {
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
 }
 _ANY_TASK = ("FEATURE_EXTRACTION",)
+# What a tokenizer makes other tokens of texts or conversations by. (Its configuration is written
+# anew by each version of transformers.)
+_OF_TEXT = (*(f for f in TOKENIZER_FILES if f != "tokenizer_config.json"), "chat_template.jinja")
 
 
 class _WithMatrices(HFOutline):
@@ -50,13 +64,13 @@ class _WithMatrices(HFOutline):
         base = super().skeleton()
         _check_task(self, self._opened, base)
         self._placed = find_places(base, self._opened)
-        _check_layers(self, self._placed)
+        _check_layers(self, self._opened, self._placed)
         self._count_matrices(base)
         # The adapters' own are trained, wherever they are; the base's are not.
         self.default_scope = ()
         if self.tied_head is not None and any(self.tied_head in p.changes for p in self._placed):
             self.tied_head = f"{self.tied_head}.base_layer"
-        self.notices += tuple(_notices(self._opened, self._placed, "beside the base's weights"))
+        self.notices += tuple(_notices(self, "beside the base's weights"))
 
     def _count_matrices(self, whole: nn.Module) -> None:
         """Count the weights of the adapters to the layers and modules that they are in."""
@@ -168,10 +182,8 @@ class MergedModel(_OnBase):
 
     def __init__(self, *given: Any, **more: Any) -> None:
         super().__init__(*given, **more)
-        _check_layers(self, self._placed)
-        self.notices += tuple(
-            _notices(self._opened, self._placed, "merged into the base's weights")
-        )
+        _check_layers(self, self._opened, self._placed)
+        self.notices += tuple(_notices(self, "merged into the base's weights"))
 
     def _on_meta(self) -> nn.Module:
         whole = super()._on_meta()
@@ -194,7 +206,7 @@ def _check_task(outline: HFOutline, adapters: Sequence[Adapter], whole: nn.Modul
         auto, remedy = _TASKS.get(adapter.task or "", ""), f"Give its base{adapter.made_for}."
         got = ""
         if adapter.task not in (None, *_ANY_TASK) and auto != outline.task.auto:
-            got = f"one of a model of another task ({adapter.task})"
+            got = f"one of a model of another task ({shortened(repr(adapter.task), 40)})"
             if auto:
                 remedy = (
                     f"Save the base as such a model (transformers.{auto}.from_pretrained(BASE, "
@@ -207,11 +219,26 @@ def _check_task(outline: HFOutline, adapters: Sequence[Adapter], whole: nn.Modul
             raise UserError(adapter.where, wanted, got, remedy)
 
 
-def _check_layers(outline: HFOutline, placed: Sequence[Placed]) -> None:
-    """Refuse what an adapter changes of modules that are not run, or of tied weights."""
+def _check_layers(
+    outline: HFOutline, adapters: Sequence[Adapter], placed: Sequence[Placed]
+) -> None:
+    """Refuse what an adapter changes of modules that are not run, or of tied weights, and what
+    several have in place of one weight."""
     anatomy = outline.anatomy
     tied = {anatomy.embedding, anatomy.head} if anatomy.tied else set()
-    for one in placed:
+    instead: dict[str, Adapter] = {}
+    for adapter, one in zip(adapters, placed, strict=True):
+        twice = sorted(instead.keys() & one.instead.keys())
+        if twice:
+            first = instead[twice[0]]
+            raise UserError(
+                f"--adapter {adapter.directory}",
+                "adapters of which one at most has another weight in place of the base's",
+                f"{below_parameter(twice[0])} in it and in {first.directory}",
+                "Give one of them. To have both, make them a single model with PEFT, and give what "
+                "that saves.",
+            )  # fmt: skip
+        instead |= dict.fromkeys(one.instead, adapter)
         changed = {*one.changes, *(name.rpartition(".")[0] for name in one.instead)}
         idle = sorted(changed & (outline.idle | outline.held))
         replaced = {name.rpartition(".")[0] for name in one.instead} & tied
@@ -225,8 +252,19 @@ def _check_layers(outline: HFOutline, placed: Sequence[Placed]) -> None:
             )  # fmt: skip
 
 
-def _notices(adapters: Sequence[Adapter], placed: Sequence[Placed], how: str) -> Iterator[str]:
+def _notices(outline: _WithMatrices | _OnBase, how: str) -> Iterator[str]:
     """What is told of each adapter."""
-    for adapter, one in zip(adapters, placed, strict=True):
+    for adapter, one in zip(outline._opened, outline._placed, strict=True):
         made_for = f", made for {adapter.base}" if adapter.base else ""
         yield f"adapter {adapter.name} of {adapter.directory}{made_for}: {one}, {how}"
+        others = [n for n in _OF_TEXT if _differs(outline.directory / n, adapter.directory / n)]
+        if others:
+            yield (
+                f"adapter {adapter.name} has a tokenizer of its own ({listed(others)} differ), "
+                f"which texts go through by --tokenizer {adapter.directory} alone"
+            )
+
+
+def _differs(base: Path, own: Path) -> bool:
+    """Whether an adapter has a file that its base has not."""
+    return own.is_file() and not (base.is_file() and filecmp.cmp(base, own, shallow=False))

@@ -8,7 +8,6 @@ by its name. The base that it names is told, and never opened.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from raycurv.errors import UserError, shortened
 from raycurv.jsonfile import misfit, read_json
 from raycurv.models.checkpoint import Checkpoint
+from raycurv.models.patterns import is_bounded
 from raycurv.names import regular_file
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -49,8 +49,6 @@ _WITHOUT_EFFECT = {
 # How matrices were started that leave the base's weights as they are.
 _STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 _MOST_RANK = 65_536
-# A pattern of a stranger's is matched against the name of every module.
-_MOST_PATTERN, _MOST_REPEATS = 2_000, 8
 
 
 @dataclass(frozen=True)
@@ -184,7 +182,7 @@ class Adapter:
         if wrong:
             raise UserError(where, "what PEFT writes there", wrong, "Copy the adapter again.")
         for pattern in _patterns(name, value):
-            if len(pattern) > _MOST_PATTERN or not _is_bounded(pattern):
+            if not is_bounded(pattern):
                 raise UserError(
                     where, "a pattern of names that takes no long time to match",
                     shortened(repr(pattern)),
@@ -201,15 +199,3 @@ def _patterns(name: str, value: Any) -> Sequence[str]:
     return (
         [value] if name in ("target_modules", "exclude_modules") and isinstance(value, str) else []
     )
-
-
-def _is_bounded(pattern: str) -> bool:
-    """Whether a regular expression is one whose matching ends soon: no group is repeated, and
-    little else is. (What repeats a group that repeats takes time exponential in a name's length.)
-    """
-    try:
-        re.compile(pattern)
-    except re.error:
-        return False
-    plain = re.sub(r"\\.|\[[^\]]*\]", "x", pattern)
-    return not re.search(r"\)[*+{]", plain) and len(re.findall(r"[*+{]", plain)) <= _MOST_REPEATS

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raycurv.errors import UserError, shortened
+from raycurv.models.patterns import is_bounded
 
 COMPRESSED = "compressed-tensors"
 # What a description of compressed tensors may say; of others nothing follows where they are empty.
@@ -227,12 +228,11 @@ def _scheme(weights: Mapping[str, Any], where: str, path: str) -> Scheme:
 
 
 def _are_targets(targets: list[Any]) -> bool:
-    if not all(isinstance(one, str) for one in targets):
-        return False
-    try:
-        return all(re.compile(one[3:]) for one in targets if one.startswith("re:"))
-    except re.error:
-        return False
+    """Whether they are texts, and the patterns among them end soon."""
+    return all(
+        isinstance(one, str) and (not one.startswith("re:") or is_bounded(one[3:]))
+        for one in targets
+    )
 
 
 def _pair(value: Any, name: str, path: str) -> Cell:
