@@ -295,6 +295,17 @@ def test_merged_weights_are_pruned_and_saved_and_matrices_are_not(tmp_path: Path
     saved = load_file(Path(pruned.path) / "model" / "model.safetensors")
     for name, weight in theirs(tmp_path, "llama", adapter).merge_and_unload().state_dict().items():
         assert torch.equal(saved[name], weight), name
+    # Where the adapter lies beside its base, what is saved is a model by itself all the same.
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(adapter / file, tmp_path / "llama")
+    run = _fit(tmp_path, tmp_path / "llama", out="within", merge_adapter=True)
+    again = run.prune(tmp_path / "pruned-within", quiet=True, address="none", sparsity=0.0)
+    folder = Path(again.path) / "model"
+    assert not [*folder.glob("adapter*")]
+    for name, weight in AutoModelForCausalLM.from_pretrained(folder).state_dict().items():
+        assert torch.equal(saved[name], weight), name
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "llama" / file).unlink()
     beside = _fit(tmp_path, adapter, out="beside")
     with pytest.raises(UserError, match="Fit with --merge-adapter"):
         beside.prune(tmp_path / "no", quiet=True, address="none", sparsity=0.5)

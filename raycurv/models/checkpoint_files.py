@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from raycurv.errors import UserError
+from raycurv.models.adapter import ADAPTER_CONFIG
 from raycurv.models.checkpoint import (
     INDEX,
     NAMES,
@@ -101,8 +102,9 @@ def _beside(directory: Path, weights: Iterable[str]) -> Iterator[str]:
     """What lies beside the weights and goes along, apart from the index and ``config.json``."""
     for path in directory.iterdir():
         along = path.suffix in _ALONG and not path.name.endswith(".index.json")
-        written = path.name in (CONFIG, *weights)
-        if path.is_file() and (along or path.name in _PLAIN) and not written:
+        # An adapter's configuration would make transformers look for its tensors there.
+        apart = path.name in (CONFIG, ADAPTER_CONFIG, *weights)
+        if path.is_file() and (along or path.name in _PLAIN) and not apart:
             yield path.name
     for path in (directory / _TEMPLATES).glob("*.jinja"):
         yield f"{_TEMPLATES}/{path.name}"
