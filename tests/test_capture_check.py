@@ -331,6 +331,21 @@ def test_no_more_than_one_weight_has_a_gradient_at_a_time(monkeypatch: pytest.Mo
     assert len(there) == 10 and max(there) == 0
 
 
+def test_a_single_number_that_is_what_the_head_gives_too_is_looked_at(tmp_path: Path) -> None:
+    # What leaves the layers is what the head gives: signs of one size may cancel out.
+    rows = [row | {"labels": row["labels"][:1]} for row in vectors(3, 6, "numbers")]
+
+    def fitted(make: Callable[[], nn.Module], out: str) -> raycurv.Run:
+        return raycurv.fit(
+            lambda: seeded(lambda: nn.Sequential(make())), rows, tmp_path / out, batch_tokens=1,
+            objective="regression", address="none", quiet=True,
+        )  # fmt: skip
+
+    with pytest.raises(UserError, match=r"block 0.*relative error"):
+        fitted(lambda: Masked(6, 1), "wrong")
+    assert fitted(lambda: nn.Linear(6, 1), "right").manifest.facts["capture_check"]["worst"] < 1e-5
+
+
 def test_the_longest_and_the_shortest_example_are_looked_at() -> None:
     mask = torch.arange(6) < torch.tensor([4, 2, 6, 3])[:, None]
     batch = Batch(0, tuple("abcd"), mask.long(), mask=mask, columns={"x": list("wxyz")})

@@ -231,6 +231,22 @@ def test_rows_that_mix_examples_are_refused() -> None:
         capture.captured(record)
 
 
+def test_a_subclass_that_computes_otherwise_is_no_module_of_experts() -> None:
+    decorated = type(_experts())
+
+    class Doubled(decorated):  # type: ignore[misc, valid-type]
+        def forward(self, *args: Any) -> Tensor:
+            return 2 * grouped_mm_experts_forward(self, *args)
+
+    class Same(decorated):  # type: ignore[misc, valid-type]
+        pass
+
+    # Ours would take the place of its forward.
+    with pytest.raises(UserError, match=r"experts.gate_up_proj.*of another kind"):
+        choose_blocks(Layer(Doubled(None)), ())
+    assert len(choose_blocks(Layer(Same(None)), ())) == 3 * EXPERTS
+
+
 # Routers
 
 
@@ -371,6 +387,14 @@ def test_a_query_says_how_much_of_it_lies_in_experts_that_the_fit_never_saw(
     assert run.manifest.facts["experts"] == {
         "blocks": len(experts), "unreached": unreached, "thin": len(thin) - len(unreached),
     }  # fmt: skip
+    # Where it is extended, what the new examples reach has curvature, in bases of no rows.
+    more = raycurv.fit(
+        source, data[1:], str(tmp_path / "more"), objective="causal-lm", extend=run.path, **how
+    )
+    found = {row["block"]: row for row in more.blocks().to_pylist()}
+    reached = {name for name in unreached if found[name]["mean_eigenvalue"]}
+    assert reached and all(found[name]["tokens"] == 0 for name in reached)
+    assert set(more.manifest.facts["experts"]["unreached"]) == set(unreached) - reached
     # With no curvature at all the score of a query on itself is its squared gradient, block by
     # block.
     plain = raycurv.fit(

@@ -77,6 +77,37 @@ class Scaled(nn.Module):
         return x * self.scale
 
 
+class Positive(nn.Module):
+    """A number for each column, some below zero, by its size alone, and by how far from 1 it is."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale, self.further = (nn.Parameter(torch.randn(width)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale.abs() * self.further.sub(1).abs()
+
+
+class Added(nn.Module):
+    """Two outputs that are added up, and so have one gradient."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decay = nn.Parameter(torch.randn(5))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x * self.decay.sigmoid(), x.square() * self.decay.tanh()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.two = self.Two()
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.two(x)
+        return first + second
+
+
 class Recurrent(nn.Module):
     """Parameters used in no way that is seen from outside: a decay of each column and state, a
     token before the others, a list; and two outputs, the second of them in a tuple."""
@@ -190,6 +221,19 @@ class Mixer(nn.Module):
         return (projected.transpose(1, 2) + self.project.bias) * gated
 
 
+class OneStorage(nn.Module):
+    """Two weights that lie side by side in one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Linear(4, 4, bias=False) for _ in range(2))
+        both = torch.randn(2, 4, 4, dtype=DOUBLE)
+        self.first.weight, self.second.weight = nn.Parameter(both[0]), nn.Parameter(both[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.first.weight).tanh(), self.second.weight)
+
+
 class Grouped(nn.Linear):
     """Each group of inputs has its own part of the weight's rows, as DeepSeek-V4 projects heads."""
 
@@ -239,12 +283,17 @@ LAYERS = {
     "batch norm": Layer(_norm(lambda: nn.BatchNorm2d(4)), (3, 4, 4, 4)),
     "instance norm": Layer(_norm(lambda: nn.InstanceNorm1d(4, affine=True)), (3, 4, 4)),
     "scale of channels": Layer(lambda: Scaled(5), (3, 6, 5)),
+    "scale of channels, by its size": Layer(lambda: Positive(5), (3, 6, 5)),
+    "outputs that are added up": Layer(Added, (3, 6, 5)),
     "recurrence": Layer(Positions, (3, 4, 5)),
     "attention": Layer(Attention, (3, 4, 6)),
     "lstm": Layer(Lstm, (3, 4, 5)),
     "slope": Layer(lambda: nn.PReLU(4), (3, 4, 5)),
     "grouped linear": Layer(Grouped, (3, 6, 2, 5)),
     "layers that are not called": Layer(Mixer, (3, 6, 4), HELD),
+    "layers of one storage that are not called": Layer(
+        OneStorage, (3, 6, 4), ("0.first", "0.second")
+    ),
     "bilinear": Layer(lambda: Bilinear(), (3, 4, 5)),
 }
 

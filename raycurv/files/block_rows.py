@@ -49,12 +49,13 @@ def write_blocks(
 
 def _unevenly_reached(blocks: Sequence[Block], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Of blocks that share out rows among them, as experts do: how many there are (``blocks``), the
-    names of those that no row reached (``unreached``), and how many are ``thin`` besides; empty
-    where there are none."""
+    names of those that no row reached, or no gradient (``unreached``; a run that is extended may
+    reach what gave no row to its bases), and how many are ``thin`` besides; empty where there are
+    none."""
     shared = [row for block, row in zip(blocks, rows, strict=True) if block.index is not None]
     if not shared:
         return {}
-    none = [r["block"] for r in shared if 0 in (r.get("tokens"), r.get("mean_eigenvalue"))]
+    none = [row["block"] for row in shared if row.get("mean_eigenvalue") == 0.0]
     thin = sum(bool(row.get("thin")) for row in shared if row["block"] not in set(none))
     return {"blocks": len(shared), "unreached": none, "thin": thin}
 

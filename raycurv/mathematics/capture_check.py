@@ -195,7 +195,10 @@ def _same_randomness(device: torch.device) -> Iterator[None]:
 
 
 def _back(roots: Sequence[tuple[Tensor, int]], batch: Batch, scales: Sequence[float]) -> None:
-    """Differentiate the sum over examples of ``scales`` times their random linear functions."""
+    """Differentiate the sum over examples of ``scales`` times their random linear functions: a
+    sign for each number of a root, half of the root's before. What leaves the layers may be what
+    the head gives, too, and signs of the same size would cancel out, all of those of an example
+    with a single number at times."""
     tensors, cotangents = [], []
     for number, (root, start) in enumerate(roots):
         if not root.requires_grad or not root.is_floating_point():
@@ -204,7 +207,7 @@ def _back(roots: Sequence[tuple[Tensor, int]], batch: Batch, scales: Sequence[fl
             continue  # what all examples share
         generator = torch.Generator().manual_seed(number)
         signs = torch.randint(0, 2, root.shape, generator=generator, dtype=torch.int8)
-        cotangent = (2 * signs - 1).to(root.device, root.dtype)
+        cotangent = (2 * signs - 1).to(root.device, root.dtype) * 2.0**-number
         if batch.mask is not None and root.ndim > 1:
             live = batch.mask[:, start : start + root.shape[1]]
             if live.shape == root.shape[:2]:

@@ -52,6 +52,7 @@ class Experts(Kind):
         return (
             # Set by the decorator, which also gives a class its ``_apply_gate``.
             hasattr(module, "_apply_gate")
+            and _is_decorated(type(module))
             and getattr(module, "is_transposed", None) is self.transposed
             and getattr(module, "is_concatenated", None) is not self.interleaved
         )
@@ -397,6 +398,13 @@ class _Taken(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return ctx.routing.summed(gradients[0]), None
+
+
+def _is_decorated(cls: type) -> bool:
+    """Whether a class' forward is the decorator's, and not one of a subclass, unlike ours."""
+    forward: Any = getattr(cls, "forward", None)
+    found = getattr(forward, "__globals__", {}).get("__name__")
+    return bool(found == "transformers.integrations.moe")
 
 
 def _parameters_of(module: nn.Module) -> tuple[tuple[str, tuple[str, ...]], ...]:

@@ -10,9 +10,9 @@ output, for all examples at once:
 
     y = y|θ=0 + θ ∘ (y|θ=1 − y|θ=0),        ∇_n = Σ_positions g_n ∘ (y|θ=1 − y|θ=0)_n
 
-Whether it does is found by θ that are drawn. Any other module is run again, an example at a time,
-with a gradient for θ; it has to give what it gave before. So a module must map examples along its
-first axis.
+Whether it does is found by θ that are drawn, below zero, since ``|θ|`` is θ above, and by its own.
+Any other module is run again, an example at a time, with a gradient for θ; it has to give what it
+gave before. So a module must map examples along its first axis.
 
 Axis letters: N examples, O numbers of the parameter.
 """
@@ -152,19 +152,19 @@ def _place_of(parameter: str, module: nn.Module, call: ModuleCall) -> tuple[int,
         return ()
     one = left.again.difference(parameter, left.place)
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.rand(theta.shape, generator=generator, dtype=torch.float64) + 0.5
-    drawn = drawn.to(theta)
-    got = left.again.difference(parameter, left.place, drawn)
-    if not one.isfinite().all() or not got.isfinite().all() or not one.any():
-        return None
-    scale = float(got.abs().max())
-    fitting = [
-        shape
-        for shape in shapes
-        if float((got - one * drawn.reshape(shape).to(y.dtype)).abs().max())
-        <= _SAME[y.dtype] * scale
-    ]
-    return fitting[0] if len(fitting) == 1 else ()
+    drawn = -(torch.rand(theta.shape, generator=generator, dtype=torch.float64) + 0.5)
+    for tried in (drawn.to(theta), theta.detach()):
+        got = left.again.difference(parameter, left.place, tried)
+        if not one.isfinite().all() or not got.isfinite().all() or not one.any():
+            return None
+        scale = float(got.abs().max())
+        shapes = [
+            shape
+            for shape in shapes
+            if float((got - one * tried.reshape(shape).to(y.dtype)).abs().max())
+            <= _SAME[y.dtype] * scale
+        ]
+    return shapes[0] if len(shapes) == 1 else ()
 
 
 def _shapes(theta: Tensor, y: Tensor) -> Iterator[tuple[int, ...]]:
@@ -192,7 +192,7 @@ class _Again:
     kwargs: dict[str, Any]
     names: tuple[str, ...]
     _versions: list[tuple[Tensor, int]] = field(init=False)
-    _latest: tuple[Tensor, dict[str, Tensor]] | None = None
+    _latest: tuple[int, Tensor, dict[str, Tensor]] | None = None
 
     def __post_init__(self) -> None:
         self.args, self.kwargs = tree_map(_detached, (self.args, self.kwargs))
@@ -228,9 +228,12 @@ class _Again:
 
     def gradients(self, block: Block, call: ModuleCall, g: Tensor) -> dict[str, Tensor]:
         """By parameter the gradients of all examples ``[N, 1, O]``, one after the other."""
-        if self._latest is not None and self._latest[0].data_ptr() == g.data_ptr():
-            return self._latest[1]
         left: _Output = call.detail
+        if self._latest is not None:
+            # Outputs that are added up have one gradient.
+            place, latest, gradients = self._latest
+            if place == left.place and latest.data_ptr() == g.data_ptr():
+                return gradients
         outputs = left.y
         if outputs._version != left.version:
             with torch.no_grad():
@@ -243,7 +246,7 @@ class _Again:
             for name, gradient in parts.items():
                 found[name].append(gradient.reshape(1, -1))
         gradients = {name: torch.stack(some) for name, some in found.items()}
-        self._latest = g, gradients
+        self._latest = left.place, g, gradients
         return gradients
 
     def _gradient(

@@ -76,6 +76,8 @@ class _Calls(TorchFunctionMode):
             or (
                 isinstance(value, Tensor)
                 and value.untyped_storage() is one.untyped_storage()
+                # Several weights may be parts of one.
+                and value.storage_offset() == one.storage_offset()
                 and value.numel() == one.numel()
             )
             for one in self._weights
