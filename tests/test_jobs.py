@@ -183,7 +183,7 @@ BLOCKS = {
     "d_out": pa.int32(), "bias": pa.bool_(), "tokens": pa.int64(), "examples": pa.int64(),
     "trace": pa.float64(), "mean_eigenvalue": pa.float64(), "input_effective_rank": pa.float64(),
     "output_effective_rank": pa.float64(), "eigh_outcome": pa.string(),
-    "eigh_seconds": pa.float64(),
+    "eigh_seconds": pa.float64(), "thin": pa.bool_(),
 }  # fmt: skip
 SPECTRUM = {
     "factor": pa.string(), "block": pa.string(), "tile": pa.int32(), "side": pa.string(),
