@@ -447,6 +447,16 @@ def _packed_wrong() -> Iterator[tuple[str, Callable[[dict[str, Tensor]], object]
     yield "_shape", lambda w: w[f"{WEIGHT}_shape"].add_(8), "32-bit words"
     yield "_zero_point", lambda w: w.pop(f"{WEIGHT}_zero_point"), "zero points"
     yield "_zero_point", lambda w: w.update({f"{WEIGHT}_zero_point": torch.ones(2, 2)}), "shape"
+    yield "_g_idx", lambda w: w.update(_groups(w, lambda n: n.flip(0))), "another order"
+
+
+def _groups(
+    tensors: dict[str, Tensor], order: Callable[[Tensor], Tensor] = lambda n: n
+) -> dict[str, Tensor]:
+    """The group of each column, in some order."""
+    columns, scales = tensors[f"{WEIGHT}_shape"][1], tensors[f"{WEIGHT}_scale"].shape[1]
+    numbers = torch.arange(int(columns), dtype=torch.int32) // (int(columns) // scales)
+    return {f"{WEIGHT}_g_idx": order(numbers).contiguous()}
 
 
 def test_packed_numbers_lack_nothing(llama: Path, tmp_path: Path) -> None:
@@ -458,6 +468,10 @@ def test_packed_numbers_lack_nothing(llama: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=says) as caught:
             open_model(str(own))
         assert f"{WEIGHT}{key}" in str(caught.value)
+    (own / FILE).write_bytes(whole)
+    for order in (lambda n: n, lambda n: n - 99):
+        _change(own, lambda w, order=order: w.update(_groups(w, order)))
+        assert any("g_idx" in notice for notice in open_model(str(own)).notices)
 
 
 def _group(**changed: Any) -> dict[str, Any]:

@@ -220,7 +220,20 @@ class DequantisedCheckpoint(Checkpoint):
                 f"{stored.stored} of shape {list(stored.shape)}",
             )
         self._check_zeros(fits[0])
+        self._check_order(weight, fits[0])
         return fits[0]
+
+    def _check_order(self, weight: str, made: DequantisedEntry) -> None:
+        """Refuse columns whose groups are told one by one, and are not those in order."""
+        order = f"{weight}_g_idx"
+        if order not in self._listed:
+            return
+        told, columns = super().read(order).flatten(), made.stack[2]
+        plain = torch.arange(columns) // made.cell[1]
+        # Its library takes a negative one for no order at all.
+        if not bool((told < 0).any()) and not torch.equal(told.long(), plain):
+            wanted = f"groups of {made.cell[1]} columns that follow each other"
+            raise self._misfit(order, wanted, "columns in another order (actorder)")
 
     def _check_zeros(self, made: DequantisedEntry) -> None:
         """Refuse zero points of another shape than the scales, or that are packed otherwise."""
