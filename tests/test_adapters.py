@@ -154,8 +154,10 @@ def test_several_adapters_are_active_together(tmp_path: Path) -> None:
     assert torch.equal(logits(ours(tmp_path, "llama", one, other)), whole(input_ids=IDS).logits)
     merged = logits(ours(tmp_path, "llama", one, other, merged=True))
     assert torch.equal(merged, whole.merge_and_unload()(input_ids=IDS).logits)
-    with pytest.raises(UserError, match="one of them twice"):
-        ours(tmp_path, "llama", one, one)
+    (tmp_path / "link").symlink_to(one)
+    for again in (one, tmp_path / "link"):
+        with pytest.raises(UserError, match="one of them twice"):
+            ours(tmp_path, "llama", one, again)
 
 
 def test_of_adapters_that_replace_one_weight_one_is_taken(tmp_path: Path) -> None:

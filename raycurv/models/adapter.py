@@ -73,7 +73,7 @@ class Adapters:
     def open(self) -> tuple[Adapter, ...]:
         """Describe each; see :class:`Adapter`."""
         places = [Path(os.path.abspath(os.path.expanduser(one))) for one in self.directories]
-        if len(set(places)) < len(places):
+        if len({os.path.realpath(place) for place in places}) < len(places):
             raise UserError("--adapter", "different directories", "one of them twice", "Leave one.")
         names = ["default", *(f"adapter{n}" for n in range(2, len(places) + 1))]
         return tuple(Adapter(name, place) for name, place in zip(names, places, strict=False))
