@@ -128,6 +128,12 @@ class Batch:
             tokens = self.mask is not None and tensor.shape[:2] == self.mask.shape
             return tensor[rows, :end] if tokens else tensor[rows]
 
+        # Labels in floating point are of whole texts, however many positions these have.
+        of_texts = self.labels is not None and self.labels.is_floating_point()
+
+        def cut_labels(tensor: Tensor) -> Tensor:
+            return tensor[rows] if of_texts else cut(tensor)
+
         source = mask = None
         if self.source is not None and self.source_mask is not None:
             longest = int(self.source_mask[rows].sum(dim=1).max())
@@ -138,9 +144,9 @@ class Batch:
             ids=tuple(self.ids[n] for n in examples),
             inputs=cut(self.inputs, sequences),
             mask=None if self.mask is None else cut(self.mask, sequences),
-            labels=None if self.labels is None else cut(self.labels),
+            labels=None if self.labels is None else cut_labels(self.labels),
             loss_mask=None if self.loss_mask is None else cut(self.loss_mask),
-            drawn=None if self.drawn is None else torch.stack([cut(y) for y in self.drawn]),
+            drawn=None if self.drawn is None else torch.stack([cut_labels(y) for y in self.drawn]),
             numbers=tuple(self.numbers[n] for n in examples) if self.numbers else (),
             columns={
                 name: c[rows] if isinstance(c, Tensor) else [c[n] for n in examples]

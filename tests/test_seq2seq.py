@@ -183,6 +183,23 @@ def test_curvature_and_scores_are_of_the_gradients_that_autograd_gives(
         assert found["score"] == pytest.approx(exact, rel=1e-9)
 
 
+def test_a_pair_with_another_source_is_another_example(
+    saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    rows = _rows()
+    other = [rows[0] | {"input_ids": [9, 9, 9]}]
+    how: dict[str, Any] = {"keep_sums": True, "address": "none", "quiet": True}
+    without = tmp_path / "without"
+    runs = [
+        raycurv.fit(saved("t5"), data, tmp_path / str(n), **how)
+        for n, data in enumerate((rows, rows[:1], other))
+    ]
+    with pytest.raises(UserError, match=r"'r0'.*the same content"):
+        runs[0].subtract(runs[2], out=without, **how)
+    left = runs[0].subtract(runs[1], out=without, **how)
+    assert left.manifest.facts["examples"] == len(rows) - 1
+
+
 def test_sources_and_targets_are_never_as_long_as_each_other() -> None:
     batch = _batch(_rows()[2:])
     assert batch.source is not None and batch.source_mask is not None and batch.mask is not None

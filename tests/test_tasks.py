@@ -4,7 +4,10 @@ which columns their data has."""
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,7 @@ from raycurv.data.microbatch import make_batch
 from raycurv.data.reading import ExampleReader
 from raycurv.data.tokenizer import LazyTokenizer
 from raycurv.errors import UserError
+from raycurv.models.model_task import IMAGE_CLASSIFICATION, class_names, refined
 from raycurv.models.opening import open_outline
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
@@ -82,6 +86,9 @@ def test_the_objective_follows_the_architecture(fits, name: str, tmp_path: Path)
             raycurv.fit(folder, list(case.data), tmp_path / "other", objective=other, **settings)
         assert other in caught.value.where and f"Give --objective {default}" in caught.value.remedy
         assert outline.task.what in caught.value.expected
+        # So it is of what queries are measured by.
+        with pytest.raises(UserError, match=f"Give --objective {default}"):
+            run.influence(case.data[:1], case.data, tmp_path / "scores", objective=other, **HERE)
 
 
 def test_an_objective_of_ones_own_takes_what_the_model_gives(fits, tmp_path: Path) -> None:
@@ -130,7 +137,60 @@ def test_the_problem_that_a_classifier_is_trained_for_is_its_objective(
     assert run["settings"]["objective"] == default
 
 
+def test_a_classifier_of_images_is_of_its_problem_too() -> None:
+    config = transformers.ViTConfig(num_labels=3, problem_type="multi_label_classification")
+    assert refined(IMAGE_CLASSIFICATION, config).objectives[0] == "multi-label"
+    config = transformers.ViTConfig(num_labels=3)
+    assert refined(IMAGE_CLASSIFICATION, config) == IMAGE_CLASSIFICATION
+    config = transformers.ViTConfig(num_labels=1)
+    assert refined(IMAGE_CLASSIFICATION, config).objectives == ("regression",)
+
+
 # Columns
+
+
+# What both tables of a configuration say, and the names that classes have.
+NAMED: dict[str, tuple[Any, Any, dict[str, int]]] = {
+    "both": ({"a": 0, "b": 1}, {0: "a", 1: "b"}, {"a": 0, "b": 1}),
+    "one": (None, {0: "a", 1: "b"}, {"a": 0, "b": 1}),
+    "texts": ({"a": "0", "b": "1"}, {0: "a", 1: "b"}, {"a": 0, "b": 1}),
+    "other ones": ({"a": 1, "b": 0, "c": 1}, {0: "a", 1: "b"}, {"c": 1}),
+    "one name of two": ({"a": 1}, {0: "a", 1: "a"}, {}),
+    "no class": ({"a": 7, "c": -1, "d": None, "e": "x", "f": 1.5}, {0: "b", 1: "c"}, {"b": 0}),
+    "no table": ("a", {0: "a", 1: "b"}, {"a": 0, "b": 1}),
+}
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_a_name_is_of_one_class_or_of_none(case: str) -> None:
+    label2id, id2label, want = NAMED[case]
+    config = SimpleNamespace(num_labels=2, label2id=label2id, id2label=id2label)
+    assert class_names(config) == want
+
+
+def test_probabilities_of_classes_lack_none() -> None:
+    rows = [{"input_ids": [3], "labels": [0.5, 0.5]}, {"input_ids": [4], "labels": [1.0, 0.0]}]
+    for labels, lacking in (([0.5, 0.5], []), (1, ["0"])):
+        reader = ExampleReader(
+            [row | {"labels": labels} for row in rows], None, VOCAB, None, classes=2,
+            labels_of="text",
+        )  # fmt: skip
+        assert len(list(reader.examples())) == 2
+        assert reader.findings.classes_lacking == lacking
+
+
+def test_a_part_of_a_microbatch_has_whole_labels_of_texts() -> None:
+    """As many positions as classes do not make them labels of tokens."""
+    rows = [{"input_ids": [3, 4, 5, 6], "labels": [0.5, 0.5, 0.0, 0.0]}] * 2
+    batch = make_batch(0, read(rows, labels_of="text"), torch.float64)
+    drawn = torch.ones(3, 2, 4, dtype=torch.int64)
+    part = replace(batch, drawn=drawn).part([1], 2)
+    assert part.labels is not None and part.labels.tolist() == [[0.5, 0.5, 0.0, 0.0]]
+    assert part.drawn is not None and part.drawn.shape == (3, 1, 4)
+    assert part.inputs.shape == (1, 2)
+    tokens = make_batch(0, read([{"input_ids": [3, 4], "labels": [3, 5]}] * 2), torch.float64)
+    cut = tokens.part([0], 1)
+    assert cut.labels is not None and cut.labels.tolist() == [[3]]
 
 
 def test_a_class_may_be_named_and_what_lacks_is_told(fits, tmp_path: Path) -> None:
@@ -160,10 +220,10 @@ def test_a_class_may_be_named_and_what_lacks_is_told(fits, tmp_path: Path) -> No
         raycurv.evaluate(folder, none, tmp_path / "5", **HERE)
 
 
-def test_classes_of_tokens_may_be_named() -> None:
+def test_classes_of_tokens_may_be_named(tmp_path: Path) -> None:
     rows = [{"input_ids": [3, 4], "labels": ["B", "O"]}, {"input_ids": [5], "labels": ["O"]}]
     settings: dict[str, Any] = {"per_token": True, "shift": 0, "labels_of": "tokens", "classes": 2}
-    settings["label_names"] = {"O": 0, "B": 1}
+    settings |= {"label_names": {"O": 0, "B": 1}, "labelled": True}
     assert [list(one.labels) for one in read(rows, **settings)] == [[1, 0], [0]]
     with pytest.raises(UserError, match=r"row 1.*got 'I'"):
         read([rows[0], {"input_ids": [5], "labels": ["I"]}], **settings)
@@ -171,6 +231,39 @@ def test_classes_of_tokens_may_be_named() -> None:
         read([{"input_ids": [5], "labels": [2]}], **settings)
     with pytest.raises(UserError, match="a label of each token"):
         read([{"input_ids": [5]}], **settings)
+    # Nor are tokens their own labels where nothing is known of classes.
+    rows = [{"input_ids": [5, 3]}]
+    with pytest.raises(UserError, match="a label of each token"):
+        raycurv.evaluate(Positions, rows, tmp_path, objective="token-classification", **HERE)
+
+
+class Positions(nn.Module):
+    """As many outputs a token as there are words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.out = nn.Embedding(VOCAB, 4), nn.Linear(4, VOCAB)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.out(self.embedding(input_ids))
+
+
+def test_a_text_alone_has_kinds_of_tokens_where_they_say_something(tmp_path: Path) -> None:
+    """Those of XLNet and Funnel tell the token that stands for the whole."""
+    words = tokenizers.Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, "a"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(
+        single="[CLS]:2 $A [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 1)]
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, model_input_names=["input_ids", "token_type_ids"]
+    ).save_pretrained(tmp_path)
+    settings: dict[str, Any] = {"tokenizer": tmp_path, "whole_texts": True, "labels_of": "text"}
+    rows = [{"text": "good day"}]
+    (example,) = read(rows, **settings, takes={"token_type_ids"})
+    assert example.named["token_type_ids"].tolist() == [2, 0, 0, 0]
+    (example,) = read(rows, **settings)
+    assert not example.named
 
 
 def test_two_texts_have_kinds_of_tokens_and_a_cut_text_keeps_its_end(tokenizer: Path) -> None:
@@ -253,6 +346,44 @@ def test_tokens_are_hidden_by_a_counter_alone() -> None:
     again, _ = masking.hide("one", ids_T[:50])
     assert (again == shown_T[:50]).all(), "a token's fate depends on what is behind it"
     assert (masking.hide("other", ids_T)[0] != shown_T).any()
+
+
+def test_hidden_tokens_are_words_that_the_model_knows(tokenizer: Path) -> None:
+    found = LazyTokenizer(tokenizer)
+    assert found.masking(0, None).words == len(WORDS) == found.masking(0, 99).words
+    assert found.masking(0, 5).words == 5
+    with pytest.raises(UserError, match="token 2, which is none of the model's 2"):
+        found.masking(0, 2)
+
+
+def test_texts_of_a_fit_and_of_what_follows_go_through_one_tokenizer(
+    tokenizer: Path, tmp_path: Path
+) -> None:
+    folder, other = tmp_path / "model", tmp_path / "other"
+    CLASSIFIER.network().save_pretrained(folder)
+    for place in (folder, other):
+        shutil.copytree(tokenizer, place, dirs_exist_ok=True)
+    said = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(
+        said.replace('"good": 3', '"good": 4').replace('"bad": 4', '"bad": 3')
+    )
+    rows = [{"id": "a", "text": "a good day", "label": 0}, {"id": "b", "text": "bad", "label": 1}]
+    run = raycurv.fit(folder, rows, tmp_path / "run", **HERE)
+    asked = [{"text": "good news", "label": 1}]
+    with pytest.raises(UserError, match=r"the tokenizer of the fit.*got another one"):
+        run.influence(asked, rows, tmp_path / "scores", tokenizer=other, **HERE)
+    with pytest.raises(UserError, match=r"the tokenizer of the fit.*got another one"):
+        run.extend(asked, tmp_path / "extended", tokenizer=other, **HERE)
+    # What it says is done, in the same directory; how conversations are written is no matter.
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    run.influence(asked, rows, tmp_path / "scores", **HERE)
+    # One that was given is missed where it is not given any more, and read by no other one.
+    raycurv.fit(folder, rows, tmp_path / "given", tokenizer=tokenizer, **HERE)
+    with pytest.raises(UserError, match="the tokenizer is another one"):
+        raycurv.fit(folder, rows, tmp_path / "given", **HERE)
+    shutil.copy(other / "tokenizer.json", folder)
+    with pytest.raises(UserError, match=r"the tokenizer of the fit.*got another one"):
+        run.influence(asked, rows, tmp_path / "changed", **HERE)
 
 
 def test_masked_positions_are_given_or_drawn(tokenizer: Path, tmp_path: Path) -> None:

@@ -93,6 +93,7 @@ class ExampleReader:
             for each of its ``tokens``; ``None`` where their type tells: no list is one for a text.
         label_names: the numbers of the model's classes by their names.
         classes: how many classes there are; ``None`` where labels are no classes.
+        labelled: whether each token must have a label; else tokens without any are their own.
         masking: makes what hides tokens, of data whose labels do not say which are hidden.
         takes: further inputs that the model's forward takes.
         placeholders: tokens in whose place a model of images and text, say, sees an image; ``None``
@@ -124,6 +125,7 @@ class ExampleReader:
     labels_of: Literal["text", "tokens"] | None = None
     label_names: Mapping[str, int] = field(default_factory=dict)
     classes: int | None = None
+    labelled: bool = False
     masking: Callable[[], Masking] | None = None
     takes: Collection[str] = ()
     placeholders: Collection[int] | None = None
@@ -342,7 +344,7 @@ class ExampleReader:
                 _refuse_shifted(labels, tokens, place)
             if self.reads == "masked":
                 _refuse_shown(labels, tokens, place)
-        elif self.classes is not None:
+        elif self.labelled:
             raise self._no_classes(place(0))
         if "loss_mask" in rows.columns:
             masks = columns.boolean_lists("loss_mask", rows.columns["loss_mask"], place)
@@ -518,8 +520,8 @@ class ExampleReader:
         return [np.array(one if one.ndim == 0 else one[None]) for one in labels]
 
     def _note_classes(self) -> None:
-        """Note the classes that no example has."""
-        if self.classes is None:
+        """Note the classes that no example has; probabilities of classes say of none."""
+        if self.classes is None or not self.labels.met:
             return
         names = {number: name for name, number in self.label_names.items()}
         lacking = set(range(self.classes)) - self.labels.met
@@ -533,7 +535,9 @@ class ExampleReader:
         name, there = _KINDS_OF_TOKENS, _KINDS_OF_TOKENS in rows.columns
         if name not in self.takes:
             return [{} for _ in tokens]
-        kinds: Sequence[np.ndarray] = self._pair_kinds if self.kind == TWO_TEXTS else ()
+        kinds: Sequence[np.ndarray] = ()
+        if self.kind == TWO_TEXTS or any(own.any() for own in self._kinds):
+            kinds = self._kinds  # of one text usually zeros, which a model has without them
         if there:
             lists = columns.integer_lists(name, rows.columns[name], place)
             self._check_lengths(name, lists, tokens, place)
@@ -587,7 +591,7 @@ class ExampleReader:
                 if self.shift else "Give a list of labels, one a token.",
             )  # fmt: skip
         found = columns.integer_lists("labels", self.labels.listed("labels", column, place), place)
-        if self.classes is not None:
+        if self.labelled:
             for i, one in enumerate(found):
                 if one is None:
                     raise self._no_classes(place(i))
@@ -605,6 +609,7 @@ class ExampleReader:
     ) -> tuple[list[np.ndarray], list[np.ndarray | None], list[bool]]:
         """Each row's token ids (int64), which of them are targets (``None`` for all), and whether
         it is a text of no character."""
+        self._kinds: list[np.ndarray] = []
         if self.kind == ("input_ids",):
             lists = columns.integer_lists("input_ids", rows.columns["input_ids"], place)
             present = [ids_T for ids_T in lists if ids_T is not None]
@@ -672,7 +677,7 @@ class ExampleReader:
                     kinds += [np.array(own, np.int64) for own in found.kinds]
                     self.findings.truncated_examples += found.truncated
             tokens += [np.array(ids, np.int64) for ids in encoded]
-        self._pair_kinds = kinds
+        self._kinds = kinds
         return tokens
 
     def _tokenizer(self) -> Tokenizer:

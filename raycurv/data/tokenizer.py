@@ -19,6 +19,10 @@ from raycurv.names import regular_file
 # What transformers reads of a directory for a tokenizer; the largest in use has 35 MB.
 _READ = (*TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "merges.txt",
     "chat_template.jinja", "chat_template.json")  # fmt: skip
+# Of these, what says how conversations are written, and what such a directory is called.
+_BESIDE = (
+    "chat_template.jinja", "chat_template.json", "tokenizer_config.json", "special_tokens_map.json",
+)  # fmt: skip
 _MOST_BYTES = 64 << 20
 # What a tokenizer may put around a text, in tokens, and make of one character by replacements.
 _MOST_AFFIXES, _MOST_GROWTH = 1024, 256
@@ -105,16 +109,19 @@ class LazyTokenizer:
         ids: list[list[int]] = encoded["input_ids"]
         return ids
 
-    def masking(self, seed: int) -> Masking:
-        """What hides tokens of the texts; UserError if it has no token that stands for others."""
-        mask = self._tokenizer.mask_token_id
-        if mask is None:
+    def masking(self, seed: int, vocab_size: int | None) -> Masking:
+        """What hides tokens of the texts, by words that the model knows; UserError if there is no
+        token that stands for others."""
+        mask, words = self._tokenizer.mask_token_id, len(self._tokenizer)
+        if mask is None or mask >= (vocab_size or words):
             raise UserError(
                 f"the tokenizer of {self._directory}", "a mask token, for a masked language model",
-                "none", "Give `input_ids` in which tokens are hidden, with their `labels`.",
+                "none" if mask is None
+                else f"token {mask}, which is none of the model's {vocab_size}",
+                "Give `input_ids` in which tokens are hidden, with their `labels`.",
             )  # fmt: skip
         special = frozenset(self._tokenizer.all_special_ids)
-        return Masking(mask, special, len(self._tokenizer), seed)
+        return Masking(mask, special, min(words, vocab_size or words), seed)
 
     @property
     def _tokenizer(self) -> Any:
@@ -123,8 +130,9 @@ class LazyTokenizer:
         return self._loaded
 
     def describe(self) -> dict[str, Any]:
-        """What a run records: its class, its size, and the tokens that it puts before and after a
-        text (``None`` where these cannot be told); empty when no text was met."""
+        """What a run records: its class, its size, the tokens that it puts before and after a text
+        (``None`` where these cannot be told), and a hash of the files that make its tokens; empty
+        when no text was met."""
         if self._loaded is None:
             return {}
         before: list[int] | None
@@ -134,7 +142,10 @@ class LazyTokenizer:
         except UserError:
             before = after = None
         kind, size = type(self._loaded).__name__, len(self._loaded)
-        return {"class": kind, "tokens": size, "before": before, "after": after}
+        found = tokenizer_print(self._directory).items()
+        files = str([(name, own) for name, own in found if name not in _BESIDE])
+        own = hashlib.blake2b(files.encode(), digest_size=16).hexdigest()
+        return {"class": kind, "tokens": size, "before": before, "after": after, "files": own}
 
 
 def tokenizer_print(directory: str | Path) -> dict[str, str]:

@@ -7,6 +7,7 @@ data/corpus.json             how many, what tokenised them, what of their source
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -207,6 +208,7 @@ def open_corpus(
     objective: Objective | None = None,
     needs_loss: bool = True,
     masks: int = 0,
+    read_as: Mapping[str, Any] | None = None,
 ) -> Corpus:
     """The examples of a source, read from it once and from the store ever after.
 
@@ -216,9 +218,11 @@ def open_corpus(
         objective: whose labels and columns are read; a next-token loss when ``None``.
         needs_loss: whether an example needs a loss term, for its loss is what is asked for.
         masks: seed of the tokens that are hidden from a masked language model.
+        read_as: what a fit that they follow says of its tokenizer, or its images' processor.
 
     Raises:
-        UserError: see :class:`raycurv.data.reading.ExampleReader`; or no example has a loss term.
+        UserError: see :class:`raycurv.data.reading.ExampleReader`; no example has a loss term; or
+            they went through another tokenizer, or another processor.
     """
     asks = CausalLM() if objective is None else objective
     found = stored_corpus(store, directory)
@@ -229,13 +233,36 @@ def open_corpus(
     reader = reader_for(source, model, tokenizer, reading, asks, max_examples, seed, masks)
     made = reader.images or tokenizer
     reader.looks_up = lambda inputs: model.looks_up(torch.from_numpy(inputs)[None])
+
+    def described() -> dict[str, Any]:
+        # As JSON has it.
+        here: dict[str, Any] = json.loads(json.dumps({} if made is None else made.describe()))
+        if not described_alike(here, read_as or {}):
+            what = "tokenizer" if reader.images is None else "image processor"
+            raise UserError(
+                flag, f"texts or images that go through the {what} of the fit, {read_as}",
+                f"another one: {here}", f"Restore the {what}"
+                + (", give the fit's by --tokenizer" if reader.images is None else "")
+                + ", or fit again into another directory.",
+            )  # fmt: skip
+        return here
+
     corpus = store_corpus(
-        store, directory, reader.examples(), flag,
-        lambda: {} if made is None else made.describe(), needs_loss,
+        store, directory, reader.examples(), flag, described, needs_loss,
         reader.findings.recorded, asks.shift, positions_of(model),
     )  # fmt: skip
     give_back(collect=False)
     return corpus
+
+
+def described_alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether what is said of two tokenizers, or of two processors, is the same as far as it is
+    said of both."""
+    both = [(one[name], other[name]) for name in one if name in other]
+    return all(
+        described_alike(a, b) if isinstance(a, Mapping) and isinstance(b, Mapping) else a == b
+        for a, b in both
+    )
 
 
 def reader_for(
@@ -269,7 +296,8 @@ def reader_for(
         labels_of="tokens" if objective.per_token else "text" if is_ours(objective) else None,
         label_names=model.class_names if of_classes else {},
         classes=model.classes if of_classes and objective.reads == "texts" else None,
-        masking=None if tokenizer is None else lambda: tokenizer.masking(masks),
+        labelled=isinstance(objective, TokenClassification),
+        masking=None if tokenizer is None else lambda: tokenizer.masking(masks, model.vocab_size),
         takes=model.takes,
         placeholders=model.placeholders,
         whole_texts=whole_texts,

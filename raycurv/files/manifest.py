@@ -38,6 +38,9 @@ _OURS = (
     "tables", "scores", "self", "ihvp", "weights", "saliency", "model", "work",
 )  # fmt: skip
 
+# Fingerprints of what need not be given: where it is not any more, something else is meant.
+_NOT_ALWAYS = ("tokenizer",)
+
 
 @dataclass
 class Manifest:
@@ -158,7 +161,8 @@ def continue_or_refuse(store: Store, there: Manifest | None, wanted: Manifest) -
         for key, value in wanted.settings.items()
         if there.settings.get(key) != value
     ]
-    for key, value in wanted.fingerprints.items():
+    none: dict[str, Any] = {key: {} for key in _NOT_ALWAYS if key in there.fingerprints}
+    for key, value in (none | wanted.fingerprints).items():
         differences += _differences(key, there.fingerprints.get(key, {}), value)
     if differences and not _computed(store, there):
         for name in ("data", "labels", "factors", "eigen", "gradients", "work"):

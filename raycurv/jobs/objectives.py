@@ -22,16 +22,8 @@ def objective_for(network: Outline, given: str | Objective | None) -> str | Obje
         return "causal-lm" if task is None else task.objectives[0]
     if task is None:
         return given
-    name = shipped_name(given)
-    if name is not None and name not in task.objectives:
-        wanted = " or ".join(task.objectives)
-        raise UserError(
-            f"--objective {name}",
-            f"{wanted}, for {network.name} is {task.what}",
-            name,
-            f"Give --objective {task.objectives[0]}, or leave the flag out.",
-        )
-    if name is None and task.pooled and open_objective(given).per_token:
+    check_fits(network, given)
+    if shipped_name(given) is None and task.pooled and open_objective(given).per_token:
         raise UserError(
             f"--objective {given if isinstance(given, str) else type(given).__name__}",
             f"an objective of whole texts, for {network.name} is {task.what}",
@@ -39,3 +31,17 @@ def objective_for(network: Outline, given: str | Objective | None) -> str | Obje
             "Leave per_token out: its methods are then given outputs [examples, classes].",
         )
     return given
+
+
+def check_fits(network: Outline, given: str | Objective) -> None:
+    """Refuse one of raycurv's objectives that is none of the model's task; UserError, which names
+    those that fit."""
+    task, name = network.task, shipped_name(given)
+    if task is not None and name is not None and name not in task.objectives:
+        wanted = " or ".join(task.objectives)
+        raise UserError(
+            f"--objective {name}",
+            f"{wanted}, for {network.name} is {task.what}",
+            name,
+            f"Give --objective {task.objectives[0]}, or leave the flag out.",
+        )

@@ -175,8 +175,8 @@ def find_anatomy(
     if not lists:
         raise refuse("no list of layers")
     names = {id(module): name for name, module in whole.named_modules()}
-    embedding, head = whole.get_input_embeddings(), whole.get_output_embeddings()
-    if id(embedding) not in names or (causal and id(head) not in names):
+    embedding, head = input_embedding(whole), whole.get_output_embeddings()
+    if embedding is None or id(embedding) not in names or (causal and id(head) not in names):
         raise refuse("no input or output embedding")
     head_name = names.get(id(head), "")
     # The largest that the forward runs: beside a text model may stand another with as many layers.
@@ -308,6 +308,15 @@ def _sees_behind_alone(layers: nn.ModuleList) -> bool:
     """Whether all attention in some layers says that it is causal."""
     said = [module.is_causal for module in layers.modules() if hasattr(module, "is_causal")]
     return bool(said) and all(map(bool, said))
+
+
+def input_embedding(whole: Any) -> Any:
+    """What looks token ids up, where the class says that; ``None`` for one that hashes characters,
+    say."""
+    try:
+        return whole.get_input_embeddings()
+    except NotImplementedError:
+        return None
 
 
 class NotCutError(UserError):

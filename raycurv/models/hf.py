@@ -37,6 +37,7 @@ from raycurv.models.anatomy import (
     find_anatomy,
     frozen,
     hidden_of,
+    input_embedding,
     refused,
     run_on_meta,
 )
@@ -1066,7 +1067,7 @@ def _longest(whole: Any, positions: int | None) -> int | None:
     """The longest text that a table of so many positions serves: those of some models begin behind
     the number of the padding. ``None`` for any."""
     for module in whole.modules():
-        table = isinstance(module, nn.Embedding) and module is not whole.get_input_embeddings()
+        table = isinstance(module, nn.Embedding) and module is not input_embedding(whole)
         if table and module.num_embeddings == positions and module.padding_idx is not None:
             return int(module.num_embeddings) - int(module.padding_idx) - 1
     return None if positions is None or positions < 1 else positions

@@ -87,9 +87,11 @@ _PROBLEMS = {"regression": "regression", "multi_label_classification": "multi-la
 def refined(task: Task, config: Any) -> Task:
     """The task of a model whose class says no more than ``task``: what its configuration says of
     the number of its outputs, and of what they are trained for."""
-    if task is not SEQUENCE_CLASSIFICATION:
+    if task not in (SEQUENCE_CLASSIFICATION, IMAGE_CLASSIFICATION):
         return task
     problem = getattr(config, "problem_type", None)
+    if config.num_labels == 1 and task.of_images:
+        return replace(task, objectives=("regression",))
     if config.num_labels == 1 and problem is None:
         return REWARD
     if config.num_labels == 1:
@@ -101,7 +103,17 @@ def refined(task: Task, config: Any) -> Task:
 
 
 def class_names(config: Any) -> Mapping[str, int]:
-    """The number of each class by its name, as a configuration has them; empty for a configuration
-    that has none of its own."""
-    named = getattr(config, "label2id", None) or {}
-    return {str(name): int(number) for name, number in named.items()}
+    """The number of each class by its name, as a configuration has them in either of its tables;
+    without a name of two classes, or of one that there is not."""
+    numbers: dict[str, set[str]] = {}
+    for field, swapped in (("label2id", False), ("id2label", True)):
+        named = getattr(config, field, None)
+        for pair in named.items() if isinstance(named, Mapping) else ():
+            name, number = map(str, reversed(pair) if swapped else pair)
+            numbers.setdefault(name, set()).add(number)
+    classes = {str(number): number for number in range(config.num_labels)}
+    return {
+        name: classes[own]
+        for name, (own, *others) in numbers.items()
+        if own in classes and not others
+    }

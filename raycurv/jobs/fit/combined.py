@@ -69,7 +69,7 @@ def open_examples(
     settings = shell.settings
     corpus = open_corpus(
         shell.store, "data", source, "--data", network, settings, settings.max_examples,
-        settings.seed, objective, masks=settings.seed,
+        settings.seed, objective, masks=settings.seed, read_as=parents.tokenizer(),
     )  # fmt: skip
     check_new(parents, corpus)
     return corpus
@@ -229,10 +229,12 @@ def _digests(run: Parent, sampled: bool, only: Array | None = None) -> Iterator[
     for example in run.corpus.examples():
         labels = None if drawn is None else next(drawn)
         if only is None or only[example.index]:
-            further = (np.asarray(value) for _, value in sorted(example.columns.items()))
+            given = (*sorted(example.columns.items()), *sorted(example.named.items()))
+            further = (np.asarray(value) for _, value in given)
             content = _hash(
-                example.input_ids, example.inputs, example.labels, example.loss_mask, *further
-            )
+                example.input_ids, example.inputs, example.labels, example.loss_mask,
+                example.source, np.array(example.sequences, np.int64), *further,
+            )  # fmt: skip
             yield content + _hash(labels)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raycurv.driver.corpus import Corpus, corpus_of_run, one_array
+from raycurv.driver.corpus import Corpus, corpus_of_run, described_alike, one_array
 from raycurv.driver.settings import identity
 from raycurv.errors import UserError
 from raycurv.files.artifacts import factor_file, keeps_sum, read_blocks
@@ -123,6 +123,11 @@ class Parents:
             "examples_without_loss": base.get("examples_without_loss", 0)
             + len(corpus) - corpus.terms,
         }  # fmt: skip
+
+    def tokenizer(self) -> dict[str, Any]:
+        """What an extended run says of its tokenizer; empty for none."""
+        found: dict[str, Any] = {}
+        return found if self.extended is None else self.extended.fit.facts.get("tokenizer", found)
 
     @property
     def extended(self) -> Parent | None:
@@ -283,7 +288,7 @@ def _check_together(runs: Sequence[Parent]) -> None:
                 "Fit both again with the same model.",
             )  # fmt: skip
         tokenizers = (first.corpus.tokenizer, run.corpus.tokenizer)
-        if all(tokenizers) and tokenizers[0] != tokenizers[1]:
+        if not described_alike(*tokenizers):
             raise UserError(
                 run.flag, f"the tokenizer of {first.store.root} ({tokenizers[0]})",
                 str(tokenizers[1]), "Fit one of the two again with the other's tokenizer.",

@@ -44,6 +44,7 @@ from raycurv.jobs.influence.gatherers import GradientsGatherer, ProductsGatherer
 from raycurv.jobs.influence.influence_settings import InfluenceSettings
 from raycurv.jobs.influence.score_rows import ScoreRows
 from raycurv.jobs.inputs import Inputs
+from raycurv.jobs.objectives import check_fits
 from raycurv.jobs.rank_products import RankProducts
 from raycurv.jobs.recorded import fit_settings, read_run
 from raycurv.jobs.shell import Shell, open_shell
@@ -117,6 +118,8 @@ def _score(shell: Shell[InfluenceSettings]) -> None:
     objective = open_objective(fitted.objective)
     # Of the queries; in memory, or by name, or the fit's own.
     named = shell.inputs.or_named("objective", settings)
+    if named is not None:
+        check_fits(fitted.network, named)
     measured = objective if named is None else open_measurement(named)
     if settings.per_token and not objective.per_token:
         raise UserError(
@@ -127,6 +130,7 @@ def _score(shell: Shell[InfluenceSettings]) -> None:
     prints: dict[str, Any] = {"fit": _fit_mark(fitted.manifest), "queries": fingerprint(queries)}
     if train is not None:
         prints["train"] = fingerprint(train)
+    prints |= shell.tokenizer_print()
     places: dict[str, Any] = {"queries": shown(settings.queries), "train": shown(settings.train)}
     places |= {"run": fitted.store.root} | shell.notes_of(fitted.network)
     manifest = shell.begin(prints, places, {"dtype": dtype})
@@ -227,12 +231,13 @@ class _Corpora:
             with hold(self.fitted.store, "influence.py", flag="--run"):
                 return open_corpus(
                     self.fitted.store, "data", source, flag, network, settings, None,
-                    settings.seed, of_fit, masks=masks,
+                    settings.seed, of_fit, masks=masks, read_as=fit.facts.get("tokenizer"),
                 )  # fmt: skip
         # A measurement of one's own may look at what is no target.
         return open_corpus(
             self.store, f"work/{name}", source, flag, network, settings, max_examples,
             settings.seed, asks, needs_loss=asks is self.objective, masks=masks,
+            read_as=fit.facts.get("tokenizer"),
         )  # fmt: skip
 
 
