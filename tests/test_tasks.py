@@ -332,6 +332,26 @@ def test_pairs_are_texts_or_ids_with_or_without_a_prompt(tokenizer: Path) -> Non
 # Masked language models
 
 
+BESIDE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "`labels` beside": ({"chosen": [3, 4], "rejected": [5], "labels": 1}, {"reads": "pairs"}),
+    "`loss_mask` beside": ({"chosen": [3], "rejected": [5], "loss_mask": [1]}, {"reads": "pairs"}),
+    "texts with a label each": (
+        {"input_ids": [3, 4], "labels": 1, "loss_mask": [0, 0]}, {"labels_of": "text"},
+    ),
+    "all of which count": ({"input_ids": [3, 4], "labels": 1, "loss_mask": [0, 0]}, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("said", BESIDE)
+def test_what_would_say_something_else_of_a_whole_example_is_refused(said: str) -> None:
+    row, settings = BESIDE[said]
+    with pytest.raises(UserError, match=said):
+        read([row], **settings)
+    for name in ("loss_mask", "labels") if "chosen" in row else ("loss_mask",):
+        row.pop(name, None)
+    assert len(read([row], **settings)) == 1
+
+
 def test_tokens_are_hidden_by_a_counter_alone() -> None:
     masking = Masking(mask=2, special=frozenset({0, 1}), words=VOCAB, seed=3)
     ids_T = np.random.default_rng(0).integers(3, VOCAB, 20_000).astype(np.int32)

@@ -335,6 +335,7 @@ class ExampleReader:
         nothing: list[np.ndarray | None] = [None] * len(ids)
         labels, masks, of_texts = nothing, nothing, nothing
         if self._of_texts(rows):
+            self._refuse_beside(rows, place, "texts with a label each", ("loss_mask",))
             of_texts = self._text_labels(rows, place)
         elif "labels" in rows.columns:
             labels = self._token_labels(rows, place)
@@ -400,6 +401,8 @@ class ExampleReader:
 
     def _of_pairs(self, rows: Rows, ids: Sequence[str], place: columns.Place) -> Iterator[Example]:
         """Examples of texts that are compared, the better one first."""
+        what = "pairs, of which `chosen` is the better text"
+        self._refuse_beside(rows, place, what, ("labels", "loss_mask"))
         names = [name for name in self.kind if name != "prompt"]
         given = {name: rows.columns[name] for name in self.kind}
         if any(columns.is_text(column) for column in given.values()):
@@ -492,6 +495,17 @@ class ExampleReader:
                 loss_mask=None if own.all() else own, columns=further[i],
                 source=source_R.astype(np.int32),
             )  # fmt: skip
+
+    def _refuse_beside(
+        self, rows: Rows, place: columns.Place, what: str, names: Sequence[str]
+    ) -> None:
+        """Refuse columns that would say something else of examples that have a term each."""
+        for name in names:
+            if name in rows.columns:
+                raise UserError(
+                    place(0), f"{what}, all of which count", f"`{name}` beside them",
+                    "Leave the column out, and the examples that are not meant.",
+                )  # fmt: skip
 
     def _taken_whole(self) -> bool:
         """Whether an example cannot be cut into pieces."""
