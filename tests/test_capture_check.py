@@ -346,6 +346,17 @@ def test_a_single_number_that_is_what_the_head_gives_too_is_looked_at(tmp_path: 
     assert fitted(lambda: nn.Linear(6, 1), "right").manifest.facts["capture_check"]["worst"] < 1e-5
 
 
+def test_sparse_gradients_of_an_embedding_are_compared(tmp_path: Path) -> None:
+    def network() -> nn.Module:
+        return seeded(
+            lambda: nn.Sequential(nn.Embedding(VOCAB, 6, sparse=True), nn.Linear(6, VOCAB))
+        )
+
+    run = fit(network, sentences(LENGTHS, True), tmp_path / "run", objective="causal-lm",
+              blocks=("all",), **TOKENS)  # fmt: skip
+    assert run.manifest.facts["capture_check"]["worst"] < 1e-12
+
+
 def test_the_longest_and_the_shortest_example_are_looked_at() -> None:
     mask = torch.arange(6) < torch.tensor([4, 2, 6, 3])[:, None]
     batch = Batch(0, tuple("abcd"), mask.long(), mask=mask, columns={"x": list("wxyz")})

@@ -424,6 +424,23 @@ def test_a_query_says_how_much_of_it_lies_in_experts_that_the_fit_never_saw(
     assert "unreached_shares" not in seen.manifest.facts
 
 
+def test_pruning_tells_of_experts_whose_weights_seem_to_cost_nothing(
+    fits: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = [row for row in MIXTURE_3.data if len(row["input_ids"]) > 1][:1]
+    run = raycurv.fit(
+        fits.source(MIXTURE_3), data, str(tmp_path / "run"), objective="causal-lm",
+        address="none", dtype="float64", quiet=True,
+    )  # fmt: skip
+    down = [row["block"] for row in run.blocks().to_pylist() if ".down_proj." in row["block"]]
+    unreached = [name for name in run.manifest.facts["experts"]["unreached"] if name in down]
+    how: dict[str, Any] = {"blocks": ("*.down_proj",), "address": "none", "measure": "none"}
+    run.prune(str(tmp_path / "pruned"), sparsity=0.1, **how)
+    assert f"{len(unreached)} blocks have no curvature" in capsys.readouterr().err
+    run.prune(str(tmp_path / "magnitude"), sparsity=0.1, saliency="magnitude", **how)
+    assert "no curvature" not in capsys.readouterr().err
+
+
 # One output factor for all
 
 

@@ -305,9 +305,8 @@ class _Sides:
         self._seen.add((block.name, name))
         kind, want = self.capture.kinds[block.name], None
         if gradient is not None:
-            part = kind.part(block, gradient)
+            part = kind.part(block, gradient.to_dense() if gradient.is_sparse else gradient)
             want = kind.to_rows(part) if name == block.parameter else part[:, None]
-            want = want.to_dense() if want.is_sparse else want
             norms.autograd += _square(want)
         of_bias = name != block.parameter
         columns = slice(-1, None) if of_bias else slice(0, block.d_in - block.bias)

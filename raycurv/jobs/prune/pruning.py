@@ -32,6 +32,7 @@ from raycurv.driver.corpus import Corpus, corpus_of_run, store_corpus, stored_co
 from raycurv.driver.settings import DTYPES, IN_MEMORY, Execution, identity
 from raycurv.driver.workers import Workers, in_order
 from raycurv.errors import not_finite
+from raycurv.files.block_rows import unreached_blocks
 from raycurv.files.curvature_files import CurvatureFiles
 from raycurv.files.manifest import Manifest
 from raycurv.files.row_files import open_inverses
@@ -203,6 +204,12 @@ class _Prune:
             text += f", measured {facts['measured']:.4g} (from {facts['loss']:.6g})"
         if facts.get("correlation") is not None:
             text += f"; correlation over blocks {facts['correlation']:.3f}"
+        if self.settings.saliency != "magnitude":
+            names = {block.name for block in self.blocks}
+            unreached = sum(name in names for name in unreached_blocks(self.fitted))
+            if unreached:
+                text += f"; {unreached} blocks have no curvature, for the fit never saw them used: "
+                text += "to remove their weights counts for nothing"
         last = self.manifest.facts["steps"][-1]["blocks"]
         empty = sum(p["removed"] == p["weights"] for p in last)
         if empty:
