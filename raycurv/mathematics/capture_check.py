@@ -120,10 +120,12 @@ def disagreements(
             return None
         with capture.going_back():
             _back(roots, batch, [1.0] * batch.size)
+        # Of others (class numbers, complex ones) the objective says what is wrong.
+        real = any(root.is_floating_point() for root, _ in roots)
         del roots
         captured = capture.captured(record)
         del record
-    if all(g is None for g in captured.gradients.values()):
+    if real and all(g is None for g in captured.gradients.values()):
         raise UserError(
             "the model",
             "a forward through which gradients reach its weights",
