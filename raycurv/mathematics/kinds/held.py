@@ -6,6 +6,7 @@ is the holder, whose forward is watched for torch's function with the weight, or
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -42,8 +43,9 @@ class _Held(Kind):
 
         return end
 
+    @abstractmethod
     def _catch(self, module: nn.Module, block: Block, note: Note) -> list[Callable[[], None]]:
-        raise NotImplementedError
+        """Watch for uses of one block's weight; gives what ends that."""
 
 
 class HeldLinear(_Held, Linear):
