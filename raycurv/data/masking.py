@@ -57,6 +57,6 @@ class Masking:
         return shown_T.astype(ids_T.dtype), labels_T
 
     def recorded(self) -> dict[str, Any]:
-        """What a run records."""
+        """How tokens are hidden, ready for JSON, as `facts.reading` of a run records it."""
         said = asdict(self) | {"special": sorted(self.special)}
         return said | {"targets": TARGETS, "hidden": HIDDEN, "random": RANDOM}

@@ -271,7 +271,7 @@ class Adapting:
     matrices stand beside them."""
 
     def adapters(self) -> Adapters:
-        """Those that are given."""
+        """The adapters that `--adapter` names, and whether they are merged into the weights."""
         return Adapters(tuple(self.adapter), self.merge_adapter)
 
 

@@ -113,7 +113,7 @@ class Adapter:
 
     @property
     def where(self) -> str:
-        """What messages call it."""
+        """The adapter as messages name it, by its directory."""
         return f"adapter {self.directory}"
 
     @property

@@ -197,7 +197,7 @@ class Watched:
 
     @property
     def shapes(self) -> list[torch.Size]:
-        """Of each value."""
+        """The shape of each value that travels, by its number."""
         return [value.shape for value in self._values]
 
     def travels(
