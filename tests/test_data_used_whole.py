@@ -534,10 +534,11 @@ def test_whole_numbers_stay_numbers_for_a_model_of_numbers(tmp_path: Path) -> No
 
 def small(monkeypatch: pytest.MonkeyPatch, **limits: int) -> None:
     """Bounds that a test's data can go beyond."""
-    from raycurv.data import columns, parts, reading
+    from raycurv.data import columns, parts
+    from raycurv.data.making import encoder
 
     for name, value in limits.items():
-        for module in (bounds, columns, parts, reading):
+        for module in (bounds, columns, parts, encoder):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, value)
 

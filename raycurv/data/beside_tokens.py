@@ -12,11 +12,13 @@ begin with 0, as ``generate`` of Hugging Face's counts them.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from raycurv.data import columns
+from raycurv.data.examples import NOT_A_TARGET
+from raycurv.data.findings import Findings
 from raycurv.data.parts import Rows
 from raycurv.errors import UserError
 
@@ -114,7 +116,47 @@ def refuse_others(rows: Rows) -> None:
             )
 
 
-def text_span(mask_T: np.ndarray, where: str) -> slice:
+def text_spans(
+    rows: Rows,
+    tokens: list[np.ndarray],
+    labels: Sequence[np.ndarray | None],
+    place: columns.Place,
+    takes: Collection[str],
+    findings: Findings,
+) -> list[slice] | None:
+    """What of each row is text and no padding; ``None`` where nothing is said of it.
+
+    Args:
+        tokens: of each row.
+        labels: of its tokens; ``None`` where it has none.
+        takes: further inputs that the model's forward takes.
+        findings: counts what is cut off.
+
+    Raises:
+        UserError: a mask with gaps, or positions that are not those of the text.
+    """
+    name = "attention_mask"
+    if not rows.columns.keys() & set(READ):
+        return None
+    spans = [slice(0, len(ids_T)) for ids_T in tokens]
+    if name in rows.columns:
+        masks = columns.boolean_lists(name, rows.columns[name], place)
+        check_lengths(name, masks, tokens, place)
+        for i, mask_T in enumerate(masks):
+            if mask_T is None or mask_T.all():
+                continue
+            spans[i] = _text_span(mask_T, place(i))
+            findings.padded_examples += 1
+            findings.padding_tokens += int(np.count_nonzero(~mask_T))
+            labels_T = labels[i]
+            if labels_T is not None:
+                targets = (labels_T != NOT_A_TARGET) & ~mask_T
+                findings.targets_at_padding += int(np.count_nonzero(targets))
+    _check_positions(rows, tokens, spans, place, takes)
+    return spans
+
+
+def _text_span(mask_T: np.ndarray, where: str) -> slice:
     """Which positions an attention mask leaves, ``[T]`` bool: a run without a gap.
 
     Raises:
@@ -135,12 +177,12 @@ def text_span(mask_T: np.ndarray, where: str) -> slice:
     return span
 
 
-def check_positions(
+def _check_positions(
     rows: Rows,
     tokens: list[np.ndarray],
     spans: list[slice],
     place: columns.Place,
-    takes: Collection[str] = (),
+    takes: Collection[str],
 ) -> None:
     """Refuse positions and kinds of tokens that are not those that a model has without them.
 
@@ -158,7 +200,7 @@ def check_positions(
         for i, values_T in enumerate(columns.integer_lists(name, rows.columns[name], place)):
             if values_T is None:
                 continue
-            check_length(name, values_T, len(tokens[i]), place(i))
+            _check_length(name, values_T, len(tokens[i]), place(i))
             text_T = values_T[spans[i]]
             ordered = name == "position_ids"
             wrong = text_T != (np.arange(len(text_T)) if ordered else 0)
@@ -174,8 +216,36 @@ def check_positions(
                 )  # fmt: skip
 
 
-def check_length(name: str, values_T: np.ndarray, tokens: int, where: str) -> None:
-    """Refuse a list that has not one entry a token."""
+def refuse_beside(rows: Rows, place: columns.Place, what: str, names: Sequence[str]) -> None:
+    """Refuse columns that would say something else of examples that have a term each.
+
+    Args:
+        what: the examples, in words.
+
+    Raises:
+        UserError: names the first of the columns.
+    """
+    for name in names:
+        if name in rows.columns:
+            raise UserError(
+                place(0), f"{what}, all of which count", f"`{name}` beside them",
+                "Leave the column out, and the examples that are not meant.",
+            )  # fmt: skip
+
+
+def check_lengths(
+    name: str,
+    lists: Sequence[np.ndarray | None],
+    tokens: Sequence[np.ndarray],
+    place: columns.Place,
+) -> None:
+    """Refuse lists that have not one entry a token; ``None`` where a row has none."""
+    for i, (values_T, ids_T) in enumerate(zip(lists, tokens, strict=True)):
+        if values_T is not None:
+            _check_length(name, values_T, len(ids_T), place(i))
+
+
+def _check_length(name: str, values_T: np.ndarray, tokens: int, where: str) -> None:
     if len(values_T) != tokens:
         raise UserError(
             where,

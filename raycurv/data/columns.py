@@ -84,6 +84,13 @@ def integer_lists(name: str, column: Any, place: Place) -> list[np.ndarray | Non
     return _cut(column, values, offsets)
 
 
+def present_integer_lists(name: str, column: Any, place: Place) -> list[np.ndarray]:
+    """As :func:`integer_lists`, of a column that every row has a value in."""
+    found = [values for values in integer_lists(name, column, place) if values is not None]
+    assert len(found) == len(column), "a column without nulls"
+    return found
+
+
 def boolean_lists(name: str, column: Any, place: Place) -> list[np.ndarray | None]:
     """Lists of booleans, or of zeros and ones, as bool arrays; ``None`` where the row has none."""
     what = "lists of booleans, or of zeros and ones"

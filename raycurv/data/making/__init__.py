@@ -1,0 +1,1 @@
+"""Rows of data -> examples: which columns are the inputs, tokens, lengths, labels."""

@@ -1,0 +1,62 @@
+"""Examples of pairs: two texts that are compared, the better one first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from raycurv.data import beside_tokens, columns
+from raycurv.data.examples import Example
+from raycurv.data.making.chunk import Chunk
+from raycurv.data.making.tools import Tools
+from raycurv.errors import UserError
+
+
+class PairExamples:
+    """Makes examples of ``chosen`` and ``rejected``, with a ``prompt`` before both if there is
+    one."""
+
+    def __init__(self, tools: Tools) -> None:
+        self._tools = tools
+
+    def make(self, chunk: Chunk) -> Iterator[Example]:
+        """See :class:`raycurv.data.making.chunk.Maker`."""
+        what = "pairs, of which `chosen` is the better text"
+        beside_tokens.refuse_beside(chunk.rows, chunk.place, what, ("labels", "loss_mask"))
+        names = [name for name in chunk.kind if name != "prompt"]
+        tokens = self._tokens(chunk, names)
+        for name, own in zip(names, tokens, strict=True):
+            self._tools.encoder.check_vocabulary(name, own, chunk.place)
+        further, limit = self._tools.further.read(chunk), self._tools.settings.limit
+        for i, id in enumerate(chunk.ids):
+            texts_ST = [own[i] for own in tokens]
+            empty = next((n for n, own in zip(names, texts_ST, strict=True) if not len(own)), None)
+            if empty is not None:
+                raise UserError(
+                    chunk.place(i), f"at least one token in `{empty}`", "none",
+                    "Leave out the pair.",
+                )  # fmt: skip
+            if self._tools.lengths.exceeded(max(map(len, texts_ST)), chunk.place(i)):
+                texts_ST = [own[:limit] for own in texts_ST]
+                self._tools.settings.findings.truncated_examples += 1
+            whole = np.concatenate(texts_ST).astype(np.int32)
+            yield Example(
+                0, id, whole, labels=np.array(0, np.int64), columns=further[i],
+                sequences=tuple(map(len, texts_ST)),
+            )  # fmt: skip
+
+    def _tokens(self, chunk: Chunk, names: list[str]) -> list[list[np.ndarray]]:
+        """Each row's token ids, a list for each of the two texts."""
+        given, place = {name: chunk.columns[name] for name in chunk.kind}, chunk.place
+        if any(columns.is_text(column) for column in given.values()):
+            texts = {name: columns.strings(name, column, place) for name, column in given.items()}
+            before = texts.get("prompt", [""] * len(chunk))
+            both = [[a + b for a, b in zip(before, texts[n], strict=True)] for n in names]
+            return [
+                self._tools.encoder.encode(n, own, place)
+                for n, own in zip(names, both, strict=True)
+            ]
+        lists = {n: columns.present_integer_lists(n, column, place) for n, column in given.items()}
+        heads = lists.get("prompt", [np.empty(0, np.int64)] * len(chunk))
+        return [[np.concatenate(pair) for pair in zip(heads, lists[n], strict=True)] for n in names]
