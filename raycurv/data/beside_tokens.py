@@ -19,7 +19,7 @@ import numpy as np
 from raycurv.data import columns
 from raycurv.data.examples import NOT_A_TARGET
 from raycurv.data.findings import Findings
-from raycurv.data.parts import Rows
+from raycurv.data.rows import Rows
 from raycurv.errors import UserError
 
 # Looked at beside tokens; not of text, which raycurv tokenises itself.

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raycurv.data import columns
-from raycurv.data.parts import Rows
+from raycurv.data.rows import Rows
 from raycurv.errors import UserError, shortened
 
 # The column, and what data sets of one label call it.

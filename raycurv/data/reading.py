@@ -25,7 +25,8 @@ from raycurv.data.making.reader_settings import ReaderSettings
 from raycurv.data.making.target_examples import TargetExamples
 from raycurv.data.making.token_examples import TokenExamples
 from raycurv.data.making.tools import Maker, Tools
-from raycurv.data.parts import Part, Rows
+from raycurv.data.parts import Part
+from raycurv.data.rows import Rows
 from raycurv.data.sources import find_parts
 from raycurv.errors import UserError, user_errors
 

@@ -23,14 +23,15 @@ from raycurv.data.folders import (
     holds_examples,
     not_read,
 )
-from raycurv.data.parts import FORMATS, READ_ERRORS, Part, RowsPart, TablePart
+from raycurv.data.formats.file_formats import FORMATS, READABLE
+from raycurv.data.in_memory import RowsPart, TablePart
+from raycurv.data.parts import Part
+from raycurv.data.rows import READ_ERRORS
 from raycurv.data.uri import check_endpoint, check_place, is_uri, redacted, shown
 from raycurv.errors import RaycurvError, UserError, user_errors
 from raycurv.names import kind_of, plain_name, regular_file
 
 Source: TypeAlias = "str | Path | pa.Table | Sequence[Mapping[str, Any]]"
-
-READABLE = "Parquet (.parquet), JSONL (.jsonl, .ndjson, .json) or Arrow (.arrow, .feather)"
 
 
 @dataclass(frozen=True)

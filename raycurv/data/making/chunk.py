@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raycurv.data.parts import Rows
+from raycurv.data.rows import Rows
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,86 @@
+"""Data in memory as parts of a source: tables, and lists of rows."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from raycurv.data.bounds import CHUNK_ROWS
+from raycurv.data.parts import BatchPart, RecordPart
+from raycurv.errors import UserError
+
+
+@dataclass(frozen=True)
+class TablePart(BatchPart):
+    """Examples that are the rows of a ``pyarrow.Table``."""
+
+    table: Any
+    name: str = ""
+    location: str = "the table"
+
+    def _batches(self) -> Iterator[Any]:
+        yield from self.table.to_batches()
+
+    def _stored_bytes(self) -> int:
+        return int(self.table.get_total_buffer_size())
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The number of its rows, and the hash of all of its content."""
+        table, digest = self.table.replace_schema_metadata(None), hashlib.blake2b(digest_size=16)
+        with pa.ipc.new_stream(pa.PythonFile(_HashSink(digest), "w"), table.schema) as writer:
+            for first in range(0, table.num_rows, CHUNK_ROWS):
+                rows = table.slice(first, CHUNK_ROWS)
+                # Taken, not sliced: chunks and what lies beside a slice are no part of the content.
+                writer.write_table(rows.take(pa.array(range(rows.num_rows))).combine_chunks())
+        return {"rows": table.num_rows, "hash": digest.hexdigest()}
+
+
+class _HashSink(io.RawIOBase):
+    """A file that keeps only the hash of what was written to it."""
+
+    def __init__(self, digest: Any) -> None:
+        self._digest = digest
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._digest.update(data)
+        return len(data)
+
+
+@dataclass(frozen=True)
+class RowsPart(RecordPart):
+    """Examples that are a list of mappings, column -> value."""
+
+    rows: Sequence[Mapping[str, Any]]
+    name: str = ""
+    location: str = "the list"
+
+    def _records(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        for number, row in enumerate(self.rows):
+            if not isinstance(row, Mapping):
+                raise UserError(
+                    f"{self.location}, row {number}",
+                    "a dict of columns",
+                    f"a {type(row).__name__}",
+                    "Give each example as a dict, for instance {'text': ...}.",
+                )
+            yield 0, row
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The number of its rows, and the hash of all of its content."""
+
+        def listed(value: Any) -> Any:
+            return value.tolist() if hasattr(value, "tolist") else str(value)
+
+        digest = hashlib.blake2b(digest_size=16)
+        for row in self.rows:
+            digest.update(json.dumps(row, sort_keys=True, default=listed).encode() + b"\n")
+        return {"rows": len(self.rows), "hash": digest.hexdigest()}
