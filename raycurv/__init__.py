@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     from raycurv.mathematics.rank.rank_curvature import RankCurvature
     from raycurv.mathematics.rank.rank_fisher import RankFisher
     from raycurv.pruned import Pruned, open_pruned
-    from raycurv.run import Products, Run, Scores, fit, open_run, open_scores
+    from raycurv.run import Run, fit, open_run
+    from raycurv.scored import Products, Scores, open_scores
 
     open = open_run
 
@@ -84,7 +85,8 @@ _MODULES = {
     "mathematics.rank.rank_curvature": ("RankCurvature",),
     "mathematics.rank.rank_fisher": ("RankFisher",),
     "pruned": ("Pruned", "open_pruned"),
-    "run": ("Products", "Run", "Scores", "fit", "open_run", "open_scores"),
+    "run": ("Run", "fit", "open_run"),
+    "scored": ("Products", "Scores", "open_scores"),
 }
 _PLACES = {name: module for module, names in _MODULES.items() for name in names}
 

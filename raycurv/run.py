@@ -1,31 +1,22 @@
-"""Reading a run and its scores: the tables, the curvature of a block, and what to do with them."""
+"""Fitting a run from Python and reading it: its tables, the curvature of a block, what follows."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-from torch import Tensor
 
 from raycurv.errors import DamagedFile, UserError
-from raycurv.files.artifacts import (
-    gradient_file,
-    ihvp_file,
-    read_blocks,
-    read_gradient,
-    read_products,
-)
+from raycurv.files.artifacts import gradient_file, read_blocks, read_gradient
 from raycurv.files.curvature_files import CurvatureFiles
 from raycurv.files.manifest import Manifest
 from raycurv.files.row_files import open_rows
 from raycurv.files.store import Store, open_store
-from raycurv.files.tables import read_directory, read_table, scores_schema, self_schema
+from raycurv.files.tables import read_directory
 from raycurv.jobs.fit.fit_settings import FitSettings
 from raycurv.jobs.fit.fitting import fit as run_fit
 from raycurv.jobs.fit.parents import SHARED
@@ -35,7 +26,6 @@ from raycurv.jobs.influence.scoring import influence as run_influence
 from raycurv.jobs.inputs import AnyModel, AnySource, Inputs, settings_and_inputs
 from raycurv.jobs.prune.prune_settings import PruneSettings
 from raycurv.jobs.prune.pruning import prune as run_prune
-from raycurv.jobs.recorded import finished
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.curvature import Curvature
 from raycurv.mathematics.factors import factors_of
@@ -45,6 +35,7 @@ from raycurv.mathematics.methods import open_method
 from raycurv.mathematics.rank.rank_fisher import RankFisher
 from raycurv.progress.reporter import Reporter
 from raycurv.pruned import Pruned
+from raycurv.scored import Products, Scores
 
 
 def fit(
@@ -377,7 +368,7 @@ class Run:
             UserError: a mistake in settings or data.
         """
         store = self._influence(queries, train, out, quiet, settings)
-        return Scores(store)
+        return Scores(store, queries, train)
 
     def ihvp(
         self,
@@ -407,124 +398,3 @@ class Run:
         chosen, inputs = settings_and_inputs(InfluenceSettings, given)
         inputs = self._given_again(inputs, chosen.model, chosen.fit_objective, inputs.fit_objective)
         return run_influence(chosen, inputs, Reporter(quiet, chosen.log))
-
-
-class Scores:
-    """Influence scores in a directory (``raycurv.open_scores``).
-
-    A positive score means that training on the example lowers the query's measurement.
-    """
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self.manifest = finished(store, "influence", "scores", "finished scores")
-
-    @property
-    def path(self) -> str:
-        """The directory."""
-        return self._store.root
-
-    def table(self) -> pa.Table:
-        """All rows: ``query_id``, ``train_id``, ``score`` and what else was asked for."""
-        tables = list(self._parts("scores"))
-        return pa.concat_tables(tables) if tables else self._schema("scores").empty_table()
-
-    def self_influence(self) -> pa.Table:
-        """``id`` and ``score`` of every training example against itself (with ``--self``)."""
-        tables = list(self._parts("self"))
-        return pa.concat_tables(tables) if tables else pa.schema([]).empty_table()
-
-    def _schema(self, directory: str) -> pa.Schema:
-        """The columns that every file of a table has."""
-        double = self.manifest.settings["dtype"] == "float64"
-        return scores_schema(double) if directory == "scores" else self_schema(double)
-
-    def top(self, query_id: str, k: int = 5) -> pa.Table:
-        """The k training examples of the highest scores on a query, highest first.
-
-        Raises:
-            UserError: no such query.
-        """
-        parts = [t.filter(pc.equal(t["query_id"], query_id)) for t in self._parts("scores")]
-        mine = pa.concat_tables([p for p in parts if len(p)]) if any(map(len, parts)) else None
-        if mine is None:
-            raise UserError(
-                f"query {query_id!r}",
-                "one of the queries that were scored",
-                "no such id",
-                "See table()['query_id'].unique().",
-            )
-        order = pc.sort_indices(mine, [("score", "descending")])
-        return mine.take(order[:k])
-
-    def matrix(self) -> tuple[np.ndarray[Any, Any], list[str], list[str]]:
-        """``scores [Q, N]``, the query ids and the training ids, in the order they were read.
-
-        Raises:
-            UserError: with ``--top-k`` only some scores were kept.
-        """
-        if self.manifest.settings["top_k"] is not None:
-            raise UserError(
-                self.path,
-                "all scores",
-                f"the {self.manifest.settings['top_k']} at either end",
-                "Run influence.py without --top-k into another directory.",
-            )
-        table = self.table().select(["query_id", "train_id", "score"])
-        queries = pc.unique(table["query_id"])
-        trains = pc.unique(table["train_id"])
-        if len(table) != len(queries) * len(trains):
-            raise DamagedFile(
-                self.path, f"a score for each of {len(queries)} x {len(trains)}", f"{len(table)}",
-                "Run the same command again: it makes what is missing.",
-            )  # fmt: skip
-        matrix = np.empty((len(queries), len(trains)), table["score"].type.to_pandas_dtype())
-        q = pc.index_in(table["query_id"], value_set=queries).to_numpy()
-        n = pc.index_in(table["train_id"], value_set=trains).to_numpy()
-        matrix[q, n] = table["score"].to_numpy()
-        return matrix, queries.to_pylist(), trains.to_pylist()
-
-    def _parts(self, directory: str) -> Iterator[pa.Table]:
-        """The files of a table, in the order of their names: those that the job wrote, and all."""
-        passes: dict[str, dict[str, int]] = self.manifest.facts["files"]
-        names = {n for files in passes.values() for n in files if n.startswith(f"{directory}/")}
-        for name in sorted(names):
-            if not self._store.exists(name):
-                raise DamagedFile(
-                    self._store.path(name), "a file of scores", "nothing",
-                    "Run the same command again: it makes what is missing.",
-                )  # fmt: skip
-            schema = self._schema(directory)
-            yield read_table(self._store, name, schema, schema.names)
-
-
-class Products:
-    """Inverse-Hessian-vector products in a directory."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-
-    @property
-    def path(self) -> str:
-        """The directory."""
-        return self._store.root
-
-    def block(self, name: str) -> tuple[Tensor, list[str]]:
-        """The products of one block as ``[Q, O, I]``, and the ids of their queries.
-
-        Raises:
-            UserError: no such block.
-        """
-        if not self._store.exists(ihvp_file(name)):
-            raise UserError(f"block {name!r}", "a block with IHVPs", "no such file", "")
-        products, queries = read_products(self._store, name)
-        return products.dense(), queries
-
-
-def open_scores(out: str | os.PathLike[str]) -> Scores:
-    """The scores that influence.py left in a directory.
-
-    Raises:
-        UserError: none there.
-    """
-    return Scores(open_store(out, "--out"))

@@ -93,8 +93,8 @@ class ExampleReader(ReaderSettings):
             first += count
             if not len(rows.numbers):
                 continue
-            with _told(part):
-                chunk = Chunk(kind, rows, _ids(part, rows))
+            with told(part):
+                chunk = Chunk(kind, rows, ids_of(part, rows))
                 if sample is None:
                     self._claim(chunk.ids, rows.place)
                 maker = self._of_numbers if kind in IMAGES else self._of_tokens
@@ -116,7 +116,7 @@ class ExampleReader(ReaderSettings):
     def _rows(self) -> Iterator[tuple[Part, tuple[str, ...], Rows]]:
         """The rows of all parts, a chunk at a time, with the columns of their inputs."""
         for part in self.parts:
-            with _told(part):
+            with told(part):
                 found = part.columns()
                 if found is None:
                     continue
@@ -133,10 +133,10 @@ class ExampleReader(ReaderSettings):
     def _named_rows(self) -> Iterator[tuple[Rows, list[str]]]:
         """Only what names the rows, for passes that need no more."""
         for part in self.parts:
-            with _told(part):
+            with told(part):
                 if part.columns() is not None:
                     for rows in part.read((), ("id",)):
-                        yield rows, _ids(part, rows)
+                        yield rows, ids_of(part, rows)
 
     def _sample(self, size: int) -> np.ndarray:
         """Which rows to read: those of the ``size`` smallest hashes, ascending."""
@@ -175,7 +175,7 @@ class ExampleReader(ReaderSettings):
         self.findings.classes_lacking = [names.get(n, str(n)) for n in sorted(lacking)]
 
 
-def _ids(part: Part, rows: Rows) -> list[str]:
+def ids_of(part: Part, rows: Rows) -> list[str]:
     """The ids of rows: their own, or where they stand."""
     prefix = f"{part.name}:" if part.name else ""
     if "id" not in rows.columns:
@@ -187,7 +187,7 @@ def _ids(part: Part, rows: Rows) -> list[str]:
     ]
 
 
-def _told(part: Part) -> AbstractContextManager[None]:
+def told(part: Part) -> AbstractContextManager[None]:
     """Whatever a part's content makes libraries raise is a mistake in it."""
     return user_errors(
         part.location,

@@ -109,6 +109,11 @@ class LazyTokenizer:
         ids: list[list[int]] = encoded["input_ids"]
         return ids
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special ones included; UserError as for :meth:`encode`."""
+        with _panics_as_errors():
+            return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
     def masking(self, seed: int, vocab_size: int | None) -> Masking:
         """What hides tokens of the texts, by words that the model knows; UserError if there is no
         token that stands for others."""
@@ -157,6 +162,11 @@ def tokenizer_print(directory: str | Path) -> dict[str, str]:
     return found
 
 
+def has_tokenizer(directory: str | Path) -> bool:
+    """Whether there are files of a tokenizer in a directory."""
+    return any((Path(directory) / name).is_file() for name in TOKENIZER_FILES)
+
+
 def _no_tokenizer(directory: Path) -> UserError:
     return UserError(
         str(directory),
@@ -168,7 +178,7 @@ def _no_tokenizer(directory: Path) -> UserError:
 
 
 def _load(directory: Path, trust_remote_code: bool) -> Any:
-    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+    if not has_tokenizer(directory):
         raise _no_tokenizer(directory)
     for name in _READ:
         path = directory / name

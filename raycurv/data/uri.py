@@ -11,6 +11,7 @@ whoever has credentials of their own (in the environment, say).
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 from urllib.parse import parse_qs, quote, quote_plus, unquote, unquote_plus, urlsplit
@@ -113,6 +114,13 @@ def shown(text: str) -> str:
     name = _name_of(scheme, user)
     at = "@" if name else ""
     return f"{scheme}://{slashes}{name}{at}{address}{mark if kept else ''}{kept}"
+
+
+def recorded_place(text: str) -> str:
+    """Where something lies, as a run records it: the path of this machine from its root on, a URI
+    without its credentials."""
+    local = text and not is_uri(text) and shown(text) == text
+    return os.path.join(os.getcwd(), os.path.expanduser(text)) if local else shown(text)
 
 
 def hidden(text: object) -> str:

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 
 from raycurv.data.sources import Source, fingerprint
-from raycurv.data.uri import shown
 from raycurv.driver.commits import last_commit, plan_mark, read_commit
 from raycurv.driver.corpus import Corpus, open_corpus, stored_corpus
 from raycurv.driver.settings import DTYPES, identity, parse_bytes
@@ -47,6 +46,7 @@ from raycurv.jobs.inputs import Inputs
 from raycurv.jobs.objectives import check_fits
 from raycurv.jobs.rank_products import RankProducts
 from raycurv.jobs.recorded import fit_settings, read_run
+from raycurv.jobs.scored_data import recorded_data
 from raycurv.jobs.shell import Shell, open_shell
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.curvature import Damping
@@ -131,8 +131,8 @@ def _score(shell: Shell[InfluenceSettings]) -> None:
     if train is not None:
         prints["train"] = fingerprint(train)
     prints |= shell.tokenizer_print()
-    places: dict[str, Any] = {"queries": shown(settings.queries), "train": shown(settings.train)}
-    places |= {"run": fitted.store.root} | shell.notes_of(fitted.network)
+    places: dict[str, Any] = {"run": fitted.store.root} | shell.notes_of(fitted.network)
+    places |= recorded_data(settings, shell.inputs, fitted.network)
     manifest = shell.begin(prints, places, {"dtype": dtype})
     products = blocks if settings.ihvp else ()
     if shell.is_complete("scores", lambda: _forget_damaged(store, manifest, products)):
