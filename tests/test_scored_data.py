@@ -13,7 +13,7 @@ from byte_tokenizer import byte_ids
 from commands import flags_of, run_here, save_llama, texts, write_rows
 
 import raycurv
-from raycurv.data import parts
+from raycurv.data.formats.parquet_part import ParquetPart
 from raycurv.data.row_text import row_text, text_columns
 from raycurv.data.rows_by_id import rows_by_id
 from raycurv.errors import UserError
@@ -85,14 +85,14 @@ def test_a_few_rows_are_read_without_the_rest(
     for name in "abc":
         write_rows(tmp_path / f"{name}.parquet", [{"text": f"{name}{n}"} for n in range(4000)])
     read: list[tuple[str, int]] = []
-    before = parts.ParquetPart.read
+    before = ParquetPart.read
 
     def counted(part: Any, required: Any, optional: Any) -> Any:
         for rows in before(part, required, optional):
             read.append((part.name, "text" in rows.columns))
             yield rows
 
-    monkeypatch.setattr(parts.ParquetPart, "read", counted)
+    monkeypatch.setattr(ParquetPart, "read", counted)
     assert rows_by_id(str(tmp_path), ["b.parquet:5"], ["text"]) == {"b.parquet:5": {"text": "b5"}}
     # Texts of one chunk of one file; and the file behind it is not opened.
     assert [name for name, texts in read if texts] == ["b.parquet"]
