@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,44 @@ def test_one_message_names_all_that_has_to_be_left_out(tmp_path: Path) -> None:
     said = json.loads((tmp_path / "run" / "run.json").read_text())["facts"]["coverage"]
     assert said["covered"] == 24 + 9 + 6 and said["trainable"] == 24 + 9 + 6 + 24 + 72
     assert said["left_out"] == {"layers.*.gate": 24, "layers.*.weights": 72}
+
+
+def _half_frozen() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
+    network[0].bias.requires_grad_(False)
+    return network
+
+
+def test_a_frozen_bias_adds_nothing_to_scores(tmp_path: Path) -> None:
+    rows = [{"inputs": [1.0, n, -n], "labels": [0.0, 1.0, n]} for n in (0.0, 1.0, 2.0)]
+    how: dict[str, Any] = {"address": "none", "quiet": True}
+    fit = {"objective": "regression", "dtype": "float64", "fisher": "empirical"} | how
+
+    def scored(folder: Path, **settings: Any) -> torch.Tensor:
+        run = raycurv.fit(_half_frozen, rows, folder / "run", method="identity", **fit, **settings)
+        scores = run.influence(rows, rows, folder / "scores", damping="abs:1", rank="full", **how)
+        return torch.as_tensor(scores.matrix()[0])
+
+    network, gradients = _half_frozen().double(), []
+    trained = [p for p in network.parameters() if p.requires_grad]
+    assert len(trained) == 3
+    for row in rows:
+        out, labels = (torch.tensor(row[k], dtype=torch.float64) for k in ("inputs", "labels"))
+        loss = 0.5 * (network(out) - labels).square().sum()
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained)]))
+    g = torch.stack(gradients)
+    found = scored(tmp_path)
+    assert torch.allclose(found / found[0, 0], g @ g.T / (g[0] @ g[0]), rtol=1e-12)
+    # A run of before, which took the bias for a column, is read and goes on as it was.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("raycurv.mathematics.choice.trained_part", lambda block, *_: block)
+        before = scored(tmp_path / "before", gradients=True)
+    assert not torch.allclose(before, found)
+    shutil.rmtree(tmp_path / "before" / "scores")
+    (tmp_path / "before" / "run" / "gradients" / "0.safetensors").unlink()
+    assert torch.equal(scored(tmp_path / "before", gradients=True), before)
 
 
 def test_flags_do_not_leave_out_what_has_a_block() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,10 @@ from networks import VOCAB, sentences, vectors
 from torch import Tensor, nn
 
 import raycurv
+from raycurv.batch import Batch
 from raycurv.errors import UserError
+from raycurv.mathematics.loss.differentiation import LossGradients
+from raycurv.stages.independence import check_independence, check_objective
 
 
 def seeded(make: Callable[[], nn.Module]) -> nn.Module:
@@ -241,6 +246,36 @@ def test_what_a_microbatch_decides_together_is_refused(tmp_path: Path) -> None:
     with refused("whatever is in the microbatch with it"):
         fit(Together, data, tmp_path / "o")
     fit(Together, data, tmp_path / "remedy", batch_tokens=1)
+
+
+# What leaves for an example in a microbatch, and for it alone; whether that is refused.
+NOT_FINITE = {
+    "NaN together": ([math.nan, 1.0], [2.0, 1.0], True),
+    "NaN alone": ([2.0, 1.0], [math.nan, 1.0], True),
+    "infinity together": ([math.inf, 1.0], [2.0, 1.0], True),
+    "other signs": ([-math.inf, 1.0], [math.inf, 1.0], True),
+    "beside infinity": ([math.inf, 1.0], [math.inf, 2.0], True),
+    "NaN in both": ([math.nan, 1.0], [math.nan, 1.0], False),
+    "infinity in both": ([-math.inf, 1.0], [-math.inf, 1.0], False),
+}
+
+
+@pytest.mark.parametrize("name", NOT_FINITE)
+def test_what_is_not_finite_agrees_with_itself_alone(name: str) -> None:
+    together, alone, wrong = NOT_FINITE[name]
+    batch = Batch(0, ("one", "two"), torch.zeros(2, 5), None)
+    left = torch.tensor([together, [1.0, 1.0]])
+
+    def forward(part: Batch, entered: Any) -> Any:
+        return (torch.tensor([alone if part.ids == ("one",) else [1.0, 1.0]]),)
+
+    def again(part: Batch, hidden: Tensor) -> LossGradients:
+        return LossGradients(forward(part, None))
+
+    with refused("example 'one'") if wrong else nullcontext():
+        check_independence(forward, batch, None, (left,), "model m")
+    with refused("example 'one'") if wrong else nullcontext():
+        check_objective(again, batch, left, LossGradients((left,)))
 
 
 def test_random_numbers_in_a_forward_are_told(

@@ -26,6 +26,7 @@ from raycurv.files.weights import write_checkpoint
 from raycurv.mathematics.blocks import Block, block_name
 from raycurv.mathematics.capture import Capture, Record
 from raycurv.mathematics.choice import choose_blocks
+from raycurv.mathematics.coverage import coverage
 from raycurv.mathematics.gradients import example_gradients, spread
 from raycurv.mathematics.kinds import catalogue
 from raycurv.mathematics.kinds.catalogue import kind_of, kind_of_block
@@ -440,6 +441,25 @@ def test_modules_that_share_a_weight_have_one_block_or_none() -> None:
     for globs in (("0",), ("!1",), ("default", "!0")):
         with pytest.raises(UserError, match=r"shares with [01].*![01]"):
             choose_blocks(network, globs)
+
+
+def test_a_frozen_bias_is_no_column_of_its_layers_block() -> None:
+    network = nn.Sequential(nn.Linear(3, 4), nn.Conv1d(1, 2, 3), nn.Linear(4, 3))
+    whole = choose_blocks(network, ())
+    assert [(b.bias, b.d_in) for b in whole] == [(True, 4), (True, 4), (True, 5)]
+    for n in (0, 1):
+        network[n].bias.requires_grad_(False)
+    for globs in ((), ("all",), ("0", "1", "2")):
+        blocks = choose_blocks(network, globs)
+        assert [(b.bias, b.d_in) for b in blocks] == [(False, 3), (False, 3), (True, 5)]
+    said = coverage(network, blocks, ())
+    assert said.frozen == {"0.bias": 4, "1.bias": 2}
+    assert said.covered == said.trainable == 12 + 6 + 15
+    # Of a layer that is frozen whole, and asked for, the bias is asked for as well.
+    network[0].requires_grad_(False)
+    assert choose_blocks(network, ("0", "2")) == (whole[0], whole[2])
+    # Where nothing is trained that says nothing.
+    assert choose_blocks(network.requires_grad_(False), ()) == whole
 
 
 def test_words_and_globs_choose_together() -> None:

@@ -62,6 +62,12 @@ class Place:
         save_file(tensors, file, {"format": "pt"})
         return self.model
 
+    def config(self, **changes: Any) -> Path:
+        """The checkpoint with other values in its configuration."""
+        file = self.model / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+        return self.model
+
     def rows(self, *rows: dict[str, Any]) -> Path:
         return write_rows(self.folder / "data.parquet", rows)
 
@@ -174,6 +180,11 @@ def _other_model(place: Place) -> Settings:
         tensors["model.layers.0.mlp.up_proj.weight"] += 1
 
     return {"out": place.copy("run"), "model": place.weights(change)}
+
+
+def _other_config(place: Place) -> Settings:
+    model = place.config(rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    return {"out": place.copy("run"), "model": model}
 
 
 def _other_data(place: Place) -> Settings:
@@ -338,6 +349,9 @@ FIT: dict[str, Mistake] = {
         ),
     ),
     "another model": Mistake(_other_model, ("the model is another one", "layers.0.mlp.up_proj")),
+    "another configuration": Mistake(
+        _other_config, ("configuration is another one (rope_parameters.rope_theta was 10000.0 and",)
+    ),
     "other data": Mistake(_other_data, ("the data is another one",)),
     "scores as --out": Mistake(lambda place: {"out": place.copy("scores")}, ("job influence",)),
     "an address without a port": mistake("HOST:PORT", "'somewhere'", address="somewhere"),
@@ -362,6 +376,10 @@ def _changed_checkpoint(place: Place) -> Settings:
     return {"run": copy}
 
 
+def _changed_config(place: Place) -> Settings:
+    return {"model": place.config(rms_norm_eps=1e-3, hidden_act="relu", use_cache=False)}
+
+
 def _lost_basis(place: Place) -> Settings:
     copy = place.copy("run")
     next(iter(sorted((copy / "eigen").iterdir()))).unlink()
@@ -377,6 +395,10 @@ INFLUENCE: dict[str, Mistake] = {
     ),
     "a changed checkpoint": Mistake(
         _changed_checkpoint, ("fitted on", "1 other tensors", "layers.1.self_attn.v_proj")
+    ),
+    "a changed configuration": Mistake(
+        _changed_config,
+        ("hidden_act was 'silu' and is now 'relu'; rms_norm_eps was 1e-06 and is now 0.001. R",),
     ),
     "nothing to do": mistake("--train", "--ihvp", train=None),
     "no queries": mistake("--queries", "a value", queries=None),

@@ -25,6 +25,7 @@ import raycurv
 from raycurv.batch import Batch
 from raycurv.errors import UserError
 from raycurv.models import dequantised
+from raycurv.models.config_print import config_changes
 from raycurv.models.dequantised import DequantisedCheckpoint
 from raycurv.models.model import Model
 from raycurv.models.opening import open_model, open_outline
@@ -382,6 +383,17 @@ def test_a_fingerprint_is_of_numbers_and_of_scales(own: Path) -> None:
     _change(own, lambda w: w[f"{WEIGHT}_scale_inv"].mul_(1.25))
     after = open_model(str(own)).fingerprint()
     assert [name for name in before if before[name] != after[name]] == [f"{WEIGHT}_scale_inv"]
+
+
+def test_a_configuration_says_how_numbers_are_dequantised(own: Path) -> None:
+    # As many cells of other sides: the same tensors make other weights.
+    before, weights = open_model(str(own)), _tensors(own)
+    _config(own, quantization_config=fp8(weight_block_size=[14, 16]))
+    after = open_model(str(own))
+    assert after.fingerprint() == before.fingerprint()
+    assert not torch.equal(_tensors(own)[WEIGHT], weights[WEIGHT])
+    (said,) = config_changes(before.configuration(), after.configuration())
+    assert said == "quantization_config.weight_block_size was [16, 16] and is now [14, 16]"
 
 
 def test_a_quantised_checkpoint_cannot_be_saved_with_other_weights(own: Path) -> None:

@@ -15,6 +15,7 @@ from raycurv import __version__
 from raycurv.errors import DamagedFile, DiskError, NoSpace, UserError, shortened
 from raycurv.files.store import Store
 from raycurv.jsonfile import made_of, misfit
+from raycurv.models.config_print import config_changes
 
 NAME = "run.json"
 
@@ -164,7 +165,11 @@ def continue_or_refuse(store: Store, there: Manifest | None, wanted: Manifest) -
     ]
     none: dict[str, Any] = {key: {} for key in _NOT_ALWAYS if key in there.fingerprints}
     for key, value in (none | wanted.fingerprints).items():
-        differences += _differences(key, there.fingerprints.get(key, {}), value)
+        said = there.fingerprints.get(key, {})
+        if key != "config":
+            differences += _differences(key, said, value)
+        elif changes := config_changes(said, value):
+            differences.append(f"the configuration is another one ({'; '.join(changes)})")
     if differences and not _computed(store, there):
         for name in ("data", "labels", "factors", "eigen", "gradients", "work"):
             store.delete_directory(name)

@@ -23,10 +23,12 @@ from raycurv.jobs.fit.fit_settings import REPEATED, FitSettings
 from raycurv.jobs.inputs import Inputs
 from raycurv.jobs.recorded import read_run
 from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.choice import frozen_parameters, trained_part
 from raycurv.mathematics.kinds.catalogue import FREE, describe
 from raycurv.mathematics.loss.objective import Objective
 from raycurv.mathematics.loss.shipped import is_shipped
 from raycurv.models.adapter import Adapters
+from raycurv.models.config_print import config_changes
 from raycurv.models.model import Model
 from raycurv.models.opening import open_directory
 from raycurv.named_objects import is_named_object
@@ -211,7 +213,7 @@ def check_model(fit: Manifest, network: Model, run: str) -> None:
     """Refuse a model that is not the one that was fitted.
 
     Raises:
-        UserError: a tensor differs.
+        UserError: a tensor, or a value of the configuration, differs.
     """
     here, there = network.fingerprint(), fit.fingerprints["model"]
     changed = sorted(k for k in here.keys() | there.keys() if here.get(k) != there.get(k))
@@ -221,6 +223,14 @@ def check_model(fit: Manifest, network: Model, run: str) -> None:
             f"the one that {run} was fitted on",
             f"{len(changed)} other tensors, the first {changed[0]}",
             "Restore the checkpoint, or fit again into another directory.",
+        )
+    values = config_changes(fit.fingerprints.get("config", {}), network.configuration())
+    if values:
+        raise UserError(
+            f"the configuration of the model {network.name}",
+            f"the one that {run} was fitted with",
+            "; ".join(values),
+            "Restore it (config.json), or fit again into another directory.",
         )
 
 
@@ -236,13 +246,16 @@ def fitted_blocks(store: Store, network: Model) -> tuple[Block, ...]:
     """
     blocks = read_blocks(store)
     modules = dict(network.skeleton().named_modules())
+    frozen = frozen_parameters(network.skeleton())
 
     @cache
     def there(name: str, weights_alone: bool) -> frozenset[Block]:
         # The bias of a layer whose weight is shared is by itself.
         module = modules[name]
         found = (*describe(name, module, network.held), *FREE.describe(name, module))
-        return frozenset(_as_described(block, weights_alone) for block in found)
+        # Earlier fits took a bias that is frozen for a part of its layer's block.
+        trained = (trained_part(block, modules[block.module], frozen) for block in found)
+        return frozenset(_as_described(block, weights_alone) for block in (*found, *trained))
 
     for block in blocks:
         names, shared = {block.module, block.owner} & modules.keys(), bool(block.shared)

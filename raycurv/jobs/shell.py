@@ -93,6 +93,12 @@ class Shell(Generic[S]):
             self.settings = replace(settings, objective=found)
         return found
 
+    def prints_of(self, network: Model) -> dict[str, Any]:
+        """Fingerprints of a model, of its configuration if it has one, and of the tokenizer which
+        the job was given, if it was."""
+        prints = {"model": network.fingerprint(), "config": network.configuration()}
+        return {name: one for name, one in prints.items() if one} | self.tokenizer_print()
+
     def tokenizer_print(self) -> dict[str, Any]:
         """Among fingerprints, that of the tokenizer which the job was given, if it was."""
         settings: Any = self.settings

@@ -83,10 +83,12 @@ class _Norms:
     difference: float = 0.0
 
     def relative(self, floor: float) -> float:
-        """The difference over the larger of both, and of a floor; 0 where gradients are not finite,
-        which is found where they are used."""
-        if not self.difference or not math.isfinite(self.captured + self.autograd):
+        """The difference over the larger of both, and of a floor; 0 where the captured gradient is
+        not finite, which is found where it is used, and infinity where autograd's alone is not."""
+        if not self.difference or not math.isfinite(self.captured):
             return 0.0
+        if not math.isfinite(self.autograd):
+            return math.inf
         return math.sqrt(self.difference / max(self.captured, self.autograd, floor * floor))
 
 

@@ -1,7 +1,8 @@
 """Which weights of a model have curvature: all of a supported kind, or those that globs name.
 
-A layer that its owner froze (``requires_grad`` False) has none unless a glob names it; where all of
-a network is frozen that tells no layers apart, and it is taken as if nothing were.
+A layer that its owner froze (``requires_grad`` False) has none unless a glob names it, and a bias
+that is frozen is no column of its layer's block; where all of a network is frozen that tells no
+layers apart, and it is taken as if nothing were.
 """
 
 from __future__ import annotations
@@ -102,6 +103,7 @@ def choose_blocks(
     tied_head: str | None = None,
     idle: Collection[str] = (),
     held: Collection[str] = (),
+    frozen_biases: bool = False,
 ) -> tuple[Block, ...]:
     """The blocks of a model, in the order of its modules.
 
@@ -114,6 +116,7 @@ def choose_blocks(
         tied_head: name of an output embedding that shares the input embedding's weight.
         idle: names of modules that the forward does not run, which are not among all.
         held: names of modules that the forward does not call, while others use their weights.
+        frozen_biases: whether a frozen bias is a column of its layer's block all the same.
 
     Raises:
         UserError: a pattern matches nothing, no block is left, a block sits on a tied head or, by
@@ -129,10 +132,12 @@ def choose_blocks(
         )
     globs = Globs.of(patterns)
     modules = {name: module for name, module in skeleton.named_modules() if name}
+    frozen = frozen_parameters(skeleton)
     described = [
-        (modules[block.module], block)
-        for name, module in modules.items()
-        for block in describe(name, module, held)
+        (module, block if frozen_biases else trained_part(block, module, frozen))
+        for name, found in modules.items()
+        for block in describe(name, found, held)
+        for module in [modules[block.module]]
     ]
     names = [block.name for _, block in described if kind_of_block(block).by_default]
     parameters = dict(skeleton.named_parameters(remove_duplicate=False))
@@ -141,8 +146,6 @@ def choose_blocks(
         "a glob that matches a dotted name",
         f"Names in this model: {', '.join(names[:5])}, …",
     )
-
-    frozen = frozen_parameters(skeleton)
 
     def inside(name: str) -> bool:
         return not default_scope or any(name.startswith(prefix) for prefix in default_scope)
@@ -223,6 +226,21 @@ def frozen_parameters(skeleton: nn.Module) -> frozenset[int]:
     parameters = list(skeleton.parameters())
     frozen = frozenset(id(p) for p in parameters if not p.requires_grad)
     return frozen if len(frozen) < len(parameters) else frozenset()
+
+
+def trained_part(block: Block, module: nn.Module, frozen: Collection[int]) -> Block:
+    """A block without its bias, where that is frozen and the weight is not.
+
+    Args:
+        module: that holds it.
+        frozen: identities of parameters.
+    """
+    if not (block.bias and frozen):
+        return block
+    weight, bias = (own_parameter(module, n) for n in kind_of_block(block).parameters(block))
+    if id(bias) not in frozen or id(weight) in frozen:
+        return block
+    return replace(block, d_in=block.d_in - 1, bias=False)
 
 
 def _holders(modules: dict[str, nn.Module]) -> dict[int, list[str]]:

@@ -7,6 +7,7 @@ looked at and never changed: stages compute with copies (``own_copies.py``).
 from __future__ import annotations
 
 import inspect
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -21,6 +22,7 @@ from raycurv.errors import UserError, user_errors, users_code
 from raycurv.mathematics.blocks import Block
 from raycurv.models.checkpoint import check_finite, describe_tensor
 from raycurv.models.checkpoint_files import CheckpointFile, state_file
+from raycurv.models.config_print import config_print
 from raycurv.models.hf_calls import further_inputs
 from raycurv.models.model import Model, Segment
 from raycurv.models.own_copies import cast_floats, copied, floats, unwrapped
@@ -60,6 +62,7 @@ class FactoryModel(Model):
         whole = self._new()
         self._whole: nn.Module | None = whole
         self._fingerprint = _fingerprint(whole)
+        self._configuration = _configuration(whole)
         # Runs of children of an nn.Sequential that share no weight with others; else all as one.
         self._unit_children = _cut(whole)
         self._unit_of = {c: unit for unit, names in enumerate(self._unit_children) for c in names}
@@ -110,6 +113,10 @@ class FactoryModel(Model):
 
     def fingerprint(self) -> dict[str, dict[str, Any]]:
         return self._fingerprint
+
+    def configuration(self) -> dict[str, Any]:
+        """That of transformers of which the network, or a part of it, was made."""
+        return self._configuration
 
     def weight_bytes(self, units: range, dtype: torch.dtype) -> int:
         return sum(self._bytes[unit][0] * dtype.itemsize + self._bytes[unit][1] for unit in units)
@@ -364,6 +371,15 @@ def _fingerprint(whole: nn.Module) -> dict[str, dict[str, Any]]:
         for name, tensor in sorted(whole.state_dict().items())
         if isinstance(tensor, Tensor)
     }
+
+
+def _configuration(whole: nn.Module) -> dict[str, Any]:
+    library = sys.modules.get("transformers")
+    if library is None:
+        return {}
+    held = (getattr(module, "config", None) for module in whole.modules())
+    found = next((config for config in held if isinstance(config, library.PreTrainedConfig)), None)
+    return {} if found is None else config_print(found)
 
 
 def _embeddings(whole: nn.Module) -> list[nn.Module]:

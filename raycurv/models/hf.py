@@ -45,6 +45,7 @@ from raycurv.models.architectures import task_of
 from raycurv.models.checkpoint import INDEX, SINGLE, Weights
 from raycurv.models.checkpoint_files import TOKENIZER_FILES, CheckpointFile, hf_files
 from raycurv.models.config_file import CONFIG, check_layers, read_content
+from raycurv.models.config_print import config_print
 from raycurv.models.dequantised import open_checkpoint
 from raycurv.models.directories import check_directory, check_outline_directory
 from raycurv.models.foreign_code import (
@@ -71,7 +72,11 @@ from raycurv.models.mixtures import take_own_forward
 from raycurv.models.model import Model, Outline, Segment
 from raycurv.models.model_task import CAUSAL_LM, MASKED_LM, SEQ2SEQ, Task, class_names, refined
 from raycurv.models.pieces import Parts, Piece, Views
-from raycurv.models.quantisation import Quantisation, copy_in_floating_point
+from raycurv.models.quantisation import (
+    Quantisation,
+    copy_in_floating_point,
+    descriptions,
+)
 from raycurv.models.seq2seq_segment import Seq2SeqSegment, check_seq2seq, rehearse_seq2seq
 from raycurv.models.stacked import stacked_parts
 from raycurv.models.stored import (
@@ -129,6 +134,9 @@ class HFOutline(Outline):
         self.content = read_content(directory)
         self.quantisation = Quantisation.of(self.content, str(directory / CONFIG))
         self.task, self.config = _read_config(directory, self.content, trust_remote_code)
+        # Before a model of it sets values.
+        with library_errors(str(directory / CONFIG), "a configuration that can be written down"):
+            self._configuration = config_print(self.config, next(descriptions(self.content), {}))
         whole = self._on_meta()
         anatomy = self._anatomy_of(whole)
         self.anatomy, self._skeleton = anatomy, whole
@@ -396,6 +404,9 @@ class HFModel(HFOutline, Model):
 
     def fingerprint(self) -> dict[str, dict[str, Any]]:
         return self.checkpoint.fingerprint() | self._code_fingerprint()
+
+    def configuration(self) -> dict[str, Any]:
+        return self._configuration
 
     def _code_fingerprint(self) -> dict[str, dict[str, Any]]:
         """An entry ``code FILE`` for each file of the directory's code, where that runs."""

@@ -176,6 +176,11 @@ class Model(Outline):
     def fingerprint(self) -> dict[str, dict[str, Any]]:
         """Per tensor ``{"dtype": str, "shape": list, "hash": hex of sampled bytes}``."""
 
+    def configuration(self) -> dict[str, Any]:
+        """What else its numbers depend on, by name: the values of a configuration (see
+        :mod:`raycurv.models.config_print`). Empty where it has none."""
+        return {}
+
     @abstractmethod
     def build(self, units: range, dtype: torch.dtype, device: torch.device) -> Segment:
         """The segment of ``units`` (ascending, not empty), with its own tensors only; UserError for

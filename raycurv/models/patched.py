@@ -63,6 +63,9 @@ class Patched(Model):
             }
         return found
 
+    def configuration(self) -> dict[str, Any]:
+        return self.base.configuration()
+
     def build(self, units: range, dtype: torch.dtype, device: torch.device) -> Segment:
         """The base's segment, and in it the patches; UserError as the base, or for a patch of
         another shape or dtype, or that is not finite."""

@@ -89,7 +89,7 @@ class Quantisation:
             UserError: a format that is not understood, or a description that is none.
         """
         found = []
-        for said in _descriptions(content):
+        for said in descriptions(content):
             if not isinstance(said, Mapping):
                 raise _unclear(path, shortened(repr(said)))
             default = COMPRESSED if said.keys() <= _KNOWN else None
@@ -143,7 +143,7 @@ def copy_in_floating_point(method: str) -> str:
     return f"Make a copy in floating point with transformers' class of the model: {how}."
 
 
-def _descriptions(content: Mapping[str, Any]) -> Iterator[Any]:
+def descriptions(content: Mapping[str, Any]) -> Iterator[Any]:
     text = content.get("text_config")
     for part in (content, text if isinstance(text, Mapping) else {}):
         for key in ("quantization_config", "compression_config"):

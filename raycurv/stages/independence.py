@@ -55,8 +55,8 @@ def check_independence(
                 continue  # not of examples, or not of their tokens
             if not all_.is_floating_point():
                 continue
-            relative = _norm(one - together) / max(_norm(together), 1e-300)
-            if relative > TOLERANCE.get(all_.dtype, 5e-2):
+            relative = _difference(one, together) / max(_norm(together), 1e-300)
+            if not relative <= TOLERANCE.get(all_.dtype, 5e-2):
                 padded = part.inputs.shape[1:] != batch.inputs.shape[1:]
                 tokens = f", without padding behind its {part.inputs.shape[1]} tokens"
                 raise UserError(
@@ -91,8 +91,8 @@ def check_objective(again: Again, batch: Batch, hidden: Tensor, found: LossGradi
             pairs.append((one.results[LOSS], found.results[LOSS]))
         for mine, all_ in pairs:
             largest = max(_norm(values) for values in all_)
-            relative = _norm(mine - own(all_)) / max(largest, 1e-300)
-            if relative > BORNE.get(hidden.dtype, 0.25):
+            relative = _difference(mine, own(all_)) / max(largest, 1e-300)
+            if not relative <= BORNE.get(hidden.dtype, 0.25):
                 raise UserError(
                     f"the objective, example {batch.ids[n]!r}",
                     "a number of each example that is its own, whatever is in the microbatch with "
@@ -122,5 +122,14 @@ def _alone(batch: Batch, n: int) -> tuple[Batch, Callable[[Tensor], Tensor]]:
     return batch.part([n], length), own
 
 
+def _difference(one: Tensor, other: Tensor) -> float:
+    """``‖one − other‖``, NaN or infinity where one of them alone is not finite; what is the same in
+    both differs by 0, NaN and infinity as well, which are looked at where they are used."""
+    same = (one == other) | (one.isnan() & other.isnan())
+    apart = torch.where(same, 0.0, one.double() - other.double())
+    return float(torch.linalg.vector_norm(apart))
+
+
 def _norm(values: Tensor) -> float:
-    return float(torch.linalg.vector_norm(values.double()))
+    """The norm of the numbers that are finite."""
+    return float(torch.linalg.vector_norm(values.double().nan_to_num(0.0, 0.0, 0.0)))

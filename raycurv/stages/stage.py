@@ -184,7 +184,8 @@ class Stage:
         first ``shared`` positions.
 
         Gives the hidden states for the next stage; and at the end the largest difference, relative
-        to the largest output, or ``None`` where outputs are not finite or not of positions.
+        to the largest output, or ``None`` where outputs are not finite or not of positions. What is
+        infinite in both is equal: a word that no token can be, say.
         """
         record = Record(batch.to(self._device))
         with self._graph(False, record):
@@ -192,7 +193,8 @@ class Stage:
             if not self._segment.last or out[0].shape[:2] != batch.inputs.shape[:2]:
                 return out, None
             first, second = self._head(self._objective, record, out[0][:, :shared], 0).double()
-        difference = (first - second).abs().max() / first.abs().max().clamp_min(1e-300)
+        apart = torch.where(first == second, 0.0, first - second).abs().max()
+        difference = apart / first.nan_to_num(0.0, 0.0, 0.0).abs().max().clamp_min(1e-300)
         return out, float(difference) if difference.isfinite() else None
 
     def assign(self, blocks: tuple[Block, ...]) -> None:

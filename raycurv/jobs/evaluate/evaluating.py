@@ -82,7 +82,7 @@ def _evaluate(shell: Shell[EvaluateSettings]) -> Numbers:
     if settings.adapter:
         places["adapter"] = [*map(shown, settings.adapter)]
     manifest = shell.begin(
-        {"model": network.fingerprint(), "data": fingerprint(source)} | shell.tokenizer_print(),
+        shell.prints_of(network) | {"data": fingerprint(source)},
         places | shell.notes_of(network),
     )
     if shell.is_complete(

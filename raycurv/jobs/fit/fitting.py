@@ -28,7 +28,7 @@ from raycurv.driver.corpus import PART, Corpus
 from raycurv.driver.settings import DTYPES, identity
 from raycurv.driver.workers import check_address
 from raycurv.errors import UserError
-from raycurv.files.artifacts import check_names
+from raycurv.files.artifacts import BLOCKS_FILE, check_names, read_blocks
 from raycurv.files.manifest import Manifest
 from raycurv.files.store import Store
 from raycurv.files.tables import footer
@@ -40,11 +40,13 @@ from raycurv.jobs.fit.phases import FitLoop
 from raycurv.jobs.fitted import read_fit
 from raycurv.jobs.inputs import Inputs
 from raycurv.jobs.shell import Shell, open_shell
+from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.choice import choose_blocks
 from raycurv.mathematics.coverage import coverage
 from raycurv.mathematics.loss.shipped import open_objective
 from raycurv.mathematics.methods import open_method
 from raycurv.mathematics.tiles import decomposable
+from raycurv.models.model import Model
 from raycurv.progress.reporter import Reporter
 from raycurv.steps.step import Fit
 
@@ -79,10 +81,7 @@ def _fit(shell: Shell[FitSettings]) -> None:
     settings = shell.settings
     data = inputs.or_named("data", settings)
     opened = open_objective(objective)
-    blocks = choose_blocks(
-        network.skeleton(), settings.blocks, network.default_scope, network.tied_head,
-        network.idle, network.held,
-    )  # fmt: skip
+    blocks = _blocks(settings, network, store)
     check_names(blocks)
     covered = coverage(network.skeleton(), blocks, network.idle)
     if open_method(settings.method).factors:
@@ -93,10 +92,8 @@ def _fit(shell: Shell[FitSettings]) -> None:
         network, objective, blocks, dtype, settings.seed, check_capture=settings.check_capture
     ) as workers:
         parents = open_parents(settings, store, network)
-        prints = {
-            "model": network.fingerprint(),
-            "data": {} if parents.combined else _mark_of(data),
-        } | shell.tokenizer_print()
+        prints = shell.prints_of(network)
+        prints["data"] = {} if parents.combined else _mark_of(data)
         places: dict[str, Any] = {"model": _lasting(settings.model), "data": shown(settings.data)}
         if settings.adapter:
             places["adapter"] = [_lasting(one) for one in settings.adapter]
@@ -142,6 +139,22 @@ def _fit(shell: Shell[FitSettings]) -> None:
         f"fitted {settings.method} of {len(blocks)} blocks on {manifest.facts['examples']:,} "
         f"examples, {manifest.facts['tokens']:,} tokens{_of_experts(manifest)}"
     )
+
+
+def _blocks(settings: FitSettings, network: Model, store: Store) -> tuple[Block, ...]:
+    """The blocks that the settings choose; as they were where an earlier version, which took a
+    frozen bias for a part of its layer's block, began the run."""
+    now, before = (
+        choose_blocks(
+            network.skeleton(), settings.blocks, network.default_scope, network.tied_head,
+            network.idle, network.held, frozen_biases,
+        )
+        for frozen_biases in (False, True)
+    )  # fmt: skip
+    if now == before or not store.exists(BLOCKS_FILE):
+        return now
+    begun = {(block.name, block.d_in) for block in read_blocks(store)}
+    return before if begun == {(block.name, block.d_in) for block in before} else now
 
 
 def fit_and_tell(settings: FitSettings, reporter: Reporter) -> tuple[Store, dict[str, Any]]:
