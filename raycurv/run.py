@@ -17,6 +17,7 @@ from raycurv.files.manifest import Manifest
 from raycurv.files.row_files import open_rows
 from raycurv.files.store import Store, open_store
 from raycurv.files.tables import read_directory
+from raycurv.hub import Snapshot, hub_name
 from raycurv.jobs.fit.fit_settings import FitSettings
 from raycurv.jobs.fit.fitting import fit as run_fit
 from raycurv.jobs.fit.parents import SHARED
@@ -24,6 +25,7 @@ from raycurv.jobs.fitted import fitted_model, fitted_objective, read_fit
 from raycurv.jobs.influence.influence_settings import InfluenceSettings
 from raycurv.jobs.influence.scoring import influence as run_influence
 from raycurv.jobs.inputs import AnyModel, AnySource, Inputs, settings_and_inputs
+from raycurv.jobs.on_hub import of_record
 from raycurv.jobs.prune.prune_settings import PruneSettings
 from raycurv.jobs.prune.pruning import prune as run_prune
 from raycurv.mathematics.blocks import Block
@@ -63,10 +65,17 @@ def fit(
         UserError: a mistake in settings, model or data.
     """
     given = {"model": model, "data": data, "out": out, "objective": objective} | settings
+    return _fit(given, quiet, {})
+
+
+def _fit(given: Mapping[str, Any], quiet: bool, snapshots: Mapping[str, Snapshot]) -> Run:
+    """As :func:`fit`, with what is known already of names on the hub."""
     chosen, inputs = settings_and_inputs(FitSettings, given)
+    inputs = replace(inputs, snapshots=snapshots)
     made = Run(run_fit(chosen, inputs, Reporter(quiet, chosen.log)))
+    named = None if hub_name(chosen.model, "model") else chosen.model
     made._inputs = Inputs(
-        model=chosen.model if inputs.model is None else inputs.model,
+        model=named if inputs.model is None else inputs.model,
         fit_objective=chosen.objective if inputs.objective is None else inputs.objective,
     )
     return made
@@ -340,9 +349,14 @@ class Run:
         }
         model: Any = self._inputs.model or fitted_model(self.manifest, self.path)
         own["adapter"] = tuple(self.manifest.facts.get("adapter", ()))
-        given = self._inputs.fit_objective or settings.get("objective", "")
-        own["objective"] = fitted_objective(self.manifest, self.path, given, "--objective")
-        return fit(model, data, out, quiet=quiet, **(own | settings))
+        objective = self._inputs.fit_objective or settings.get("objective", "")
+        own["objective"] = fitted_objective(self.manifest, self.path, objective, "--objective")
+        known = of_record(
+            Inputs(), self.path, model=[model] if isinstance(model, str) else [],
+            adapter=own["adapter"],
+        )  # fmt: skip
+        given = {"model": model, "data": data, "out": out} | own | settings
+        return _fit(given, quiet, known.snapshots)
 
     def influence(
         self,

@@ -20,7 +20,7 @@ FILES = {
 
 # Who may import whom: a package imports those that stand before it, and itself.
 ORDER = (
-    "batch", "errors", "names", "named_objects", "jsonfile", "mathematics", "models", "data",
+    "batch", "errors", "names", "named_objects", "jsonfile", "hub", "mathematics", "models", "data",
     "files", "stages", "links", "onray", "planning", "progress", "driver", "steps", "jobs",
     "pruned", "scored", "run", "evaluation", "__main__",
 )  # fmt: skip

@@ -65,6 +65,18 @@ class Marked:
     part: str
 
 
+@dataclass(frozen=True)
+class OnHub:
+    """Beside a type: a place that may as well be a repository of the Hugging Face hub.
+
+    Attributes:
+        what: of its files are taken: those of a ``model``, an ``adapter``, a ``tokenizer``, or
+            ``data``.
+    """
+
+    what: str
+
+
 def bounded(expected: str, holds: Callable[[Any], bool], remedy: str = "") -> Checked:
     """A bound of numbers.
 
@@ -136,6 +148,8 @@ IDENTITY, INPUT, REQUIRED = Marked("identity"), Marked("input"), Marked("require
 Identity = Annotated[T, IDENTITY]
 # Where an input lies: recorded in the tables; what it holds is compared, not where it lies.
 InputPath = Annotated[str, INPUT, Checked(places)]
+ModelPath = Annotated[InputPath, OnHub("model")]
+DataPath = Annotated[InputPath, OnHub("data")]
 # Where something goes, or a run lies.
 Place = Annotated[str, Checked(places)]
 # A field that has to be given: its default is that nothing was.
@@ -152,8 +166,12 @@ Rank = Annotated[str, Checked(lambda flag, text: rank_number(text))]
 DampingText = Annotated[str, Checked(lambda flag, text: Damping.parse(text))]
 Globs = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, listed("globs")]
 Names = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, listed("names")]
-Directories = Annotated[
-    tuple[str, ...], tyro.conf.UseAppendAction, listed("directories"), Checked(places)
+AdapterPaths = Annotated[
+    tuple[str, ...],
+    tyro.conf.UseAppendAction,
+    listed("directories"),
+    Checked(places),
+    OnHub("adapter"),
 ]
 Runs = Annotated[tuple[str, ...], listed("run directories"), Checked(places)]
 
@@ -250,9 +268,10 @@ class Reading:
     """Longest example in tokens; by default the model's own limit."""
     long: Identity[Literal["error", "truncate", "split"]] = "error"
     """What becomes of a longer example: an error, its head, or pieces with ids `id#0`, `id#1`, …"""
-    tokenizer: Place = ""
-    """Directory of the tokenizer that texts go through. Default: the model directory's own (a
-    `package.module:factory` has none); of a job that follows a fit, the fit's."""
+    tokenizer: Annotated[Place, OnHub("tokenizer")] = ""
+    """Directory of the tokenizer that texts go through, or its name on the hub. Default: the model
+    directory's own (a `package.module:factory` has none); of a job that follows a fit, the
+    fit's."""
     empty: Identity[Literal["error", "skip"]] = "error"
     """What becomes of a row without any token, or of a text of no character: an error (such a text
     may be an example of special tokens alone), or it is left out, and counted."""
@@ -262,10 +281,10 @@ class Reading:
 class Adapting:
     """What jobs share that open a model, maybe with adapters."""
 
-    adapter: Directories = ()
-    """Directory of a PEFT adapter of --model (LoRA, rsLoRA, DoRA), repeatable: several are active
-    together, their outputs added up. By default its matrices have the blocks, and the base is
-    frozen."""
+    adapter: AdapterPaths = ()
+    """Directory of a PEFT adapter of --model (LoRA, rsLoRA, DoRA), or its name on the hub,
+    repeatable: several are active together, their outputs added up. By default its matrices have
+    the blocks, and the base is frozen."""
     merge_adapter: Identity[bool] = False
     """Merge each --adapter into the weights of --model, and take these as the model's. Default: its
     matrices stand beside them."""

@@ -42,6 +42,8 @@ _OURS = (
 
 # Fingerprints of what need not be given: where it is not any more, something else is meant.
 _NOT_ALWAYS = ("tokenizer",)
+# Of names on the hub that may mean another commit some day, by their flags: which they meant.
+COMMITS = "commits"
 
 
 @dataclass
@@ -164,7 +166,15 @@ def continue_or_refuse(store: Store, there: Manifest | None, wanted: Manifest) -
         if there.settings.get(key) != value
     ]
     none: dict[str, Any] = {key: {} for key in _NOT_ALWAYS if key in there.fingerprints}
-    for key, value in (none | wanted.fingerprints).items():
+    prints = none | wanted.fingerprints
+    # The same files may have been given by another name, or by where they lie.
+    then, now = there.fingerprints.get(COMMITS), prints.pop(COMMITS, {})
+    differences += [
+        f"{name} was the commit {then[name]} and is now {commit} (@{then[name]} goes on with it)"
+        for name, commit in now.items()
+        if isinstance(then, Mapping) and then.get(name, commit) != commit
+    ]
+    for key, value in prints.items():
         said = there.fingerprints.get(key, {})
         if key != "config":
             differences += _differences(key, said, value)

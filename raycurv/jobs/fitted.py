@@ -21,6 +21,7 @@ from raycurv.files.manifest import Manifest
 from raycurv.files.store import Store, open_store
 from raycurv.jobs.fit.fit_settings import REPEATED, FitSettings
 from raycurv.jobs.inputs import Inputs
+from raycurv.jobs.on_hub import of_record, on_record
 from raycurv.jobs.recorded import read_run
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.choice import frozen_parameters, trained_part
@@ -30,7 +31,6 @@ from raycurv.mathematics.loss.shipped import is_shipped
 from raycurv.models.adapter import Adapters
 from raycurv.models.config_print import config_changes
 from raycurv.models.model import Model
-from raycurv.models.opening import open_directory
 from raycurv.named_objects import is_named_object
 
 
@@ -92,7 +92,7 @@ def open_fitted(run: str, inputs: Inputs, given: GivenAgain) -> Fitted:
     store = open_store(run, "--run")
     fit = read_fit(store)
     network = _network(fit, store.root, inputs, given)
-    _take_tokenizer(fit, network, store.root, given.tokenizer)
+    _take_tokenizer(fit, network, store.root, inputs.at(given.tokenizer))
     check_model(fit, network, store.root)
     held, flag = inputs.fit_objective, given.objective_flag
     objective = fitted_objective(fit, store.root, given.objective if held is None else held, flag)
@@ -109,9 +109,10 @@ def _network(fit: Manifest, run: str, inputs: Inputs, given: GivenAgain) -> Mode
                 f"only what {run} says of it", f"Give --model {fit.facts['model']}, too, if it is "
                 "that one whose code you have read.",
             )  # fmt: skip
-        return open_directory(
-            Path(fitted_model(fit, run)), ignored=ignored, adapters=_adapters(fit, run, given)
-        )
+        model = fitted_model(fit, run)
+        adapters = _adapters(fit, run, given)
+        inputs = of_record(inputs, run, model=(model,), adapter=adapters.directories)
+        return inputs.open_recorded(model, ignored, adapters)
     recorded, named = str(fit.facts["model"]), inputs.model if held else given.model
     names = isinstance(named, str) and is_named_object(named) and is_named_object(recorded)
     if names and named != recorded:
@@ -120,13 +121,14 @@ def _network(fit: Manifest, run: str, inputs: Inputs, given: GivenAgain) -> Mode
             f"Give --model {recorded}, or fit again into another directory.",
         )  # fmt: skip
     adapters = _adapters(fit, run, given)
+    inputs = of_record(inputs, run, adapter=adapters.directories)
     return inputs.open_model(given.model, given.trust_remote_code, ignored, adapters)
 
 
 def _adapters(fit: Manifest, run: str, given: GivenAgain) -> Adapters:
     """The fit's adapters: where they are given, else where the run says that they lie."""
     recorded: list[str] = fit.facts.get("adapter", [])
-    gone = [place for place in recorded if not Path(place).is_dir()]
+    gone = [place for place in recorded if not (on_record(place) or Path(place).is_dir())]
     if gone and not given.adapter:
         raise UserError(
             f"--run {run}", f"the adapter that it was fitted with, in {gone[0]}",
@@ -281,12 +283,12 @@ def _as_described(block: Block, weight_alone: bool) -> Block:
 
 
 def fitted_model(fit: Manifest, run: str) -> str:
-    """The directory of a fit's model; UserError for a model from Python, which a run directory
-    names but nobody imports because of that."""
+    """The directory of a fit's model, or its name on the hub; UserError for a model from Python,
+    which a run directory names but nobody imports because of that."""
     model = str(fit.facts["model"])
     if model == IN_MEMORY or (is_named_object(model) and not Path(model).is_dir()):
         raise _not_imported(run, "a model", model, "--model")
-    if not Path(model).is_dir():
+    if not (on_record(model) or Path(model).is_dir()):
         raise UserError(
             f"--run {run}", f"the model that it was fitted on, in {model}", "no such directory",
             "Give --model with where it lies by now (in Python model=).",

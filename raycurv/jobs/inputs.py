@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -14,10 +14,11 @@ from torch import nn
 from raycurv.data.sources import Source
 from raycurv.driver.corpus import Corpus
 from raycurv.driver.settings import IN_MEMORY, INPUT, declarations
+from raycurv.hub import Snapshot
 from raycurv.mathematics.loss.objective import Objective
 from raycurv.models.adapter import Adapters
 from raycurv.models.model import Model
-from raycurv.models.opening import NONE, ModelSource, open_model
+from raycurv.models.opening import NONE, ModelSource, open_directory, open_model
 
 S = TypeVar("S")
 # Settings that name an objective, which may be given itself.
@@ -39,6 +40,8 @@ class Inputs:
         train: a table or rows.
         objective: its name, or itself.
         fit_objective: for a job that follows a fit, that fit's objective.
+        snapshots: what settings name of the hub, at its commit: where it lies on this machine.
+        commits: of each name without one, by its flag, which commit it is.
     """
 
     model: ModelSource | None = None
@@ -48,11 +51,18 @@ class Inputs:
     train: Source | None = None
     objective: str | Objective | None = None
     fit_objective: str | Objective | None = None
+    snapshots: Mapping[str, Snapshot] = field(default_factory=dict)
+    commits: Mapping[str, str] = field(default_factory=dict)
 
     def or_named(self, name: str, settings: Any) -> Any:
-        """What is held under a name, else what the settings say."""
+        """What is held under a name, else what the settings say, where it lies."""
         held = getattr(self, name)
-        return getattr(settings, name) if held is None else held
+        return self.at(getattr(settings, name)) if held is None else held
+
+    def at(self, named: Any) -> Any:
+        """Where a path, or a name of the hub, lies on this machine."""
+        snapshot = self.snapshots.get(named) if isinstance(named, str) else None
+        return named if snapshot is None else str(snapshot.directory)
 
     def open_model(
         self,
@@ -66,13 +76,32 @@ class Inputs:
         through the ``tokenizer`` in a directory, where one is given."""
         if self.network is not None:
             return self.network
-        source = self.model if self.model is not None else named
+        source = self.model if self.model is not None else self.at(named)
         found = open_model(
-            source, trust_remote_code=trust_remote_code, ignored=ignored, adapters=adapters
-        )
+            source, trust_remote_code=trust_remote_code, ignored=ignored,
+            adapters=self.placed(adapters),
+        )  # fmt: skip
         if tokenizer:
-            found.tokenizer_dir = str(Path(tokenizer).absolute())
-        return found
+            found.tokenizer_dir = str(Path(self.at(tokenizer)).absolute())
+        return self._travelling(found, named, adapters)
+
+    def open_recorded(self, named: str, ignored: Sequence[str], adapters: Adapters) -> Model:
+        """As :meth:`open_model`, of what a run directory names: nothing is imported."""
+        place = Path(self.at(named))
+        found = open_directory(place, ignored=ignored, adapters=self.placed(adapters))
+        return self._travelling(found, named, adapters)
+
+    def placed(self, adapters: Adapters) -> Adapters:
+        """The same, where they lie."""
+        return replace(adapters, directories=tuple(map(self.at, adapters.directories)))
+
+    def _travelling(self, model: Model, named: str, adapters: Adapters) -> Model:
+        """The model, which brings its files along from the hub."""
+        names = [name for name in (named, *adapters.directories) if name in self.snapshots]
+        model.snapshots = tuple(self.snapshots[name] for name in names)
+        if named in names:
+            model.name = named
+        return model
 
 
 def settings_and_inputs(kind: type[S], given: Mapping[str, Any]) -> tuple[S, Inputs]:

@@ -26,12 +26,13 @@ from raycurv.driver.settings import Execution, identity
 from raycurv.driver.workers import Workers, check_address
 from raycurv.errors import DamagedFile
 from raycurv.files.lock import hold
-from raycurv.files.manifest import Manifest, continue_or_refuse
+from raycurv.files.manifest import COMMITS, Manifest, continue_or_refuse
 from raycurv.files.store import Store, open_store
 from raycurv.jobs.check import check_plan
 from raycurv.jobs.drafts import Drafts, arrangement_of
 from raycurv.jobs.inputs import Inputs
 from raycurv.jobs.objectives import objective_for
+from raycurv.jobs.on_hub import brought
 from raycurv.jobs.recorded import read_run
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.loss.objective import Objective
@@ -80,7 +81,10 @@ class Shell(Generic[S]):
         """
         said = identity(self.settings, inputs=False) | dict(settings or {})
         trusted = {"trust_remote_code": self.settings.trust_remote_code}
-        wanted = Manifest(self.job, said, dict(fingerprints), dict(facts) | trusted)
+        prints = dict(fingerprints)
+        if self.inputs.commits:
+            prints[COMMITS] = dict(self.inputs.commits)
+        wanted = Manifest(self.job, said, prints, dict(facts) | trusted)
         self.manifest = continue_or_refuse(self.store, read_run(self.store), wanted)
         return self.manifest
 
@@ -102,7 +106,8 @@ class Shell(Generic[S]):
     def tokenizer_print(self) -> dict[str, Any]:
         """Among fingerprints, that of the tokenizer which the job was given, if it was."""
         settings: Any = self.settings
-        return {"tokenizer": tokenizer_print(settings.tokenizer)} if settings.tokenizer else {}
+        place = self.inputs.at(settings.tokenizer)
+        return {"tokenizer": tokenizer_print(place)} if place else {}
 
     def notes_of(self, network: Model) -> dict[str, list[str]]:
         """Say what a person should know of how a model was opened; gives it as facts."""
@@ -243,7 +248,8 @@ def open_shell(
     store = open_store(out, "--out")
     with _modes_of_torch(), hold(store, f"{job}.py", reporter.say):
         try:
-            yield Shell(job, settings.resolved(), inputs, store, reporter)
+            settings, inputs = brought(settings.resolved(), inputs, reporter.say)
+            yield Shell(job, settings, inputs, store, reporter)
         except FileNotFoundError as error:
             if store.path() not in str(error):
                 raise

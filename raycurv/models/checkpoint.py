@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from raycurv.errors import UserError, user_errors
 from raycurv.jsonfile import MOST_BYTES, parse_json, read_json
 from raycurv.models.pieces import Parts, Piece, Place, meta
-from raycurv.names import regular_file
+from raycurv.names import plain_name, regular_file
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -422,17 +422,28 @@ def _files(directory: Path) -> dict[str, set[str]]:
             f"neither, but {others[0]}" if others else "neither",
             "Save the model again with save_pretrained, which writes safetensors.",
         )
+    files: dict[str, set[str]] = {}
+    for key, file in _weight_map(directory).items():
+        files.setdefault(file, set()).add(key)
+    for file in sorted(files):
+        regular_file(directory, file, str(path))
+    return files
+
+
+def indexed_files(directory: Path) -> list[str]:
+    """Names of the files that the index of a directory lists, which may not be there yet."""
+    return sorted({plain_name(file, INDEX) for file in _weight_map(directory).values()})
+
+
+def _weight_map(directory: Path) -> dict[str, str]:
+    """In which file each tensor lies, by the index; UserError if that says nothing of the kind."""
+    path = directory / INDEX
     wanted, remedy = 'JSON with a "weight_map" from tensor to file', "Copy the checkpoint again."
     place = regular_file(directory, INDEX, str(path))
     listed = read_json(place, str(path), wanted, remedy).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
         raise UserError(str(path), wanted, "another one, or none", remedy)
-    files: dict[str, set[str]] = {}
-    for key, file in listed.items():
-        files.setdefault(file, set()).add(key)
-    for file in sorted(files):
-        regular_file(directory, file, str(path))
-    return files
+    return listed
 
 
 def _read_header(path: Path) -> dict[str, Entry]:

@@ -26,9 +26,9 @@ from raycurv.models.config_file import CONFIG
 from raycurv.names import regular_file
 
 # What goes along with the weights: configurations, tokenizers, their code, licences.
-_ALONG = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
-_PLAIN = ("LICENSE", "NOTICE")
-_TEMPLATES = "additional_chat_templates"
+ALONG = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
+PLAIN = ("LICENSE", "NOTICE")
+TEMPLATES = "additional_chat_templates"
 # Any of these makes a directory one with a tokenizer. Asked before transformers is, which would
 # build an empty tokenizer from a config.json alone.
 TOKENIZER_FILES = (
@@ -101,13 +101,13 @@ def state_file(
 def _beside(directory: Path, weights: Iterable[str]) -> Iterator[str]:
     """What lies beside the weights and goes along, apart from the index and ``config.json``."""
     for path in directory.iterdir():
-        along = path.suffix in _ALONG and not path.name.endswith(".index.json")
+        along = path.suffix in ALONG and not path.name.endswith(".index.json")
         # An adapter's configuration would make transformers look for its tensors there.
         apart = path.name in (CONFIG, ADAPTER_CONFIG, *weights)
-        if path.is_file() and (along or path.name in _PLAIN) and not apart:
+        if path.is_file() and (along or path.name in PLAIN) and not apart:
             yield path.name
-    for path in (directory / _TEMPLATES).glob("*.jinja"):
-        yield f"{_TEMPLATES}/{path.name}"
+    for path in (directory / TEMPLATES).glob("*.jinja"):
+        yield f"{TEMPLATES}/{path.name}"
 
 
 def _copied(directory: Path, name: str) -> CheckpointFile:

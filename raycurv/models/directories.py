@@ -13,6 +13,7 @@ from raycurv.models.checkpoint_files import TOKENIZER_FILES
 from raycurv.models.config_file import CONFIG
 
 _EXPECTED = f"a directory with {CONFIG} and safetensors, or package.module:factory"
+_OR_HUB = f"{_EXPECTED}, or org/name on the Hugging Face hub"
 _SAVE = "save_pretrained of transformers writes them"
 
 
@@ -25,13 +26,22 @@ def check_directory(directory: Path) -> None:
     if not directory.is_dir():
         got = "a file" if directory.exists() else "no such directory"
         remedy = "Give the directory that holds it." if directory.exists() else _CHECK
-        raise UserError(f"model {directory}", _EXPECTED, got, remedy)
-    there = sorted(os.listdir(directory))
+        raise UserError(f"model {directory}", _OR_HUB, got, remedy)
+    check_names(f"model {directory}", directory, sorted(os.listdir(directory)))
+
+
+def check_names(where: str, directory: Path, there: list[str], weights: bool = True) -> None:
+    """As :func:`check_directory`, by the names of what is in it, sorted, or will be.
+
+    Args:
+        where: what it is, for the message.
+        weights: whether they are wanted as well.
+    """
     has_config = CONFIG in there
-    if has_config and (SINGLE in there or INDEX in there):
+    if has_config and (not weights or SINGLE in there or INDEX in there):
         return
     got, remedy = _kind(directory, there, has_config)
-    raise UserError(f"model {directory}", _EXPECTED, got, remedy)
+    raise UserError(where, _EXPECTED, got, remedy)
 
 
 def check_outline_directory(directory: Path) -> None:
@@ -70,7 +80,7 @@ def _kind(directory: Path, there: list[str], has_config: bool) -> tuple[str, str
         return "a pipeline of several models (model_index.json)", (
             "Give the directory of one of its models below it, if it is a language model."
         )
-    if "snapshots" in there and "blobs" in there:
+    if "blobs" in there and (directory / "snapshots").is_dir():
         snapshots = sorted(os.listdir(directory / "snapshots"))
         last = snapshots[-1] if snapshots else "…"
         return "a repository in the hub's cache", f"Give a snapshot below it: snapshots/{last}."

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from raycurv.batch import Batch
 from raycurv.errors import RaycurvError, UserError, in_words, shortened
+from raycurv.hub import Snapshot
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.coverage import outermost
 from raycurv.models.adapter import ADAPTER
@@ -177,7 +178,7 @@ class HFOutline(Outline):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Classes of the directory's own can be named in no other process before it has opened it.
         if self._own_code:
-            return type(self), self._made_of()
+            return _opened_again, (type(self), self._made_of(), self.name, self.snapshots)
         return super().__reduce_ex__(protocol)
 
     def _made_of(self) -> tuple[Any, ...]:
@@ -242,6 +243,16 @@ class HFOutline(Outline):
         if anatomy.tied and {anatomy.embedding, anatomy.head} <= names:
             names.remove(anatomy.head)
         return dtype.itemsize * sum(anatomy.numel[name] for name in names)
+
+
+def _opened_again(
+    kind: type[HFOutline], made_of: tuple[Any, ...], name: str, snapshots: tuple[Snapshot, ...]
+) -> HFOutline:
+    for snapshot in snapshots:
+        snapshot.bring()
+    found = kind(*made_of)
+    found.name, found.snapshots = name, snapshots
+    return found
 
 
 class HFModel(HFOutline, Model):
@@ -423,6 +434,7 @@ class HFModel(HFOutline, Model):
 
     def build(self, units: range, dtype: torch.dtype, device: torch.device) -> Segment:
         assert 0 <= units.start < units.stop <= self.units and units.step == 1, units
+        self._bring()
         weights = Weights(self.checkpoint, device, self._names | self._aliases(units))
         module = self._load(weights, dtype, units)
         # Weights are on the device already; this moves HF's own tables, without a cast.
@@ -492,7 +504,13 @@ class HFModel(HFOutline, Model):
         return users
 
     def block_weight(self, block: Block) -> Tensor:
+        self._bring()
         return self.stored(block).matrix(self.checkpoint.read_part)
+
+    def _bring(self) -> None:
+        """Have the files on this machine, which need not be the one that opened them."""
+        for snapshot in self.snapshots:
+            snapshot.bring()
 
     def files(self, patches: Sequence[Patch] = ()) -> tuple[CheckpointFile, ...]:
         if self.quantisation is not None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from raycurv.batch import Batch
 from raycurv.errors import UserError
+from raycurv.hub import Snapshot
 from raycurv.mathematics.blocks import Block
 from raycurv.models.checkpoint_files import CheckpointFile
 from raycurv.models.model_task import Task
@@ -99,6 +100,7 @@ class Outline(ABC):
         takes: further inputs that its forward is given, where the data has them.
         placeholders: tokens in whose place a model of images and text, say, sees an image; ``None``
             for a model of text alone.
+        snapshots: of the hub, what its files are of; whoever opens them brings these first.
     """
 
     name: str
@@ -123,6 +125,7 @@ class Outline(ABC):
     images: ImageInputs | None = None
     takes: frozenset[str] = frozenset()
     placeholders: frozenset[int] | None = None
+    snapshots: tuple[Snapshot, ...] = ()
 
     @abstractmethod
     def skeleton(self) -> nn.Module:

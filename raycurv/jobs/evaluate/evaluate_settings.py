@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from raycurv.driver.settings import (
     Adapting,
     Count,
+    DataPath,
     DtypeName,
     Execution,
     Globs,
     Identity,
-    InputPath,
+    ModelPath,
     Place,
     Predicting,
     Reading,
@@ -24,12 +25,13 @@ from raycurv.driver.settings import (
 class EvaluateSettings(Execution, Reading, Adapting, Predicting):
     """Loss, perplexity and accuracy of a model on a data set."""
 
-    model: Required[InputPath] = ""
-    """Directory with an HF config.json and safetensors weights, or `package.module:factory`."""
+    model: Required[ModelPath] = ""
+    """Directory with an HF config.json and safetensors weights, `org/name` or `org/name@REVISION`
+    on the Hugging Face hub, or `package.module:factory`. A path that exists is a path."""
     ignore_tensors: Identity[Globs] = ()
     """Glob on names of tensors in the model directory that may be left unused, repeatable. Default:
     a tensor that the model does not take, and that could matter, is an error."""
-    data: Required[InputPath] = ""
+    data: Required[DataPath] = ""
     """Examples, as a fit takes them: file, directory or glob of Parquet, JSONL or Arrow."""
     out: Required[Place] = ""
     """Where results go: an absolute path, or a URI that pyarrow.fs understands."""

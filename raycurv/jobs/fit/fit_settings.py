@@ -11,11 +11,12 @@ from raycurv.driver.settings import (
     Adapting,
     Capturing,
     Count,
+    DataPath,
     DtypeName,
     Execution,
     Globs,
     Identity,
-    InputPath,
+    ModelPath,
     Place,
     Predicting,
     Reading,
@@ -49,12 +50,13 @@ Width = Annotated[
 class FitSettings(Execution, Reading, Adapting, Capturing, Predicting):
     """Curvature of a model on a data set, into a run directory."""
 
-    model: Required[InputPath] = ""
-    """Directory with an HF config.json and safetensors weights, or `package.module:factory`."""
+    model: Required[ModelPath] = ""
+    """Directory with an HF config.json and safetensors weights, `org/name` or `org/name@REVISION`
+    on the Hugging Face hub, or `package.module:factory`. A path that exists is a path."""
     ignore_tensors: Identity[Globs] = ()
     """Glob on names of tensors in the model directory that may be left unused, repeatable. Default:
     a tensor that the model does not take, and that could matter, is an error."""
-    data: InputPath = ""
+    data: DataPath = ""
     """File, directory or glob of Parquet, JSONL or Arrow with `text`, `input_ids`,
     `prompt` + `completion`, or `inputs` + `labels`; of a model of images also `image` or
     `pixel_values`."""

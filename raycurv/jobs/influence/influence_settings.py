@@ -8,14 +8,16 @@ from typing import Annotated, Literal
 import tyro
 
 from raycurv.driver.settings import (
+    AdapterPaths,
     Capturing,
     Count,
     DampingText,
-    Directories,
+    DataPath,
     DtypeName,
     Execution,
     Identity,
     InputPath,
+    ModelPath,
     Place,
     Predicting,
     Rank,
@@ -34,17 +36,17 @@ class InfluenceSettings(Execution, Reading, Capturing, Predicting):
 
     run: Required[InputPath] = ""
     """Run directory of a fit."""
-    model: InputPath = ""
+    model: ModelPath = ""
     """The fit's model, given again, where it is a `package.module:factory`: a run directory names
     nothing that is imported. Default: the HF directory that the fit was made of."""
-    adapter: Directories = ()
+    adapter: AdapterPaths = ()
     """The fit's adapters, given again, where they lie elsewhere by now, repeatable. Default: the
     directories that the fit was made of."""
     fit_objective: str = ""
     """The fit's objective, given again, where it is a `package.module:Name` of your own."""
-    queries: Required[InputPath] = ""
+    queries: Required[DataPath] = ""
     """Queries: file, directory or glob, as for the fit's data."""
-    train: InputPath = ""
+    train: DataPath = ""
     """Training examples that are scored: file, directory or glob, as for the fit's data."""
     objective: Identity[str | None] = None
     """What of a query is measured: the `measurement` of your own `package.module:Name`, which may

@@ -14,7 +14,9 @@ from raycurv.data.tokenizer import LazyTokenizer
 from raycurv.driver.corpus import positions_of, reader_for
 from raycurv.driver.settings import DTYPES, parse_bytes
 from raycurv.jobs.drafts import Drafts, ShapeOf, arrangement_of, of_lengths, recipe_of, with_spool
+from raycurv.jobs.inputs import Inputs
 from raycurv.jobs.objectives import objective_for
+from raycurv.jobs.on_hub import brought
 from raycurv.jobs.plan.plan_settings import PlanSettings
 from raycurv.mathematics.choice import choose_blocks
 from raycurv.mathematics.loss.objective import Objective
@@ -37,6 +39,7 @@ from raycurv.planning.rates import Rates, measure, on_h100
 from raycurv.planning.shapes import DataShape
 from raycurv.planning.sizes import sizes
 from raycurv.planning.supply import Supply, supply_here
+from raycurv.progress.reporter import Reporter
 from raycurv.progress.streams import printable, results
 
 
@@ -47,8 +50,12 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
         UserError: a mistake in settings, model or data.
     """
     settings.check()
-    outline = open_outline(settings.model, settings.trust_remote_code, settings.adapters())
-    outline.tokenizer_dir = settings.tokenizer or outline.tokenizer_dir
+    # Of the hub no weights are fetched, but those of adapters, whose headers say what they are of.
+    settings, inputs = brought(settings, Inputs(), Reporter(log=settings.log).say, False)
+    outline = open_outline(
+        inputs.at(settings.model), settings.trust_remote_code, inputs.placed(settings.adapters())
+    )
+    outline.tokenizer_dir = inputs.at(settings.tokenizer) or outline.tokenizer_dir
     blocks = choose_blocks(
         outline.skeleton(), settings.blocks, outline.default_scope, outline.tied_head,
         outline.idle, outline.held,
@@ -71,7 +78,7 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
     objective = objective_for(outline, settings.objective)
     each = positions_of(outline)
     tokens = settings.tokens if each == 1 else each
-    data = _data(settings, outline, objective, tokens)
+    data = _data(inputs.at(settings.data), settings, outline, objective, tokens)
     queries = _uniform(settings.queries, tokens)
     train = data
     if settings.train_examples is not None:
@@ -187,16 +194,16 @@ def _uniform(examples: int, tokens: int) -> ShapeOf:
 
 
 def _data(
-    settings: PlanSettings, outline: Outline, objective: str | Objective, tokens: int
+    source: Any, settings: PlanSettings, outline: Outline, objective: str | Objective, tokens: int
 ) -> ShapeOf:
-    if not settings.data:
+    if not source:
         return _uniform(settings.examples, tokens)
     directory = outline.tokenizer_dir
     tokenizer = None
     if directory is not None:
         tokenizer = LazyTokenizer(directory, settings.trust_remote_code)
     reader = reader_for(
-        settings.data, outline, tokenizer, settings, open_objective(objective),
+        source, outline, tokenizer, settings, open_objective(objective),
         settings.max_examples, settings.seed, settings.seed,
     )  # fmt: skip
     each = positions_of(outline)

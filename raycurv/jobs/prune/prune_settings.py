@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from raycurv.driver.settings import (
+    AdapterPaths,
     Count,
     DampingText,
-    Directories,
     Execution,
     Globs,
     Identity,
     InputPath,
+    ModelPath,
     Place,
     Required,
     Seed,
@@ -37,10 +38,10 @@ class PruneSettings(Execution):
 
     run: Required[InputPath] = ""
     """Run directory of a fit."""
-    model: InputPath = ""
+    model: ModelPath = ""
     """The fit's model, given again, where it is a `package.module:factory`: a run directory names
     nothing that is imported. Default: the HF directory that the fit was made of."""
-    adapter: Directories = ()
+    adapter: AdapterPaths = ()
     """The fit's adapters, given again, where they lie elsewhere by now, repeatable. Default: the
     directories that the fit was made of."""
     objective: str = ""
