@@ -18,7 +18,7 @@ from commands import ROOT, Outcome, environment, run_here
 
 import raycurv
 from raycurv import __main__ as command
-from raycurv.driver.settings import Execution, identity
+from raycurv.driver.settings import Execution, Reading, identity
 from raycurv.jobs.inputs import settings_and_inputs
 from raycurv.jobs.registry import JOBS
 
@@ -158,17 +158,20 @@ def test_the_help_of_the_command_waits_for_no_library() -> None:
     assert "usage: raycurv" in python(code)
 
 
+# What is taken of the data, which its fingerprint says.
+TAKEN = {field.name for field in fields(Reading) if field.name.endswith(("split", "column"))}
 # Settings that may change between a run and its continuation, beside how it is run.
 FREE = {
     "fit": {
         "out", "adapter", "tokenizer", "keep_sums", "gradients", "check_capture", "check_causality",
+        *TAKEN,
     },
     "influence": {
         "out", "adapter", "tokenizer", "query_memory", "fit_objective", "check_capture",
-        "check_causality",
+        "check_causality", "queries_split", "queries_columns", *TAKEN,
     },
     "prune": {"out", "adapter", "objective"},
-    "evaluate": {"out", "adapter", "tokenizer", "check_causality"},
+    "evaluate": {"out", "adapter", "tokenizer", "check_causality", *TAKEN},
 }  # fmt: skip
 
 

@@ -1,19 +1,18 @@
 """What lies in a folder of data: which files are read, and what must not be passed over in silence.
 
 Every file of a folder is read, or is known to hold no examples (``NO_DATA``), or is refused by its
-name. So are folders that hold several data sets: splits, a saved ``DatasetDict``, the log of a
-table format. A glob that names files is the caller's own choice of them, and what it does not match
-is not looked at.
+name. So are folders that hold several data sets (splits.py), or the log of a table format. A glob
+that names files is the caller's own choice of them, and what it does not match is not looked at.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
+from raycurv.data.splits import SPLITS_FILE
 from raycurv.errors import UserError, user_errors
-from raycurv.jsonfile import parse_json
 
 # Files beside data that hold no examples, by their names in small letters, and why they are there.
 NO_DATA = {
@@ -36,21 +35,13 @@ NO_DATA = {
     "*.lock": "a lock of Hugging Face datasets",
     "*.py": "a program, which is never run",
     "state.json": "of a saved data set of Hugging Face's, and looked at",
+    SPLITS_FILE: "of saved data sets of Hugging Face's, and looked at",
     "dataset_info.json": "of a saved data set of Hugging Face's",
     "dataset_infos.json": "of a saved data set of Hugging Face's",
     "cache-*.arrow": "a cache of map and filter of Hugging Face datasets: the same examples again",
 }
-# Says that the folders beside it are the splits of one data set.
-SPLITS_FILE = "dataset_dict.json"
 STATE_FILE = "state.json"
 STATE_BYTES = 4 << 20
-# Names of splits, in a step of a path: train/a.parquet, data/train-00000-of-00002.parquet.
-_SPLITS = {
-    "train": "train", "training": "train", "test": "test", "testing": "test",
-    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
-    "eval": "evaluation", "evaluation": "evaluation",
-}  # fmt: skip
-_SPLIT = re.compile(rf"(?:^|[-._ ])({'|'.join(_SPLITS)})(?=[-._ ]|$)")
 # Directories of table formats, in whose data files are rows that were deleted.
 _LOGS = {"_delta_log": "a Delta table", ".hoodie": "a Hudi table"}
 _PACKED = {".gz": "gunzip", ".zst": "zstd -d --rm", ".bz2": "bunzip2", ".xz": "unxz"}
@@ -60,16 +51,15 @@ def holds_examples(name: str) -> bool:
     """Whether a file in a folder of data is to be read, or refused: not one of ``NO_DATA``, and
     not hidden (a name that begins with a dot or an underscore)."""
     known = any(fnmatchcase(name.lower(), pattern) for pattern in NO_DATA)
-    return not (known or name.startswith((".", "_")) or name == SPLITS_FILE)
+    return not (known or name.startswith((".", "_")))
 
 
-def check_folders(where: str, folders: Sequence[str], files: Sequence[str]) -> None:
-    """Refuse a folder that holds several data sets, or the log of a table.
+def check_folders(where: str, folders: Sequence[str]) -> None:
+    """Refuse a folder that holds the log of a table.
 
     Args:
         where: the folder, as a person gave it.
         folders: names of all folders below it.
-        files: names of all files below it, also of those that are not read.
 
     Raises:
         UserError: names what is there, and what to give instead.
@@ -84,53 +74,6 @@ def check_folders(where: str, folders: Sequence[str], files: Sequence[str]) -> N
                 "Write the table's rows as Parquet or JSONL files of their own, or give a glob of "
                 "the files to read.",
             )
-    for name in files:
-        if name.rpartition("/")[2] == SPLITS_FILE:
-            at = name.rpartition("/")[0]
-            inner = sorted(f for f in folders if f.rpartition("/")[0] == at)
-            given = next((f for f in inner if f.endswith("train")), (*inner, "SPLIT")[0])
-            raise _several(where, name, inner, given)
-
-
-def check_splits(where: str, readable: Sequence[str]) -> None:
-    """Refuse files of several splits, told by the names of files and folders.
-
-    Args:
-        where: the folder, as a person gave it.
-        readable: names of the files that would be read.
-
-    Raises:
-        UserError: names the splits, and what to give instead.
-    """
-    found: dict[str, str] = {}
-    for name in readable:
-        parts = (name.rpartition(".")[0] or name).split("/")
-        for depth, part in enumerate(parts):
-            match = _SPLIT.search(part.lower())
-            if match:
-                last = depth == len(parts) - 1
-                give = "/".join(parts[: depth + (not last)])
-                word = part[: match.end(1)]
-                pattern = f"{give}/{word}*" if last and give else f"{word}*" if last else give
-                found.setdefault(_SPLITS[match[1]], pattern)
-                break
-    if len(found) > 1:
-        given = found.get("train", min(found.values()))
-        ending = readable[0].rpartition(".")[2]
-        deep = "**/" if any("/" in name for name in readable) else ""
-        glob = f"{where}/{deep}*.{ending}"
-        raise _several(where, "the names of its files", sorted(found.values()), given, glob)
-
-
-def _several(where: str, by: str, splits: Sequence[str], given: str, glob: str = "") -> UserError:
-    together = f" To read all of them together, name the files by a glob: '{glob}'." if glob else ""
-    quoted = f"'{where}/{given}'" if "*" in given else f"{where}/{given}"
-    return UserError(
-        where,
-        "one data set",
-        f"several splits by {by}: {', '.join(splits)}",
-        f"Give one of them, such as {quoted}.{together}",
-    )
 
 
 def not_read(
@@ -166,20 +109,18 @@ def not_read(
     )
 
 
-def check_saved(where: str, folder: str, arrow: Sequence[str], state: bytes) -> None:
+def check_saved(where: str, folder: str, arrow: Sequence[str], said: Mapping[str, Any]) -> None:
     """Hold a data set that Hugging Face datasets saved against its ``state.json``.
 
     Args:
         where: of the file, for messages.
         folder: its folder, as a person gave it.
         arrow: the Arrow files in the folder that would be read.
-        state: what the file holds, as bytes.
+        said: what the file says.
 
     Raises:
         UserError: it is of a selection of rows, or of other files.
     """
-    expected, remedy = "what Hugging Face datasets writes there", "Save the data set again."
-    said = parse_json(state, where, expected, remedy)
     chosen = sorted(key for key, value in said.items() if key.startswith("_indices") and value)
     if chosen:
         raise UserError(

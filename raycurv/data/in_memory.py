@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from raycurv.data.bounds import CHUNK_ROWS
+from raycurv.data.column_names import PLAIN, ColumnNames
 from raycurv.data.parts import BatchPart, RecordPart
 from raycurv.errors import UserError
 
@@ -23,6 +24,7 @@ class TablePart(BatchPart):
     table: Any
     name: str = ""
     location: str = "the table"
+    names: ColumnNames = PLAIN
 
     def _batches(self) -> Iterator[Any]:
         yield from self.table.to_batches()
@@ -62,6 +64,7 @@ class RowsPart(RecordPart):
     rows: Sequence[Mapping[str, Any]]
     name: str = ""
     location: str = "the list"
+    names: ColumnNames = PLAIN
 
     def _records(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
         for number, row in enumerate(self.rows):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raycurv.data.bounds import CHUNK_BYTES, CHUNK_ROWS
+from raycurv.data.column_names import PLAIN, ColumnNames
 from raycurv.data.conversations import keys_of
 from raycurv.data.rows import Rows, arrow_rows, present, record_rows, unreadable
 from raycurv.models.checkpoint import sampled_hash
@@ -27,6 +28,8 @@ class Part(ABC):
 
     name: str
     location: str
+    names: ColumnNames = PLAIN
+    """Of its columns: of those that are asked for, and of those that it hands out."""
 
     @abstractmethod
     def columns(self) -> tuple[str, ...] | None:
@@ -45,6 +48,15 @@ class Part(ABC):
     def fingerprint(self) -> dict[str, Any]:
         """What tells this part from other ones, in JSON; UserError if it cannot be read."""
 
+    def count(self, at_most: int | None = None) -> int:
+        """How many rows there are; or as many as have been seen when there are ``at_most``."""
+        found = 0
+        for rows in self.read((), ()):
+            if at_most is not None and found >= at_most:
+                break
+            found += len(rows.numbers)
+        return found
+
 
 class BatchPart(Part):
     """A part of Arrow record batches of any size."""
@@ -59,20 +71,21 @@ class BatchPart(Part):
     def columns(self) -> tuple[str, ...] | None:
         for batch in self._batches():
             if batch.num_rows:
-                return tuple(batch.schema.names)
+                return tuple(self.names.ours(batch.schema.names, self.location))
         return None
 
     def message_keys(self, name: str) -> tuple[str, ...]:
         for batch in self._batches():
-            return keys_of(batch.schema.field(name).type)
+            names = self.names.ours(batch.schema.names, self.location)
+            return keys_of(batch.schema.field(names.index(name)).type)
         return ()
 
     def read(self, required: Sequence[str], optional: Sequence[str]) -> Iterator[Rows]:
         first, stored = 0, self._stored_bytes()
         for batch in self._batches():
-            others = frozenset(batch.schema.names)
-            chosen = batch.select(present(batch.schema.names, required, optional))
-            yield from arrow_rows(self.location, first, chosen, others, stored)
+            names = self.names.ours(batch.schema.names, self.location)
+            chosen = batch.rename_columns(names).select(present(names, required, optional))
+            yield from arrow_rows(self.location, first, chosen, frozenset(names), stored)
             first += batch.num_rows
 
 
@@ -84,19 +97,27 @@ class RecordPart(Part):
         """Each record with the bytes that it was read from."""
 
     def columns(self) -> tuple[str, ...] | None:
-        for _, record in self._records():
+        for _, record in self._named():
             return tuple(record)
         return None
 
     def message_keys(self, name: str) -> tuple[str, ...]:
-        for _, record in self._records():
+        for _, record in self._named():
             return keys_of(record.get(name))
         return ()
+
+    def _named(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """Each record under raycurv's names, with its bytes."""
+        if not self.names.theirs:
+            yield from self._records()
+            return
+        for number, (size, record) in enumerate(self._records()):
+            yield size, self.names.record(record, f"{self.location}, row {number}")
 
     def read(self, required: Sequence[str], optional: Sequence[str]) -> Iterator[Rows]:
         records: list[Mapping[str, Any]] = []
         first = pending = 0
-        for size, record in self._records():
+        for size, record in self._named():
             records.append(record)
             pending += size
             if len(records) == CHUNK_ROWS or pending >= CHUNK_BYTES:
@@ -115,6 +136,7 @@ class FilePart(Part):
     location: str
     path: str
     filesystem: Any
+    names: ColumnNames = PLAIN
 
     def fingerprint(self) -> dict[str, Any]:
         """Its path below the data's root, its size in bytes and the hash of sampled ones."""

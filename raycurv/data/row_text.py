@@ -17,13 +17,18 @@ _KINDS = (
 )  # fmt: skip
 
 
-def text_columns(found: Collection[str]) -> tuple[str, ...]:
+def text_columns(found: Collection[str], named: Collection[str] = ()) -> tuple[str, ...]:
     """The columns that the text of a row is made of, of those that there are; none for numbers and
-    images."""
-    return next((kind for kind in _KINDS if set(kind) <= set(found)), ())
+    images. Those that were ``named`` are among them."""
+    kinds = (kind for kind in _KINDS if set(named) <= set(kind) <= set(found))
+    return next(kinds, ())
 
 
-def row_text(row: Mapping[str, Any], decode: Callable[[Sequence[int]], str | None]) -> str | None:
+def row_text(
+    row: Mapping[str, Any],
+    decode: Callable[[Sequence[int]], str | None],
+    named: Collection[str] = (),
+) -> str | None:
     """The text of a row; ``None`` where it has none.
 
     A prompt stands directly before what follows it. A second text, a target, the better and the
@@ -33,8 +38,9 @@ def row_text(row: Mapping[str, Any], decode: Callable[[Sequence[int]], str | Non
     Args:
         row: the columns that :func:`text_columns` names.
         decode: makes text of token ids, for a row of nothing else.
+        named: columns that it is made of in any case.
     """
-    kind = text_columns(row)
+    kind = text_columns(row, named)
     if kind == (TOKENS,):
         return decode(row[TOKENS])
     texts = {name: said for name in kind if (said := _said(row[name])) is not None}

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from raycurv.data.making.input_columns import listed
+from raycurv.data.column_names import listed
 from raycurv.data.reading import ids_of, told
 from raycurv.data.sources import Source, open_parts
 from raycurv.errors import UserError

@@ -19,19 +19,30 @@ from raycurv.data.folders import (
     STATE_FILE,
     check_folders,
     check_saved,
-    check_splits,
     holds_examples,
     not_read,
 )
-from raycurv.data.formats.file_formats import FORMATS, READABLE
+from raycurv.data.formats.file_formats import FORMATS, READABLE, ending
 from raycurv.data.in_memory import RowsPart, TablePart
 from raycurv.data.parts import Part
+from raycurv.data.portion import Selection, select
 from raycurv.data.rows import READ_ERRORS
+from raycurv.data.splits import (
+    SPLITS_FILE,
+    Split,
+    check_unnamed,
+    choose,
+    of_mapping,
+    saved_split,
+)
 from raycurv.data.uri import check_endpoint, check_place, is_uri, redacted, shown
 from raycurv.errors import RaycurvError, UserError, user_errors
+from raycurv.jsonfile import parse_json
 from raycurv.names import kind_of, plain_name, regular_file
 
-Source: TypeAlias = "str | Path | pa.Table | Sequence[Mapping[str, Any]]"
+# Several data sets by their names, in Hugging Face datasets.
+_DICTS = {"DatasetDict", "IterableDatasetDict"}
+Source: TypeAlias = "str | Path | pa.Table | Sequence[Mapping[str, Any]] | Selection"
 
 
 @dataclass(frozen=True)
@@ -65,13 +76,22 @@ def find_parts(source: Source) -> Found:
         UserError: there is no such data; nothing readable in it; a directory holds other files
             besides, several splits, or a link out of it.
     """
-    if isinstance(source, pa.Table):
-        return Found([TablePart(source)])
+    wanted = source if isinstance(source, Selection) else Selection(source)
+    return Found(*select(wanted, _found(wanted.source, wanted.parsed(), wanted.flag)))
+
+
+def _found(source: Any, split: Split | None, flag: str) -> tuple[list[Part], Sequence[str]]:
+    """The parts of a source of one split, and the names of files that were left out."""
     if isinstance(source, (str, Path)):
         check_place("data", str(source))
-        return _files(str(source))
+        return _files(str(source), split, flag)
+    if {kind.__name__ for kind in type(source).__mro__} & _DICTS:
+        return _found(of_mapping(source, split, flag), None, flag)
+    check_unnamed("the data", split)
+    if isinstance(source, pa.Table):
+        return [TablePart(source)], ()
     if isinstance(source, (list, tuple)):
-        return Found([RowsPart(source)])
+        return [RowsPart(source)], ()
     raise UserError(
         "data",
         "a path, a glob, a URI, a pyarrow.Table or a list of dicts",
@@ -88,13 +108,16 @@ def fingerprint(source: Source) -> dict[str, Any]:
         JSON-serialisable. Of files: ``{"files": [{"path", "size", "hash"}, ...]}`` in data order,
         ``path`` below the data's root, ``size`` in bytes, ``hash`` of sampled bytes: the first, the
         last and evenly spread ones between, at most 256 KiB, all of a smaller file. Of data in
-        memory: ``{"rows", "hash"}``, the hash over all of its content.
+        memory: ``{"rows", "hash"}``, the hash over all of its content. Beside these what a
+        :class:`Selection` takes of it.
 
     Raises:
         UserError: there is no such data, or nothing readable in it.
     """
     found = [part.fingerprint() for part in open_parts(source)]
-    return {"files": found} if isinstance(source, (str, Path)) else found[0]
+    wanted = source if isinstance(source, Selection) else Selection(source)
+    own = {"files": found} if isinstance(wanted.source, (str, Path)) else found[0]
+    return own | wanted.recorded()
 
 
 # Files ---------------------------------------------------------------------------------------
@@ -114,17 +137,75 @@ class _Listing:
     files: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
+    def add(
+        self,
+        where: str,
+        below: str,
+        files: Sequence[str],
+        folders: Sequence[str],
+        split: Split | None,
+        flag: str,
+    ) -> None:
+        """Add the files of a folder that are of one split.
+
+        Args:
+            where: the folder, as a person gave it.
+            below: its name below the root, with a slash at the end, or nothing.
+            files: names of all files in it.
+            folders: names of all folders in it.
+
+        Raises:
+            UserError: it holds the log of a table, or several splits.
+        """
+        check_folders(where, folders)
+        own = [
+            n for n in files if holds_examples(base := n.rpartition("/")[2]) or base == SPLITS_FILE
+        ]
+        chosen = choose(where, own, folders, self._saved(where, below, own), split, flag)
+        self.files += [f"{below}{name}" for name in chosen]
+        others = set(files) - set(own)
+        self.left_out += [f"{below}{name}" for name in others if ending(name) in FORMATS]
+
+    def keep(self, where: str, split: Split | None, flag: str) -> None:
+        """Of files that were named one by one, keep those of a split that was asked for."""
+        if split is not None:
+            saved = self._saved(where, "", self.files)
+            self.files = choose(where, self.files, (), saved, split, flag)
+
+    def _saved(self, where: str, below: str, files: Sequence[str]) -> dict[str, str]:
+        """The folders in which saved data sets lie, with the split that each says it is of."""
+        folders = {n.rpartition("/")[0] for n in files if ending(n) == ".arrow"}
+        states = {folder: self.state(where, f"{below}{folder}".rstrip("/")) for folder in folders}
+        return {f: saved_split(said[1].get("_split")) for f, said in states.items() if said}
+
+    def state(self, where: str, folder: str) -> tuple[str, dict[str, Any]] | None:
+        """What the ``state.json`` in a folder says, and where it lies; ``None`` without one."""
+        name = f"{folder}/{STATE_FILE}" if folder else STATE_FILE
+        path = self.path(name)
+        where = f"{name} in {where}" if is_uri(where) else path
+        with user_errors(
+            where, "a file that can be read", "Check it.", *READ_ERRORS, got="{error}"
+        ):
+            info = self.filesystem.get_file_info(path)
+            if info.type != pyarrow.fs.FileType.File:
+                return None
+            with self.filesystem.open_input_stream(path) as file:
+                data = bytes(file.read(STATE_BYTES + 1))
+        wanted, remedy = "what Hugging Face datasets writes there", "Save the data set again."
+        return where, parse_json(data, where, wanted, remedy)
+
     def path(self, name: str) -> str:
         """What the file system calls a file."""
         return f"{self.root.rstrip('/')}/{name}" if self.root else name
 
 
-def _files(source: str) -> Found:
-    """The parts of a path, a glob or a URI of either, sorted by name."""
+def _files(source: str, split: Split | None, flag: str) -> tuple[list[Part], Sequence[str]]:
+    """The parts of a path, a glob or a URI of either, sorted by name, and what was left out."""
     remote = is_uri(source)
-    listing = _find_remote(source) if remote else _find_local(os.path.expanduser(source))
+    find = _find_remote if remote else _find_local
+    listing = find(source if remote else os.path.expanduser(source), split, flag)
     names = sorted(set(listing.files))
-    readable = [name for name in names if _ending(name) in FORMATS]
+    readable = [name for name in names if ending(name) in FORMATS]
     if not names:
         raise UserError(
             shown(source),
@@ -140,45 +221,34 @@ def _files(source: str) -> Found:
         path = listing.path(name)
         # Of a URI pyarrow gives back a bare path; the message shows what the user typed.
         location = f"{name} in {shown(source)}" if remote else path
-        parts.append(FORMATS[_ending(name)](name, location, path, listing.filesystem))
-    _check_states(listing, readable, shown(source) if remote else "")
-    return Found(parts, tuple(sorted(set(listing.left_out))))
+        parts.append(FORMATS[ending(name)](name, location, path, listing.filesystem))
+    _check_states(listing, readable, shown(source))
+    return parts, tuple(sorted(set(listing.left_out)))
 
 
-def _ending(name: str) -> str:
-    return os.path.splitext(name)[1].lower()
-
-
-def _check_states(listing: _Listing, readable: Sequence[str], uri: str) -> None:
+def _check_states(listing: _Listing, readable: Sequence[str], where: str) -> None:
     """Hold the data sets that Hugging Face datasets saved against what is said of them."""
     folders: dict[str, list[str]] = {}
     for name in readable:
-        if _ending(name) == ".arrow":
+        if ending(name) == ".arrow":
             folder, _, file = name.rpartition("/")
             folders.setdefault(folder, []).append(file)
     for folder, files in folders.items():
-        name = f"{folder}/{STATE_FILE}" if folder else STATE_FILE
-        path = listing.path(name)
-        where = f"{name} in {uri}" if uri else path
-        with user_errors(
-            where, "a file that can be read", "Check it.", *READ_ERRORS, got="{error}"
-        ):
-            info = listing.filesystem.get_file_info(path)
-            if info.type != pyarrow.fs.FileType.File:
-                continue
-            with listing.filesystem.open_input_stream(path) as file:
-                state = bytes(file.read(STATE_BYTES + 1))
-        check_saved(where, os.path.dirname(path), files, state)
+        state = listing.state(where, folder)
+        if state is not None:
+            check_saved(state[0], os.path.dirname(listing.path(f"{folder}/_")), files, state[1])
 
 
-def _find_local(source: str) -> _Listing:
+def _find_local(source: str, split: Split | None, flag: str) -> _Listing:
     """What a path or a glob of this machine names."""
     filesystem = pyarrow.fs.LocalFileSystem()
-    if os.path.isfile(source):
-        return _Listing(filesystem, os.path.dirname(source), [os.path.basename(source)])
     if os.path.isdir(source):
         listing = _Listing(filesystem, source)
-        _add_folder(listing, source, "")
+        _add_folder(listing, source, "", split, flag)
+        return listing
+    if os.path.isfile(source):
+        listing = _Listing(filesystem, os.path.dirname(source), [os.path.basename(source)])
+        listing.keep(source, split, flag)
         return listing
     if not glob.has_magic(source):
         raise _no_such_data(source)
@@ -186,32 +256,24 @@ def _find_local(source: str) -> _Listing:
     for match in glob.glob(source, recursive=True):
         below = os.path.relpath(match, listing.root or ".").replace(os.sep, "/")
         if os.path.isdir(match):
-            _add_folder(listing, match, "" if below == "." else f"{below}/")
+            _add_folder(listing, match, "" if below == "." else f"{below}/", split, flag)
         elif not holds_examples(os.path.basename(match)):
-            listing.left_out += [below] if _ending(below) in FORMATS else []
+            listing.left_out += [below] if ending(below) in FORMATS else []
         elif os.path.isfile(match):
             listing.files.append(below)
         else:
             raise UserError(match, "a file", kind_of(os.lstat(match).st_mode), "Take it away.")
+    listing.keep(source, split, flag)
     return listing
 
 
-def _add_folder(listing: _Listing, folder: str, below: str) -> None:
-    """Add the files of a folder of this machine.
-
-    Args:
-        below: its name below the listing's root, with a slash at the end, or nothing.
-    """
+def _add_folder(listing: _Listing, folder: str, below: str, split: Split | None, flag: str) -> None:
+    """Add the files of a folder of this machine; see :meth:`_Listing.add`."""
     files, folders = _walk(folder)
-    check_folders(folder, folders, files)
-    wanted = [name for name in files if holds_examples(name.rpartition("/")[2])]
-    for name in wanted:
-        _check_file(folder, name)
-    readable = [name for name in wanted if _ending(name) in FORMATS]
-    check_splits(folder, readable)
-    listing.files += [f"{below}{name}" for name in wanted]
-    others = set(files) - set(wanted)
-    listing.left_out += [f"{below}{name}" for name in others if _ending(name) in FORMATS]
+    before = len(listing.files)
+    listing.add(folder, below, files, folders, split, flag)
+    for name in listing.files[before:]:
+        _check_file(folder, name[len(below) :])
 
 
 def _walk(root: str) -> tuple[list[str], list[str]]:
@@ -254,7 +316,8 @@ def _check_file(root: str, name: str) -> None:
     regular_file(root, name, root)
 
 
-def _find_remote(source: str) -> _Listing:
+def _find_remote(source: str, split: Split | None, flag: str) -> _Listing:
+    """What a URI names."""
     # What follows a question mark is the file system's options, not a glob.
     address, mark, options = source.partition("?")
     magic = re.search(r"[*\[]", address) is not None
@@ -267,11 +330,13 @@ def _find_remote(source: str) -> _Listing:
             raise _no_such_data(source)
         if info.type == pyarrow.fs.FileType.File:
             base, _, name = path.rpartition("/")
-            return _Listing(filesystem, base, [name])
+            listing = _Listing(filesystem, base, [name])
+            listing.keep(source, split, flag)
+            return listing
         local = isinstance(filesystem, pyarrow.fs.LocalFileSystem)
         listing = _Listing(filesystem, path)
         if local and not magic:
-            _add_folder(listing, path, "")
+            _add_folder(listing, path, "", split, flag)
             return listing
         below = filesystem.get_file_info(pyarrow.fs.FileSelector(path, recursive=True))
     except RaycurvError:
@@ -288,17 +353,16 @@ def _find_remote(source: str) -> _Listing:
     files = [info.path[start:] for info in below if info.type == kinds.File]
     hidden = [any(step.startswith((".", "_")) for step in f.split("/")[:-1]) for f in files]
     files = [name for name, under in zip(files, hidden, strict=True) if not under]
-    if magic:
-        pattern = _glob_pattern(address[len(root) :].lstrip("/"))
-        files = [name for name in files if pattern.fullmatch(name)]
-    else:
+    if not magic:
         folders = [info.path[start:] for info in below if info.type == kinds.Directory]
-        check_folders(shown(source), folders, files)
+        listing.add(shown(source), "", files, folders, split, flag)
+        return listing
+    pattern = _glob_pattern(address[len(root) :].lstrip("/"))
+    files = [name for name in files if pattern.fullmatch(name)]
     listing.files = [name for name in files if holds_examples(name.rpartition("/")[2])]
     others = set(files) - set(listing.files)
-    listing.left_out = [name for name in others if _ending(name) in FORMATS]
-    if not magic:
-        check_splits(shown(source), [n for n in listing.files if _ending(n) in FORMATS])
+    listing.left_out = [name for name in others if ending(name) in FORMATS]
+    listing.keep(source, split, flag)
     return listing
 
 

@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 import torch
 import tyro
 
+from raycurv.data.portion import Selection
 from raycurv.data.uri import check_place, shown
 from raycurv.errors import UserError, shortened
 from raycurv.jsonfile import misfit
@@ -275,6 +276,75 @@ class Reading:
     empty: Identity[Literal["error", "skip"]] = "error"
     """What becomes of a row without any token, or of a text of no character: an error (such a text
     may be an example of special tokens alone), or it is left out, and counted."""
+    split: str = ""
+    """Which split of the data, where it has several: `train`, or a part of one, `train[:1000]` or
+    `train[10%:20%]`, in its order. Default: all, where nothing names a split."""
+    text_column: str = ""
+    """What the data calls the column of texts. Default: `text`."""
+    id_column: str = ""
+    """What the data calls the column of ids. Default: `id`, if there is one."""
+    label_column: str = ""
+    """What the data calls the column of labels. Default: `labels` or `label`, if there is one."""
+    prompt_column: str = ""
+    """What the data calls the column of prompts. Default: `prompt`."""
+    completion_column: str = ""
+    """What the data calls the column of completions. Default: `completion`."""
+
+    def select(self, name: str, source: Any) -> Any:
+        """What these settings take of a source, which is the one of a setting (`data`, say).
+
+        Raises:
+            UserError: two columns of one name.
+        """
+        given = {ours: getattr(self, f"{flag}_column") for ours, flag in _COLUMNS.items()}
+        return selected(source, self.split, {n: value for n, value in given.items() if value})
+
+
+# The columns that a flag may name, each with the flag's word for it.
+_COLUMNS = {
+    "text": "text", "id": "id", "labels": "label", "prompt": "prompt", "completion": "completion",
+}  # fmt: skip
+
+
+def selected(
+    source: Any, split: str, columns: Mapping[str, str], flag: str = "--split", named: str = ""
+) -> Any:
+    """A source, or what is taken of it.
+
+    Args:
+        split: of it; empty for all.
+        columns: its own name for each of raycurv's.
+        flag: that names a split.
+        named: the flag that names all columns, where they have none each.
+
+    Raises:
+        UserError: two columns of one name.
+    """
+    if isinstance(source, Selection) or not (split or columns):
+        return source
+    theirs = list(columns.values())
+    twice = next((name for name in theirs if theirs.count(name) > 1), None)
+    if twice is not None:
+        ours = [name for name, value in columns.items() if value == twice]
+        raise UserError(
+            named or f"--{_COLUMNS[ours[1]]}-column", "a column of its own",
+            f"`{twice}`, which is the column of {ours[0]}", "Name another one.",
+        )  # fmt: skip
+    return Selection(source, split, dict(columns), flag, named or "--{}-column")
+
+
+def columns_of(flag: str, text: str) -> dict[str, str]:
+    """Names of columns from ``text=body,id=key``, a source's own for each of raycurv's.
+
+    Raises:
+        UserError: another text; a name that raycurv does not know.
+    """
+    pairs = [pair.partition("=") for pair in text.split(",") if pair]
+    if any(not theirs or ours not in _COLUMNS for ours, _, theirs in pairs):
+        raise UserError(
+            flag, "NAME=COLUMN,… of the names " + ", ".join(_COLUMNS), repr(text), "",
+        )  # fmt: skip
+    return {ours: theirs for ours, _, theirs in pairs}
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,11 @@ class Inputs:
         snapshot = self.snapshots.get(named) if isinstance(named, str) else None
         return named if snapshot is None else str(snapshot.directory)
 
+    def source(self, name: str, settings: Any) -> Any:
+        """As :meth:`or_named`, of data: what the settings take of it."""
+        found = self.or_named(name, settings)
+        return found if isinstance(found, Corpus) else settings.select(name, found)
+
     def open_model(
         self,
         named: str,

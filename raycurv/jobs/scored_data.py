@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import pyarrow as pa
 
 from raycurv.data import beside_tokens
 from raycurv.data.making.input_columns import TOKENS
+from raycurv.data.portion import Selection, as_recorded
 from raycurv.data.reading import ExampleReader
 from raycurv.data.row_text import row_text, text_columns
 from raycurv.data.rows_by_id import rows_by_id
@@ -80,12 +81,16 @@ class ScoredData:
         Raises:
             UserError: the data is gone or another one; no example of that id, no such column.
         """
-        row_of, found = self._found(ids, columns, text_columns if text else lambda _: ())
+        named = self._taken(None).inputs
+        more = partial(text_columns, named=named) if text else lambda _: ()
+        row_of, found = self._found(ids, columns, more)
         table: dict[str, Any] = {"id": list(ids)}
         if text:
             pieces = self._tokenised([id for id, row in row_of.items() if row != id])
             texts = [
-                self._decoded(pieces[id]) if id in pieces else row_text(found[id], self._decoded)
+                self._decoded(pieces[id])
+                if id in pieces
+                else row_text(found[id], self._decoded, named)
                 for id in ids
             ]
             table["text"] = pa.array(texts, pa.large_string())
@@ -139,8 +144,11 @@ class ScoredData:
                 "scores of an earlier version", "Score again into another directory.",
             )  # fmt: skip
         row_of, found = self._found(ids, (), lambda there: [n for n in _READ if n in there])
+        rows = [{"id": id} | found[id] for id in dict.fromkeys(row_of.values())]
+        # As they were read, columns have our names by now.
+        names = {name: name for name in self._taken(None).inputs}
         reader = ExampleReader(
-            [{"id": id} | found[id] for id in dict.fromkeys(row_of.values())], self._tokenizer,
+            Selection(rows, columns=names), self._tokenizer,
             vocab_size=None, max_positions=None, max_length=facts.get(_LONGEST), long=long,
             token_inputs=True, per_token=True, empty="skip",
         )  # fmt: skip
@@ -169,9 +177,10 @@ class ScoredData:
             raise UserError(self._what, "data in a file of this machine", got, f"{again}.")
         source = recorded if self.given is None else self.given
         place = shown(source) if isinstance(source, str) else "what was given"
+        taken = self._taken(source)
         remedy = f"Put the data back that was scored. Or has it moved? {again}."
         try:
-            here = fingerprint(source)
+            here = fingerprint(taken)
         except UserError as error:
             got = f"{error.where}: {error.got}"
             raise UserError(self._what, f"data in {place}", got, remedy) from error
@@ -180,7 +189,11 @@ class ScoredData:
             if not isinstance(source, str):
                 got = "other data"
             raise UserError(self._what, "the data that was scored", got, remedy)
-        return source
+        return taken
+
+    def _taken(self, source: Source | None) -> Selection:
+        """What the scoring took of a source."""
+        return as_recorded(source, self.manifest.fingerprints[self.name])
 
     @cached_property
     def _tokenizer(self) -> LazyTokenizer | None:

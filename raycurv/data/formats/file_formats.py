@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from raycurv.data.formats.arrow_part import ArrowPart
 from raycurv.data.formats.json_lines import JsonlPart
 from raycurv.data.formats.parquet_part import ParquetPart
@@ -16,3 +18,8 @@ FORMATS: dict[str, type[FilePart]] = {
     ".feather": ArrowPart,
 }
 READABLE = "Parquet (.parquet), JSONL (.jsonl, .ndjson, .json) or Arrow (.arrow, .feather)"
+
+
+def ending(name: str) -> str:
+    """The ending of a file's name that tells its format."""
+    return os.path.splitext(name)[1].lower()

@@ -26,22 +26,32 @@ class ParquetPart(FilePart):
 
     def columns(self) -> tuple[str, ...] | None:
         with self._open() as (file, _):
-            return tuple(file.schema_arrow.names) if file.metadata.num_rows else None
+            return tuple(self._names(file)) if file.metadata.num_rows else None
 
     def message_keys(self, name: str) -> tuple[str, ...]:
         with self._open() as (file, _):
-            return keys_of(file.schema_arrow.field(name).type)
+            return keys_of(file.schema_arrow.field(self._names(file).index(name)).type)
+
+    def count(self, at_most: int | None = None) -> int:
+        with self._open() as (file, _):
+            return int(file.metadata.num_rows)
+
+    def _names(self, file: Any) -> list[str]:
+        return self.names.ours(file.schema_arrow.names, self.location)
 
     def read(self, required: Sequence[str], optional: Sequence[str]) -> Iterator[Rows]:
         with self._open() as (file, size):
-            metadata, schema = file.metadata, file.schema_arrow
-        names = present(schema.names, required, optional)
+            metadata, schema, ours = file.metadata, file.schema_arrow, self._names(file)
+        theirs = dict(zip(ours, schema.names, strict=True))
+        names = [theirs[name] for name in present(ours, required, optional)]
         step = self._step(names) if names else CHUNK_ROWS
         # A text that the file has once for many rows stays so until a chunk of them is asked for.
         texts = [name for name in names if _is_text(schema, name)]
-        others, first = frozenset(schema.names), 0
+        others, first = frozenset(ours), 0
         with self._open(texts, metadata) as (file, _), not_what_it_says(self.location, PARQUET):
             for batch in file.iter_batches(step, columns=names):
+                given = [ours[schema.names.index(name)] for name in batch.schema.names]
+                batch = batch.rename_columns(given)
                 yield from arrow_rows(self.location, first, batch, others, size)
                 first += batch.num_rows
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from raycurv.data import beside_tokens
+from raycurv.data.column_names import listed
 from raycurv.data.conversations import COLUMNS as CONVERSATIONS
 from raycurv.data.conversations import conversation
 from raycurv.data.labels import NAMES
 from raycurv.data.making.reader_settings import ReaderSettings
 from raycurv.data.parts import Part
+from raycurv.data.portion import Selection
 from raycurv.errors import UserError
 
 # In order of preference; each with the columns that it takes.
@@ -103,6 +105,21 @@ class InputColumns:
         return others, (*_OPTIONAL, *masks, *labels)
 
     def _usable(self) -> tuple[tuple[str, ...], ...]:
+        """The columns of inputs that the model may take and that were named, if any were, in order
+        of preference; UserError if it takes none of these."""
+        source, usable = self._settings.source, self._taken()
+        given = source.inputs if isinstance(source, Selection) else set()
+        named = tuple(kind for kind in usable if given <= set(kind))
+        if not named:
+            one = sorted(given)[0]
+            raise UserError(
+                f"--{one}-column", "columns that model and objective take: "
+                + " or ".join(" + ".join(kind) for kind in usable),
+                " + ".join(sorted(given)), f"Leave --{one}-column out.",
+            )  # fmt: skip
+        return named
+
+    def _taken(self) -> tuple[tuple[str, ...], ...]:
         """The columns of inputs that the model may take, in order of preference."""
         settings = self._settings
         if settings.images is not None:
@@ -117,9 +134,3 @@ class InputColumns:
             return TOKENS
         first, second = (TOKENS, NUMBERS) if settings.token_inputs else (NUMBERS, TOKENS)
         return (*first, *second) if settings.either else first
-
-
-def listed(found: Sequence[str]) -> str:
-    """Names of columns, for messages."""
-    names = ", ".join(f"`{name}`" for name in found[:20])
-    return names if len(found) <= 20 else f"{names} and {len(found) - 20} more"

@@ -75,7 +75,7 @@ def _evaluate(shell: Shell[EvaluateSettings]) -> Numbers:
     )  # fmt: skip
     objective = shell.objective_for(network)
     settings = shell.settings
-    source = inputs.or_named("data", settings)
+    source = inputs.source("data", settings)
     opened = open_objective(objective)
     per_token = opened.per_token
     places: dict[str, Any] = {"model": shown(settings.model), "data": shown(settings.data)}

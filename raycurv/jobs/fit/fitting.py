@@ -79,7 +79,7 @@ def _fit(shell: Shell[FitSettings]) -> None:
     )  # fmt: skip
     objective = shell.objective_for(network)
     settings = shell.settings
-    data = inputs.or_named("data", settings)
+    data = inputs.source("data", settings)
     opened = open_objective(objective)
     blocks = _blocks(settings, network, store)
     check_names(blocks)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
+from raycurv.data.portion import Selection
 from raycurv.driver.settings import (
     AdapterPaths,
     Capturing,
@@ -25,7 +26,9 @@ from raycurv.driver.settings import (
     Required,
     Seed,
     Size,
+    columns_of,
     rank_number,
+    selected,
 )
 from raycurv.errors import UserError
 
@@ -48,6 +51,11 @@ class InfluenceSettings(Execution, Reading, Capturing, Predicting):
     """Queries: file, directory or glob, as for the fit's data."""
     train: DataPath = ""
     """Training examples that are scored: file, directory or glob, as for the fit's data."""
+    queries_split: str = ""
+    """Which split of --queries, as --split of --train."""
+    queries_columns: str = ""
+    """What --queries calls its columns, such as `text=question,id=key`, where they have not the
+    names of --train."""
     objective: Identity[str | None] = None
     """What of a query is measured: the `measurement` of your own `package.module:Name`, which may
     read further columns of the queries (see raycurv.Objective). Default: the fit's objective, whose
@@ -87,6 +95,17 @@ class InfluenceSettings(Execution, Reading, Capturing, Predicting):
         super().check()
         if not self.train and not self.ihvp:
             raise UserError("--train", "training examples", "nothing", "Give --train, or --ihvp.")
+
+    def select(self, name: str, source: Any) -> Any:
+        """See :meth:`Reading.select`; queries have a split of their own, and may have columns."""
+        found = super().select(name, source)
+        if name != "queries":
+            return found
+        columns = found.columns if isinstance(found, Selection) else {}
+        flag = "--queries-columns"
+        if self.queries_columns:
+            columns = columns_of(flag, self.queries_columns)
+        return selected(source, self.queries_split, columns, "--queries-split", flag)
 
     def rank_number(self) -> int | None:
         """The rank that IHVPs are truncated to; ``None`` for full."""

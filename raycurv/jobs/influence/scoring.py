@@ -99,9 +99,9 @@ def _shares(manifest: Manifest) -> dict[str, float]:
 
 def _score(shell: Shell[InfluenceSettings]) -> None:
     settings, store = shell.settings, shell.store
-    queries = shell.inputs.or_named("queries", settings)
+    queries = shell.inputs.source("queries", settings)
     # Without training examples only IHVPs are made.
-    train = shell.inputs.or_named("train", settings) if settings.train else None
+    train = shell.inputs.source("train", settings) if settings.train else None
     fitted = open_fitted(
         settings.run,
         shell.inputs,

@@ -78,7 +78,7 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
     objective = objective_for(outline, settings.objective)
     each = positions_of(outline)
     tokens = settings.tokens if each == 1 else each
-    data = _data(inputs.at(settings.data), settings, outline, objective, tokens)
+    data = _data(inputs.source("data", settings), settings, outline, objective, tokens)
     queries = _uniform(settings.queries, tokens)
     train = data
     if settings.train_examples is not None:
@@ -196,7 +196,7 @@ def _uniform(examples: int, tokens: int) -> ShapeOf:
 def _data(
     source: Any, settings: PlanSettings, outline: Outline, objective: str | Objective, tokens: int
 ) -> ShapeOf:
-    if not source:
+    if not settings.data:
         return _uniform(settings.examples, tokens)
     directory = outline.tokenizer_dir
     tokenizer = None

@@ -1,0 +1,57 @@
+"""Names of columns: those that a source gives them, and raycurv's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from raycurv.errors import UserError
+
+
+def listed(found: Sequence[str]) -> str:
+    """Names of columns, for messages."""
+    names = ", ".join(f"`{name}`" for name in found[:20])
+    return names if len(found) <= 20 else f"{names} and {len(found) - 20} more"
+
+
+@dataclass(frozen=True)
+class ColumnNames:
+    """What a source calls the columns that raycurv reads.
+
+    Attributes:
+        theirs: the source's name for each of raycurv's; others keep their names.
+        flag: that gives one, with ``{}`` for raycurv's name of it.
+    """
+
+    theirs: Mapping[str, str] = field(default_factory=dict)
+    flag: str = "--{}-column"
+
+    def ours(self, found: Sequence[str], where: str) -> list[str]:
+        """Raycurv's names for columns: a column that another takes the name of is called otherwise.
+
+        Raises:
+            UserError: a column that was named is not there; says ``where``.
+        """
+        if not self.theirs:
+            return list(found)
+        for ours, theirs in self.theirs.items():
+            if theirs not in found:
+                raise UserError(
+                    where, f"a column `{theirs}` ({self.flag.format(_FLAGS.get(ours, ours))})",
+                    "the columns " + listed(found),
+                    "Correct the name, or give every file and row the column.",
+                )  # fmt: skip
+        back = {theirs: ours for ours, theirs in self.theirs.items()}
+        kept = {name: f"{name} (another is read as it)" for name in self.theirs}
+        return [back.get(name, kept.get(name, name)) for name in found]
+
+    def record(self, record: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+        """A row under raycurv's names; UserError as :meth:`ours`."""
+        names = self.ours(list(record), where)
+        return dict(zip(names, record.values(), strict=True))
+
+
+# What a flag calls a column, where it does not call it by its name.
+_FLAGS = {"labels": "label"}
+PLAIN = ColumnNames()
