@@ -38,6 +38,7 @@ demo: $(VENV)/installed
 		--train $(OUT)/train.parquet --out $(OUT)/influence --stages $(STAGES)
 	$(BIN)/python demo/report.py --scores $(OUT)/influence --train $(OUT)/train.parquet \
 		--queries $(OUT)/queries.parquet
+	$(BIN)/python jobs/report.py $(OUT)/influence --out $(OUT)/report.html
 
 # Ray's workers are as urgent as the tests that wait for them.
 test: $(VENV)/installed

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from raycurv.mathematics.rank.rank_curvature import RankCurvature
     from raycurv.mathematics.rank.rank_fisher import RankFisher
     from raycurv.pruned import Pruned, open_pruned
+    from raycurv.reporting.report_settings import ReportSettings
+    from raycurv.reporting.writing import report
     from raycurv.run import Run, fit, open_run
     from raycurv.scored import Products, Scores, open_scores
 
@@ -56,9 +58,9 @@ __all__ = [
     "BlockCurvature", "CausalLM", "Classification", "DamagedFile", "Damping", "EvaluateSettings",
     "Evaluation", "FitSettings", "GradientStatistics", "InfluenceSettings", "MaskedLM",
     "MultiLabel", "NumericalError", "Objective", "Preference", "Products", "PruneSettings",
-    "Pruned", "RankCurvature", "RankFisher", "RaycurvError", "Regression", "Run", "Scores",
-    "Seq2SeqLM", "TokenClassification", "UserError", "evaluate", "fit", "open_pruned",
-    "open_scores",
+    "Pruned", "RankCurvature", "RankFisher", "RaycurvError", "Regression", "ReportSettings", "Run",
+    "Scores", "Seq2SeqLM", "TokenClassification", "UserError", "evaluate", "fit", "open_pruned",
+    "open_scores", "report",
 ]  # fmt: skip
 
 # Which module has which names.
@@ -85,6 +87,8 @@ _MODULES = {
     "mathematics.rank.rank_curvature": ("RankCurvature",),
     "mathematics.rank.rank_fisher": ("RankFisher",),
     "pruned": ("Pruned", "open_pruned"),
+    "reporting.report_settings": ("ReportSettings",),
+    "reporting.writing": ("report",),
     "run": ("Run", "fit", "open_run"),
     "scored": ("Products", "Scores", "open_scores"),
 }

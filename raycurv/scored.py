@@ -47,6 +47,10 @@ class Scores:
         tables = list(self._parts("scores"))
         return pa.concat_tables(tables) if tables else self._schema("scores").empty_table()
 
+    def parts(self) -> Iterator[pa.Table]:
+        """The rows of :meth:`table`, a file of them at a time."""
+        return self._parts("scores")
+
     def self_influence(self) -> pa.Table:
         """``id`` and ``score`` of every training example against itself (with ``--self``)."""
         tables = list(self._parts("self"))

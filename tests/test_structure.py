@@ -22,7 +22,7 @@ FILES = {
 ORDER = (
     "batch", "errors", "names", "named_objects", "jsonfile", "hub", "mathematics", "models", "data",
     "files", "stages", "links", "onray", "planning", "progress", "driver", "steps", "jobs",
-    "pruned", "scored", "run", "evaluation", "__main__",
+    "pruned", "scored", "run", "evaluation", "reporting", "__main__",
 )  # fmt: skip
 # Mathematics and plans: functions of tensors and numbers, without files, clusters or libraries of
 # models.

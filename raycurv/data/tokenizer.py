@@ -114,6 +114,25 @@ class LazyTokenizer:
         with _panics_as_errors():
             return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The part of the text that each of some token ids adds: together they are the text. Of
+        several tokens that make one character the last one has it. UserError as for
+        :meth:`encode`."""
+        whole = self.decode(ids)
+        pieces = [self.decode([token]) for token in ids]
+        if "".join(pieces) == whole:
+            return pieces
+        # Some tokens say something else alone. Each is decoded behind the one before it.
+        pieces, behind, start = [], 0, 0
+        for stop in range(1, len(ids) + 1):
+            before, text = self.decode(ids[behind:start]), self.decode(ids[behind:stop])
+            if text.endswith("\ufffd") and stop < len(ids):
+                pieces.append("")
+                continue
+            pieces.append(text[len(before) :])
+            behind, start = start, stop
+        return pieces
+
     def masking(self, seed: int, vocab_size: int | None) -> Masking:
         """What hides tokens of the texts, by words that the model knows; UserError if there is no
         token that stands for others."""

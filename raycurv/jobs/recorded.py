@@ -78,6 +78,11 @@ def fit_settings(fit: Manifest) -> dict[str, Any]:
     return {name: value for name, value in said if (name, value) not in _LATER.items()}
 
 
+def fit_mark(fit: Manifest) -> dict[str, Any]:
+    """What tells a fit from others, as what follows it has it on record."""
+    return {"settings": fit_settings(fit), "data": fit.fingerprints["data"]}
+
+
 def finished(store: Store, job: str, phase: str, what: str) -> Manifest:
     """The manifest of a directory in which a job has finished.
 

@@ -79,6 +79,11 @@ JOBS = {
             "jobs.timeline.timeline_settings:TimelineSettings",
             "jobs.timeline.watching:show_timeline", leaves=False,
         ),
+        Job(
+            "report", "one page of a fit or of scores, to be read in a browser",
+            "reporting.report_settings:ReportSettings", "reporting.writing:write_report",
+            leaves=False,
+        ),
     )
 }  # fmt: skip
 

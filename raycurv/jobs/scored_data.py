@@ -103,7 +103,8 @@ class ScoredData:
         return pa.table(table)
 
     def tokens(self, ids: Sequence[str]) -> list[list[str]]:
-        """The text of each token of some examples, as they were scored.
+        """The text of each token of some examples, as they were scored; of several tokens that make
+        one character the last one has it.
 
         Raises:
             UserError: as for :meth:`rows`; or the model takes no tokens, or has no tokenizer.
@@ -114,7 +115,7 @@ class ScoredData:
                 "none on record there", "Score again, with --tokenizer DIR.",
             )  # fmt: skip
         found = self._tokenised(ids)
-        return [[self._decoded([token]) or "" for token in found[id]] for id in ids]
+        return [self._tokenizer.pieces(found[id]) for id in ids]
 
     def _found(
         self,

@@ -45,7 +45,7 @@ from raycurv.jobs.influence.score_rows import ScoreRows
 from raycurv.jobs.inputs import Inputs
 from raycurv.jobs.objectives import check_fits
 from raycurv.jobs.rank_products import RankProducts
-from raycurv.jobs.recorded import fit_settings, read_run
+from raycurv.jobs.recorded import fit_mark, read_run
 from raycurv.jobs.scored_data import recorded_data
 from raycurv.jobs.shell import Shell, open_shell
 from raycurv.mathematics.blocks import Block
@@ -127,7 +127,7 @@ def _score(shell: Shell[InfluenceSettings]) -> None:
             str(fitted.objective), "Leave --per-token out.",
         )  # fmt: skip
     dtype = settings.dtype or fitted.settings["dtype"]
-    prints: dict[str, Any] = {"fit": _fit_mark(fitted.manifest), "queries": fingerprint(queries)}
+    prints: dict[str, Any] = {"fit": fit_mark(fitted.manifest), "queries": fingerprint(queries)}
     if train is not None:
         prints["train"] = fingerprint(train)
     prints |= shell.tokenizer_print()
@@ -189,10 +189,6 @@ def _measures_loss(objective: Objective) -> bool:
     """Whether what is measured of a query is its loss: an example without one measures nothing."""
     own = getattr(type(objective), "measurement", None)
     return own is Objective.measurement or objective.measurement is objective.loss
-
-
-def _fit_mark(fit: Manifest) -> dict[str, Any]:
-    return {"settings": fit_settings(fit), "data": fit.fingerprints["data"]}
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from raycurv.errors import UserError
+from raycurv.files.single_file import check_single_file
 from raycurv.files.store import open_store
 from raycurv.jobs.timeline.lanes import SECONDS, Interval, Lanes, Share, read_lanes, union
 from raycurv.jobs.timeline.picture import figure_class, save_picture
@@ -32,9 +31,10 @@ def show_timeline(settings: TimelineSettings) -> dict[str, Any]:
         UserError: a mistake in the settings, or no timeline.
     """
     settings.check()
-    _check_path("--trace", settings.trace, ".json", ".json.gz")
-    _check_path("--picture", settings.picture, ".png", ".svg")
+    if settings.trace is not None:
+        check_single_file("--trace", settings.trace, ".json", ".json.gz")
     if settings.picture is not None:
+        check_single_file("--picture", settings.picture, ".png", ".svg")
         figure_class()
     store = open_store(settings.run, "--run")
     lanes = read_lanes(store, settings.phase, settings.start, settings.to)
@@ -72,16 +72,6 @@ def show_timeline(settings: TimelineSettings) -> dict[str, Any]:
         "actors": [_numbers(share) for share in shares],
         "phases": phases,
     }
-
-
-def _check_path(flag: str, path: str | None, *endings: str) -> None:
-    """Refuse a file that cannot be made, before anything is read."""
-    if path is None:
-        return
-    if not path.endswith(endings):
-        raise UserError(flag, f"a file that ends in {' or '.join(endings)}", repr(path), "")
-    if not Path(path).absolute().parent.is_dir():
-        raise UserError(flag, "a file in a directory that exists", repr(path), "")
 
 
 def _numbers(share: Share) -> dict[str, Any]:

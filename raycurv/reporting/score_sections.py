@@ -1,0 +1,206 @@
+"""The parts of a page that speak of scores: the queries with their passages, and where the
+influence lies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from raycurv.errors import UserError
+from raycurv.mathematics.influence.scores import TOKEN_SCORES
+from raycurv.reporting.charts import Array
+from raycurv.reporting.page import Cell, Passage, Query, Section, Table
+from raycurv.reporting.passages import coloured, plain
+from raycurv.reporting.ranking import RankedQuery, Ranking
+from raycurv.reporting.spectra import layer_of, roles
+from raycurv.reporting.wording import percent, visible
+from raycurv.scored import Scores
+
+_LINE = 160
+_SHADES = 5
+
+
+@dataclass
+class Texts:
+    """Texts of queries or of training examples, by id.
+
+    Attributes:
+        lacking: why there are none, in words; empty where there are.
+    """
+
+    by_id: Mapping[str, str] = field(default_factory=dict)
+    lacking: str = ""
+
+    @classmethod
+    def of(cls, scores: Scores, name: Any, ids: Sequence[str]) -> Texts:
+        """Those of some examples, read again from where the data of the scores lies."""
+        wanted = list(dict.fromkeys(ids))
+        try:
+            texts = scores.data(name).rows(wanted)["text"].to_pylist()
+        except UserError as error:
+            what = "queries" if name == "queries" else "training examples"
+            return cls(lacking=f"Texts of the {what} are not shown, see --{name}: {error}")
+        return cls({id: text for id, text in zip(wanted, texts, strict=True) if text is not None})
+
+    def line(self, id: str) -> str:
+        """The beginning of a text, in one line; empty where it is not known."""
+        return visible(" ".join(self.by_id.get(id, "")[: 4 * _LINE].split())[:_LINE])
+
+
+def shown_queries(
+    ranking: Ranking, queries: Texts, train: Texts, places: int, most: int,
+    tokens: Mapping[str, Sequence[str]], kept: bool,
+) -> list[Query]:  # fmt: skip
+    """The queries as a page shows them.
+
+    Args:
+        places: passages of either sign.
+        most: characters of a text.
+        tokens: of training examples, where scores of tokens were written and the texts are there.
+        kept: whether some scores of each query alone were kept.
+    """
+    sizes = [_largest(query) for query in ranking.queries]
+    largest, smallest = max(sizes), min((size for size in sizes if size), default=1.0)
+    layers = [layer_of(name) for name in ranking.blocks]
+    made = []
+    for place, query in enumerate(ranking.queries, start=1):
+        rows = query.rows.to_pylist()
+        longest = _largest(query) or 1.0
+
+        def passage(row: Mapping[str, Any], longest: float = longest) -> Passage:
+            id, score = row["train_id"], row["score"]
+            excerpt = None
+            parts = tokens.get(id)
+            scores = row.get(TOKEN_SCORES)
+            if parts is not None and scores is not None and len(parts) == len(scores):
+                excerpt = coloured(parts, scores, most)
+            elif id in train.by_id:
+                excerpt = plain(train.by_id[id], most)
+            return Passage(id, score, abs(score) / longest, excerpt)
+
+        highest = [passage(row) for row in rows[:places] if row["score"] > 0]
+        lowest = [passage(row) for row in rows[::-1][:places] if row["score"] < 0]
+        text = queries.by_id.get(query.id)
+        best, worst = rows[0]["score"], rows[-1]["score"]
+        made.append(
+            Query(
+                place=place, id=query.id, line=queries.line(query.id),
+                excerpt=None if text is None else plain(text, 2 * most), best=best, worst=worst,
+                best_share=_by_logarithm(best, smallest, largest),
+                worst_share=_by_logarithm(worst, smallest, largest),
+                counts=f"{query.scored:,}{' kept' * kept}: {query.positive:,} above zero, "
+                f"{query.negative:,} below",
+                held="" if kept else _concentration(query, highest),
+                layers=_strip(query.block_shares, layers), highest=highest, lowest=lowest,
+            )
+        )  # fmt: skip
+    return made
+
+
+def _by_logarithm(score: float, smallest: float, largest: float) -> float:
+    """The length of a bar: 1 for the largest score, two tenths for the smallest of all queries'
+    largest, nothing a decade below that or more."""
+    if not score or smallest == largest:
+        return abs(score) / (largest or 1.0)
+    decades = np.log10(abs(score) / smallest) / np.log10(largest / smallest)
+    return float(np.clip(0.2 + 0.8 * decades, 0.0, 1.0))
+
+
+def _largest(query: RankedQuery) -> float:
+    scores = query.rows["score"].to_numpy()
+    return float(np.abs(scores).max(initial=0.0))
+
+
+def _concentration(query: RankedQuery, highest: Sequence[Passage]) -> str:
+    if not highest or query.scored <= len(query.rows):
+        return ""
+    share = sum(row.score for row in highest) / query.gain
+    return f"the {len(highest)} highest hold {percent(share)} of what is above zero"
+
+
+def _strip(shares: Array, layers: Sequence[int | None]) -> list[tuple[str, float]]:
+    """Of each layer its share and that as a share of the largest, for a row of bars; nothing where
+    blocks have no layers."""
+    by_layer: dict[int, float] = {}
+    for layer, share in zip(layers, shares, strict=True):
+        if layer is not None:
+            by_layer[layer] = by_layer.get(layer, 0.0) + float(share)
+    most = max(by_layer.values(), default=0.0)
+    if not most or len(by_layer) < 2:
+        return []
+    return [(f"layer {n}: {percent(by_layer[n])}", by_layer[n] / most) for n in sorted(by_layer)]
+
+
+def mean_shares(ranking: Ranking) -> dict[str, float]:
+    """The share of the absolute scores that each block carries, the mean over the queries; empty
+    without scores of blocks."""
+    if not ranking.blocks:
+        return {}
+    shares = np.mean([query.block_shares for query in ranking.queries], axis=0)
+    return dict(zip(ranking.blocks, shares.tolist(), strict=True))
+
+
+def layers_section(shares: Mapping[str, float], tokens: bool) -> Section:
+    """Which weights and layers carry the influence, or which flags write that down."""
+    title = ("layers", "Layers", "Where the influence lies")
+    more = (
+        "" if tokens
+        else "Which tokens of a passage matter is on record with --per-token of raycurv influence."
+    )  # fmt: skip
+    if not shares:
+        said = (
+            "Not on record: these scores are sums over all blocks. With --per-block of raycurv "
+            "influence the scores of every block are written, too, and shown here by weight and "
+            "layer."
+        )
+        return Section(*title, [said, *([more] if more else [])])
+    role_of = roles(list(shares))
+    layers = sorted({layer_of(name) for name in shares}, key=lambda n: -1 if n is None else n)
+    names = list(dict.fromkeys(role_of.values()))
+    grid = np.zeros((len(names), len(layers)))
+    for block, share in shares.items():
+        grid[names.index(role_of[block]), layers.index(layer_of(block))] += share
+    most = grid.max() or 1.0
+    heads = ["Weight", *("no layer" if n is None else f"layer {n}" for n in layers), "all layers"]
+    rows = [
+        [
+            Cell(name),
+            *(
+                Cell(percent(s), float(s), None, int(np.ceil(_SHADES * s / most - 0.5)))
+                for s in row
+            ),
+            Cell(percent(row.sum()), float(row.sum())),
+        ]
+        for name, row in zip(names, grid, strict=True)
+    ]
+    rows.append(
+        [Cell("all weights"), *(Cell(percent(s), float(s)) for s in grid.sum(axis=0)),
+         Cell(percent(grid.sum()), float(grid.sum()))]
+    )  # fmt: skip
+    said = (
+        "The share of the absolute scores that each weight carries, as the mean over the queries "
+        "that are shown."
+    )
+    return Section(*title, [said, *([more] if more else [])], tables=[Table("", heads, rows)])
+
+
+def frequent_section(ranking: Ranking, train: Texts, places: int) -> list[Section]:
+    """Training examples among the highest of several queries; nothing where there are none."""
+    found = ranking.frequent(places)
+    if not found:
+        return []
+    rows = [
+        [Cell(id), Cell(f"{count:,}", count, count / len(ranking.queries)),
+         *[Cell(train.line(id))] * bool(train.by_id)]
+        for id, count in found
+    ]  # fmt: skip
+    said = (
+        f"Training examples among the {places} highest of several queries. One that is there for "
+        "most of them says more of itself, of a large gradient say, than of the queries."
+    )
+    heads = ["Training example", "Queries", *["Text"] * bool(train.by_id)]
+    title = ("frequent", "Recurring", "Examples that come up again and again")
+    return [Section(*title, [said], tables=[Table("", heads, rows)])]
