@@ -382,7 +382,7 @@ class Run:
             UserError: a mistake in settings or data.
         """
         store = self._influence(queries, train, out, quiet, settings)
-        return Scores(store, queries, train)
+        return Scores(store, *map(_unrecorded, (queries, train)))
 
     def ihvp(
         self,
@@ -412,3 +412,9 @@ class Run:
         chosen, inputs = settings_and_inputs(InfluenceSettings, given)
         inputs = self._given_again(inputs, chosen.model, chosen.fit_objective, inputs.fit_objective)
         return run_influence(chosen, inputs, Reporter(quiet, chosen.log))
+
+
+def _unrecorded(source: AnySource | None) -> AnySource | None:
+    """Data that a run cannot find again as it was given: what is on the hub is on record."""
+    named = isinstance(source, str) and hub_name(source, "dataset") is not None
+    return None if named else source

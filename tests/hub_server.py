@@ -64,9 +64,8 @@ class Hub:
     asked: list[tuple[str, str]] = field(default_factory=list)
 
     def fetched(self) -> list[str]:
-        """Names of the files whose bytes were asked for."""
-        return [path.rpartition("/")[2] for method, path in self.asked
-                if method == "GET" and ("/resolve/" in path)]  # fmt: skip
+        """Names of the files that were asked for."""
+        return [path.rpartition("/")[2] for _, path in self.asked if "/resolve/" in path]
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -1,17 +1,20 @@
-"""Models and adapters by their names on the hub are what lies there, at the commit on record."""
+"""What is named on the hub is what lies there, at the commit on record, and nothing else of it."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from commands import failure_in, run_here, save_llama, texts
@@ -19,7 +22,7 @@ from hub_server import TOKEN, Hub, Repository, files_of, hub
 
 import raycurv
 from raycurv.errors import UserError
-from raycurv.hub import hub_name
+from raycurv.hub import find, hub_name
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 ALONE: dict[str, Any] = {"address": "none", "quiet": True, "method": "identity"}
@@ -263,6 +266,114 @@ def test_a_path_that_exists_is_no_name(here: Hub, folder: Path, tmp_path: Path) 
     here.asked.clear()
     run = raycurv.fit("org/tiny", texts(2), tmp_path / "run", **ALONE)
     assert here.asked == [] and run.manifest.facts["model"] == str(Path("org/tiny").absolute())
+
+
+def parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    return file.getvalue()
+
+
+def card(configurations: str) -> bytes:
+    return f"---\nhomepage: https://a.b/c\nconfigs:\n{configurations}\n---\n# A card".encode()
+
+
+ROWS = [{"text": row["text"]} for row in texts(8)]
+SPLITS = {
+    "data/train-00000-of-00002.parquet": parquet(ROWS[:3]),
+    "data/train-00001-of-00002.parquet": parquet(ROWS[3:6]),
+    "data/test-00000-of-00001.parquet": parquet(ROWS[6:]),
+    "README.md": b"no card at all", "texts.py": b"raise SystemExit",
+}  # fmt: skip
+
+
+def test_data_by_name_is_the_files_of_its_split(here: Hub, folder: Path, tmp_path: Path) -> None:
+    repository = here.datasets["org/texts"] = Repository()
+    commit = repository.push(SPLITS)
+    for name, data in SPLITS.items():
+        (tmp_path / "clone" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "clone" / name).write_bytes(data)
+    named = raycurv.fit(folder, "org/texts", tmp_path / "a", split="train[1:5]", **ALONE)
+    local = raycurv.fit(folder, tmp_path / "clone", tmp_path / "b", split="train[1:5]", **ALONE)
+    assert len(named.examples()) == 4 and named.examples().equals(local.examples())
+    assert named.manifest.facts["data"] == f"org/texts@{commit}"
+    assert {n for n in here.fetched() if n != "README.md"} == {
+        "train-00000-of-00002.parquet", "train-00001-of-00002.parquet",
+    }  # fmt: skip
+    settings = {"split": "train", "queries_split": "test", "address": "none", "quiet": True}
+    scores = named.influence("org/texts", "org/texts", tmp_path / "s", **settings)
+    here.asked.clear()
+    matrix, queries, train = scores.matrix()
+    assert matrix.shape == (2, 6) and all("test" in id for id in queries)
+    assert scores.data("train").rows(train)["text"].to_pylist() == [r["text"] for r in ROWS[:6]]
+    again = raycurv.open_scores(tmp_path / "s")
+    assert again.data("queries").rows(queries)["text"].to_pylist() == [r["text"] for r in ROWS[6:]]
+    assert here.asked == []
+    repository.push(SPLITS | {"README.md": b"another card"})
+    with pytest.raises(UserError, match=f"--data org/texts was the commit {commit}"):
+        raycurv.fit(folder, "org/texts", tmp_path / "a", split="train[1:5]", **ALONE)
+
+
+PLAIN, BOTH = {"a.jsonl": b""}, {"train.jsonl": b"", "test.jsonl": b""}
+LANGUAGES = {
+    "README.md": card(
+        "- config_name: en\n  data_files:\n  - split: train\n    path: en/*.jsonl\n"
+        "- config_name: de\n  data_files: de/**"
+    ),
+    "en/a.jsonl": b"", "de/b.jsonl": b"",
+}  # fmt: skip
+
+
+def one(said: str) -> dict[str, bytes]:
+    return PLAIN | {"README.md": card(f"- config_name: default\n  {said}")}
+
+
+def read_me(text: str) -> dict[str, bytes]:
+    return PLAIN | {"README.md": f"---\n{text}\n---\n".encode()}
+
+
+ITS_OWN = "names of files of its repository"
+# What a repository holds; configuration and split; its files, or what says why there are none.
+CARDS: dict[str, tuple[dict[str, bytes], str, str, list[str] | str]] = {
+    "no split said": ({"a/all.jsonl": b""}, "", "", ["a/all.jsonl"]),
+    "by name": (BOTH, "", "test", ["test.jsonl"]),
+    "several splits": (BOTH, "", "", "several, and none named: train, test"),
+    "no such split": (BOTH, "", "dev", "--split dev: expected a split of"),
+    "a configuration": (LANGUAGES, "de", "", ["de/b.jsonl"]),
+    "none of several": (LANGUAGES, "", "", r"\['en', 'de'\]"),
+    "no such configuration": (LANGUAGES, "fr", "", "'fr' not found"),
+    "no data": ({"README.md": b"", "a.pkl": b"a pickle"}, "", "", "No .*data files"),
+    "images": ({"train/a.jpg": b"", "train/b.jpg": b""}, "", "", "a.jpg, for example"),
+    "how to read": (one("data_files: a.jsonl\n  field: x"), "", "", "field: 'x'"),
+    "another's files": (one("data_files: http://127.0.0.1:9/a.jsonl"), "", "", ITS_OWN),
+    "files above": (one("data_files: ../../../etc/passwd"), "", "", ITS_OWN),
+    "a root": (one("data_dir: /etc"), "", "", ITS_OWN),
+    "references": (read_me("a: &a [1]\nb: *a"), "", "", "YAML without references"),
+    "no list": (read_me("configs: {a: b}"), "", "", "a list of configurations"),
+    "nested": (read_me("configs: " + "[" * 9999 + "]" * 9999), "", "", "README.md of org/texts"),
+}
+
+
+@pytest.mark.parametrize("case", CARDS)
+def test_a_card_says_which_files_are_of_a_split_and_nothing_else(here: Hub, case: str) -> None:
+    from raycurv.data.hub_data import bring_split
+
+    files, configuration, split, wanted = CARDS[case]
+    here.datasets["org/texts"] = Repository()
+    here.datasets["org/texts"].push(files)
+    name = hub_name("org/texts" + f":{configuration}" * bool(configuration), "dataset")
+    assert name is not None
+    commit = find(name, "--data")
+    if isinstance(wanted, str):
+        with pytest.raises(UserError, match=wanted):
+            bring_split(commit, split, "--split")
+    else:
+        snapshot = bring_split(commit, split, "--split")
+        assert list(snapshot.files) == wanted
+    assert set(here.fetched()) <= {
+        "README.md",
+        *([] if isinstance(wanted, str) else map(os.path.basename, wanted)),
+    }
 
 
 def test_names_of_the_hub_have_its_shape() -> None:

@@ -37,12 +37,13 @@ from raycurv.data.splits import (
 )
 from raycurv.data.uri import check_endpoint, check_place, is_uri, redacted, shown
 from raycurv.errors import RaycurvError, UserError, user_errors
+from raycurv.hub import Snapshot
 from raycurv.jsonfile import parse_json
 from raycurv.names import kind_of, plain_name, regular_file
 
 # Several data sets by their names, in Hugging Face datasets.
 _DICTS = {"DatasetDict", "IterableDatasetDict"}
-Source: TypeAlias = "str | Path | pa.Table | Sequence[Mapping[str, Any]] | Selection"
+Source: TypeAlias = "str | Path | pa.Table | Sequence[Mapping[str, Any]] | Snapshot | Selection"
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def find_parts(source: Source) -> Found:
     Args:
         source: a file, a directory (searched through all its subdirectories; names that begin with
             a dot or an underscore are left out), a glob, a URI of these that ``pyarrow.fs``
-            understands, a ``pyarrow.Table``, or a list of dicts.
+            understands, the files of a split on the hub, a ``pyarrow.Table``, or a list of dicts.
 
     Raises:
         UserError: there is no such data; nothing readable in it; a directory holds other files
@@ -85,6 +86,11 @@ def _found(source: Any, split: Split | None, flag: str) -> tuple[list[Part], Seq
     if isinstance(source, (str, Path)):
         check_place("data", str(source))
         return _files(str(source), split, flag)
+    if isinstance(source, Snapshot):  # of one split
+        listing = _Listing(pyarrow.fs.LocalFileSystem(), str(source.directory), [*source.files])
+        for name in listing.files:
+            _check_file(listing.root, name)
+        return _parts_of(listing, listing.root)
     if {kind.__name__ for kind in type(source).__mro__} & _DICTS:
         return _found(of_mapping(source, split, flag), None, flag)
     check_unnamed("the data", split)
@@ -116,7 +122,7 @@ def fingerprint(source: Source) -> dict[str, Any]:
     """
     found = [part.fingerprint() for part in open_parts(source)]
     wanted = source if isinstance(source, Selection) else Selection(source)
-    own = {"files": found} if isinstance(wanted.source, (str, Path)) else found[0]
+    own = {"files": found} if isinstance(wanted.source, (str, Path, Snapshot)) else found[0]
     return own | wanted.recorded()
 
 
@@ -204,6 +210,12 @@ def _files(source: str, split: Split | None, flag: str) -> tuple[list[Part], Seq
     remote = is_uri(source)
     find = _find_remote if remote else _find_local
     listing = find(source if remote else os.path.expanduser(source), split, flag)
+    return _parts_of(listing, source)
+
+
+def _parts_of(listing: _Listing, source: str) -> tuple[list[Part], Sequence[str]]:
+    """The parts of files, sorted by name, and what was left out."""
+    remote = is_uri(source)
     names = sorted(set(listing.files))
     readable = [name for name in names if ending(name) in FORMATS]
     if not names:

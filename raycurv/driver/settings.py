@@ -150,7 +150,7 @@ Identity = Annotated[T, IDENTITY]
 # Where an input lies: recorded in the tables; what it holds is compared, not where it lies.
 InputPath = Annotated[str, INPUT, Checked(places)]
 ModelPath = Annotated[InputPath, OnHub("model")]
-DataPath = InputPath
+DataPath = Annotated[InputPath, OnHub("data")]
 # Where something goes, or a run lies.
 Place = Annotated[str, Checked(places)]
 # A field that has to be given: its default is that nothing was.

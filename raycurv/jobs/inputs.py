@@ -41,6 +41,7 @@ class Inputs:
         objective: its name, or itself.
         fit_objective: for a job that follows a fit, that fit's objective.
         snapshots: what settings name of the hub, at its commit: where it lies on this machine.
+        files: of data that a setting names on the hub, by the setting: those of one split.
         commits: of each name without one, by its flag, which commit it is.
     """
 
@@ -52,12 +53,14 @@ class Inputs:
     objective: str | Objective | None = None
     fit_objective: str | Objective | None = None
     snapshots: Mapping[str, Snapshot] = field(default_factory=dict)
+    files: Mapping[str, Snapshot] = field(default_factory=dict)
     commits: Mapping[str, str] = field(default_factory=dict)
 
     def or_named(self, name: str, settings: Any) -> Any:
         """What is held under a name, else what the settings say, where it lies."""
         held = getattr(self, name)
-        return self.at(getattr(settings, name)) if held is None else held
+        there = self.files.get(name, getattr(settings, name))
+        return there if held is None else held
 
     def at(self, named: Any) -> Any:
         """Where a path, or a name of the hub, lies on this machine."""

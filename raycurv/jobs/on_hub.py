@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from raycurv.data.hub_data import bring_split
+from raycurv.data.splits import Split
 from raycurv.driver.settings import OnHub, declarations, flag_of
-from raycurv.hub import COMMIT, Commit, HubName, cached, find, hub_name
+from raycurv.hub import COMMIT, Commit, HubName, Snapshot, cached, find, hub_name
 from raycurv.jobs.inputs import Inputs
 from raycurv.models.hub_files import bring
 
@@ -36,7 +38,8 @@ def brought(
     if isinstance(inputs.model, str) and hub_name(inputs.model, "model"):
         settings = replace(settings, model=inputs.model)  # type: ignore[type-var]
         inputs = replace(inputs, model=None)
-    found: dict[tuple[str, str], Commit] = {}
+    found: dict[tuple[str, str, str], Commit] = {}
+    asked: dict[HubName, Commit] = {}
     changes: dict[str, Any] = {}
     commits: dict[str, str] = {}
     for field, what in _fields(type(settings)).items():
@@ -49,19 +52,54 @@ def brought(
                 at.append(text)
                 continue
             where = f"{flag_of(field)} {text}"
-            commit = find(name, where)
+            commit = asked.get(name) or find(name, where)
+            asked[name] = commit
             at.append(str(commit.name))
-            found[at[-1], what] = commit
+            found[at[-1], what, field if what == "data" else ""] = commit
             if name.revision != commit.name.revision:
                 commits[where] = commit.name.revision
         changes[field] = at[0] if isinstance(value, str) else tuple(at)
     code = bool(getattr(settings, "trust_remote_code", False))
     snapshots = dict(inputs.snapshots)
-    for (text, what), commit in found.items():
+    files = {}
+    for (text, what, field), commit in found.items():
         say(f"{what} {commit.where}")
-        snapshots[text] = bring(commit, what, weights, code)
+        if what == "data":
+            files[field] = bring_split(commit, *_split_of(settings, field))
+            say(f"{field}: {', '.join(files[field].files[:3])}{_more(files[field].files[3:])}")
+        else:
+            snapshots[text] = bring(commit, what, weights, code)
     changed: S = replace(settings, **changes)  # type: ignore[type-var]
-    return changed, replace(inputs, snapshots=snapshots, commits=commits)
+    return changed, replace(inputs, snapshots=snapshots, files=files, commits=commits)
+
+
+def data_again(named: object, split: str, where: str, unfetched: str) -> Snapshot | None:
+    """The files of a split of data that a run names, or a person again; nothing for a path.
+
+    Args:
+        split: as it was asked for.
+        where: what names it, for messages.
+        unfetched: why what is not in the cache is not fetched; empty where it is.
+
+    Raises:
+        UserError: they are not to be had.
+    """
+    name = hub_name(named, "dataset") if isinstance(named, str) else None
+    if name is None or not (COMMIT.fullmatch(name.revision) or not unfetched):
+        return None
+    commit = cached(name, where, unfetched) if unfetched else find(name, where)
+    return bring_split(commit, Split.parse("split", split).name if split else "", "split")
+
+
+def _split_of(settings: Any, field: str) -> tuple[str, str]:
+    """The name of the split that a setting of data is asked for, and the flag that says it."""
+    name = "queries_split" if field == "queries" else "split"
+    split = Split.parse(flag_of(name), text) if (text := getattr(settings, name)) else None
+    return "" if split is None else split.name, flag_of(name)
+
+
+def _more(names: Sequence[str]) -> str:
+    return f" and {len(names)} more" if names else ""
 
 
 def on_record(text: str) -> HubName | None:

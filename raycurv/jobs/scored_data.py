@@ -28,6 +28,7 @@ from raycurv.errors import UserError, user_errors
 from raycurv.files.manifest import Manifest
 from raycurv.jobs.influence.influence_settings import InfluenceSettings
 from raycurv.jobs.inputs import Inputs
+from raycurv.jobs.on_hub import data_again
 from raycurv.models.model import Model
 
 _TOKENIZER, _LONGEST = "tokenizer_directory", "longest"
@@ -41,6 +42,7 @@ def recorded_data(settings: InfluenceSettings, inputs: Inputs, network: Model) -
     limits = [n for n in (settings.max_length, network.max_positions) if n is not None]
     facts: dict[str, Any] = {
         name: IN_MEMORY if getattr(inputs, name) is not None
+        else getattr(settings, name) if name in inputs.files
         else recorded_place(getattr(settings, name))
         for name in ("queries", "train")
     }  # fmt: skip
@@ -177,6 +179,9 @@ class ScoredData:
             got = {"": "none was scored", IN_MEMORY: "it was in memory"}.get(recorded, recorded)
             raise UserError(self._what, "data in a file of this machine", got, f"{again}.")
         source = recorded if self.given is None else self.given
+        split = self.manifest.fingerprints[self.name].get("split", "")
+        kept = f"What a run names is not fetched. {again}." if self.given is None else ""
+        source = data_again(source, split, self._what, kept) or source
         place = shown(source) if isinstance(source, str) else "what was given"
         taken = self._taken(source)
         remedy = f"Put the data back that was scored. Or has it moved? {again}."

@@ -59,7 +59,7 @@ class FitSettings(Execution, Reading, Adapting, Capturing, Predicting):
     data: DataPath = ""
     """File, directory or glob of Parquet, JSONL or Arrow with `text`, `input_ids`,
     `prompt` + `completion`, or `inputs` + `labels`; of a model of images also `image` or
-    `pixel_values`."""
+    `pixel_values`; or `org/name`, `org/name@REVISION:CONFIG` on the hub."""
     out: Required[Place] = ""
     """Run directory: an absolute path, or a URI that pyarrow.fs understands."""
     method: Identity[MethodName] = "ekfac"

@@ -48,9 +48,10 @@ class InfluenceSettings(Execution, Reading, Capturing, Predicting):
     fit_objective: str = ""
     """The fit's objective, given again, where it is a `package.module:Name` of your own."""
     queries: Required[DataPath] = ""
-    """Queries: file, directory or glob, as for the fit's data."""
+    """Queries: file, directory, glob or name on the hub, as for the fit's data."""
     train: DataPath = ""
-    """Training examples that are scored: file, directory or glob, as for the fit's data."""
+    """Training examples that are scored: file, directory, glob or name on the hub, as for the
+    fit's data."""
     queries_split: str = ""
     """Which split of --queries, as --split of --train."""
     queries_columns: str = ""
