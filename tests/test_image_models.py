@@ -155,9 +155,16 @@ def test_an_image_counts_as_so_many_tokens_as_its_model_has_places(tmp_path: Pat
 
 def test_what_a_model_of_images_cannot_take_is_named(tmp_path: Path) -> None:
     folder = save("ViT", tmp_path / "model")
+    # An image as it is before it is prepared; as floats it is taken (and is of another size).
+    bytes_of = pa.array([[[[0, 255, 1, 2]] * 4] * 3], pa.list_(pa.list_(pa.list_(pa.uint8()))))
     small = pa.array([[[[0.5] * 4] * 4] * 3], pa.list_(pa.list_(pa.list_(pa.float32()))))
     cases: dict[str, tuple[pa.Table, dict[str, Any]]] = {
         r"\[1, 3, 4, 4\].*preprocessor_config.json": (pa.table({"pixel_values": small}), {}),
+        r"`pixel_values` as .* processor scales.* got whole numbers from 0 to 255": (
+            pa.table({"pixel_values": bytes_of}),
+            {},
+        ),
+        r"`inputs` as .* got whole numbers from 0 to 255": (pa.table({"inputs": bytes_of}), {}),
         r"a class of the model in `label`.*'cow'": (structs(["cow", *LABELS[1:]]), {}),
         r"`inputs` or `pixel_values` or `image`": (pa.table({"text": ["a cat"]}), {}),
         r"--objective causal-lm.*a classifier of images": (structs(), {"objective": "causal-lm"}),

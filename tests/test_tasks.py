@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import tokenizers
 import torch
@@ -323,6 +324,17 @@ def test_pairs_are_texts_or_ids_with_or_without_a_prompt(tokenizer: Path) -> Non
     assert second.inputs.tolist() == batch.inputs[2:].tolist() and second.labels.tolist() == [0]
     (cut,) = read([pair], **settings, max_length=3, long="truncate")
     assert cut.sequences == (3, 3)
+    # A prompt that both texts of every pair begin with would stand there twice.
+    repeated = {"prompt": "a ", "chosen": "a good news", "rejected": "a bad"}
+    in_ids = {"prompt": [8], "chosen": [8, 3, 5], "rejected": [8, 4]}
+    table = pa.Table.from_pylist
+    for rows in ([repeated], table([in_ids]), table([in_ids, {**in_ids, "prompt": []}])):
+        with pytest.raises(UserError, match=r"would stand there twice. Leave .*`prompt` out"):
+            read(rows, **settings)
+    # Controls: in one of the texts alone, or in some of the pairs.
+    (chance,) = read(table([{**in_ids, "rejected": [4]}]), **settings)
+    assert chance.input_ids.tolist() == [8, 8, 3, 5, 8, 4]
+    assert len(read([repeated | {"id": "a"}, {"prompt": "a ", **pair, "id": "b"}], **settings)) == 2
     with pytest.raises(UserError, match="at least one token in `rejected`"):
         read([{"chosen": [3], "rejected": []}], **settings)
     with pytest.raises(UserError, match="`chosen` \\+ `rejected`"):

@@ -66,6 +66,17 @@ class NumberExamples:
         """Numbers as floats, or as int64 where the model's embedding looks them up."""
         (name,), place, looks_up = chunk.kind, chunk.place, self._tools.settings.looks_up
         column = chunk.columns[name]
+        if self._tools.settings.images is not None:
+            values = columns.numbers(name, column, place, self._shape, exact_integers=True)
+            if values.dtype == np.int64:
+                raise UserError(
+                    place(0),
+                    f"`{name}` as the model takes them, which its processor scales and normalises",
+                    f"whole numbers from {values.min()} to {values.max()}, as images have them",
+                    "Give the images' files as `image`, or what the processor makes of them; "
+                    "numbers that are meant as they are, write as floats.",
+                )
+            return values
         if self._vocabulary != 0 and looks_up is not None:
             inputs = columns.numbers(name, column, place, self._shape, exact_integers=True)
             whole = inputs.dtype == np.int64

@@ -19,6 +19,8 @@ class PairExamples:
 
     def __init__(self, tools: Tools) -> None:
         self._tools = tools
+        # Whether a pair was met whose texts do not begin with its prompt.
+        self._apart = False
 
     def make(self, chunk: Chunk) -> Iterator[Example]:
         """See :class:`raycurv.data.making.chunk.Maker`."""
@@ -52,6 +54,10 @@ class PairExamples:
         if any(columns.is_text(column) for column in given.values()):
             texts = {name: columns.strings(name, column, place) for name, column in given.items()}
             before = texts.get("prompt", [""] * len(chunk))
+            self._check_prompts(
+                chunk,
+                [[texts[n][i].startswith(b) for n in names] for i, b in enumerate(before) if b],
+            )
             both = [[a + b for a, b in zip(before, texts[n], strict=True)] for n in names]
             return [
                 self._tools.encoder.encode(n, own, place)
@@ -59,4 +65,25 @@ class PairExamples:
             ]
         lists = {n: columns.present_integer_lists(n, column, place) for n, column in given.items()}
         heads = lists.get("prompt", [np.empty(0, np.int64)] * len(chunk))
+        self._check_prompts(
+            chunk,
+            [
+                [np.array_equal(lists[n][i][: len(b)], b) for n in names]
+                for i, b in enumerate(heads) if len(b)
+            ],
+        )  # fmt: skip
         return [[np.concatenate(pair) for pair in zip(heads, lists[n], strict=True)] for n in names]
+
+    def _check_prompts(self, chunk: Chunk, begins: list[list[bool]]) -> None:
+        """Refuse prompts that stand in both texts already, where that is so of all pairs.
+
+        Args:
+            begins: of each pair with a prompt, whether either text begins with it.
+        """
+        self._apart |= not all(map(all, begins))
+        if begins and not self._apart:
+            raise UserError(
+                chunk.place(0), "`chosen` and `rejected` that go on behind their `prompt`",
+                "ones that begin with it, in every pair: it would stand there twice",
+                "Leave the column `prompt` out, or cut it off `chosen` and `rejected`.",
+            )  # fmt: skip
