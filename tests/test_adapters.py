@@ -160,6 +160,31 @@ def test_several_adapters_are_active_together(tmp_path: Path) -> None:
             ours(tmp_path, "llama", one, again)
 
 
+@pytest.mark.parametrize(
+    "whole", [["norm", "score"], ["layernorm"], ["model.norm", "0.mlp"], ["up_proj"], ["head", "x"]]
+)
+def test_what_an_adapter_has_as_a_whole_is_what_peft_trains(
+    tmp_path: Path, whole: list[str]
+) -> None:
+    adapter = make(tmp_path, "llama", target_modules=["q_proj", "up_proj"], modules_to_save=whole)
+    trained = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "llama"), adapter, is_trainable=True
+    )
+    want = {
+        name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
+        for name, parameter in trained.named_parameters() if parameter.requires_grad
+    }  # fmt: skip
+    model = ours(tmp_path, "llama", adapter)
+    found = {name for name, p in model.skeleton().named_parameters() if p.requires_grad}
+    assert found == want
+    assert any(not re.search(r"\.lora_[AB]\.", name) for name in want)
+    assert torch.equal(logits(model), trained.eval()(input_ids=IDS).logits)
+    # Without one of these the adapter is not whole.
+    _tensors(lambda t: t.pop(next(key for key in t if ".lora_" not in key)))(adapter)
+    with pytest.raises(UserError, match="1 missing"):
+        ours(tmp_path, "llama", adapter)
+
+
 def test_of_adapters_that_replace_one_weight_one_is_taken(tmp_path: Path) -> None:
     one, other = (
         make(tmp_path, "llama", name, n, target_modules=["q_proj"], modules_to_save=["lm_head"])
@@ -221,7 +246,9 @@ def _fit(tmp_path: Path, *adapters: Path, out: str = "run", **settings: Any) -> 
     return raycurv.fit(tmp_path / "llama", rows, tmp_path / out, **chosen)
 
 
-@pytest.mark.parametrize("kind, blocks", [("dora", 12), ("the head", 6), ("modules as a whole", 6)])
+@pytest.mark.parametrize(
+    "kind, blocks", [("dora", 12), ("the head", 6), ("modules as a whole", 10)]
+)
 def test_gradients_are_autograds(tmp_path: Path, kind: str, blocks: int) -> None:
     # The fit itself holds them against autograd's own for the weights (`check_capture`).
     adapter = make(tmp_path, "llama", **KINDS[kind][1])

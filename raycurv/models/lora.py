@@ -415,11 +415,12 @@ def _missing_modules(model: nn.Module, adapter: Adapter, instead: Mapping[str, s
 
 
 def _kept_whole(model: nn.Module, adapter: Adapter) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that an adapter has as a whole, and trains; those that it names and that are not
-    there are none: PEFT names heads of classifiers in several spellings."""
+    """Modules that an adapter has as a whole, and trains: as in PEFT all whose names end so, with
+    ``norm`` ``input_layernorm`` as well. Names that none ends in are of none: PEFT has those of
+    heads of classifiers in several spellings."""
     whole = tuple(adapter.config.get("modules_to_save") or ())
     for name, module in model.named_modules():
-        if any(name == one or name.endswith(f".{one}") for one in whole):
+        if whole and name.endswith(whole):
             yield name, module
 
 
