@@ -103,7 +103,8 @@ class Scores:
         return table.append_column("text", texts)
 
     def matrix(self) -> tuple[np.ndarray[Any, Any], list[str], list[str]]:
-        """``scores [Q, N]``, the query ids and the training ids, in the order they were read.
+        """``scores [Q, N]``, the query ids and the training ids, in the order of the table, which
+        is not the data's where it has several files.
 
         Raises:
             UserError: with ``--top-k`` only some scores were kept.

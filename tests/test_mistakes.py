@@ -402,6 +402,10 @@ INFLUENCE: dict[str, Mistake] = {
     ),
     "nothing to do": mistake("--train", "--ihvp", train=None),
     "no queries": mistake("--queries", "a value", queries=None),
+    "self-influence alone": Mistake(
+        lambda place: {"queries": None, "self": True},
+        ("--queries", "a file of one example"),
+    ),
     "no such queries": mistake("missing.parquet", queries="missing.parquet"),
     "a negative damping": mistake("--damping", "'-1'", damping="-1"),
     "a damping that is no number": mistake("--damping", "'much'", damping="much"),

@@ -81,7 +81,8 @@ class InfluenceSettings(Execution, Reading, Capturing, Predicting):
     per_token: Identity[bool] = False
     """Also write the scores of a training example's tokens."""
     self_influence: Identity[Annotated[bool, tyro.conf.arg(name="self")]] = False
-    """Also score every training example against itself (full rank), to `self/`."""
+    """Also score every training example against itself (full rank), to `self/`: beside the scores
+    of queries, of which there must be one."""
     ihvp: Identity[bool] = False
     """Also write the queries' IHVPs, one safetensors file a block, to `ihvp/`."""
     seed: Identity[Seed] = 0
@@ -93,6 +94,11 @@ class InfluenceSettings(Execution, Reading, Capturing, Predicting):
     """Number type that the model computes in. Default: the fit's."""
 
     def check(self) -> None:
+        if self.self_influence and not self.queries:
+            raise UserError(
+                "--queries", "queries, beside whose scores --self is written", "nothing",
+                "Give --queries: where self-influence alone is wanted, a file of one example.",
+            )  # fmt: skip
         super().check()
         if not self.train and not self.ihvp:
             raise UserError("--train", "training examples", "nothing", "Give --train, or --ihvp.")
