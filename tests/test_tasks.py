@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tokenizers
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 import raycurv
 from raycurv.data.masking import Masking
 from raycurv.data.microbatch import make_batch
+from raycurv.data.portion import Selection
 from raycurv.data.reading import ExampleReader
 from raycurv.data.tokenizer import LazyTokenizer
 from raycurv.errors import UserError
@@ -219,6 +221,61 @@ def test_a_class_may_be_named_and_what_lacks_is_told(fits, tmp_path: Path) -> No
     none = [{k: v for k, v in row.items() if k != "labels"} for row in numbered]
     with pytest.raises(UserError, match=r"'text 0'.*a label.*got none"):
         raycurv.evaluate(folder, none, tmp_path / "5", **HERE)
+
+
+CLASSES = {"label_names": {"NEG": 0, "POS": 1, "odd": 2}, "classes": 3, "labels_of": "text"}
+
+
+def numbered(names: Any, name: str = "label") -> pa.Table:
+    """Whole numbers with the names of their classes, as data sets of Hugging Face's have them."""
+    feature = {"names": names, "_type": "ClassLabel"}
+    said = {"info": {"features": {name: feature, "other": {"dtype": "int64", "_type": "Value"}}}}
+    table = pa.table({"input_ids": [[3], [4]], name: [0, 1], "other": [0, 1]})
+    return table.replace_schema_metadata({"huggingface": json.dumps(said)})
+
+
+def written(table: pa.Table, path: Path) -> Path:
+    if path.suffix == ".parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table)
+    return path
+
+
+@pytest.mark.parametrize("form", ["table", "data.parquet", "data.arrow"])
+def test_numbers_of_other_classes_than_the_models_are_refused(tmp_path: Path, form: str) -> None:
+    def given(table: pa.Table) -> Any:
+        return table if form == "table" else written(table, tmp_path / form)
+
+    wrong = r"0 for 'pos', which is 1 in the model.*align_labels_with_mapping.*'label'"
+    with pytest.raises(UserError, match=wrong):
+        read(given(numbered(["pos", "neg"])), **CLASSES)
+    assert [int(one.labels) for one in read(given(numbered(["neg", "pos"])), **CLASSES)] == [0, 1]
+    with pytest.raises(UserError, match=r"0 for 'pos'.*cast_column\('mood'"):
+        named = Selection(given(numbered(["pos", "neg"], "mood")), columns={"labels": "mood"})
+        read(named, **CLASSES)
+    # Names of other columns, or that nobody writes, say nothing of these numbers.
+    for nothing in (numbered(["pos", "neg"], "other"), numbered("pos"), numbered([1, 0])):
+        if "label" in nothing.column_names:
+            assert len(read(given(nothing), **CLASSES)) == 2
+    # A model that names no classes takes numbers; of other names it is told what they are taken as.
+    assert len(read(given(numbered(["pos", "neg"])), labels_of="text")) == 2
+    reader = ExampleReader(given(numbered(["no", "pos", "x"])), None, VOCAB, None, **CLASSES)
+    assert len(list(reader.examples())) == 2
+    assert reader.findings.classes_taken_as == ["no as NEG", "x as odd"]
+
+
+def test_numbers_of_tokens_classes_are_held_against_the_models(tmp_path: Path) -> None:
+    said = {"feature": {"names": ["O", "B"], "_type": "ClassLabel"}, "_type": "List"}
+    table = pa.table({"input_ids": [[3, 4]], "labels": [[0, 1]]}).replace_schema_metadata(
+        {"huggingface": json.dumps({"info": {"features": {"labels": said}}})}
+    )
+    settings: dict[str, Any] = {"per_token": True, "shift": 0, "labels_of": "tokens", "classes": 2}
+    settings |= {"labelled": True}
+    assert len(read(table, label_names={"O": 0, "B": 1}, **settings)) == 1
+    with pytest.raises(UserError, match="0 for 'O', which is 1 in the model"):
+        read(table, label_names={"B": 0, "O": 1}, **settings)
 
 
 def test_classes_of_tokens_may_be_named(tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ class Findings:
         truncated_examples: examples whose end was cut off by ``--long truncate``.
         targets_cut_off: of these, those that have no target left and had some.
         classes_lacking: names of the model's classes that no example has.
+        classes_taken_as: what numbers mean in the data and in the model, where that has no class of
+            the name.
         masking: how tokens were hidden, where the data did not say.
     """
 
@@ -38,6 +40,7 @@ class Findings:
     truncated_examples: int = 0
     targets_cut_off: int = 0
     classes_lacking: list[str] = field(default_factory=list)
+    classes_taken_as: list[str] = field(default_factory=list)
     masking: dict[str, Any] = field(default_factory=dict)
 
     def recorded(self) -> dict[str, Any]:
@@ -86,6 +89,7 @@ def sentences(recorded: Mapping[str, Any], examples: int, without_target: int) -
         )
     for name, what in (
         ("classes_lacking", "classes that no example has"),
+        ("classes_taken_as", "classes by their numbers, since the model has other names"),
         ("unused_columns", "columns that were not read"),
         ("left_out_files", "hidden files and caches that were not read"),
     ):

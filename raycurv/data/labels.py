@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,13 +27,42 @@ class Labels:
 
     Attributes:
         met: numbers of classes that examples have.
+        taken_as: what the data calls classes that the model calls otherwise, ``theirs as ours``.
     """
 
     names: Mapping[str, int]
     met: set[int] = field(default_factory=set)
+    taken_as: set[str] = field(default_factory=set)
     _there: bool | None = None
     _shape: tuple[int, ...] | None = None
     _classes: bool | None = None
+
+    def check_numbers(self, where: str, column: str, theirs: Sequence[str]) -> None:
+        """Hold the names of the classes that the numbers of a column stand for against the model's.
+
+        Args:
+            where: the part, for messages.
+            theirs: the names by number; none where the data does not say them.
+
+        Raises:
+            UserError: a number is of one class in the data, and of another in the model.
+        """
+        alike = {name.casefold(): number for name, number in self.names.items()}
+        ours = {number: name for name, number in self.names.items()}
+        for number, name in enumerate(theirs if self.names else ()):
+            own = self.names.get(name, alike.get(name.casefold()))
+            if own is None:
+                if number in ours and ours[number] != f"LABEL_{number}":
+                    self.taken_as.add(f"{name} as {ours[number]}")
+            elif own != number:
+                raise UserError(
+                    where, f"whole numbers in `{column}` that mean the model's classes",
+                    f"{number} for {shortened(repr(name), 60)}, which is {own} in the model",
+                    "Renumber it (dataset.align_labels_with_mapping(model.config.label2id, "
+                    f"{column!r})), or write names in place of numbers; where the numbers are "
+                    "the model's nevertheless, take the names off (dataset.cast_column("
+                    f"{column!r}, datasets.Value('int64'))).",
+                )  # fmt: skip
 
     def read(self, rows: Rows, place: columns.Place) -> np.ndarray | None:
         """A label a row: int64 ``[rows]`` for classes, else float64 ``[rows, ...]``; ``None`` where

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raycurv.data.bounds import CHUNK_BYTES, CHUNK_ROWS
+from raycurv.data.class_names import class_names_of
 from raycurv.data.column_names import PLAIN, ColumnNames
 from raycurv.data.conversations import keys_of
 from raycurv.data.rows import Rows, arrow_rows, present, record_rows, unreadable
@@ -48,6 +49,10 @@ class Part(ABC):
     def fingerprint(self) -> dict[str, Any]:
         """What tells this part from other ones, in JSON; UserError if it cannot be read."""
 
+    def class_names(self, name: str) -> tuple[str, ...]:
+        """Names of the classes that the whole numbers of a column stand for, where it says them."""
+        return ()
+
     def count(self, at_most: int | None = None) -> int:
         """How many rows there are; or as many as have been seen when there are ``at_most``."""
         found = 0
@@ -78,6 +83,12 @@ class BatchPart(Part):
         for batch in self._batches():
             names = self.names.ours(batch.schema.names, self.location)
             return keys_of(batch.schema.field(names.index(name)).type)
+        return ()
+
+    def class_names(self, name: str) -> tuple[str, ...]:
+        for batch in self._batches():
+            names = self.names.ours(batch.schema.names, self.location)
+            return class_names_of(batch.schema, batch.schema.names[names.index(name)])
         return ()
 
     def read(self, required: Sequence[str], optional: Sequence[str]) -> Iterator[Rows]:

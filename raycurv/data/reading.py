@@ -13,7 +13,7 @@ import pyarrow as pa
 from raycurv.data import beside_tokens, columns
 from raycurv.data.digests import Digests, Smallest
 from raycurv.data.examples import Example
-from raycurv.data.labels import Labels
+from raycurv.data.labels import NAMES, Labels
 from raycurv.data.making.chunk import Chunk
 from raycurv.data.making.encoder import Encoder
 from raycurv.data.making.further import FurtherColumns
@@ -122,6 +122,9 @@ class ExampleReader(ReaderSettings):
                     continue
                 kind = self._inputs.choose(part, found)
                 others, optional = self._inputs.beside(kind)
+                for name in (name for name in NAMES if name in found):
+                    theirs = part.names.theirs.get(name, name)
+                    self._labels.check_numbers(part.location, theirs, part.class_names(name))
                 for rows in part.read((*kind, *others), optional):
                     if kind in (("input_ids",), SOURCES[0], *IMAGES):
                         beside_tokens.refuse_others(rows)
@@ -168,6 +171,7 @@ class ExampleReader(ReaderSettings):
 
     def _note_classes(self) -> None:
         """Note the classes that no example has; probabilities of classes say of none."""
+        self.findings.classes_taken_as = sorted(self._labels.taken_as)
         if self.classes is None or not self._labels.met:
             return
         names = {number: name for name, number in self.label_names.items()}

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raycurv.data.bounds import CHUNK_BYTES, CHUNK_ROWS, check_expansion
+from raycurv.data.class_names import class_names_of
 from raycurv.data.conversations import keys_of
 from raycurv.data.parquet_sizes import group_sizes
 from raycurv.data.parts import FilePart
@@ -31,6 +32,11 @@ class ParquetPart(FilePart):
     def message_keys(self, name: str) -> tuple[str, ...]:
         with self._open() as (file, _):
             return keys_of(file.schema_arrow.field(self._names(file).index(name)).type)
+
+    def class_names(self, name: str) -> tuple[str, ...]:
+        with self._open() as (file, _):
+            schema = file.schema_arrow
+            return class_names_of(schema, schema.names[self._names(file).index(name)])
 
     def count(self, at_most: int | None = None) -> int:
         with self._open() as (file, _):
