@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from raycurv.mathematics.loss.preference import Preference
     from raycurv.mathematics.rank.rank_curvature import RankCurvature
     from raycurv.mathematics.rank.rank_fisher import RankFisher
+    from raycurv.planned import Planned, plan
     from raycurv.pruned import Pruned, open_pruned
     from raycurv.reporting.report_settings import ReportSettings
     from raycurv.reporting.writing import report
@@ -57,10 +58,10 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockCurvature", "CausalLM", "Classification", "DamagedFile", "Damping", "EvaluateSettings",
     "Evaluation", "FitSettings", "GradientStatistics", "InfluenceSettings", "MaskedLM",
-    "MultiLabel", "NumericalError", "Objective", "Preference", "Products", "PruneSettings",
-    "Pruned", "RankCurvature", "RankFisher", "RaycurvError", "Regression", "ReportSettings", "Run",
-    "Scores", "Seq2SeqLM", "TokenClassification", "UserError", "evaluate", "fit", "open_pruned",
-    "open_scores", "report",
+    "MultiLabel", "NumericalError", "Objective", "Planned", "Preference", "Products",
+    "PruneSettings", "Pruned", "RankCurvature", "RankFisher", "RaycurvError", "Regression",
+    "ReportSettings", "Run", "Scores", "Seq2SeqLM", "TokenClassification", "UserError", "evaluate",
+    "fit", "open_pruned", "open_scores", "plan", "report",
 ]  # fmt: skip
 
 # Which module has which names.
@@ -86,6 +87,7 @@ _MODULES = {
     "mathematics.loss.preference": ("Preference",),
     "mathematics.rank.rank_curvature": ("RankCurvature",),
     "mathematics.rank.rank_fisher": ("RankFisher",),
+    "planned": ("Planned", "plan"),
     "pruned": ("Pruned", "open_pruned"),
     "reporting.report_settings": ("ReportSettings",),
     "reporting.writing": ("report",),

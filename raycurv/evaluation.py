@@ -14,6 +14,7 @@ from raycurv.jobs.evaluate.evaluating import evaluate as run_evaluate
 from raycurv.jobs.inputs import AnyModel, AnySource, settings_and_inputs
 from raycurv.mathematics.loss.objective import Objective
 from raycurv.progress.reporter import Reporter
+from raycurv.summary_html import summary_html
 
 
 def evaluate(
@@ -71,6 +72,16 @@ class Evaluation:
         return (
             f"<raycurv evaluation {self._store.root}: loss {self.loss:.6g}, {len(self):,} examples>"
         )
+
+    def _repr_html_(self) -> str:
+        named = {
+            "loss of an example, nats": self.loss, "of a target": self.loss_per_target,
+            "perplexity": self.perplexity, "accuracy": self.accuracy,
+        }  # fmt: skip
+        facts = {name: "" if number is None else f"{number:.6g}" for name, number in named.items()}
+        counts = {"examples": len(self), "tokens": self.tokens, "targets": self.targets}
+        facts |= {name: f"{count:,}" for name, count in counts.items()}
+        return summary_html("evaluation", self._store.root, facts)
 
     @property
     def path(self) -> str:

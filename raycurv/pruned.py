@@ -12,6 +12,7 @@ from raycurv.files.store import Store, open_store
 from raycurv.files.tables import SALIENCY, read_directory, read_table
 from raycurv.jobs.prune.pruning import PRUNED_FILE
 from raycurv.jobs.recorded import finished
+from raycurv.summary_html import summary_html
 
 
 class Pruned:
@@ -27,6 +28,11 @@ class Pruned:
 
     def __repr__(self) -> str:
         return f"<raycurv pruned {self.path}: {self.sparsity:.1%} of the weights gone>"
+
+    def _repr_html_(self) -> str:
+        named = {"predicted rise of the loss": self.predicted, "measured": self.measured}
+        rises = {name: "" if rise is None else f"{rise:.6g}" for name, rise in named.items()}
+        return summary_html("pruned", self.path, {"weights gone": f"{self.sparsity:.1%}"} | rises)
 
     @property
     def path(self) -> str:

@@ -38,6 +38,7 @@ from raycurv.mathematics.rank.rank_fisher import RankFisher
 from raycurv.progress.reporter import Reporter
 from raycurv.pruned import Pruned
 from raycurv.scored import Products, Scores
+from raycurv.summary_html import summary_html
 
 
 def fit(
@@ -122,6 +123,22 @@ class Run:
             f"<raycurv run {self._store.root}: {said.settings['method']}, "
             f"{said.facts['examples']:,} examples>"
         )
+
+    def _repr_html_(self) -> str:
+        said, settings = self.manifest, self.manifest.settings
+        return summary_html(
+            "run", self._store.root,
+            {
+                "model": said.facts["model"],
+                "data": said.facts["data"],
+                "examples": f"{said.facts['examples']:,}",
+                "tokens": f"{said.facts['tokens']:,}" if "tokens" in said.facts else "",
+                "method": f"{settings['method']}, {settings['fisher']} Fisher, {settings['dtype']}",
+                "objective": settings["objective"],
+                "blocks": f"{len(self._blocks):,}",
+                "seconds": f"{sum(said.seconds.values()):,.0f}",
+            },
+        )  # fmt: skip
 
     @property
     def path(self) -> str:

@@ -20,9 +20,9 @@ FILES = {
 
 # Who may import whom: a package imports those that stand before it, and itself.
 ORDER = (
-    "batch", "errors", "names", "named_objects", "jsonfile", "hub", "mathematics", "models", "data",
-    "files", "stages", "links", "onray", "planning", "progress", "driver", "steps", "jobs",
-    "pruned", "scored", "run", "evaluation", "reporting", "__main__",
+    "batch", "errors", "summary_html", "names", "named_objects", "jsonfile", "hub", "mathematics",
+    "models", "data", "files", "stages", "links", "onray", "planning", "progress", "driver",
+    "steps", "jobs", "planned", "pruned", "scored", "run", "evaluation", "reporting", "__main__",
 )  # fmt: skip
 # Mathematics and plans: functions of tensors and numbers, without files, clusters or libraries of
 # models.

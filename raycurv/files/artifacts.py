@@ -439,16 +439,20 @@ def write_products(
     """Write the IHVPs of a block; NumericalError if one is not finite."""
     check_products(block, products, queries)
     notes = {"queries": json.dumps(queries), "block": block}
-    if products.squares is not None:
-        notes["squares"] = json.dumps(products.squares.tolist())
+    notes |= {name: json.dumps(kept.tolist()) for name, kept in products.numbers().items()}
     write_tensors(store, ihvp_file(block), products.tensors(), notes)
 
 
-def read_squares(store: Store, block: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """The squared norms of the queries' gradients, ``[Q]``, that were kept with a block's IHVPs;
-    DamagedFile if there are none."""
+def keeps_beside(store: Store, block: str, name: str) -> bool:
+    """Whether numbers of the queries were kept with a block's IHVPs under a name."""
+    return name in open_tensors(store, ihvp_file(block)).metadata
+
+
+def read_beside(store: Store, block: str, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The numbers of the queries, ``[Q]``, that were kept with a block's IHVPs under a name (see
+    :meth:`BlockProducts.numbers`); DamagedFile if there are none."""
     file = open_tensors(store, ihvp_file(block))
-    return np.asarray(file.noted_json("squares", list[float]), np.float64)
+    return np.asarray(file.noted_json(name, list[float]), np.float64)
 
 
 def read_products(

@@ -142,6 +142,13 @@ def self_schema(double: bool) -> pa.Schema:
     return _schema("id string, score number", double)
 
 
+def lengths_schema(double: bool | None = None) -> pa.Schema:
+    """``tables/queries`` and ``tables/train`` of scores: one row an example; with self-influence,
+    where ``double`` says whether it is float64."""
+    more = "" if double is None else ", self_influence number"
+    return _schema(f"id string, tokens int32{more}", bool(double))
+
+
 def footer(settings: Mapping[str, Any], **more: Any) -> dict[str, str]:
     """What a table's footer says of the run; ``more`` becomes ``raycurv.NAME`` as JSON."""
     run = {"raycurv.schema": SCHEMA_VERSION, "raycurv.run": json.dumps(settings, sort_keys=True)}

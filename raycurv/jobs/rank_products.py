@@ -116,8 +116,9 @@ def apply_inverse(
             result[:, outputs] = product.view(part.shape).to(result.dtype)
         seen = (projection, rows.project(result, inverse))
     kept = kept_rank(job.rank, block.d_out, block.d_in)
+    own = torch.stack([(v.double() * r).sum() for v, r in zip(values, result, strict=True)])
     if kept is None:
-        products = BlockProducts(full=result)
+        products = BlockProducts(full=result, own=own)
     else:
         each = [
             truncated(result[i : i + 1], kept, job.seed, queries[i : i + 1], block.name)
@@ -126,6 +127,7 @@ def apply_inverse(
         products = BlockProducts(
             left=torch.cat([u for u, _ in each]).transpose(1, 2),
             right=torch.cat([w for _, w in each]),
+            own=own,
         )
     write_products(job.out, block.name, products, queries)
     return seen

@@ -58,7 +58,7 @@ class ProductsGatherer(Gatherer):
         scored: rows of the examples that alone the products are for; ``None`` when they are
             results themselves.
         held: where the products go instead, in one process; by block.
-        squares: whether the squared norms of the gradients are kept with them.
+        beside: which numbers of each query are kept with them, see :class:`QueryProducts`.
     """
 
     queries: tuple[str, ...]
@@ -69,7 +69,7 @@ class ProductsGatherer(Gatherer):
     seed: int
     scored: int | None = None
     held: dict[str, BlockProducts] | None = None
-    squares: bool = False
+    beside: tuple[str, ...] = ()
 
     name = "queries"
 
@@ -79,7 +79,7 @@ class ProductsGatherer(Gatherer):
         curvatures = self.curvature.open_stage(blocks, device)
         return QueryProducts(
             curvatures, self.queries, self.damping, self.rank, self.seed, dtype, device,
-            self.scored, self.squares,
+            self.scored, self.beside,
         )  # fmt: skip
 
     def write(self, name: str, result: BlockProducts, blocks: Mapping[str, Block]) -> None:

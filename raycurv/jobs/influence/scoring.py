@@ -12,30 +12,37 @@ longer to write and read than to make.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from raycurv.data.sources import Source, fingerprint
 from raycurv.driver.commits import last_commit, plan_mark, read_commit
 from raycurv.driver.corpus import Corpus, open_corpus, stored_corpus
 from raycurv.driver.settings import DTYPES, identity, parse_bytes
-from raycurv.driver.sinks import Sink
+from raycurv.driver.sinks import Array, Sink
 from raycurv.driver.sweep import Sweep, Task, commit_directory
 from raycurv.driver.workers import Workers, in_order
 from raycurv.errors import DamagedFile, UserError
-from raycurv.files.artifacts import ihvp_file, read_products, read_squares, write_products
+from raycurv.files.artifacts import (
+    ihvp_file,
+    keeps_beside,
+    read_beside,
+    read_products,
+    write_products,
+)
 from raycurv.files.block_rows import unreached_blocks
 from raycurv.files.curvature_files import CurvatureFiles
 from raycurv.files.lock import hold
 from raycurv.files.manifest import Manifest
 from raycurv.files.row_files import open_inverses
 from raycurv.files.store import Store
-from raycurv.files.tables import footer, read_rows
+from raycurv.files.tables import ROWS, footer, lengths_schema, read_rows, write_tables
 from raycurv.files.tensorfile import is_complete
 from raycurv.jobs.drafts import recipe_of
 from raycurv.jobs.fitted import Fitted, GivenAgain, fitted_blocks, open_fitted
@@ -272,6 +279,8 @@ class _Influence:
     damping: Damping
     held: dict[str, BlockProducts] = field(default_factory=dict)
     """Products that stay in memory, of the queries and stages under way; by block."""
+    own: dict[str, Array] = field(default_factory=dict)
+    """Shares of the self-influence of the queries under way, ``[Q]``; by block."""
 
     @property
     def store(self) -> Store:
@@ -307,7 +316,7 @@ class _Influence:
                 continue
             files = self._products(asked, score=self.train is not None)
             self._note_unreached(asked)
-            self._finished[asked.span] = self._sizes(files)
+            self._finished[asked.span] = self._sizes([*files, *self._lengths(asked)])
             self.manifest.write(self.store)
             if not self.settings.ihvp:
                 self.store.delete_directory(f"work/pass-{asked.span}")
@@ -328,7 +337,7 @@ class _Influence:
         """Record of each query which share of its squared gradient lies in such blocks."""
         if not self._unreached:
             return
-        squares = {b.name: read_squares(asked.place, b.name) for b in self.workers.blocks}
+        squares = {b.name: read_beside(asked.place, b.name, "squares") for b in self.workers.blocks}
         total = sum(squares.values(), np.zeros(len(asked.ids)))
         lost = sum((squares[name] for name in self._unreached), np.zeros(len(asked.ids)))
         shares = {
@@ -338,6 +347,47 @@ class _Influence:
         }
         if shares:
             self.manifest.facts["unreached_shares"] = _shares(self.manifest) | shares
+
+    def _note_own(self, group: int, place: Store) -> None:
+        """Keep what a group of stages says of the self-influence of queries, where it was asked."""
+        for block in self.workers.blocks_of(self.workers.groups[group]):
+            held = self.held.get(block.name)
+            if held is not None and held.own is not None:
+                self.own[block.name] = held.own.cpu().numpy()
+            elif self.settings.self_influence and keeps_beside(place, block.name, "own"):
+                self.own[block.name] = read_beside(place, block.name, "own")
+
+    def _lengths(self, asked: _Asked) -> list[str]:
+        """Write what views of scores divide by: tokens of queries and of training examples, and
+        the self-influence of queries; gives the files."""
+        if self.train is None:
+            return []
+        # In the order of the blocks, or the sum would depend on how stages are cut. A version that
+        # did not keep them may have made the products of some.
+        shares = [self.own[b.name] for b in self.workers.blocks if b.name in self.own]
+        own = np.sum(shares, axis=0) if len(shares) == len(self.workers.blocks) else None
+        self.own.clear()
+        files = [f"tables/queries/{asked.span}.parquet"]
+        self._write_lengths(files[0], self.queries, asked.numbers, own)
+        if asked.numbers.start == 0:
+            files.append("tables/train/lengths.parquet")
+            self._write_lengths(files[1], self.train, range(len(self.train)), None)
+        return files
+
+    def _write_lengths(self, name: str, corpus: Corpus, numbers: range, own: Array | None) -> None:
+        double = self.workers.dtype == torch.float64
+        schema = lengths_schema(None if own is None else double)
+
+        def tables() -> Iterator[pa.Table]:
+            for start in range(0, len(numbers), ROWS):
+                some = np.array(numbers[start : start + ROWS])
+                columns = [corpus.named(some), pa.array(corpus.lengths[some])]
+                if own is not None:
+                    values = pa.array(own[start : start + ROWS])
+                    columns.append(values.cast(schema.field("self_influence").type))
+                yield pa.table(columns, schema=schema)
+
+        write_tables(self.store, name, schema, tables(), self._notes(), repeated=[])
 
     @property
     def _finished(self) -> dict[str, dict[str, int]]:
@@ -405,7 +455,7 @@ class _Influence:
             settings.seed,
             scored=None if train is None else train.tokens,
             held=self.held if holds else None,
-            squares=bool(self._unreached),
+            beside=("squares",) * bool(self._unreached) + ("own",) * settings.self_influence,
         )
         return self._sweep(asked, gatherer, asked.label, score)
 
@@ -456,6 +506,7 @@ class _Influence:
                 self._query(sweep, group, work, place, label)
             if score:
                 files = self._score(sweep, group, asked)
+                self._note_own(group, place)
             self.held.clear()
             sweep.descend(group)
         sweep.end()

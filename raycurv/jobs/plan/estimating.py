@@ -43,17 +43,23 @@ from raycurv.progress.reporter import Reporter
 from raycurv.progress.streams import printable, results
 
 
-def plan(settings: PlanSettings) -> dict[str, Any]:
+def plan(settings: PlanSettings, inputs: Inputs | None = None) -> dict[str, Any]:
     """Show what a fit and a scoring would take; gives the same for machines.
+
+    Args:
+        settings: of the job.
+        inputs: model, data and objective, where they are in memory.
 
     Raises:
         UserError: a mistake in settings, model or data.
     """
     settings.check()
     # Of the hub no weights are fetched, but those of adapters, whose headers say what they are of.
-    settings, inputs = brought(settings, Inputs(), Reporter(log=settings.log).say, False)
+    settings, inputs = brought(settings, inputs or Inputs(), Reporter(log=settings.log).say, False)
     outline = open_outline(
-        inputs.at(settings.model), settings.trust_remote_code, inputs.placed(settings.adapters())
+        inputs.or_named("model", settings),
+        settings.trust_remote_code,
+        inputs.placed(settings.adapters()),
     )
     outline.tokenizer_dir = inputs.at(settings.tokenizer) or outline.tokenizer_dir
     blocks = choose_blocks(
@@ -75,7 +81,7 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
         rates=_rates(settings, directory),
         spool_apart=supply.spool is not None,
     )
-    objective = objective_for(outline, settings.objective)
+    objective = objective_for(outline, inputs.or_named("objective", settings))
     each = positions_of(outline)
     tokens = settings.tokens if each == 1 else each
     data = _data(inputs.source("data", settings), settings, outline, objective, tokens)

@@ -42,6 +42,8 @@ class BlockProducts:
 
     Attributes:
         squares: the squared norm of each query's gradient, ``[Q]``, float64, where it is kept.
+        own: the product of each query's gradient with its whole IHVP, ``[Q]``, float64, where it
+            is kept: the block's share of the query's self-influence.
     """
 
     full: Tensor | None = None
@@ -49,6 +51,7 @@ class BlockProducts:
     right: Tensor | None = None
     turned: Tensor | None = None
     squares: Tensor | None = None
+    own: Tensor | None = None
 
     @property
     def whole(self) -> Tensor | None:
@@ -83,11 +86,14 @@ class BlockProducts:
 
     def plus(self, other: BlockProducts) -> BlockProducts:
         """The products of the queries of both: either has zeros where the other made its own."""
-        mine, theirs = self.tensors(), other.tensors()
-        squares = self.squares
-        if squares is not None and other.squares is not None:
-            squares = squares + other.squares
-        return BlockProducts(**{name: mine[name] + theirs[name] for name in mine}, squares=squares)
+        mine = self.tensors() | self.numbers()
+        theirs = other.tensors() | other.numbers()
+        return BlockProducts(**{name: mine[name] + theirs[name] for name in mine})
+
+    def numbers(self) -> dict[str, Tensor]:
+        """What is kept of each query beside its product, by name: a number each."""
+        named = {"squares": self.squares, "own": self.own}
+        return {name: t for name, t in named.items() if t is not None}
 
     def tensors(self) -> dict[str, Tensor]:
         """Those that are held of the products, by name."""
@@ -272,7 +278,7 @@ class QueryProducts(QueryGradients):
         dtype: of the model's computation.
         device: where the products live.
         scored: rows of the examples that alone the products are for; ``None`` turns all back.
-        squares: whether to keep the gradients' squared norms, too.
+        beside: which numbers of each query are kept, too, of :meth:`BlockProducts.numbers`.
     """
 
     def __init__(
@@ -285,17 +291,18 @@ class QueryProducts(QueryGradients):
         dtype: torch.dtype,
         device: torch.device,
         scored: int | None = None,
-        squares: bool = False,
+        beside: Sequence[str] = (),
     ) -> None:
         self._rank, self._seed, self._scored, self._count = rank, seed, scored, len(queries)
         preconditioner = Preconditioner.of(curvatures, damping, working_dtype(dtype), device)
         self._inverse = preconditioner.inverse
         self.bases = preconditioner.bases
         super().__init__(preconditioner.blocks, queries, dtype, device, preconditioner.bases)
-        for name in self.names if squares else ():
-            held = PlainSum((len(queries),), torch.float64, device)
-            self.sums[f"{name}#squares"] = held
-            self.products[name] = replace(self.products[name], squares=held.part)
+        for name in self.names:
+            held = {key: PlainSum((len(queries),), torch.float64, device) for key in beside}
+            self.sums |= {f"{name}#{key}": one for key, one in held.items()}
+            numbers = {key: one.part for key, one in held.items()}
+            self.products[name] = replace(self.products[name], **numbers)
 
     def _shapes(self, block: Block) -> dict[str, tuple[int, int]]:
         kept = kept_rank(self._rank, block.d_out, block.d_in)
@@ -314,11 +321,15 @@ class QueryProducts(QueryGradients):
         ids: Sequence[str],
     ) -> None:
         inverse = self._inverse[block.name]
+        inverse = inverse if columns is None else inverse[:, columns]
         products = self.products[block.name]
         if products.squares is not None:
             norms = torch.linalg.vector_norm(m_NOI, dim=(1, 2), dtype=torch.float64)
             products.squares[where] = norms.square()
-        m_NOI = m_NOI.mul_(inverse if columns is None else inverse[:, columns])
+        if products.own is not None:
+            for place, m_OI in zip(where, m_NOI, strict=True):
+                products.own[place] = m_OI.square().mul_(inverse).sum(dtype=torch.float64)
+        m_NOI = m_NOI.mul_(inverse)
         left, right = self.bases[block.output_factor], self.bases[block.input_factor]
         if products.turned is not None:
             _fill(products.turned, where, m_NOI, columns)
