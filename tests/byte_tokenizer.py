@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
@@ -24,16 +25,32 @@ def _visible(text: str) -> str:
     return piece[0]
 
 
-def save_byte_tokenizer(directory: Path, template: str = "$A") -> Path:
-    """Saves a tokenizer whose texts become ``template``, for instance ``<s> $A </s>``."""
+def save_byte_tokenizer(
+    directory: Path,
+    template: str = "$A",
+    special: Sequence[str] = (),
+    chat: str | None = None,
+    merges: Sequence[tuple[str, str]] = (),
+) -> Path:
+    """Saves a tokenizer whose texts become ``template``, for instance ``<s> $A </s>``.
+
+    Args:
+        special: further special tokens, numbered from 258 on.
+        chat: a chat template.
+        merges: pairs of characters that are one token, as ``(" ", " ")``, numbered before those.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {c: i for i, c in enumerate(alphabet)} | {"<s>": BOS, "</s>": EOS}
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    pairs = [(_visible(a), _visible(b)) for a, b in merges]
+    vocab |= {a + b: VOCAB + i for i, (a, b) in enumerate(pairs)}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=pairs))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(
         single=template, special_tokens=[("<s>", BOS), ("</s>", EOS)]
     )
+    tokenizer.add_special_tokens([token for token in special if token not in ("<s>", "</s>")])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.chat_template = chat
     fast.save_pretrained(str(directory))
     return directory

@@ -412,48 +412,7 @@ def test_columns_that_are_not_read_are_told(tmp_path: Path) -> None:
     assert "source" in outcome.err and "\x1b[31m" not in outcome.err
 
 
-# Conversations and classes of texts ---------------------------------------------------------
-
-TALK = [{"role": "user", "content": "How tall?"}, {"role": "assistant", "content": "Two metres."}]
-TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-TALKS: dict[str, dict[str, Any]] = {
-    "messages": {"messages": TALK},
-    "conversations": {"conversations": [{"from": "human", "value": "Hi"},
-                                        {"from": "gpt", "value": "Ho"}]},
-    "prompt": {"prompt": TALK[:1], "completion": TALK[1:]},
-    "text": {"text": TALK},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", TALKS)
-@pytest.mark.parametrize("format", ["jsonl", "parquet"])
-def test_what_is_said_about_conversations_works(tmp_path: Path, name: str, format: str) -> None:
-    from transformers import AutoTokenizer
-
-    row = TALKS[name]
-    folder = save_byte_tokenizer(tmp_path / "model")
-    tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    tokenizer.chat_template = TEMPLATE
-    write = write_jsonl if format == "jsonl" else write_rows
-    source = write(tmp_path / f"a.{format}", [row])
-    more: dict[str, Any] = {"vocab_size": VOCAB, "tokenizer": LazyTokenizer(folder)}
-    error = mistake(source, token_inputs=True, **more)
-    assert f"conversations in `{name}`" in error.got
-    code = error.remedy.partition("(MODEL): ")[2].removesuffix(".")
-    code, _, first = code.partition(" (after ")
-    held: dict[str, Any] = {"tokenizer": tokenizer, "row": dict(row)}
-    if first:
-        held["row"] = {name: eval(first.removesuffix(")"), held)}
-    for line in code.split("; "):
-        if not line.startswith("give every row as"):
-            exec(line, held)
-    made = eval(code.partition("give every row as ")[2], held)
-    (example,) = read([made], **more)
-    assert example.length > 10
-    if name == "prompt":
-        assert example.loss_mask is not None
-        text = bytes(tokenizer.decode(example.input_ids[example.loss_mask]), "utf-8")
-        assert b"Two metres." in text and b"How tall?" not in text
+# Classes of texts -----------------------------------------------------------------------------
 
 
 class TextClassifier(nn.Module):

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raycurv.data.bounds import ID_BYTES
-from raycurv.data.conversations import conversation, keys_of
+from raycurv.data.conversations import is_conversation, no_template
 from raycurv.errors import UserError, shortened
 
 Place: TypeAlias = Callable[[int], str]
@@ -29,9 +29,8 @@ def first_null(column: Any) -> int:
 def strings(name: str, column: Any, place: Place) -> list[str]:
     """Texts, one in every row."""
     column = _decoded(column)
-    keys = keys_of(column.type)
-    if keys:
-        raise conversation(place(0), name, keys)
+    if is_conversation(column):
+        raise no_template(place(0), name)
     if not _is_string(column.type):
         raise _wrong_type(name, column, place, "text")
     if column.null_count:  # a dictionary may hold a null that its indices do not show

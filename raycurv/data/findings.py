@@ -29,6 +29,8 @@ class Findings:
         classes_taken_as: what numbers mean in the data and in the model, where that has no class of
             the name.
         masking: how tokens were hidden, where the data did not say.
+        conversations: how the turns of conversations were told apart, where there were any.
+        tools_not_written: conversations with tools, of which the chat template writes nothing.
     """
 
     unused_columns: set[str] = field(default_factory=set)
@@ -42,6 +44,8 @@ class Findings:
     classes_lacking: list[str] = field(default_factory=list)
     classes_taken_as: list[str] = field(default_factory=list)
     masking: dict[str, Any] = field(default_factory=dict)
+    conversations: dict[str, Any] = field(default_factory=dict)
+    tools_not_written: int = 0
 
     def recorded(self) -> dict[str, Any]:
         """What there is of it, for JSON."""
@@ -87,6 +91,13 @@ def sentences(recorded: Mapping[str, Any], examples: int, without_target: int) -
             f"of each text {recorded['masking']['targets']:.0%} of the tokens are hidden, drawn by "
             "the seed and the example's id"
         )
+    if "conversations" in recorded:
+        said.append(_of_conversations(recorded["conversations"]))
+    if "tools_not_written" in recorded:
+        said.append(
+            f"{recorded['tools_not_written']:,} conversations have tools, of which the chat "
+            "template writes nothing"
+        )
     for name, what in (
         ("classes_lacking", "classes that no example has"),
         ("classes_taken_as", "classes by their numbers, since the model has other names"),
@@ -96,6 +107,20 @@ def sentences(recorded: Mapping[str, Any], examples: int, without_target: int) -
         if name in recorded:
             said.append(f"{what}: {_named(recorded[name])}")
     return said
+
+
+def _of_conversations(recorded: Mapping[str, Any]) -> str:
+    carries = {
+        "assistant": "what the assistant says carries the loss",
+        "last-assistant": "the assistant's last turn carries the loss",
+        "all": "all tokens carry the loss",
+    }
+    by = {"marks": ", where the template marks it", "prefixes": ", found by its beginnings"}
+    said = "conversations went through the chat template"
+    if "loss_on" in recorded:
+        said += f": {carries[recorded['loss_on']]}{by.get(recorded.get('turns_by', ''), '')}"
+    day = recorded.get("date")
+    return said + (f"; the day that it asks for is taken to be {day}" if day else "")
 
 
 def _named(names: list[str]) -> str:

@@ -15,6 +15,7 @@ from raycurv.data.digests import Digests, Smallest
 from raycurv.data.examples import Example
 from raycurv.data.labels import NAMES, Labels
 from raycurv.data.making.chunk import Chunk
+from raycurv.data.making.conversation_tokens import ConversationTokens
 from raycurv.data.making.encoder import Encoder
 from raycurv.data.making.further import FurtherColumns
 from raycurv.data.making.input_columns import IMAGES, SOURCES, InputColumns
@@ -67,10 +68,12 @@ class ExampleReader(ReaderSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._seen = Digests()
+        self.columns_read: set[str] = set()
         self._labels, self._inputs = Labels(self.label_names), InputColumns(self)
+        encoder = Encoder(self)
         tools = Tools(
-            self, Encoder(self), Lengths(self, self._claim), self._labels,
-            FurtherColumns(self.further),
+            self, encoder, ConversationTokens(self, encoder), Lengths(self, self._claim),
+            self._labels, FurtherColumns(self.further),
         )  # fmt: skip
         self._of_numbers = NumberExamples(tools)
         ways: dict[str, Callable[[Tools], Maker]] = {
@@ -131,6 +134,7 @@ class ExampleReader(ReaderSettings):
                     if self.placeholders is not None:
                         beside_tokens.refuse_images(rows)
                     self.findings.unused_columns |= rows.others
+                    self.columns_read |= rows.columns.keys()
                     yield part, kind, rows
 
     def _named_rows(self) -> Iterator[tuple[Rows, list[str]]]:

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from raycurv.data.bounds import check_expansion, chunks
 from raycurv.data.columns import first_null, row_bytes
-from raycurv.data.conversations import conversation, keys_of
+from raycurv.data.conversations import TOOLS, encoded, keys_of
 from raycurv.errors import UserError, in_words, shortened, user_errors
 
 # Values from JSON and from Python have no type of their own: text is given its, the rest is what
@@ -32,6 +32,8 @@ TYPES_WANTED = {
     "loss_mask": "lists of booleans",
     "attention_mask": "lists of zeros and ones",
 }
+# Columns in which a row may have nothing.
+_MAY_LACK = (TOOLS,)
 CONVERSION_ERRORS = (pa.ArrowException, TypeError, ValueError, OverflowError)
 READ_ERRORS = (pa.ArrowException, OSError)
 
@@ -80,7 +82,7 @@ def arrow_rows(
         batch.validate(full=True)
     names = batch.schema.names
     for name, column in zip(names, batch.columns, strict=True):
-        if column.null_count:
+        if column.null_count and name not in _MAY_LACK:
             raise _null(f"{location}, row {first + first_null(column)}", name)
     sizes = np.zeros(batch.num_rows, np.int64)
     for column in batch.columns:
@@ -120,7 +122,7 @@ def record_rows(
                 "Give every example the same column of inputs.",
             )
         for i, value in enumerate(values):
-            if value is None:
+            if value is None and name not in _MAY_LACK:
                 raise _null(f"{location}, row {first + i}", name)
         plain = [None if value is missing else _plain(name, value) for value in values]
         columns[name] = _column(location, first, name, plain)
@@ -137,7 +139,10 @@ def _plain(name: str, value: Any) -> Any:
 
 def _column(location: str, first: int, name: str, values: list[Any]) -> Any:
     def convert(count: int) -> Any:
-        return pa.array(values[:count], type=ROW_TYPES.get(name))
+        # Messages may have keys of their own, in an order of their own.
+        some = [encoded(value) if keys_of(value) else value for value in values[:count]]
+        lists = any(isinstance(value, list) for value in some)
+        return pa.array(some, type=None if lists else ROW_TYPES.get(name))
 
     def fails(count: int) -> bool:
         try:
@@ -149,11 +154,6 @@ def _column(location: str, first: int, name: str, values: list[Any]) -> Any:
     try:
         return convert(len(values))
     except CONVERSION_ERRORS as error:
-        if name in ROW_TYPES:
-            for row, value in enumerate(values):
-                keys = keys_of(value)
-                if keys:
-                    raise conversation(f"{location}, row {first + row}", name, keys) from error
         # A prefix that fails fails however it goes on, so the first bad row can be bisected.
         row = bisect_left(range(len(values)), True, key=lambda i: fails(i + 1))
         wanted = TYPES_WANTED.get(name, "text, or numbers of one shape")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from raycurv.data.column_names import listed
+from raycurv.data.conversations import as_python
 from raycurv.data.reading import ids_of, told
 from raycurv.data.sources import Source, open_parts
 from raycurv.errors import UserError
@@ -52,7 +53,7 @@ def rows_by_id(
             wanted = np.array(sorted(here))
             for rows in part.read((), tuple(dict.fromkeys((*columns, *more(there))))):
                 own = rows.take(np.flatnonzero(np.isin(rows.numbers, wanted)))
-                values = {name: column.to_pylist() for name, column in own.columns.items()}
+                values = {name: as_python(column) for name, column in own.columns.items()}
                 for i, number in enumerate(own.numbers.tolist()):
                     row = {name: of[i] for name, of in values.items() if of[i] is not None}
                     for name in columns:

@@ -7,9 +7,12 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
+from raycurv.data.chat_template import ChatTemplate
 from raycurv.data.masking import Masking
 from raycurv.errors import UserError, user_errors
 from raycurv.models.checkpoint_files import TOKENIZER_FILES
@@ -42,6 +45,10 @@ class Tokenizer(Protocol):
 
     def encode_targets(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts that a model is to make, with the special tokens of such."""
+
+    @property
+    def chat(self) -> ChatTemplate:
+        """What writes conversations as texts."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +140,19 @@ class LazyTokenizer:
             behind, start = start, stop
         return pieces
 
+    @cached_property
+    def chat(self) -> ChatTemplate:
+        """What writes conversations as texts, with their special tokens."""
+        return ChatTemplate(self._tokenizer, self._directory)
+
+    def texts(self, ids: Sequence[int], alike: Sequence[Any]) -> list[tuple[str, Any]]:
+        """Tokens as texts, those that follow each other and are ``alike`` together, each with what
+        that is; empty if no text was met, for it takes seconds to load a tokenizer."""
+        if self._loaded is None:
+            return []
+        pieces = groupby(zip(self.pieces(ids), alike, strict=True), key=lambda pair: pair[1])
+        return [("".join(piece for piece, _ in run), kind) for kind, run in pieces]
+
     def masking(self, seed: int, vocab_size: int | None) -> Masking:
         """What hides tokens of the texts, by words that the model knows; UserError if there is no
         token that stands for others."""
@@ -155,8 +175,8 @@ class LazyTokenizer:
 
     def describe(self) -> dict[str, Any]:
         """What a run records: its class, its size, the tokens that it puts before and after a text
-        (``None`` where these cannot be told), and a hash of the files that make its tokens; empty
-        when no text was met."""
+        (``None`` where these cannot be told), a hash of the files that make its tokens, and where
+        conversations were met one of their template; empty when no text was met."""
         if self._loaded is None:
             return {}
         before: list[int] | None
@@ -169,7 +189,8 @@ class LazyTokenizer:
         found = tokenizer_print(self._directory).items()
         files = str([(name, own) for name, own in found if name not in _BESIDE])
         own = hashlib.blake2b(files.encode(), digest_size=16).hexdigest()
-        return {"class": kind, "tokens": size, "before": before, "after": after, "files": own}
+        said = {"class": kind, "tokens": size, "before": before, "after": after, "files": own}
+        return said | (self.chat.describe() if self.chat.used else {})
 
 
 def tokenizer_print(directory: str | Path) -> dict[str, str]:

@@ -28,8 +28,10 @@ from raycurv.data.examples import (
 )
 from raycurv.data.findings import sentences
 from raycurv.data.images import LazyImages
+from raycurv.data.making.reader_settings import LooksUp
 from raycurv.data.microbatch import Microbatches, make_batch, padding_share, plan_microbatches
 from raycurv.data.reading import ExampleReader
+from raycurv.data.shown import Decode, recorded
 from raycurv.data.sources import Source
 from raycurv.data.tokenizer import LazyTokenizer
 from raycurv.driver.settings import Reading
@@ -76,6 +78,7 @@ class Corpus:
         shift: how far a target stands behind what predicts it.
         positions: of each example in a microbatch of its own, where these are more than its
             tokens, for it has several texts.
+        first: the first example as a person looks at it, see :func:`raycurv.data.shown.recorded`.
     """
 
     store: Store
@@ -88,6 +91,7 @@ class Corpus:
     findings: Mapping[str, Any] = field(default_factory=dict)
     shift: int = 1
     positions: Array | None = None
+    first: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -194,6 +198,7 @@ class _Described:
     columns: list[str] = field(default_factory=list)
     findings: dict[str, Any] = field(default_factory=dict)
     shift: int = 1
+    first: dict[str, Any] = field(default_factory=dict)
 
 
 def open_corpus(
@@ -232,7 +237,6 @@ def open_corpus(
     tokenizer = None if of_model is None else LazyTokenizer(of_model, trusted)
     reader = reader_for(source, model, tokenizer, reading, asks, max_examples, seed, masks)
     made = reader.images or tokenizer
-    reader.looks_up = lambda inputs: model.looks_up(torch.from_numpy(inputs)[None])
 
     def described() -> dict[str, Any]:
         # As JSON has it.
@@ -250,6 +254,7 @@ def open_corpus(
     corpus = store_corpus(
         store, directory, reader.examples(), flag, described, needs_loss,
         reader.findings.recorded, asks.shift, positions_of(model),
+        None if tokenizer is None else tokenizer.texts,
     )  # fmt: skip
     give_back(collect=False)
     return corpus
@@ -284,6 +289,7 @@ def reader_for(
         tokenizer=tokenizer,
         vocab_size=model.vocab_size,
         max_positions=model.max_positions,
+        loss_on=reading.loss_on or "assistant",
         max_length=reading.max_length,
         long=reading.long,
         max_examples=max_examples,
@@ -304,7 +310,12 @@ def reader_for(
         empty=reading.empty,
         further=objective.columns,
         images=None if images is None else LazyImages(images.directory, images.channels),
+        looks_up=_looked_up_by(model) if isinstance(model, Model) else None,
     )
+
+
+def _looked_up_by(model: Model) -> LooksUp:
+    return lambda inputs: model.looks_up(torch.from_numpy(inputs)[None])
 
 
 def positions_of(model: Outline) -> int:
@@ -322,6 +333,7 @@ def store_corpus(
     findings: Callable[[], dict[str, Any]] = dict,
     shift: int = 1,
     each: int = 1,
+    decode: Decode | None = None,
 ) -> Corpus:
     """Write examples, numbered from 0 on, as a corpus.
 
@@ -332,6 +344,7 @@ def store_corpus(
         findings: what of their source was left out; asked when all have been read.
         shift: how far a target stands behind what predicts it.
         each: positions that an example has at least.
+        decode: gives the texts of tokens, for who looks at the first example.
 
     Raises:
         UserError: no example has a loss term.
@@ -342,12 +355,14 @@ def store_corpus(
     positions: list[Array] = []
     terms = count = 0
     columns: tuple[str, ...] = ()
+    first: dict[str, Any] = {}
     for part, some in enumerate(in_parts(examples)):
         write_table(store, part_file(directory, part), examples_to_table(some))
         ids.append(pa.array([example.id for example in some], pa.string()))
         lengths.append(np.array([example.length for example in some], np.int32))
         positions.append(np.array([max(each, example.positions) for example in some], np.int32))
         columns = tuple(some[-1].columns)
+        first = first or recorded(some[0], shift, decode)
         count += len(some)
         terms += sum(loss_terms(example, shift) > 0 for example in some)
         some.clear()
@@ -362,11 +377,11 @@ def store_corpus(
     # A writer takes as much as its row group, several times over.
     write_table(store, f"{directory}/index.parquet", index, row_group_size=_GROUP)
     described = describe()
-    said = _Described(count, terms, described, list(columns), findings(), shift)
+    said = _Described(count, terms, described, list(columns), findings(), shift, first)
     store.write_json(f"{directory}/corpus.json", asdict(said))
     return Corpus(
         store, directory, one_array(named), tokens, terms, described, columns, said.findings,
-        shift, widths if wider else None,
+        shift, widths if wider else None, first,
     )  # fmt: skip
 
 
@@ -395,7 +410,7 @@ def stored_corpus(store: Store, directory: str) -> Corpus | None:
     positions = index[_WIDTHS].to_numpy() if _WIDTHS in index.column_names else None
     return Corpus(
         store, directory, ids, lengths, said.with_loss, said.tokenizer, tuple(said.columns),
-        said.findings, said.shift, positions,
+        said.findings, said.shift, positions, said.first,
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 import torch
 import tyro
 
+from raycurv.data.assistant_turns import LossOn
 from raycurv.data.portion import Selection
 from raycurv.data.uri import check_place, shown
 from raycurv.errors import UserError, shortened
@@ -265,6 +266,9 @@ class Execution:
 class Reading:
     """How examples are read; every field is part of what a result means."""
 
+    loss_on: Identity[LossOn | None] = None
+    """Which turns of conversations carry the loss: the `assistant`'s, the `last-assistant` turn, or
+    `all` tokens. Default: the assistant's; of a job that follows a fit, the fit's."""
     max_length: Identity[Count | None] = None
     """Longest example in tokens; by default the model's own limit."""
     long: Identity[Literal["error", "truncate", "split"]] = "error"

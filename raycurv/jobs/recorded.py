@@ -24,6 +24,7 @@ _MARKED = ("extend", "merge", "subtract")
 _LATER: dict[str, Any] = {
     "empty": "error",
     "ignore_tensors": [],
+    "loss_on": None,
     "merge_adapter": False,
     "share_output_factor": False,
 }

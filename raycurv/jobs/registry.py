@@ -75,6 +75,11 @@ JOBS = {
             "jobs.evaluate.evaluate_settings:EvaluateSettings", "jobs.evaluate.evaluating:evaluate",
         ),
         Job(
+            "show-data", "what the first examples of data become, and which tokens carry the loss",
+            "jobs.show_data.show_data_settings:ShowDataSettings",
+            "jobs.show_data.showing:show_data", leaves=False,
+        ),
+        Job(
             "timeline", "what the actors of a run did, and how busy they were",
             "jobs.timeline.timeline_settings:TimelineSettings",
             "jobs.timeline.watching:show_timeline", leaves=False,

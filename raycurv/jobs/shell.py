@@ -24,7 +24,7 @@ from raycurv.driver.causality import CausalityCheck
 from raycurv.driver.corpus import Corpus
 from raycurv.driver.settings import Execution, identity
 from raycurv.driver.workers import Workers, check_address
-from raycurv.errors import DamagedFile
+from raycurv.errors import DamagedFile, UserError
 from raycurv.files.lock import hold
 from raycurv.files.manifest import COMMITS, Manifest, continue_or_refuse
 from raycurv.files.store import Store, open_store
@@ -151,8 +151,22 @@ class Shell(Generic[S]):
         for corpus in found:
             for sentence in corpus.said():
                 self.reporter.say(sentence)
+        self._check_loss_on(found)
         self.manifest.facts["reading"] = {corpus.name: corpus.facts() for corpus in found}
+        self.manifest.facts["first_examples"] = {
+            corpus.name: dict(corpus.first) for corpus in found
+        }
         return found
+
+    def _check_loss_on(self, found: Sequence[Corpus]) -> None:
+        """Refuse to be asked for turns that there are not."""
+        loss_on = getattr(self.settings, "loss_on", None)
+        if loss_on is not None and not any("conversations" in one.findings for one in found):
+            raise UserError(
+                f"--loss-on {loss_on}", "conversations (`messages`)", "none in the data",
+                "Leave it out: of a text all tokens carry the loss, of a `prompt` and its "
+                "`completion` those of the completion.",
+            )  # fmt: skip
 
     def check_plan(
         self,

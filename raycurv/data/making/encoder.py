@@ -30,7 +30,12 @@ class Encoder:
         return self._settings.whole_texts
 
     def encode(
-        self, name: str, texts: Sequence[str], place: Place, special: bool = True
+        self,
+        name: str,
+        texts: Sequence[str],
+        place: Place,
+        special: bool = True,
+        written: bool = False,
     ) -> list[np.ndarray]:
         """The token ids of texts, int64.
 
@@ -38,14 +43,17 @@ class Encoder:
             name: of their column.
             special: with the tokenizer's special tokens, which texts that are taken as a whole have
                 in any case.
+            written: the texts have all special tokens in them, as a chat template writes them.
 
         Raises:
             UserError: no tokenizer; a text that is too large, or that it does not take.
         """
-        if self.whole_texts:
+        if self.whole_texts and not written:
             return self.encode_whole(name, texts, None, place)[0]
         take = self.tokenizer(name).encode
-        found = self._in_groups(name, [texts], place, lambda some: take(some, special=special))
+        found = self._in_groups(
+            name, [texts], place, lambda some: take(some, special=special and not written)
+        )
         return [np.array(ids, np.int64) for group in found for ids in group]
 
     def encode_targets(self, name: str, texts: Sequence[str], place: Place) -> list[np.ndarray]:
@@ -146,7 +154,7 @@ class Encoder:
         """What the tokenizer makes of texts, or of each with its second, a group at a time."""
         sizes = np.zeros(len(columns[0]), np.int64)
         for texts in columns:
-            sizes += [len(text.encode()) for text in texts]
+            sizes += np.array([len(text.encode()) for text in texts], np.int64)
         if sizes.max(initial=0) > TEXT_BYTES:
             at = int(sizes.argmax())
             raise UserError(

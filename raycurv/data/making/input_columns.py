@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from raycurv.data import beside_tokens
 from raycurv.data.column_names import listed
 from raycurv.data.conversations import COLUMNS as CONVERSATIONS
-from raycurv.data.conversations import conversation
+from raycurv.data.conversations import TOOLS
 from raycurv.data.labels import NAMES
 from raycurv.data.making.reader_settings import ReaderSettings
 from raycurv.data.parts import Part
 from raycurv.data.portion import Selection
 from raycurv.errors import UserError
 
+TALKS: tuple[tuple[str, ...], ...] = tuple((name,) for name in CONVERSATIONS)
 # In order of preference; each with the columns that it takes.
-TOKENS: tuple[tuple[str, ...], ...] = (("input_ids",), ("prompt", "completion"), ("text",))
+TOKENS: tuple[tuple[str, ...], ...] = (("input_ids",), ("prompt", "completion"), ("text",), *TALKS)
 # Of a text that is read together with another one, and of two that are compared.
 TWO_TEXTS = ("text", "text_pair")
 PAIRS: tuple[tuple[str, ...], ...] = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
@@ -33,6 +34,7 @@ class InputColumns:
     def __init__(self, settings: ReaderSettings) -> None:
         self._settings = settings
         self._before: tuple[str, ...] = ()
+        self._talks = False
 
     def choose(self, part: Part, found: Sequence[str]) -> tuple[str, ...]:
         """The columns of inputs that a part has, and the model takes.
@@ -46,9 +48,6 @@ class InputColumns:
         settings, usable = self._settings, self._usable()
         kind = next((kind for kind in usable if set(kind) <= set(found)), None)
         if kind is None:
-            talk = next((name for name in CONVERSATIONS if name in found), None)
-            if talk is not None and any(kind in TOKENS for kind in usable):
-                raise conversation(part.location, talk, part.message_keys(talk))
             model = {None: "", True: ", for a model of tokens", False: ", for a model of numbers"}
             what, remedy = model[None if settings.either else settings.token_inputs], ""
             if settings.reads == "pairs":
@@ -56,7 +55,8 @@ class InputColumns:
                 remedy = "; of texts with a number each as label give --objective regression"
             raise UserError(
                 part.location,
-                "a column " + " or ".join(" + ".join(f"`{c}`" for c in kind) for kind in usable)
+                "a column " + " or ".join(" + ".join(f"`{c}`" for c in kind) for kind in usable
+                                     if kind not in TALKS[1:])
                 + what,
                 "the columns " + listed(found),
                 f"Rename the column that holds the inputs{remedy}.",
@@ -89,6 +89,7 @@ class InputColumns:
             wanted, remedy = f"one column `{twice[0]}`", "Rename all but one."
             raise UserError(part.location, wanted, "several", remedy)
         self._before = kind
+        self._talks = kind in TALKS or bool(part.message_keys(kind[-1]))
         return kind
 
     def beside(self, kind: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -102,7 +103,8 @@ class InputColumns:
             masks = ("attention_mask",)
         # What a column of labels may be called, where each example has one.
         labels = () if settings.per_token or settings.reads == "pairs" else NAMES[1:]
-        return others, (*_OPTIONAL, *masks, *labels)
+        tools = (TOOLS,) if self._talks else ()
+        return others, (*_OPTIONAL, *masks, *labels, *tools)
 
     def _usable(self) -> tuple[tuple[str, ...], ...]:
         """The columns of inputs that the model may take and that were named, if any were, in order
@@ -127,7 +129,8 @@ class InputColumns:
         if settings.reads in ("pairs", "sources"):
             return PAIRS if settings.reads == "pairs" else SOURCES
         if settings.whole_texts:
-            return (TOKENS[0], TWO_TEXTS, TOKENS[2])
+            talks = TALKS if settings.reads == "texts" else ()
+            return (TOKENS[0], TWO_TEXTS, TOKENS[2], *talks)
         if settings.token_inputs is None:
             return (*TOKENS, *NUMBERS)
         if settings.per_token and (settings.token_inputs or settings.either):

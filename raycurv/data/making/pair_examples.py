@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from raycurv.data import beside_tokens, columns
+from raycurv.data.conversations import is_conversation
 from raycurv.data.examples import Example
 from raycurv.data.making.chunk import Chunk
 from raycurv.data.making.tools import Tools
@@ -51,6 +52,9 @@ class PairExamples:
     def _tokens(self, chunk: Chunk, names: list[str]) -> list[list[np.ndarray]]:
         """Each row's token ids, a list for each of the two texts."""
         given, place = {name: chunk.columns[name] for name in chunk.kind}, chunk.place
+        if is_conversation(*given.values()):
+            asks = [name for name in chunk.kind if name not in names]
+            return [self._tools.talks.take(chunk, [*asks, n], turns=False)[0] for n in names]
         if any(columns.is_text(column) for column in given.values()):
             texts = {name: columns.strings(name, column, place) for name, column in given.items()}
             before = texts.get("prompt", [""] * len(chunk))

@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
+from raycurv.data.assistant_turns import LossOn
 from raycurv.data.findings import Findings
 from raycurv.data.images import Images
 from raycurv.data.masking import Masking
@@ -29,6 +30,7 @@ class ReaderSettings:
         tokenizer: for text.
         vocab_size: of the model; ``None`` for a model without token ids.
         max_positions: the longest example that the model takes, in tokens; ``None`` for any.
+        loss_on: which turns of conversations carry the loss.
         max_length: the longest example wanted, in tokens.
         long: what to do with a longer one: ``error``, ``truncate`` (its end is cut off), or
             ``split`` (pieces ``id#0``, ``id#1``, ...).
@@ -67,6 +69,7 @@ class ReaderSettings:
     tokenizer: Tokenizer | None
     vocab_size: int | None
     max_positions: int | None
+    loss_on: LossOn = "assistant"
     max_length: int | None = None
     long: Literal["error", "truncate", "split"] = "error"
     max_examples: int | None = None

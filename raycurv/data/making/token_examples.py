@@ -27,7 +27,7 @@ class TokenExamples:
 
     def __init__(self, tools: Tools) -> None:
         self._tools, self._settings = tools, tools.settings
-        self._tokeniser, self._labels = Tokeniser(tools.encoder), TokenLabels(tools)
+        self._tokeniser, self._labels = Tokeniser(tools), TokenLabels(tools)
         # Whether all examples say which text a token is of, or none.
         self._kinds_there: bool | None = None
 

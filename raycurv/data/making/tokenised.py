@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from raycurv.data import columns
+from raycurv.data.conversations import is_conversation
 from raycurv.data.making.chunk import Chunk
-from raycurv.data.making.encoder import Encoder
-from raycurv.data.making.input_columns import TWO_TEXTS
+from raycurv.data.making.input_columns import TALKS, TWO_TEXTS
+from raycurv.data.making.tools import Tools
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,14 @@ class Tokenised:
 class Tokeniser:
     """Makes tokens of rows, by the columns that their inputs are in."""
 
-    def __init__(self, encoder: Encoder) -> None:
-        self._encoder = encoder
+    def __init__(self, tools: Tools) -> None:
+        self._encoder, self._talks = tools.encoder, tools.talks
         self._ways: dict[tuple[str, ...], Callable[[Chunk], Tokenised]] = {
             ("input_ids",): self._ids,
             ("prompt", "completion"): self._completions,
             ("text",): self._texts,
             TWO_TEXTS: self._texts,
+            **dict.fromkeys(TALKS, self._conversations),
         }
 
     def take(self, chunk: Chunk) -> Tokenised:
@@ -63,6 +65,8 @@ class Tokeniser:
 
     def _completions(self, chunk: Chunk) -> Tokenised:
         """A prompt and its completion, tokenised apart, with the special tokens of a text."""
+        if is_conversation(*(chunk.columns[name] for name in chunk.kind)):
+            return self._conversations(chunk)
         texts, blank = _texts(chunk)
         before, after = self._encoder.affixes
         prompts, completions = (
@@ -76,6 +80,10 @@ class Tokeniser:
             tokens.append(ids)
             targets.append(np.arange(len(ids)) >= len(before) + len(prompt))
         return Tokenised(tokens, targets, blank)
+
+    def _conversations(self, chunk: Chunk) -> Tokenised:
+        tokens, targets = self._talks.take(chunk, chunk.kind)
+        return Tokenised(tokens, targets, [not len(ids_T) for ids_T in tokens])
 
 
 def _texts(chunk: Chunk) -> tuple[list[list[str]], list[bool]]:

@@ -9,6 +9,7 @@ from typing import Protocol
 from raycurv.data.examples import Example
 from raycurv.data.labels import Labels
 from raycurv.data.making.chunk import Chunk
+from raycurv.data.making.conversation_tokens import ConversationTokens
 from raycurv.data.making.encoder import Encoder
 from raycurv.data.making.further import FurtherColumns
 from raycurv.data.making.lengths import Lengths
@@ -29,6 +30,7 @@ class Tools:
     Attributes:
         settings: what model and objective ask of the rows.
         encoder: makes tokens of texts.
+        talks: makes tokens of conversations.
         lengths: keeps examples within the longest length.
         labels: reads labels of whole examples.
         further: reads the columns besides.
@@ -36,6 +38,7 @@ class Tools:
 
     settings: ReaderSettings
     encoder: Encoder
+    talks: ConversationTokens
     lengths: Lengths
     labels: Labels
     further: FurtherColumns

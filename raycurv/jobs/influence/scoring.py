@@ -219,12 +219,14 @@ class _Corpora:
             max_examples: a seeded sample of so many.
             asks: the objective that looks at them.
         """
-        settings, fit, network = self.settings, self.fitted.manifest, self.fitted.network
+        fit, network = self.fitted.manifest, self.fitted.network
+        loss_on = self.settings.loss_on or fit.settings.get("loss_on")
+        settings = replace(self.settings, loss_on=loss_on)
         flag, of_fit, masks = f"--{name}", self.objective, fit.settings["seed"]
         same = mark == fit.fingerprints["data"] and set(asks.columns) <= set(of_fit.columns)
         same &= (asks.reads, asks.shift) == (of_fit.reads, of_fit.shift)
         # A fit of before there was a setting has its default.
-        alike = {"max_length": None, "long": "error", "empty": "error"}
+        alike = {"loss_on": None, "max_length": None, "long": "error", "empty": "error"}
         same &= all(getattr(settings, k) == fit.settings.get(k, v) for k, v in alike.items())
         if same and max_examples is None and fit.settings["max_examples"] is None:
             # Reading beside another job needs no lock: files are whole. Making them again does.

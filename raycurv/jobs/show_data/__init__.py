@@ -1,0 +1,1 @@
+"""What examples become before a model sees them."""
