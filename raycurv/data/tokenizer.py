@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from raycurv.data.chat_template import ChatTemplate
 from raycurv.data.masking import Masking
 from raycurv.errors import UserError, user_errors
-from raycurv.models.checkpoint_files import TOKENIZER_FILES
+from raycurv.models.checkpoint_files import TOKENIZER_FILES, more_templates
 from raycurv.models.foreign_code import nothing_from_outside
 from raycurv.names import regular_file
 
@@ -220,7 +220,7 @@ def _no_tokenizer(directory: Path) -> UserError:
 def _load(directory: Path, trust_remote_code: bool) -> Any:
     if not has_tokenizer(directory):
         raise _no_tokenizer(directory)
-    for name in _READ:
+    for name in (*_READ, *more_templates(directory)):
         path = directory / name
         if not path.exists() and not path.is_symlink():
             continue

@@ -106,6 +106,11 @@ def _beside(directory: Path, weights: Iterable[str]) -> Iterator[str]:
         apart = path.name in (CONFIG, ADAPTER_CONFIG, *weights)
         if path.is_file() and (along or path.name in PLAIN) and not apart:
             yield path.name
+    yield from more_templates(directory)
+
+
+def more_templates(directory: Path) -> Iterator[str]:
+    """Names of the chat templates that a directory has beside its first."""
     for path in (directory / TEMPLATES).glob("*.jinja"):
         yield f"{TEMPLATES}/{path.name}"
 
