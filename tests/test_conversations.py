@@ -92,6 +92,7 @@ PARTS = [
 # What data sets write: each is the conversation `ONCE`.
 SPELT: dict[str, dict[str, Any]] = {
     "messages": {"messages": ONCE},
+    "text": {"text": ONCE},
     "other names": {"conversations": SHAREGPT},
     "parts of text": {"messages": PARTS},
     "JSON": {"chat": json.dumps(ONCE)},
@@ -255,7 +256,6 @@ BAD: dict[str, tuple[Any, Any, str]] = {
     "a prompt twice": (
         {"prompt": ONCE[:1], "completion": ONCE}, QWEN3, "goes on behind its `prompt`"),
     "text and messages": ({"prompt": "Hi", "completion": ONCE[1:]}, QWEN3, "conversations in `com"),
-    "messages as text": ({"text": ONCE}, QWEN3, "conversations in `text`"),
     "a system beside": ({"messages": ONCE, "system": "x"}, QWEN3, "`system` beside"),
     "tools that are none": ({"messages": ONCE, "tools": [1]}, QWEN3, "JSON schemas in `tools`"),
     "nothing said": ({"messages": []}, QWEN3, "at least one token"),

@@ -146,9 +146,8 @@ def no_template(where: str, name: str) -> UserError:
     """The mistake of conversations where text alone is taken."""
     return UserError(
         where, "text, or tokens", f"conversations in `{name}` (lists of messages)",
-        "A column of conversations is called `messages`, or `prompt` and `completion` that are "
-        "both lists of messages; models that are no causal language models, and compare no texts, "
-        "take none: give them `input_ids`.",
+        "Give conversations in one column, or in all of `prompt` and `completion`, or `prompt`, "
+        "`chosen` and `rejected`; to a masked model, and one with an encoder, as `input_ids`.",
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from raycurv.data import columns
 from raycurv.data.conversations import is_conversation
 from raycurv.data.making.chunk import Chunk
-from raycurv.data.making.input_columns import TALKS, TWO_TEXTS
+from raycurv.data.making.input_columns import TALKS, TOKENS, TWO_TEXTS
 from raycurv.data.making.tools import Tools
 
 
@@ -54,6 +54,8 @@ class Tokeniser:
         return Tokenised(found, [None] * len(chunk), [False] * len(chunk))
 
     def _texts(self, chunk: Chunk) -> Tokenised:
+        if chunk.kind == TOKENS[2] and is_conversation(chunk.columns["text"]):
+            return self._conversations(chunk)
         texts, blank = _texts(chunk)
         second = texts[1] if chunk.kind == TWO_TEXTS else None
         kinds: list[np.ndarray] = []
