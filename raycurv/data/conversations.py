@@ -122,7 +122,7 @@ def conversation_of(
     if asking and parts[-1][:asking] == messages[:asking]:
         raise UserError(
             where, f"`{names[-1]}` that goes on behind its `{names[0]}`", "one that begins with it",
-            f"Leave the column `{names[0]}` out, or cut it off `{names[-1]}`.",
+            f"Cut it off `{names[-1]}`; of pairs `{names[0]}` may be left out instead.",
         )  # fmt: skip
     if asking and messages[asking - 1]["role"] == ASSISTANT:
         raise UserError(
