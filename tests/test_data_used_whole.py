@@ -181,7 +181,7 @@ def test_a_padded_file_gives_the_numbers_of_the_text_bit_for_bit(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "other", ["b.jsonl.gz", "b.jsonl.zst", "b.csv", "b.txt", "b.bin", "sub/b.tsv", "b"]
+    "other", ["b.parquet.gz", "b.jsonl.xz", "b.csv.zip", "b.txt", "b.bin", "sub/b.xls", "b"]
 )
 @pytest.mark.parametrize("uri", [False, True])
 def test_a_file_that_is_not_read_is_named(tmp_path: Path, other: str, uri: bool) -> None:
@@ -193,6 +193,20 @@ def test_a_file_that_is_not_read_is_named(tmp_path: Path, other: str, uri: bool)
         assert f"gunzip {tmp_path}/{other}" in error.remedy
     # What a remedy says works.
     assert len(open_parts(f"{tmp_path}/*.jsonl")) == 1
+
+
+@pytest.mark.parametrize("other", ["a.jsonl.gz", "a.csv", "a.JSON"])
+def test_a_file_in_two_formats_is_not_read_twice(tmp_path: Path, other: str) -> None:
+    write_jsonl(tmp_path / "a.jsonl", SHORT)
+    write_jsonl(tmp_path / other, SHORT)
+    for source in (tmp_path, tmp_path.as_uri()):
+        named(source, "a.jsonl", other, "every file in one format")
+    assert len(open_parts(f"{tmp_path}/*.jsonl")) == 1
+    # The control: another name, or another folder.
+    (tmp_path / other).rename(tmp_path / f"b{other[1:]}")
+    (tmp_path / "sub").mkdir()
+    write_jsonl(tmp_path / "sub" / "a.jsonl", SHORT)
+    assert len(open_parts(tmp_path)) == 3
 
 
 def test_files_that_are_no_data_are_known(tmp_path: Path) -> None:

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import bz2
+import csv
+import gzip
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +43,38 @@ def write_feather(path: Path) -> None:
     pyarrow.feather.write_feather(TABLE, str(path), compression="uncompressed")
 
 
+def write_csv(path: Path) -> None:
+    delimiter = "\t" if ".tsv" in path.suffixes else ","
+    text = io.StringIO()
+    rows = csv.writer(text, delimiter=delimiter)
+    rows.writerow(TABLE.column_names)
+    rows.writerows(row.values() for row in TABLE.to_pylist())
+    _write_packed(path, text.getvalue().encode())
+
+
+def write_json_array(path: Path) -> None:
+    _write_packed(path, json.dumps(TABLE.to_pylist(), indent=1).encode())
+
+
+def write_packed_jsonl(path: Path) -> None:
+    _write_packed(path, "".join(json.dumps(row) + "\n" for row in TABLE.to_pylist()).encode())
+
+
+def _write_packed(path: Path, content: bytes) -> None:
+    """Content in two members, one after the other, where it is packed."""
+    packed = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}.get(path.suffix)
+    half, out = len(content) // 2, content
+    if packed is not None:
+        codec = pa.Codec(packed) if packed == "zstd" else None
+        pack = {"gzip": gzip.compress, "bz2": bz2.compress}.get(packed)
+        parts = (content[:half], content[half:])
+        out = b"".join(
+            codec.compress(part, asbytes=True) if codec else pack(part)  # type: ignore[misc]
+            for part in parts
+        )
+    path.write_bytes(out)
+
+
 WRITERS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "parquet": ("data.parquet", write_parquet),
     "jsonl": ("data.jsonl", write_jsonl),
@@ -47,6 +83,14 @@ WRITERS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "arrow file": ("data.arrow", write_ipc_file),
     "arrow stream": ("data.arrow", write_ipc_stream),
     "feather": ("data.feather", write_feather),
+    "csv": ("data.csv", write_csv),
+    "tsv": ("data.tsv", write_csv),
+    "csv.gz": ("data.csv.gz", write_csv),
+    "json array": ("data.json", write_json_array),
+    "json array.zst": ("data.json.zst", write_json_array),
+    "jsonl.gz": ("data.jsonl.gz", write_packed_jsonl),
+    "jsonl.zst": ("data.jsonl.zst", write_packed_jsonl),
+    "jsonl.bz2": ("data.jsonl.bz2", write_packed_jsonl),
 }
 
 
@@ -198,7 +242,7 @@ BAD_FILES: dict[str, tuple[str, bytes, list[str]]] = {
     "arrow file": ("a.arrow", b"ARROW1 no footer", ["a.arrow", "an Arrow IPC file or stream"]),
     "empty arrow": ("a.feather", b"", ["a.feather", "the file is empty"]),
     "json": ("a.jsonl", b'{"text": "a"}\n{"text": \n', ["a.jsonl, line 2", "one JSON object"]),
-    "json list": ("a.json", b'[{"text": "a"}]\n', ["a.json, line 1", "a list"]),
+    "json list": ("a.jsonl", b'[{"text": "a"}]\n', ["a.jsonl, line 1", "a list"]),
     "pretty json": ("a.json", b'{\n "text": "a"\n}\n', ["a.json, line 1", "line breaks inside"]),
     "not utf-8": ("a.jsonl", b'\n{"text": "\xff"}\n', ["a.jsonl, line 2", "utf-8"]),
     "deep json": ("a.jsonl", b"[" * 200_000, ["a.jsonl, line 1", "one JSON object"]),
@@ -234,11 +278,11 @@ def test_nothing_readable_is_named(tmp_path: Path) -> None:
     assert "no file at all" in str(message(tmp_path))
     assert "no file at all" in str(message(f"{tmp_path}/*.parquet"))
     assert "no file at all" in str(message(tmp_path.as_uri() + "/*.parquet"))
-    (tmp_path / "a.csv").write_text("a,b")
-    for source in (tmp_path, tmp_path / "a.csv"):
+    (tmp_path / "a.xls").write_text("a,b")
+    for source in (tmp_path, tmp_path / "a.xls"):
         error = message(source)
         assert ".parquet" in error.expected
-        assert "1 other file (a.csv)" in error.got
+        assert "1 other file (a.xls)" in error.got
 
 
 def test_an_unknown_uri_is_named() -> None:
@@ -251,7 +295,7 @@ def test_an_unknown_uri_is_named() -> None:
 def test_other_objects_are_no_sources(source: Any) -> None:
     error = message(source)
     assert type(source).__name__ in error.got
-    assert "from_pandas" in error.remedy
+    assert "Turn it into one of these" in error.remedy
 
 
 BAD_ROWS: dict[str, tuple[list[Any], list[str]]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,13 +34,23 @@ class TablePart(BatchPart):
 
     def fingerprint(self) -> dict[str, Any]:
         """The number of its rows, and the hash of all of its content."""
-        table, digest = self.table.replace_schema_metadata(None), hashlib.blake2b(digest_size=16)
-        with pa.ipc.new_stream(pa.PythonFile(_HashSink(digest), "w"), table.schema) as writer:
-            for first in range(0, table.num_rows, CHUNK_ROWS):
-                rows = table.slice(first, CHUNK_ROWS)
+        digest, rows = hashlib.blake2b(digest_size=16), 0
+        schema = self._schema().remove_metadata()
+        with pa.ipc.new_stream(pa.PythonFile(_HashSink(digest), "w"), schema) as writer:
+            for table in self._tables():
                 # Taken, not sliced: chunks and what lies beside a slice are no part of the content.
-                writer.write_table(rows.take(pa.array(range(rows.num_rows))).combine_chunks())
-        return {"rows": table.num_rows, "hash": digest.hexdigest()}
+                taken = table.take(pa.array(range(table.num_rows))).combine_chunks()
+                writer.write_table(taken.replace_schema_metadata(None))
+                rows += table.num_rows
+        return {"rows": rows, "hash": digest.hexdigest()}
+
+    def _schema(self) -> Any:
+        return self.table.schema
+
+    def _tables(self) -> Iterator[Any]:
+        """The rows, ``CHUNK_ROWS`` at a time."""
+        for first in range(0, self.table.num_rows, CHUNK_ROWS):
+            yield self.table.slice(first, CHUNK_ROWS)
 
 
 class _HashSink(io.RawIOBase):
@@ -80,10 +90,20 @@ class RowsPart(RecordPart):
     def fingerprint(self) -> dict[str, Any]:
         """The number of its rows, and the hash of all of its content."""
 
-        def listed(value: Any) -> Any:
-            return value.tolist() if hasattr(value, "tolist") else str(value)
-
         digest = hashlib.blake2b(digest_size=16)
         for row in self.rows:
-            digest.update(json.dumps(row, sort_keys=True, default=listed).encode() + b"\n")
+            digest.update(in_json(row, str))
         return {"rows": len(self.rows), "hash": digest.hexdigest()}
+
+
+def in_json(row: Mapping[str, Any], other: Callable[[Any], Any]) -> bytes:
+    """A row as a line of JSON, its keys in order.
+
+    Args:
+        other: makes JSON of a value that is neither that nor a tensor or an array.
+    """
+
+    def listed(value: Any) -> Any:
+        return value.tolist() if hasattr(value, "tolist") else other(value)
+
+    return json.dumps(row, sort_keys=True, default=listed).encode() + b"\n"

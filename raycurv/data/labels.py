@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,8 @@ from raycurv.data import columns
 from raycurv.data.rows import Rows
 from raycurv.errors import UserError, shortened
 
+# A number as text; its first group is what makes a fraction of it.
+_NUMBER = re.compile(r"[-+]?(?:\d{1,18}|(\d*\.?\d+(?:[eE][-+]?\d+)?|\d+\.|\d{19,}))")
 # The column, and what data sets of one label call it.
 NAMES = ("labels", "label")
 
@@ -85,7 +88,8 @@ class Labels:
             return None
         name, column = found[0], rows.columns[found[0]]
         if columns.is_text(column):
-            column = self.numbered(name, column, place)
+            text = self._typed if rows.untyped else self.numbered
+            column = text(name, column, place)
         labels = columns.numbers(name, column, place, self._shape, exact_integers=True)
         self._shape = labels.shape[1:]
         classes = labels.dtype == np.int64 and labels.ndim == 1
@@ -102,6 +106,23 @@ class Labels:
             return labels.astype(np.float64)
         self.met.update(np.unique(labels).tolist())
         return labels
+
+    def _typed(self, name: str, column: Any, place: columns.Place) -> Any:
+        """A column of text that may be names of classes or numbers as numbers; UserError for one
+        that may be both."""
+        texts = columns.strings(name, column, place)
+        plain = [_NUMBER.fullmatch(text) for text in texts]
+        for i, text in enumerate(texts):
+            if plain[i] and text in self.names and self.names[text] != float(text):
+                raise UserError(
+                    place(i), f"a class or its number in `{name}`",
+                    f"{text!r}, which may be class {self.names[text]}, of that name, or the number",
+                    "Write the data as JSONL or Parquet, with names as text or with numbers.",
+                )  # fmt: skip
+        if not all(plain):
+            return self.numbered(name, column, place)
+        whole = not any(found and found[1] for found in plain)
+        return column.cast(pa.int64() if whole else pa.float64())
 
     def numbered(self, name: str, column: Any, place: columns.Place) -> Any:
         """A column of names of classes as their numbers."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 from raycurv.data.bounds import CHUNK_BYTES, CHUNK_ROWS
 from raycurv.data.class_names import class_names_of
@@ -103,6 +103,9 @@ class BatchPart(Part):
 class RecordPart(Part):
     """A part of mappings from column to value."""
 
+    untyped: ClassVar[bool] = False
+    """Whether all values are text, whatever they stand for."""
+
     @abstractmethod
     def _records(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
         """Each record with the bytes that it was read from."""
@@ -132,11 +135,21 @@ class RecordPart(Part):
             records.append(record)
             pending += size
             if len(records) == CHUNK_ROWS or pending >= CHUNK_BYTES:
-                yield record_rows(self.location, first, records, required, optional)
+                yield self._rows(first, records, required, optional)
                 first += len(records)
                 records, pending = [], 0
         if records:
-            yield record_rows(self.location, first, records, required, optional)
+            yield self._rows(first, records, required, optional)
+
+    def _rows(
+        self,
+        first: int,
+        records: Sequence[Mapping[str, Any]],
+        required: Sequence[str],
+        optional: Sequence[str],
+    ) -> Rows:
+        rows = record_rows(self.location, first, records, required, optional)
+        return replace(rows, untyped=self.untyped)
 
 
 @dataclass(frozen=True)

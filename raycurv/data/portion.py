@@ -109,11 +109,18 @@ class SlicedPart(Part):
     def location(self) -> str:  # type: ignore[override]
         return self.whole.location
 
+    @property
+    def names(self) -> ColumnNames:  # type: ignore[override]
+        return self.whole.names
+
     def columns(self) -> tuple[str, ...] | None:
         return self.whole.columns() if self.spans[self.number] else None
 
     def message_keys(self, name: str) -> tuple[str, ...]:
         return self.whole.message_keys(name)
+
+    def class_names(self, name: str) -> tuple[str, ...]:
+        return self.whole.class_names(name)
 
     def fingerprint(self) -> dict[str, Any]:
         return self.whole.fingerprint()

@@ -6,7 +6,7 @@ import reprlib
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
 
@@ -47,12 +47,14 @@ class Rows:
         columns: one Arrow array a column, as long as ``numbers``; null where a row does not have
             an optional column (an explicit null in the data has been refused by then).
         others: names of columns that are there and were not asked for.
+        untyped: whether all values are text, whatever they stand for.
     """
 
     location: str
     numbers: np.ndarray
     columns: dict[str, Any]
     others: frozenset[str] = frozenset()
+    untyped: bool = False
 
     def place(self, i: int) -> str:
         """Where row ``i`` of this chunk stands, for messages."""
@@ -61,7 +63,7 @@ class Rows:
     def take(self, keep: np.ndarray) -> Rows:
         """The rows at the positions ``keep``."""
         taken = {name: column.take(pa.array(keep)) for name, column in self.columns.items()}
-        return Rows(self.location, self.numbers[keep], taken, self.others)
+        return replace(self, numbers=self.numbers[keep], columns=taken)
 
 
 def present(found: Sequence[str], required: Sequence[str], optional: Sequence[str]) -> list[str]:

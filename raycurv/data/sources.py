@@ -24,6 +24,7 @@ from raycurv.data.folders import (
 )
 from raycurv.data.formats.file_formats import FORMATS, READABLE, ending
 from raycurv.data.in_memory import RowsPart, TablePart
+from raycurv.data.objects import Splits, part_of, settled
 from raycurv.data.parts import Part
 from raycurv.data.portion import Selection, select
 from raycurv.data.rows import READ_ERRORS
@@ -41,9 +42,10 @@ from raycurv.hub import Snapshot
 from raycurv.jsonfile import parse_json
 from raycurv.names import kind_of, plain_name, regular_file
 
-# Several data sets by their names, in Hugging Face datasets.
-_DICTS = {"DatasetDict", "IterableDatasetDict"}
-Source: TypeAlias = "str | Path | pa.Table | Sequence[Mapping[str, Any]] | Snapshot | Selection"
+# And what else a Python caller holds, see objects.py.
+Source: TypeAlias = (
+    "str | Path | pa.Table | Sequence[Mapping[str, Any]] | Snapshot | Selection | Any"
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ def find_parts(source: Source) -> Found:
     Args:
         source: a file, a directory (searched through all its subdirectories; names that begin with
             a dot or an underscore are left out), a glob, a URI of these that ``pyarrow.fs``
-            understands, the files of a split on the hub, a ``pyarrow.Table``, or a list of dicts.
+            understands, the files of a split on the hub, a ``pyarrow.Table``, a list of dicts, or
+            another object (objects.py).
 
     Raises:
         UserError: there is no such data; nothing readable in it; a directory holds other files
@@ -91,20 +94,15 @@ def _found(source: Any, split: Split | None, flag: str) -> tuple[list[Part], Seq
         for name in listing.files:
             _check_file(listing.root, name)
         return _parts_of(listing, listing.root)
-    if {kind.__name__ for kind in type(source).__mro__} & _DICTS:
+    source = settled(source, split.name if split else "")
+    if isinstance(source, Splits):
         return _found(of_mapping(source, split, flag), None, flag)
     check_unnamed("the data", split)
     if isinstance(source, pa.Table):
         return [TablePart(source)], ()
     if isinstance(source, (list, tuple)):
         return [RowsPart(source)], ()
-    raise UserError(
-        "data",
-        "a path, a glob, a URI, a pyarrow.Table or a list of dicts",
-        f"a {type(source).__name__}",
-        "Turn a pandas frame into a table with pyarrow.Table.from_pandas, a Hugging Face data set "
-        "with dataset.with_format('arrow')[:].",
-    )
+    return [part_of(source)], ()
 
 
 def fingerprint(source: Source) -> dict[str, Any]:
@@ -161,13 +159,14 @@ class _Listing:
             folders: names of all folders in it.
 
         Raises:
-            UserError: it holds the log of a table, or several splits.
+            UserError: it holds the log of a table, several splits, or a file in two formats.
         """
         check_folders(where, folders)
         own = [
             n for n in files if holds_examples(base := n.rpartition("/")[2]) or base == SPLITS_FILE
         ]
         chosen = choose(where, own, folders, self._saved(where, below, own), split, flag)
+        _check_once(where, [name for name in chosen if ending(name) in FORMATS])
         self.files += [f"{below}{name}" for name in chosen]
         others = set(files) - set(own)
         self.left_out += [f"{below}{name}" for name in others if ending(name) in FORMATS]
@@ -249,6 +248,19 @@ def _check_states(listing: _Listing, readable: Sequence[str], where: str) -> Non
         state = listing.state(where, folder)
         if state is not None:
             check_saved(state[0], os.path.dirname(listing.path(f"{folder}/_")), files, state[1])
+
+
+def _check_once(where: str, names: Sequence[str]) -> None:
+    """Refuse two files that differ in their format alone: the same examples again, it may be."""
+    first: dict[str, str] = {}
+    for name in sorted(names):
+        other = first.setdefault(name[: -len(ending(name))], name)
+        if other != name:
+            raise UserError(
+                where, "every file in one format", f"{other} and {name}",
+                "Take one of the two away, or name the files to read by a glob, such as "
+                f"'{where}/**/*{ending(name)}'.",
+            )  # fmt: skip
 
 
 def _find_local(source: str, split: Split | None, flag: str) -> _Listing:

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 from torch import nn
 
+from raycurv.data.objects import settled
 from raycurv.data.sources import Source
 from raycurv.driver.corpus import Corpus
 from raycurv.driver.settings import IN_MEMORY, INPUT, declarations
@@ -70,7 +71,7 @@ class Inputs:
     def source(self, name: str, settings: Any) -> Any:
         """As :meth:`or_named`, of data: what the settings take of it."""
         found = self.or_named(name, settings)
-        return found if isinstance(found, Corpus) else settings.select(name, found)
+        return found if isinstance(found, Corpus) else settled(settings.select(name, found))
 
     def open_model(
         self,

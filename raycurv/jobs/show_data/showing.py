@@ -43,7 +43,7 @@ def show_data(settings: ShowDataSettings) -> dict[str, Any]:
     tokenizer = None if directory is None else LazyTokenizer(directory, settings.trust_remote_code)
     objective = open_objective(objective_for(outline, settings.objective))
     reader = reader_for(
-        inputs.or_named("data", settings), outline, tokenizer, settings, objective,
+        inputs.source("data", settings), outline, tokenizer, settings, objective,
         settings.max_examples, settings.seed, settings.seed,
     )  # fmt: skip
     view = _View(settings.characters)
