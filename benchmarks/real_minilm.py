@@ -29,12 +29,15 @@ import pyarrow.parquet as pq
 import torch
 import transformers
 import tyro
-from library_facts import facts
 from result_file import Judged, Report, command_line, loads, processor, source_state, table
 from sklearn.metrics import roc_auc_score
-from wheels import NotReached, unpacked
 
 import raycurv
+
+sys.path.append(str(Path(__file__).parents[1] / "demo"))
+
+from library_facts import facts
+from wheels import NotReached, unpacked
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

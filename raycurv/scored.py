@@ -54,9 +54,10 @@ class Scores:
 
     def __repr__(self) -> str:
         said = self._said()
+        alone = f" ({said['candidates']})" if said["candidates"] else ""
         return (
             f"<raycurv scores {self.path}: {said['queries']} queries x {said['training examples']} "
-            f"training examples, rank {said['rank']}, damping {said['damping']}>"
+            f"training examples{alone}, rank {said['rank']}, damping {said['damping']}>"
         )
 
     def _repr_html_(self) -> str:
@@ -68,6 +69,7 @@ class Scores:
         return {
             "queries": f"{facts['queries_scored']:,}",
             "training examples": f"{facts['examples']:,}",
+            "candidates": f"{facts['candidates']['pairs']:,} pairs" if "candidates" in facts else "",
             "rank": settings["rank"],
             "damping": settings["damping"],
             "fit": facts.get("run", ""),
@@ -127,7 +129,7 @@ class Scores:
                 that the data is gone, or another one.
         """
         if normalise is not None:
-            self._check_all(("top_k",))
+            self._check_kept()
         found = self._parts("scores", self._schema())
         parts = [t.filter(pc.equal(t["query_id"], query_id)) for t in found]
         mine = pa.concat_tables([p for p in parts if len(p)]) if any(map(len, parts)) else None
@@ -244,9 +246,11 @@ class Scores:
                 All are of whole scores, over all blocks.
 
         Raises:
-            UserError: with ``--top-k`` only some scores were kept; what to divide by was not.
+            UserError: with ``--top-k`` only some scores were kept, with ``--candidates`` some pairs
+                were not scored; what to divide by was not kept.
         """
-        self._check_all(("top_k", "candidates"))
+        self._check_kept()
+        self._check_dense()
         parts = [self._dense(table) for table in self._parts("scores", self._schema())]
         queries = list(dict.fromkeys(id for part in parts for id in part[1]))
         trains = list(dict.fromkeys(id for part in parts for id in part[2]))
@@ -337,17 +341,25 @@ class Scores:
         with user_errors(where, "values that make groups", remedy, pa.ArrowException, TypeError):
             return pa.array(groups).dictionary_encode()
 
-    def _check_all(self, kept: Sequence[str]) -> None:
-        """Refuse scores of some pairs alone, which settings among ``kept`` say."""
-        said = {n: self.manifest.settings.get(n) for n in kept}
-        for name, value in said.items():
-            if value is not None:
-                flag = flag_of(name)
-                raise UserError(
-                    self.path, "all scores",
-                    f"the {value} at either end" if name == "top_k" else f"those of {flag} {value}",
-                    f"Run influence.py without {flag} into another directory.",
-                )  # fmt: skip
+    def _check_kept(self) -> None:
+        """Refuse scores of which ``--top-k`` kept some."""
+        k = self.manifest.settings["top_k"]
+        if k is not None:
+            raise UserError(
+                self.path, "all scores", f"the {k} at either end",
+                "Run influence.py without --top-k into another directory.",
+            )  # fmt: skip
+
+    def _check_dense(self) -> None:
+        """Refuse candidates, where a query was not scored on those of another."""
+        said = self.manifest.facts.get("candidates")
+        missing = said and self.manifest.facts["queries_scored"] * said["examples"] - said["pairs"]
+        if missing:
+            raise UserError(
+                self.path, "all scores", f"those of candidates: {missing:,} pairs have none",
+                "Use table() or top(), or run influence.py without --candidates into another "
+                "directory.",
+            )  # fmt: skip
 
     def _incomplete(self, queries: int, trains: int, found: int) -> DamagedFile:
         return DamagedFile(

@@ -15,7 +15,7 @@ from transformers import AutoModelForMaskedLM
 
 import raycurv
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[1] / "demo"))
 from wheels import NotReached, unpacked
 
 FILES = "rxnmapper/models/transformers/albert_heads_8_uspto_all_1310k"

@@ -59,9 +59,9 @@ class Microbatches:
             return np.empty(0, np.int64)
         return np.maximum.reduceat(np.asarray(lengths, np.int64)[self._order], self._starts[:-1])
 
-    def only(self, numbers: range) -> Microbatches:
+    def only(self, numbers: Sequence[int] | np.ndarray) -> Microbatches:
         """The plan without the other examples; microbatches that become empty are left out."""
-        kept = (self._order >= numbers.start) & (self._order < numbers.stop)
+        kept = np.isin(self._order, np.asarray(numbers))
         left = np.concatenate([[0], np.cumsum(kept)])[self._starts]
         return Microbatches(self._order[kept], np.unique(left))
 

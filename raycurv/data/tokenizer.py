@@ -116,10 +116,11 @@ class LazyTokenizer:
         ids: list[list[int]] = encoded["input_ids"]
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, special ones included; UserError as for :meth:`encode`."""
+    def decode(self, ids: Sequence[int], special: bool = True) -> str:
+        """The text of token ids, with special ones or without; UserError as for :meth:`encode`."""
+        how = {"skip_special_tokens": not special, "clean_up_tokenization_spaces": False}
         with _panics_as_errors():
-            return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+            return str(self._tokenizer.decode(list(ids), **how))
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The part of the text that each of some token ids adds: together they are the text. Of

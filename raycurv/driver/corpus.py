@@ -177,6 +177,26 @@ class Corpus:
 
         return read
 
+    def among(self, numbers: Array, store: Store, directory: str) -> Corpus:
+        """Some of the examples as a corpus of their own, numbered from 0 on in the same order.
+
+        Args:
+            numbers: of the examples, ascending.
+            store: of the new corpus.
+            directory: below that store; what lies there whole is these examples.
+        """
+
+        def chosen() -> Iterator[Example]:
+            for part, some in itertools.groupby(numbers.tolist(), lambda n: n // PART):
+                held = self._part(part)
+                yield from (held[n - part * PART] for n in some)
+
+        return stored_corpus(store, directory) or store_corpus(
+            store, directory, (one.numbered(n) for n, one in enumerate(chosen())),
+            f"--{self.name}", lambda: self.tokenizer, needs_loss=False, shift=self.shift,
+            each=1 if self.positions is None else int(self.positions.min()),
+        )  # fmt: skip
+
     def examples(self) -> Iterator[Example]:
         """All examples in order, a part of them in memory at a time."""
         for part in range(parts_of(len(self))):

@@ -29,7 +29,8 @@ _FACTS: dict[str, Any] = {
     "tokenizer": dict[str, Any], "tokenizer_directory": str, "longest": int | None,
     "gradients": dict[str, Any],
     "files": dict[str, int | dict[str, int]], "steps": list[dict[str, Any]],
-    "residual": float, "sparsity": float, "loss": float, "loss_per_target": float,
+    "candidates": dict[str, Any], "residual": float, "sparsity": float,
+    "loss": float, "loss_per_target": float,
     "perplexity": float, "accuracy": float, "predicted": float | None, "measured": float | None,
     "correlation": float | None, "pruned_loss": float | None,
 }  # fmt: skip
@@ -37,11 +38,14 @@ _FACTS: dict[str, Any] = {
 # What the jobs put into a directory. Without a run.json these names belong to somebody else.
 _OURS = (
     "blocks.json", "data", "labels", "factors", "eigen", "corrected", "rows", "gradients",
-    "tables", "scores", "self", "ihvp", "weights", "saliency", "model", "work",
+    "tables", "scores", "check", "self", "ihvp", "weights", "saliency", "model", "work",
 )  # fmt: skip
 
+# Of what lies in work/, what is made before anything is computed.
+_PREPARED = tuple(f"work/{name}/" for name in ("queries", "train", "candidates", "layout", "spool"))
+
 # Fingerprints of what need not be given: where it is not any more, something else is meant.
-_NOT_ALWAYS = ("tokenizer",)
+_NOT_ALWAYS = ("tokenizer", "candidates")
 # Of names on the hub that may mean another commit some day, by their flags: which they meant.
 COMMITS = "commits"
 
@@ -215,8 +219,7 @@ def _computed(store: Store, there: Manifest) -> bool:
     passes = [
         name
         for name in store.names("work")
-        if not name.startswith(("work/queries/", "work/train/", "work/layout/", "work/spool/"))
-        and not name.endswith("/gathers.json")
+        if not name.startswith(_PREPARED) and not name.endswith("/gathers.json")
     ]
     return bool(passes) or any(phase != "layout" for phase in there.complete)
 

@@ -39,6 +39,7 @@ class Inputs:
         data: a table or rows; or examples that are stored already.
         queries: a table or rows.
         train: a table or rows.
+        candidates: a table or rows of pairs of a query and a training example.
         objective: its name, or itself.
         fit_objective: for a job that follows a fit, that fit's objective.
         snapshots: what settings name of the hub, at its commit: where it lies on this machine.
@@ -51,6 +52,7 @@ class Inputs:
     data: Source | Corpus | None = None
     queries: Source | None = None
     train: Source | None = None
+    candidates: Source | None = None
     objective: str | Objective | None = None
     fit_objective: str | Objective | None = None
     snapshots: Mapping[str, Snapshot] = field(default_factory=dict)

@@ -7,15 +7,19 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from raycurv.data.bm25 import Matching
 from raycurv.data.portion import Selection
 from raycurv.driver.settings import (
+    INPUT,
     AdapterPaths,
     Capturing,
+    Checked,
     Count,
     DampingText,
     DataPath,
     DtypeName,
     Execution,
+    FromZero,
     Identity,
     InputPath,
     ModelPath,
@@ -27,10 +31,17 @@ from raycurv.driver.settings import (
     Seed,
     Size,
     columns_of,
+    places,
     rank_number,
     selected,
 )
 from raycurv.errors import UserError
+
+
+def _candidates(flag: str, text: str) -> None:
+    """UserError for what neither says how candidates are found nor can name a file."""
+    if Matching.parse(flag, text) is None:
+        places(flag, text)
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,15 @@ class InfluenceSettings(Execution, Reading, Capturing, Predicting):
     queries_columns: str = ""
     """What --queries calls its columns, such as `text=question,id=key`, where they have not the
     names of --train."""
+    candidates: Annotated[str, INPUT, Checked(_candidates)] = ""
+    """Which training examples each query is scored on: `bm25:K`, the K that share most of its rarer
+    words (Okapi BM25, k1 = 1.5; `bm25:K,b=0.75,over=words` by default: b from 0 to 1 divides by
+    length, `over=tokens` matches token ids), or a table of the columns `query_id` and `train_id`.
+    Only these go through the model; other pairs have no row. Default: all."""
+    candidates_check: FromZero = 0
+    """Measure on so many queries (a seeded sample) how many of the exact 10 highest scores, and how
+    much of the positive ones, the candidates hold. It costs a pass over all training examples, as
+    scoring without --candidates does."""
     objective: Identity[str | None] = None
     """What of a query is measured: the `measurement` of your own `package.module:Name`, which may
     read further columns of the queries (see raycurv.Objective). Default: the fit's objective, whose
@@ -102,6 +122,15 @@ class InfluenceSettings(Execution, Reading, Capturing, Predicting):
         super().check()
         if not self.train and not self.ihvp:
             raise UserError("--train", "training examples", "nothing", "Give --train, or --ihvp.")
+        if self.candidates and not self.train:
+            raise UserError(
+                "--candidates", "training examples (--train)", "none", "Give --train as well."
+            )
+        if self.candidates_check and not self.candidates:
+            raise UserError(
+                "--candidates-check", "candidates to look at", "none",
+                "Give --candidates, or leave it out.",
+            )  # fmt: skip
 
     def select(self, name: str, source: Any) -> Any:
         """See :meth:`Reading.select`; queries have a split of their own, and may have columns."""

@@ -22,6 +22,7 @@ from raycurv.files.tables import (
     write_table,
     write_tables,
 )
+from raycurv.jobs.influence.candidates import Pairs
 from raycurv.jobs.influence.influence_settings import InfluenceSettings
 from raycurv.mathematics.influence.scores import SCORES, SELF_SCORES, PairwiseScores
 from raycurv.mathematics.rank.rank_inverse import RankInverses
@@ -39,6 +40,8 @@ class ScoreRows(Rows):
         settings: which scores are written; with ``top_k`` only each query's k highest and k lowest
             of a file, of which :meth:`finished` makes one.
         inverses: of M-FAC, to make self-influence of what the stages gave.
+        pairs: those that are written; ``None`` for all.
+        directory: where files of scores go.
     """
 
     store: Store
@@ -49,6 +52,8 @@ class ScoreRows(Rows):
     double: bool
     notes: dict[str, str]
     inverses: RankInverses | None = None
+    pairs: Pairs | None = None
+    directory: str = "scores"
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -83,7 +88,7 @@ class ScoreRows(Rows):
             written.append(f"self/{file}")
             own = self._own_tables(members, order)
             write_tables(self.store, written[-1], self._self_schema, own, self.notes, repeated=[])
-        directory = "scores" if self.settings.top_k is None else "work/top"
+        directory = self.directory if self.settings.top_k is None else "work/top"
         written.append(f"{directory}/{file}")
         kinds = PairwiseScores.columns
         more = [n for n in kinds if n != SCORES and (n in self._piles or n in self._tokens)]
@@ -99,13 +104,15 @@ class ScoreRows(Rows):
         if self.settings.top_k is None:
             return list(names)
         tops = [name for name in names if name.startswith("work/top/")]
-        into = f"scores/{self.part}-top.parquet"
+        into = f"{self.directory}/{self.part}-top.parquet"
         best = self._best(tops, self.settings.top_k)
         write_table(self.store, into, best, self.notes)
         return [*(name for name in names if name not in tops), into]
 
     def _own_tables(self, members: Array, order: Array) -> Iterator[pa.Table]:
         own, number = self._piles[SELF_SCORES].whole(), self._self_schema.field("score").type
+        if self.pairs is not None:
+            order = order[self.pairs.own[members[order]]]
         for start in range(0, len(order), ROWS):
             taken = order[start : start + ROWS]
             ids, scores = self.train.named(members[taken]), pa.array(own[taken]).cast(number)
@@ -117,7 +124,7 @@ class ScoreRows(Rows):
         """The rows, some at a time: with their ids they take far more than the scores alone."""
         scores_NQ = self._piles[SCORES].whole()
         queries, number = pa.array(list(self.queries), pa.string()), schema.field("score").type
-        for n_rows, q_rows in self._rows(scores_NQ, order):
+        for n_rows, q_rows in self._rows(scores_NQ, members, order):
             taken = order[n_rows]
             columns: dict[str, Any] = {
                 "query_id": queries.take(pa.array(q_rows)),
@@ -142,16 +149,21 @@ class ScoreRows(Rows):
             m = int(np.searchsorted(begins, n, side="right")) - 1
             yield parts[m][n - begins[m], q, : self.train.lengths[members[n]]]
 
-    def _rows(self, scores_NQ: Array, order: Array) -> Iterator[tuple[Array, Array]]:
+    def _rows(
+        self, scores_NQ: Array, members: Array, order: Array
+    ) -> Iterator[tuple[Array, Array]]:
         """Which (example, query) pairs are written, example by example, some at a time."""
         n, q = scores_NQ.shape
         k = self.settings.top_k
-        if k is None or n <= 2 * k:
+        if self.pairs is not None:
+            n_rows, q_rows = self.pairs.of(members[order])
+        elif k is None or n <= 2 * k:
             for start in range(0, n * q, ROWS):
                 yield np.divmod(np.arange(start, min(start + ROWS, n * q)), q)
             return
-        kept = np.sort(_extremes(scores_NQ[order].T, k), axis=1)
-        n_rows, q_rows = kept.reshape(-1), np.repeat(np.arange(q), kept.shape[1])
+        else:
+            kept = np.sort(_extremes(scores_NQ[order].T, k), axis=1)
+            n_rows, q_rows = kept.reshape(-1), np.repeat(np.arange(q), kept.shape[1])
         for start in range(0, len(n_rows), ROWS):
             yield n_rows[start : start + ROWS], q_rows[start : start + ROWS]
 

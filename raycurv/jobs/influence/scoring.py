@@ -4,6 +4,9 @@
     training examples · IHVPs -> scores/          streamed, a file a commit
                                  self/            with --self
 
+With ``--candidates`` a pass goes over what its queries ask for alone (candidates.py), and with
+``--candidates-check`` one more over all examples, to check/.
+
 Queries that do not fit together take several passes over the training examples; the products of a
 finished query pass are files, so a restart does not make them again. Only where all is one process
 and they are whole (``--rank full``) they stay in memory: each is of the model's size, and takes
@@ -13,7 +16,7 @@ longer to write and read than to make.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +24,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from raycurv.data.bm25 import Matching, check_installed
 from raycurv.data.sources import Source, fingerprint
+from raycurv.data.tokenizer import LazyTokenizer, has_tokenizer
 from raycurv.driver.commits import last_commit, plan_mark, read_commit
 from raycurv.driver.corpus import Corpus, open_corpus, stored_corpus
 from raycurv.driver.settings import DTYPES, identity, parse_bytes
@@ -46,6 +51,14 @@ from raycurv.files.tables import ROWS, footer, lengths_schema, read_rows, write_
 from raycurv.files.tensorfile import is_complete
 from raycurv.jobs.drafts import recipe_of
 from raycurv.jobs.fitted import Fitted, GivenAgain, fitted_blocks, open_fitted
+from raycurv.jobs.influence.candidates import (
+    TOP,
+    Candidates,
+    Pairs,
+    candidates_print,
+    choose_candidates,
+    measure,
+)
 from raycurv.jobs.influence.gatherers import GradientsGatherer, ProductsGatherer, ScoreGatherer
 from raycurv.jobs.influence.influence_settings import InfluenceSettings
 from raycurv.jobs.influence.score_rows import ScoreRows
@@ -61,6 +74,7 @@ from raycurv.mathematics.influence.ihvp import BlockProducts, product_elements
 from raycurv.mathematics.loss.objective import Objective
 from raycurv.mathematics.loss.shipped import open_measurement, open_objective
 from raycurv.mathematics.rank.rank_inverse import RankInverses
+from raycurv.models.model import Model
 from raycurv.progress.reporter import Reporter
 from raycurv.stages.passes import Pass
 
@@ -88,15 +102,17 @@ def influence(
 def influence_and_tell(
     settings: InfluenceSettings, reporter: Reporter
 ) -> tuple[Store, dict[str, Any]]:
-    """As :func:`influence`; gives the store, and under ``unreached`` how many queries have a part
-    of their gradient in blocks that nothing of the fit reached, and the largest such part, where
-    there are any."""
+    """As :func:`influence`; gives the store, and where there are any: under ``unreached`` how many
+    queries have a part of their gradient in blocks that nothing of the fit reached, and the largest
+    such part; under ``candidates`` how many they were, and what they hold."""
     store = influence(settings, reporter=reporter)
     manifest = read_run(store)
-    shares = {} if manifest is None else _shares(manifest)
-    if not shares:
-        return store, {}
-    return store, {"unreached": {"queries": len(shares), "largest_share": max(shares.values())}}
+    found: dict[str, Any] = {}
+    if manifest is not None and (shares := _shares(manifest)):
+        found["unreached"] = {"queries": len(shares), "largest_share": max(shares.values())}
+    if manifest is not None and "candidates" in manifest.facts:
+        found["candidates"] = manifest.facts["candidates"]
+    return store, found
 
 
 def _shares(manifest: Manifest) -> dict[str, float]:
@@ -109,6 +125,7 @@ def _score(shell: Shell[InfluenceSettings]) -> None:
     queries = shell.inputs.source("queries", settings)
     # Without training examples only IHVPs are made.
     train = shell.inputs.source("train", settings) if settings.train else None
+    chosen = shell.inputs.or_named("candidates", settings) if settings.candidates else None
     fitted = open_fitted(
         settings.run,
         shell.inputs,
@@ -137,12 +154,21 @@ def _score(shell: Shell[InfluenceSettings]) -> None:
     prints: dict[str, Any] = {"fit": fit_mark(fitted.manifest), "queries": fingerprint(queries)}
     if train is not None:
         prints["train"] = fingerprint(train)
+    if chosen is not None:
+        prints["candidates"] = candidates_print(chosen)
     prints |= shell.tokenizer_print()
     places: dict[str, Any] = {"run": fitted.store.root} | shell.notes_of(fitted.network)
     places |= recorded_data(settings, shell.inputs, fitted.network)
+    # An index of many examples takes long: what makes it is missed at once.
+    if isinstance(chosen, str) and Matching.parse("--candidates", chosen) is not None:
+        check_installed()
     manifest = shell.begin(prints, places, {"dtype": dtype})
     products = blocks if settings.ihvp else ()
-    if shell.is_complete("scores", lambda: _forget_damaged(store, manifest, products)):
+    unchecked = _lacks_check(manifest, settings)
+    lost = {"lost": "candidates are still to be measured"} if unchecked else {}
+    if shell.is_complete(
+        "scores", lambda: _forget_damaged(store, manifest, products, unchecked), **lost
+    ):
         return
     corpora = _Corpora(store, fitted, settings, objective)
     sources = [lambda: corpora.open("queries", queries, prints["queries"], None, measured)]
@@ -160,7 +186,13 @@ def _score(shell: Shell[InfluenceSettings]) -> None:
     ) as workers:  # fmt: skip
         recipe = recipe_of(fitted.settings | {"dtype": dtype}, settings.logits_chunk, settings)
         recipe = replace(recipe, whole_queries=not measured.per_token)
+        candidates = None
+        if chosen is not None:
+            assert training is not None
+            candidates = _candidates(shell, chosen, asked, training, fitted.network)
         widths = None if training is None else training.widths
+        if widths is not None and candidates is not None and not settings.candidates_check:
+            widths = widths[candidates.union]
         shell.check_plan(fitted.network, blocks, recipe, widths, asked.widths)
         if settings.check_causality:
             shell.check_causality(workers, objective, asked if training is None else training)
@@ -171,20 +203,51 @@ def _score(shell: Shell[InfluenceSettings]) -> None:
                 "Leave --inverse out: the other methods have each block's own inverse.",
             )  # fmt: skip
         damping = Damping.parse(settings.damping)
-        job = _Influence(settings, workers, manifest, asked, training, curvature, damping)
+        job = _Influence(
+            settings, workers, manifest, asked, training, curvature, damping, candidates
+        )
         job.run()
     shell.end(job.said())
 
 
-def _forget_damaged(store: Store, manifest: Manifest, products: Sequence[Block]) -> bool:
-    """Take back that passes are finished whose files are gone or of another length."""
+def _candidates(
+    shell: Shell[InfluenceSettings], chosen: Any, asked: Corpus, training: Corpus, network: Model
+) -> Candidates | None:
+    """The candidates of all queries, as a phase with its progress; ``None`` for all examples."""
+    tokenizer = None
+    if network.tokenizer_dir is not None and has_tokenizer(network.tokenizer_dir):
+        tokenizer = LazyTokenizer(network.tokenizer_dir, network.trust_remote_code)
+    with shell.reporter.phase("candidates", len(asked), "queries") as phase:
+        found = choose_candidates(chosen, asked, training, tokenizer)
+        phase.advance(len(asked))
+    if found is None:
+        shell.reporter.say(
+            f"--candidates: all {len(training):,} training examples are candidates of every query; "
+            "scores are those without it"
+        )
+    return found
+
+
+def _lacks_check(manifest: Manifest, settings: InfluenceSettings) -> bool:
+    """Whether finished scores of candidates lack the measurement that is asked for."""
+    there: dict[str, Any] | None = manifest.facts.get("candidates")
+    wanted = min(settings.candidates_check, manifest.facts.get("queries_scored", 0))
+    return bool(wanted and there and there.get("check", {}).get("queries") != wanted)
+
+
+def _forget_damaged(
+    store: Store, manifest: Manifest, products: Sequence[Block], unchecked: bool
+) -> bool:
+    """Take back that passes are finished whose files are gone or of another length, and that all is
+    where something is ``unchecked``."""
     files: dict[str, dict[str, int]] = manifest.facts["files"]
     damaged = [
         name
         for name, sizes in files.items()
         if any(store.size(file) != size for file, size in sizes.items())
     ]
-    if not damaged and all(is_complete(store, ihvp_file(block.name)) for block in products):
+    whole = all(is_complete(store, ihvp_file(block.name)) for block in products)
+    if whole and not damaged and not unchecked:
         return False
     manifest.facts["files"] = {n: sizes for n, sizes in files.items() if n not in damaged}
     manifest.complete.remove("scores")
@@ -252,20 +315,22 @@ class _Asked:
 
     Attributes:
         numbers: which of all queries.
+        span: names the pass by its queries: a name never means others after a restart.
         ids: their names, in order.
         place: where their IHVPs lie.
         label: which pass it is, for the progress, where there are several.
     """
 
-    numbers: range
+    numbers: Sequence[int]
+    span: str
     ids: tuple[str, ...]
     place: Store
     label: str
 
     @property
-    def span(self) -> str:
-        """Names the pass by its queries: a name never means others after a restart."""
-        return f"{self.numbers.start:06d}-{self.numbers.stop:06d}"
+    def checks(self) -> bool:
+        """Whether they are a sample that is scored on all examples, to measure candidates."""
+        return not isinstance(self.numbers, range)
 
 
 @dataclass
@@ -279,6 +344,7 @@ class _Influence:
     train: Corpus | None
     curvature: CurvatureFiles
     damping: Damping
+    candidates: Candidates | None = None
     held: dict[str, BlockProducts] = field(default_factory=dict)
     """Products that stay in memory, of the queries and stages under way; by block."""
     own: dict[str, Array] = field(default_factory=dict)
@@ -294,6 +360,8 @@ class _Influence:
         said = f"made the IHVPs of {len(self.queries):,} queries"
         if self.train is not None:
             said = f"scored {len(self.queries):,} queries against {len(self.train):,} examples"
+        if self.candidates is not None:
+            said = self._said_of_candidates(self.candidates)
         shares = _shares(self.manifest)
         if shares:
             said += (
@@ -312,6 +380,12 @@ class _Influence:
             f"pass{'es' if len(passes) > 1 else ''} over {examples:,} training examples, "
             f"rank {self.settings.rank}, damping {self.damping}"
         )
+        if self.candidates is not None:
+            facts = self.manifest.facts.setdefault("candidates", {})
+            facts |= {"pairs": len(self.candidates), "examples": len(self.candidates.union)}
+        # Another sample that was measured before.
+        for name in self._finished.keys() - {asked.span for asked in passes}:
+            del self._finished[name]
         self._sweep_leftovers(passes)
         for asked in passes:
             if asked.span in self._finished:
@@ -320,10 +394,12 @@ class _Influence:
             self._note_unreached(asked)
             self._finished[asked.span] = self._sizes([*files, *self._lengths(asked)])
             self.manifest.write(self.store)
+            self.store.delete_directory(f"work/candidates/{asked.span}")
             if not self.settings.ihvp:
                 self.store.delete_directory(f"work/pass-{asked.span}")
+        self._measure([asked for asked in passes if asked.checks])
         if self.settings.ihvp:
-            self._collect_products(passes)
+            self._collect_products([asked for asked in passes if not asked.checks])
         self.store.delete_directory("work")
         self.manifest.complete.append("scores")
         self.manifest.write(self.store)
@@ -362,7 +438,8 @@ class _Influence:
     def _lengths(self, asked: _Asked) -> list[str]:
         """Write what views of scores divide by: tokens of queries and of training examples, and
         the self-influence of queries; gives the files."""
-        if self.train is None:
+        if self.train is None or not isinstance(asked.numbers, range):
+            self.own.clear()
             return []
         # In the order of the blocks, or the sum would depend on how stages are cut. A version that
         # did not keep them may have made the products of some.
@@ -418,18 +495,66 @@ class _Influence:
         memory = parse_bytes("--query-memory", self.settings.query_memory)
         size = max(1, memory // (largest * item))
         # What is finished stays; the rest is dealt out anew, for stages or memory may have changed.
-        finished = [tuple(map(int, name.split("-"))) for name in sorted(self._finished)]
+        numbered = [name for name in sorted(self._finished) if not name.startswith(_CHECK)]
+        finished = [tuple(map(int, name.split("-"))) for name in numbered]
         spans, at = [], 0
         for start, stop in [*finished, (len(self.queries), len(self.queries))]:
             spans += [range(i, min(i + size, start)) for i in range(at, start, size)]
             spans += [range(start, stop)] if start < stop else []
             at = stop
-        return [self._asked(numbers, n + 1, len(spans)) for n, numbers in enumerate(spans)]
+        passes = [
+            self._asked(
+                numbers, f"{numbers.start:06d}-{numbers.stop:06d}",
+                "" if len(spans) == 1 else f", pass {n} of {len(spans)}",
+            )
+            for n, numbers in enumerate(spans, start=1)
+        ]  # fmt: skip
+        checked = min(self.settings.candidates_check, len(self.queries))
+        if self.candidates is not None and checked:
+            draw = np.random.default_rng(self.settings.seed)
+            sample = np.sort(draw.choice(len(self.queries), checked, replace=False)).tolist()
+            for i in range(0, checked, size):
+                some = sample[i : i + size]
+                span = f"{_CHECK}-{checked:06d}-{i:06d}-{i + len(some):06d}"
+                passes.append(self._asked(some, span, ", to measure candidates"))
+        return passes
 
-    def _asked(self, numbers: range, which: int, of: int) -> _Asked:
-        label = "" if of == 1 else f", pass {which} of {of}"
-        asked = _Asked(numbers, tuple(self.queries.named(numbers).to_pylist()), self.store, label)
-        return replace(asked, place=self.store.inside(f"work/pass-{asked.span}"))
+    def _asked(self, numbers: Sequence[int], span: str, label: str) -> _Asked:
+        ids = tuple(self.queries.named(numbers).to_pylist())
+        return _Asked(numbers, span, ids, self.store.inside(f"work/pass-{span}"), label)
+
+    def _scored_by(self, asked: _Asked) -> tuple[Corpus, Pairs | None]:
+        """The training examples that go through the model for some queries, and the pairs that are
+        written; all where these are ``None``."""
+        assert self.train is not None
+        if self.candidates is None or not isinstance(asked.numbers, range):
+            return self.train, None
+        union, pairs = self.candidates.of_pass(asked.numbers)
+        return self.train.among(union, self.store, f"work/candidates/{asked.span}"), pairs
+
+    def _measure(self, passes: Sequence[_Asked]) -> None:
+        """Record what candidates hold of the exact scores that some passes have made."""
+        if not passes:
+            return
+        assert self.train is not None and self.candidates is not None
+        files = [name for asked in passes for name in self._finished[asked.span]]
+        sample = [number for asked in passes for number in asked.numbers]
+        held = measure(self.store, files, self.candidates, sample, self.queries, self.train)
+        self.manifest.facts["candidates"]["check"] = asdict(held)
+
+    def _said_of_candidates(self, candidates: Candidates) -> str:
+        facts = self.manifest.facts["candidates"]
+        said = (
+            f"scored {len(self.queries):,} queries against {len(candidates):,} candidates, which "
+            f"are {facts['examples']:,} of {self.manifest.facts['examples']:,} examples"
+        )
+        check = facts.get("check")
+        if check is None:
+            return f"{said}; what of the influence they hold was not measured (--candidates-check)"
+        held = f"{check['recall']:.0%} of the {TOP} highest scores"
+        if check["positive"] is not None:
+            held += f" and {check['positive']:.0%} of the positive influence"
+        return f"{said}; on {check['queries']:,} of the queries they hold {held}"
 
     @cached_property
     def _inverses(self) -> RankInverses:
@@ -444,7 +569,9 @@ class _Influence:
         ranked = self.curvature.method.ranked
         if ranked and self._without_products(asked.place, self.workers.blocks):
             self._rank_products(asked)
-        train = None if settings.ihvp else self.train
+        train = None
+        if self.train is not None and not settings.ihvp:
+            train, _ = self._scored_by(asked)
         # What files say beside the products is read at the end.
         holds = train is not None and self.workers.in_process and rank is None
         holds = holds and not (ranked or self._unreached)
@@ -491,8 +618,7 @@ class _Influence:
         place, feed = gatherer.out, self.workers.feed(self.queries)
         feeds = {"queries": replace(feed, plan=feed.plan.only(asked.numbers))}
         if score:
-            assert self.train is not None
-            feeds["train"] = self.workers.feed(self.train)
+            feeds["train"] = self.workers.feed(self._scored_by(asked)[0])
         # What waits in the spool is of use whether or not all products have been made by now.
         sweep = Sweep(self.workers, self.manifest, feeds)
         if not self._without_products(place, self.workers.blocks):
@@ -541,8 +667,12 @@ class _Influence:
 
     def _score(self, sweep: Sweep, group: int, asked: _Asked) -> list[str]:
         """Partial scores of a group of stages, added to what those behind it found."""
-        assert self.train is not None
         settings = self.settings
+        if asked.checks:
+            settings = replace(
+                settings, per_block=False, per_token=False, self_influence=False, top_k=None
+            )
+        train, pairs = self._scored_by(asked)
         ranked = self.curvature.method.ranked and settings.self_influence
         inverses = self._inverses if ranked else None
         gatherer = ScoreGatherer(
@@ -552,7 +682,7 @@ class _Influence:
             len(asked.ids),
             settings.per_block,
             settings.per_token,
-            settings.self_influence and asked.numbers.start == 0,
+            settings.self_influence and (pairs is not None or asked.numbers[0] == 0),
             inverses,
             self.held,
         )
@@ -561,11 +691,13 @@ class _Influence:
             self.store,
             f"part-{asked.span}",
             asked.ids,
-            self.train,
+            train,
             settings,
             self.workers.dtype == torch.float64,
             self._notes(),
             inverses,
+            pairs,
+            _CHECK if asked.checks else "scores",
         )
         sink = rows if group == 0 else Sink()
         task = Task("train", sweep.streams["train"], work, work, carries=True, sink=sink)
@@ -577,12 +709,13 @@ class _Influence:
         if self.train is None:
             return
         known = {name for files in self._finished.values() for name in files}
-        mark = plan_mark(self.train.plan(self.settings.batch_tokens))
         for asked in passes:
             place = commit_directory(_scoring(asked), 0, len(self.workers.groups))
-            commit = last_commit(self.store, place, mark)
-            known |= set() if commit is None else set(commit.rows)
-        for directory in ("scores", "self", "work/top"):
+            if asked.span not in self._finished and read_commit(self.store, place) is not None:
+                plan = self._scored_by(asked)[0].plan(self.settings.batch_tokens)
+                commit = last_commit(self.store, place, plan_mark(plan))
+                known |= set() if commit is None else set(commit.rows)
+        for directory in ("scores", _CHECK, "self", "work/top"):
             for name in self.store.names(directory, ".parquet"):
                 if name not in known:
                     self.store.delete(name)
@@ -604,6 +737,10 @@ class _Influence:
         said = identity(self.settings) | {"fit": self.curvature.store.root}
         blocks = self.workers.blocks_of(range(len(self.workers.cuts)))
         return footer(said, blocks=[b.name for b in blocks])
+
+
+# Where the exact scores of queries lie that candidates are measured on, and how their passes begin.
+_CHECK = "check"
 
 
 def _scoring(asked: _Asked) -> str:
