@@ -168,7 +168,7 @@ FREE = {
     },
     "influence": {
         "out", "adapter", "tokenizer", "query_memory", "fit_objective", "check_capture",
-        "check_causality", "queries_split", "queries_columns", *TAKEN,
+        "check_causality", "candidates_check", "queries_split", "queries_columns", *TAKEN,
     },
     "prune": {"out", "adapter", "objective"},
     "evaluate": {"out", "adapter", "tokenizer", "check_causality", *TAKEN},
@@ -184,7 +184,7 @@ def test_a_result_depends_on_every_setting_but_how_it_is_run(name: str) -> None:
     assert not how & identity(settings()).keys()
     # Where inputs lie is recorded, and not compared.
     lie = identity(settings()).keys() - identity(settings(), inputs=False).keys()
-    assert lie == every & {"model", "data", "run", "queries", "train"}
+    assert lie == every & {"model", "data", "run", "queries", "train", "candidates"}
 
 
 MISUSED: dict[str, tuple[str, Any, str]] = {
