@@ -16,7 +16,11 @@ WIDTH = 100  # columns of a terminal
 
 @dataclass(frozen=True)
 class Passage:
-    """What passages.py wrote of one passage."""
+    """What passages.py or smollm.py wrote of one passage.
+
+    Attributes:
+        file: that it is of; of a fact, its module.
+    """
 
     id: str
     file: str
@@ -59,19 +63,22 @@ class Enrichment:
             ),
         )
 
-    def line(self) -> str:
-        """In words."""
+    def line(self, source: str = "file") -> str:
+        """In words, ``source`` being what passages are of."""
         times = f"{self.own / self.by_chance:.1f}" if self.by_chance else "undefined"
         return (
-            f"own-file passages fill {self.own} of {self.places} top-five places: "
+            f"own-{source} passages fill {self.own} of {self.places} top-five places: "
             f"{times} times chance"
         )
 
 
-def read_passages(path: Path) -> dict[str, Passage]:
-    """Passages by id, in the file's order."""
-    rows = pq.read_table(path, columns=["id", "file", "text"]).to_pylist()
-    return {row["id"]: Passage(**row) for row in rows}
+def read_passages(path: Path, source: str = "file") -> dict[str, Passage]:
+    """Passages by id, in the file's order; ``source`` is the column that says what they are of."""
+    found = {}
+    for row in pq.read_table(path).to_pylist():
+        text = row["text"] if "text" in row else f"{row['prompt']} ▸{row['completion']}"
+        found[row["id"]] = Passage(row["id"], row[source], text)
+    return found
 
 
 def read_tops(
@@ -140,8 +147,9 @@ def main() -> None:
     )
     parser.add_argument("--train", type=Path, required=True, help="training passages (Parquet)")
     parser.add_argument("--queries", type=Path, required=True, help="queries (Parquet)")
+    parser.add_argument("--source", default="file", help="column of what passages are of")
     args = parser.parse_args()
-    train, queries = read_passages(args.train), read_passages(args.queries)
+    train, queries = (read_passages(path, args.source) for path in (args.train, args.queries))
     directory = args.scores / "scores"
     if not list(directory.glob("*.parquet")):
         raise SystemExit(
@@ -152,8 +160,8 @@ def main() -> None:
     id_width = max(len(passage.id) for top in tops for passage, _ in top.ranked)
     for top in tops:
         print("\n".join(show(top, id_width)), end="\n\n")
-    print("* a passage of the query's own file")
-    print(Enrichment.of(tops, train).line())
+    print(f"* a passage of the query's own {args.source}")
+    print(Enrichment.of(tops, train).line(args.source))
     print(directory)
 
 

@@ -375,14 +375,16 @@ class _Influence:
         self.manifest.facts |= {
             "queries_scored": len(self.queries), "examples": examples, "passes": len(passes),
         }  # fmt: skip
-        self.workers.reporter.say(
-            f"{len(self.queries):,} queries in {len(passes)} "
-            f"pass{'es' if len(passes) > 1 else ''} over {examples:,} training examples, "
-            f"rank {self.settings.rank}, damping {self.damping}"
-        )
+        over = f"{examples:,}"
         if self.candidates is not None:
-            facts = self.manifest.facts.setdefault("candidates", {})
-            facts |= {"pairs": len(self.candidates), "examples": len(self.candidates.union)}
+            union = len(self.candidates.union)
+            self.manifest.facts["candidates"] = {"pairs": len(self.candidates), "examples": union}
+            over = f"{union:,} of {over}"
+        scored = sum(not asked.checks for asked in passes)
+        self.workers.reporter.say(
+            f"{len(self.queries):,} queries in {scored} pass{'es' if scored > 1 else ''} over "
+            f"{over} training examples, rank {self.settings.rank}, damping {self.damping}"
+        )
         # Another sample that was measured before.
         for name in self._finished.keys() - {asked.span for asked in passes}:
             del self._finished[name]
