@@ -66,10 +66,11 @@ class Scores:
     def _said(self) -> dict[str, str]:
         facts, settings = self.manifest.facts, self.manifest.settings
         also = ("top_k", "per_block", "per_token", "self_influence", "ihvp")
+        chosen = facts.get("candidates")
         return {
             "queries": f"{facts['queries_scored']:,}",
             "training examples": f"{facts['examples']:,}",
-            "candidates": f"{facts['candidates']['pairs']:,} pairs" if "candidates" in facts else "",
+            "candidates": f"{chosen['pairs']:,} pairs" if chosen else "",
             "rank": settings["rank"],
             "damping": settings["damping"],
             "fit": facts.get("run", ""),
