@@ -52,6 +52,7 @@ smollm: $(VENV)/installed
 		--batch-tokens 1024
 	$(BIN)/python demo/report.py --scores $(OUT)/smollm/influence --source module \
 		--train $(OUT)/smollm/train.parquet --queries $(OUT)/smollm/queries.parquet
+	$(BIN)/python jobs/report.py $(OUT)/smollm/influence --out $(OUT)/smollm/report.html
 
 # Ray's workers are as urgent as the tests that wait for them.
 test: $(VENV)/installed

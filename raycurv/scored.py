@@ -52,6 +52,9 @@ class Scores:
         """The directory."""
         return self._store.root
 
+    def __fspath__(self) -> str:
+        return self._store.uri
+
     def __repr__(self) -> str:
         said = self._said()
         alone = f" ({said['candidates']})" if said["candidates"] else ""

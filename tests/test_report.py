@@ -7,8 +7,10 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +20,7 @@ from commands import classified, classifier, rewritten, run_here, save_llama, wr
 import raycurv
 from raycurv.data.tokenizer import LazyTokenizer
 from raycurv.errors import DamagedFile, UserError
+from raycurv.jobs.scored_data import ScoredData
 from raycurv.reporting import wording
 from raycurv.reporting.charts import Curve, Pictures
 from raycurv.reporting.page import Cell, Page, Passage, Query, Renderer, Section, Table
@@ -63,6 +66,18 @@ class Made:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return Made(tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages whose pictures are empty: drawing them takes most of a page's time."""
+
+    @contextmanager
+    def empty(self: Pictures, width: float, height: float, label: str, made: list[str]) -> Any:
+        yield mock.MagicMock()
+        made.append("<svg></svg>")
+
+    monkeypatch.setattr(Pictures, "_drawn", empty)
 
 
 # In a browser
@@ -324,12 +339,12 @@ def test_blocks_are_put_into_layers_and_roles() -> None:
     assert roles(["head", *names])["head"] == "head" and layer_of("head") is None
     both = ["encoder.0.fc", "decoder.0.fc"]
     assert list(roles(both).values()) == ["encoder.*.fc", "decoder.*.fc"]
-    assert roles(["0", "2"]) == {"0": "*", "2": "*"}
+    assert roles(["0", "2"]) == {"0": "weight", "2": "weight"}
 
 
 SAID = {
-    0.0: "0", 1.0: "1.00", 12.0: "12.0", 123.4: "123", 1234.5: "1,230", 9999.0: "10⁴",
-    286_123.0: "2.86\u00d710⁵", 0.00123456: "0.00123", 1e-9: "10⁻⁹",
+    0.0: "0", 1.0: "1.00", 12.0: "12.0", 123.4: "123", 1234.5: "1,230", 9999.0: "1.00\u00d710⁴",
+    286_123.0: "2.86\u00d710⁵", 0.00123456: "0.00123", 1e-9: "1.00\u00d710⁻⁹",
 }  # fmt: skip
 
 
@@ -338,6 +353,7 @@ def test_numbers_have_three_digits_and_their_sign() -> None:
         assert wording.number(value) == text
         assert wording.number(value, signed=True) == ("+" + text if value else text)
         assert wording.number(-value) == ("\u2212" + text if value else text)
+    assert [wording.short(x) for x in (1e-6, 0.001, 5.0, 1e5)] == ["10⁻⁶", "0.001", "5", "10⁵"]
     assert wording.number(None) == "\u2013"
     assert [wording.duration(s) for s in (0, 0.001, 3.14159, 61, 3725)] == [
         "0 s", "< 0.01 s", "3.14 s", "1 min 01 s", "1 h 02 min"
@@ -397,6 +413,7 @@ def test_the_same_results_make_the_same_page(made: Made) -> None:
     assert Path(again).read_bytes() == made.page.read_bytes()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_page_says_what_was_not_written_and_which_flag_writes_it(made: Made) -> None:
     bare = Path(raycurv.report(made.score("bare"), made.folder / "bare.html")).read_text()
     assert "--per-block" in bare and "--per-token" in bare and 'data-looks="' not in bare
@@ -404,10 +421,57 @@ def test_a_page_says_what_was_not_written_and_which_flag_writes_it(made: Made) -
     assert "--per-block" not in full and 'data-looks="' in full and "Self-influence" in full
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_scores_that_were_cut_to_the_top_say_so(made: Made) -> None:
     top = Path(raycurv.report(made.score("top", top_k=2), made.folder / "top.html")).read_text()
     assert "4 kept: " in top and "the 2 highest and lowest are kept" in top
     assert "concentration" not in top and "concentration" in made.page.read_text()
+    # What lies between the ends that were kept is not taken for the next of either.
+    for one in re.findall(r'<ol class="ranked">.*?</ol>', top, re.DOTALL):
+        assert 1 <= one.count("<li>") <= 2
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_scores_of_candidates_say_so(made: Made) -> None:
+    pairs = pa.table({"query_id": ["cats", "sea"], "train_id": ["row 0", "row 4"]})
+    asked = [QUERIES[0], QUERIES[2]]
+    scores = made.fitted.influence(
+        asked, made.train, made.folder / "some", candidates=pairs, **HERE
+    )
+    page = Path(raycurv.report(scores, made.folder / "some.html")).read_text()
+    assert "on candidates alone, 2 pairs" in page and "--candidates-check" in page
+    assert "alone" not in made.page.read_text()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_tokens_that_are_not_those_that_were_scored_have_no_colours(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = ScoredData.tokens
+    monkeypatch.setattr(ScoredData, "tokens", lambda self, ids: [t[1:] for t in tokens(self, ids)])
+    page = Path(raycurv.report(made.scores, made.folder / "other.html")).read_text()
+    assert "Tokens are not coloured" in page and 'data-looks="' not in page
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"coverage": {"covered": "<b>", "trainable": 1}},
+        {"coverage": {"frozen": 3}},
+        {"reading": {"data": {"truncated_examples": "many"}}},
+        {"reading": {"data": {"masking": {}}}},
+        {"model_notes": [1]},
+    ],
+)
+def test_facts_that_no_job_writes_are_damage(
+    facts: dict[str, Any], made: Made, tmp_path: Path
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(made.fitted.path, copy)
+    with rewritten(copy) as said:
+        said["facts"] |= facts
+    assert "run.json" in refused([copy, "--out", tmp_path / "page.html"])
 
 
 def test_a_fit_has_a_page_of_its_own(made: Made) -> None:
@@ -442,6 +506,7 @@ def refused(flags: list[Any]) -> str:
     return str(said["message"])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_is_not_finished_is_refused(made: Made, tmp_path: Path) -> None:
     out = ["--out", tmp_path / "page.html"]
     for place, phase in ((made.fitted.path, "tables"), (made.scores.path, "scores")):
@@ -456,6 +521,7 @@ def test_what_is_not_finished_is_refused(made: Made, tmp_path: Path) -> None:
     assert not (tmp_path / "page.html").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_other_results_are_refused(made: Made, tmp_path: Path) -> None:
     products = made.fitted.ihvp(made.queries, tmp_path / "ihvp", **HERE)
     assert "IHVPs alone" in refused([products.path, "--out", tmp_path / "page.html"])
@@ -494,6 +560,7 @@ def test_a_library_that_is_not_there_is_named_with_what_installs_it(
     assert "pip install 'raycurv[report]'" in message and library.partition(".")[0] in message
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_data_that_has_moved_is_told_and_may_be_given_again(made: Made, tmp_path: Path) -> None:
     there = tmp_path / made.train.name
     made.train.rename(there)
@@ -512,6 +579,7 @@ def test_data_that_has_moved_is_told_and_may_be_given_again(made: Made, tmp_path
         there.rename(made.train)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_fit_that_is_not_the_one_of_the_scores_is_not_shown(made: Made, tmp_path: Path) -> None:
     other = raycurv.fit(
         made.folder / "model", made.train, tmp_path / "other", fisher="empirical", **HERE

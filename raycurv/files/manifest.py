@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from raycurv import __version__
+from raycurv.data.findings import misfit_findings
 from raycurv.errors import DamagedFile, DiskError, NoSpace, UserError, shortened
 from raycurv.files.store import Store
 from raycurv.jsonfile import made_of, misfit
@@ -27,13 +28,16 @@ _FACTS: dict[str, Any] = {
     "examples": int, "tokens": int, "examples_without_loss": int, "queries_scored": int,
     "passes": int, "weights": int, "subtracted_with_other_labels": int,
     "tokenizer": dict[str, Any], "tokenizer_directory": str, "longest": int | None,
-    "gradients": dict[str, Any],
+    "gradients": dict[str, Any], "reading": dict[str, dict[str, Any]], "model_notes": list[str],
+    "coverage": dict[str, Any], "unreached_shares": dict[str, float],
     "files": dict[str, int | dict[str, int]], "steps": list[dict[str, Any]],
-    "candidates": dict[str, Any], "residual": float, "sparsity": float,
+    "candidates": dict[str, int | dict[str, float | None]], "residual": float, "sparsity": float,
     "loss": float, "loss_per_target": float,
     "perplexity": float, "accuracy": float, "predicted": float | None, "measured": float | None,
     "correlation": float | None, "pruned_loss": float | None,
 }  # fmt: skip
+
+_COVERAGE: dict[str, Any] = {"trainable": int, "covered": int}
 
 # What the jobs put into a directory. Without a run.json these names belong to somebody else.
 _OURS = (
@@ -124,6 +128,14 @@ def _check(found: Manifest) -> None:
             wrong = str(value)
         if wrong:
             raise ValueError(f"{shortened(name)!r} is {wrong}")
+    for name, counts in found.facts.get("coverage", {}).items():
+        wrong = misfit(counts, _COVERAGE.get(name, dict[str, int]))
+        if wrong:
+            raise ValueError(f"{shortened(name)!r} of the coverage is {wrong}")
+    for name, recorded in found.facts.get("reading", {}).items():
+        wrong = misfit_findings(recorded)
+        if wrong:
+            raise ValueError(f"what was read as {shortened(name)!r} has {wrong}")
 
 
 @cache

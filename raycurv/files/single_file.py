@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from raycurv.errors import UserError
+from raycurv.errors import UserError, user_errors
 
 
 def check_single_file(flag: str, path: str, *endings: str) -> None:
@@ -19,11 +19,12 @@ def check_single_file(flag: str, path: str, *endings: str) -> None:
 
 
 def write_single_file(path: str, content: bytes) -> str:
-    """Write the file, whole or not at all; gives its absolute path."""
+    """Write the file, whole or not at all; gives its absolute path. UserError if it cannot be."""
     whole = Path(path).absolute()
     part = whole.with_name(f"{whole.name}.part")
-    part.unlink(missing_ok=True)
-    with open(part, "xb") as file:
-        file.write(content)
-    os.replace(part, whole)
+    with user_errors(str(whole), "a file that can be written", "", OSError):
+        part.unlink(missing_ok=True)
+        with open(part, "xb") as file:
+            file.write(content)
+        os.replace(part, whole)
     return str(whole)

@@ -13,7 +13,11 @@ from raycurv.jsonfile import misfit
 
 # Facts and fingerprints that a job has written down by the time that its last phase is complete.
 _WRITTEN: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
-    "fit": ("tables", {"model": str, "data": str, "examples": int}, ("model", "data")),
+    "fit": (
+        "tables",
+        {"model": str, "data": str, "examples": int, "tokens": int},
+        ("model", "data"),
+    ),
     "influence": ("scores", {"files": dict[str, dict[str, int]]}, ("fit", "queries")),
     "prune": ("tables", {"files": dict[str, int], "sparsity": float}, ("fit",)),
     "evaluate": ("tables", {"examples": int, "tokens": int, "targets": int}, ("model", "data")),
@@ -60,6 +64,7 @@ def read_run(store: Store) -> Manifest | None:
         wrong = [
             n for n, kind in facts.items() if n not in found.facts or misfit(found.facts[n], kind)
         ]
+        prints = (*prints, *(name for name in ("train",) if name in found.fingerprints))
         wrong += [name for name in prints if not isinstance(found.fingerprints.get(name), dict)]
         if wrong:
             raise DamagedFile(

@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from raycurv.errors import UserError
-from raycurv.reporting.wording import number
+from raycurv.reporting.wording import short
 
 Array = np.ndarray[Any, Any]
 
@@ -84,7 +84,7 @@ class Pictures:
                 if axis.get_scale() == "log":
                     low, high = sorted(axis.get_view_interval())
                     axis.get_major_locator().set_params(subs=(1, 2, 5) if high < 50 * low else (1,))
-                    axis.set_major_formatter(lambda value, _: _tick(value))
+                    axis.set_major_formatter(lambda value, _: short(value))
                     axis.set_minor_locator(NullLocator())
             out = StringIO()
             nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
@@ -113,12 +113,13 @@ class Pictures:
         """How many values lie where; with ``logarithms`` those above zero, by theirs."""
         made: list[str] = []
         with self._drawn(4.2, 2.2, label, made) as axes:
+            bars = int(np.clip(2 * np.sqrt(len(values)), 5, 40))
             if logarithms:
                 values = values[values > 0]
-                edges = np.geomspace(values.min(), values.max() * (1 + 1e-9), 41)
+                edges = np.geomspace(values.min(), values.max() * (1 + 1e-9), bars + 1)
                 axes.set_xscale("log")
             else:
-                edges = np.linspace(values.min(), values.max() + 1e-12, 41)
+                edges = np.linspace(values.min(), values.max() + 1e-12, bars + 1)
             heights, _ = np.histogram(values, edges)
             axes.bar(edges[:-1], heights, np.diff(edges), align="edge", color=SERIES[0])
             axes.set(xlabel=unit, ylabel="examples")
@@ -160,13 +161,10 @@ class Pictures:
                 axes.broken_barh([(a, b - a) for a, b in times], (row - 0.32, 0.64),
                     facecolor=SERIES[0], edgecolor=SERIES[0], linewidth=0.8)  # fmt: skip
             axes.set_yticks(range(len(phases)), list(phases))
-            axes.set(ylim=(len(phases) - 0.4, -0.6), xlabel="seconds from the start")
+            axes.set(xlim=(0, None), ylim=(len(phases) - 0.4, -0.6))
+            axes.set_xlabel("seconds from the start")
             axes.tick_params(axis="y", length=0)
         return made[0]
-
-
-def _tick(value: float) -> str:
-    return f"{value:g}" if 0.9e-3 < value < 1e4 else number(value)
 
 
 def _series(group: int) -> str:

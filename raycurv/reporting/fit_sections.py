@@ -22,7 +22,7 @@ from raycurv.reporting.wording import duration, number, outcome, percent
 from raycurv.run import Run
 
 Rows = Sequence[Mapping[str, Any]]
-_NORM, _LOSS = "Gradient norm", "Loss a token"
+_NORM, _LOSS, _TOKENS = "Gradient norm", "Loss a token", "Tokens"
 # Rows of tables that a page shows.
 _EXTREMES, _BLOCKS, _ACTORS = 12, 1000, 24
 
@@ -105,7 +105,7 @@ class ExampleNumbers:
         columns = {
             _NORM: np.sqrt(_filled(table["gradient_sq_norm"])),
             _LOSS: _filled(table["loss"]) / np.maximum(tokens, 1),
-            "Tokens": tokens.astype(np.float64),
+            _TOKENS: tokens.astype(np.float64),
         }
         if own:
             columns["Self-influence"] = np.array([own.get(id, np.nan) for id in ids], np.float64)
@@ -117,7 +117,7 @@ class ExampleNumbers:
         found: dict[int, None] = {}
         for head, values in self.columns.items():
             known = np.flatnonzero(np.isfinite(values))
-            if head != "Tokens":
+            if head != _TOKENS:
                 order = np.argsort(-values[known], kind="stable")[:_EXTREMES]
                 found |= dict.fromkeys(known[order].tolist())
         return list(found)
@@ -148,15 +148,21 @@ def examples_section(
     rows = [
         [
             Cell(ids[n]),
-            *(Cell.of(float(of[n]) if np.isfinite(of[n]) else None) for of in columns.values()),
+            *(
+                Cell.of(
+                    float(of[n]) if np.isfinite(of[n]) else None,
+                    _counted if head == _TOKENS else number,
+                )
+                for head, of in columns.items()
+            ),
             *[Cell(lines.get(ids[n], ""))] * bool(lines),
         ]
         for n in examples.extremes
     ]
-    what = " or ".join(head.lower() for head in columns if head != "Tokens")
+    what = ", ".join(head.lower() for head in columns if head != _TOKENS)
     said = (
-        f"The {_EXTREMES} of the largest {what}, of {len(ids):,}: where broken or mislabelled "
-        "examples are found first."
+        f"Of {len(ids):,} examples the {_EXTREMES} with the largest {what}, each: where broken or "
+        "mislabelled ones are found first."
     )
     heads = ["Example", *columns, *["Text"] * bool(lines)]
     tables = [Table("The extreme ones", heads, rows, said, sortable=True)]
@@ -211,33 +217,38 @@ def blocks_section(blocks: Rows, corrected: Corrected, shares: Mapping[str, floa
 
 
 def _counted(value: float | None) -> str:
-    return number(None) if value is None else f"{value:,}"
+    return number(None) if value is None else f"{value:,.0f}"
+
+
+def covered(fit: Manifest) -> str:
+    """Which share of the parameters has curvature, in words; nothing where it is not on record."""
+    facts = fit.facts.get("coverage", {})
+    if not facts.keys() >= {"covered", "trainable"}:
+        return ""
+    share = percent(facts["covered"] / max(1, facts["trainable"]))
+    return f"{share} of {facts['trainable']:,} trainable parameters have curvature"
 
 
 def coverage_section(fit: Manifest) -> list[Section]:
     """Which parameters have curvature, and which do not and why; nothing where it is not on
     record."""
-    facts = fit.facts.get("coverage")
-    if not facts:
+    facts, said = fit.facts.get("coverage", {}), covered(fit)
+    if not said:
         return []
     trainable = max(1, facts["trainable"])
     rows = [
         [Cell(name), Cell.of(count, _counted), Cell.of(count / trainable, _share), Cell(why)]
         for key, why in (
-            ("left_out", "not chosen by --blocks"),
+            ("left_out", "not among --blocks"),
             ("left_out_vectors", "a norm, bias or other vector"),
             ("frozen", "frozen"),
             ("not_run", "not run by the model's forward"),
         )
-        for name, count in facts[key].items()
+        for name, count in facts.get(key, {}).items()
     ]
-    said = (
-        f"{facts['covered']:,} of {facts['trainable']:,} trainable parameters "
-        f"({percent(facts['covered'] / trainable)}) have curvature."
-    )
     heads = ["Without curvature", "Numbers", "Of the trainable", "Why"]
     tables = [Table("", heads, rows)] if rows else []
-    return [Section("coverage", "Parameters", "Parameters", [said], tables=tables)]
+    return [Section("coverage", "Parameters", "Parameters", [f"{said}."], tables=tables)]
 
 
 def _share(value: float | None) -> str:

@@ -3,6 +3,7 @@ influence lies."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,8 +63,9 @@ def shown_queries(
         tokens: of training examples, where scores of tokens were written and the texts are there.
         kept: whether some scores of each query alone were kept.
     """
-    sizes = [_largest(query) for query in ranking.queries]
-    largest, smallest = max(sizes), min((size for size in sizes if size), default=1.0)
+    ends = [float(query.rows["score"][n].as_py()) for query in ranking.queries for n in (0, -1)]
+    sizes = [abs(score) for score in ends if score]
+    largest, smallest = max(sizes, default=1.0), min(sizes, default=1.0)
     layers = [layer_of(name) for name in ranking.blocks]
     made = []
     for place, query in enumerate(ranking.queries, start=1):
@@ -73,10 +75,8 @@ def shown_queries(
         def passage(row: Mapping[str, Any], longest: float = longest) -> Passage:
             id, score = row["train_id"], row["score"]
             excerpt = None
-            parts = tokens.get(id)
-            scores = row.get(TOKEN_SCORES)
-            if parts is not None and scores is not None and len(parts) == len(scores):
-                excerpt = coloured(parts, scores, most)
+            if id in tokens:
+                excerpt = coloured(tokens[id], row[TOKEN_SCORES], most)
             elif id in train.by_id:
                 excerpt = plain(train.by_id[id], most)
             return Passage(id, score, abs(score) / longest, excerpt)
@@ -101,12 +101,12 @@ def shown_queries(
 
 
 def _by_logarithm(score: float, smallest: float, largest: float) -> float:
-    """The length of a bar: 1 for the largest score, two tenths for the smallest of all queries'
-    largest, nothing a decade below that or more."""
-    if not score or smallest == largest:
-        return abs(score) / (largest or 1.0)
-    decades = np.log10(abs(score) / smallest) / np.log10(largest / smallest)
-    return float(np.clip(0.2 + 0.8 * decades, 0.0, 1.0))
+    """The length of a bar: 1 for the largest score, a tenth for the smallest, or for one that is a
+    decade below the largest."""
+    if not score:
+        return 0.0
+    span = max(1.0, math.log10(largest / smallest))
+    return 1.0 - 0.9 * math.log10(largest / abs(score)) / span
 
 
 def _largest(query: RankedQuery) -> float:
@@ -143,20 +143,18 @@ def mean_shares(ranking: Ranking) -> dict[str, float]:
     return dict(zip(ranking.blocks, shares.tolist(), strict=True))
 
 
-def layers_section(shares: Mapping[str, float], tokens: bool) -> Section:
-    """Which weights and layers carry the influence, or which flags write that down."""
+def layers_section(shares: Mapping[str, float], more: bool) -> Section:
+    """Which weights and layers carry the influence, or which flags write that down; with ``more``,
+    that there may be scores of tokens, too."""
     title = ("layers", "Layers", "Where the influence lies")
-    more = (
-        "" if tokens
-        else "Which tokens of a passage matter is on record with --per-token of raycurv influence."
-    )  # fmt: skip
+    tokens = "Which tokens of a passage matter is on record with --per-token of raycurv influence."
     if not shares:
         said = (
             "Not on record: these scores are sums over all blocks. With --per-block of raycurv "
             "influence the scores of every block are written, too, and shown here by weight and "
             "layer."
         )
-        return Section(*title, [said, *([more] if more else [])])
+        return Section(*title, [said, *[tokens] * more])
     role_of = roles(list(shares))
     layers = sorted({layer_of(name) for name in shares}, key=lambda n: -1 if n is None else n)
     names = list(dict.fromkeys(role_of.values()))
@@ -184,7 +182,7 @@ def layers_section(shares: Mapping[str, float], tokens: bool) -> Section:
         "The share of the absolute scores that each weight carries, as the mean over the queries "
         "that are shown."
     )
-    return Section(*title, [said, *([more] if more else [])], tables=[Table("", heads, rows)])
+    return Section(*title, [said, *[tokens] * more], tables=[Table("", heads, rows)])
 
 
 def frequent_section(ranking: Ranking, train: Texts, places: int) -> list[Section]:

@@ -28,13 +28,14 @@ def layer_of(block: str) -> int | None:
 
 def roles(blocks: Sequence[str]) -> dict[str, str]:
     """Of each block, its role in its layer: its name without numbers, and without what is before
-    the layer's where all have the same."""
+    the layer's where all have the same; ``weight`` where nothing is left."""
     whole = {name: role(f".{name}")[1:] for name in blocks}
     heads = {name.partition("*")[0] for name in whole.values() if "*" in name}
-    if len(heads) != 1:
-        return whole
-    head = f"{heads.pop()}*."
-    return {block: name.removeprefix(head) or block for block, name in whole.items()}
+    head = f"{heads.pop()}*" if len(heads) == 1 else ""
+    return {
+        block: name.removeprefix(head).removeprefix(".") or "weight"
+        for block, name in whole.items()
+    }
 
 
 @dataclass(frozen=True)

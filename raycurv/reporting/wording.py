@@ -42,8 +42,14 @@ def number(value: float | None, signed: bool = False) -> str:
         shown = round(abs(value), 2 - exponent)
         text = f"{shown:,.{max(0, 2 - exponent)}f}"
         return sign + (text.rstrip("0").rstrip(".") if "." in text and exponent > 1 else text)
-    digits = digits.rstrip("0").rstrip(".")
-    return f"{sign}{'' if digits == '1' else digits + _TIMES}10{str(exponent).translate(_POWERS)}"
+    return f"{sign}{digits}{_TIMES}10{str(exponent).translate(_POWERS)}"
+
+
+def short(value: float) -> str:
+    """A round number: ``0.01``, ``500``, ``10⁻⁶``."""
+    if 0.9e-3 < value < 1e4:
+        return f"{value:g}"
+    return number(value).removeprefix(f"1.00{_TIMES}")
 
 
 def percent(share: float) -> str:
@@ -90,7 +96,7 @@ def damping(text: str) -> tuple[str, str]:
     if found.value == 0:
         return "none", "eigenvalues are inverted as they are"
     if found.absolute:
-        return number(found.value), "is added to the eigenvalues of every block"
+        return short(found.value), "is added to the eigenvalues of every block"
     return f"{found.value:g} {_TIMES} mean Λ", "of each block is added to its eigenvalues"
 
 

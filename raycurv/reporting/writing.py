@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from raycurv import __version__
 from raycurv.data.uri import is_uri
+from raycurv.driver.settings import IN_MEMORY
 from raycurv.errors import UserError
 from raycurv.files.manifest import NAME, Manifest
 from raycurv.files.single_file import check_single_file, write_single_file
 from raycurv.files.store import Store, open_store
 from raycurv.jobs.recorded import fit_mark, read_run
+from raycurv.mathematics.influence.scores import TOKEN_SCORES
 from raycurv.progress.streams import printable, results
 from raycurv.reporting import wording
 from raycurv.reporting.charts import Pictures
@@ -21,6 +23,7 @@ from raycurv.reporting.fit_sections import (
     ExampleNumbers,
     blocks_section,
     coverage_section,
+    covered,
     curvature_section,
     examples_section,
     fit_notes,
@@ -59,8 +62,7 @@ def report(
         UserError: a mistake in settings, results that are not finished, or a library that is not
             installed.
     """
-    given = results.path if isinstance(results, Scores) else os.fspath(results)
-    chosen = ReportSettings(results=given, out=os.fspath(out), **settings)
+    chosen = ReportSettings(results=os.fspath(results), out=os.fspath(out), **settings)
     page: str = _write(chosen, results if isinstance(results, Scores) else None)["page"]
     return page
 
@@ -125,7 +127,9 @@ class _Maker:
 
     def _of_scores(self, scores: Scores, store: Store) -> Page:
         settings, said = self.settings, scores.manifest
-        ranking = rank(scores.parts(), settings.most_queries, settings.passages, scores.path)
+        # Behind the scores that were kept there are others.
+        places = min(settings.passages, said.settings["top_k"] or settings.passages)
+        ranking = rank(scores.parts(), settings.most_queries, places, scores.path)
         if not ranking.queries:
             raise UserError(
                 scores.path, "scores of training examples", "IHVPs alone",
@@ -138,11 +142,11 @@ class _Maker:
             else {}
         )
         examples = None if run is None else ExampleNumbers.of(run, own)
-        shown = self._shown(scores, ranking, examples)
+        shown = self._shown(scores, ranking, examples, places)
         shares = mean_shares(ranking)
         sections = [
-            *frequent_section(ranking, shown.train, settings.passages),
-            layers_section(shares, ranking.tokens),
+            *frequent_section(ranking, shown.train, places),
+            layers_section(shares, not ranking.tokens and "tokenizer_directory" in said.facts),
         ]
         jobs = [("Scoring", store, said)]
         facts: Facts = []
@@ -158,7 +162,7 @@ class _Maker:
         name = scores.path if run is None else _leaf(run.manifest.facts["model"])
         mono = looks_like_code([*shown.queries.by_id.values(), *shown.train.by_id.values()])
         return Page(
-            title=f"{of:,} queries against {said.facts['examples']:,} training examples",
+            title=f"{of:,} queries against {said.facts.get('examples', 0):,} training examples",
             kicker=f"raycurv report: influence scores of {name}",
             facts=[*facts, *_score_facts(said)],
             notes=list(dict.fromkeys([*shown.notes, *_score_notes(said), *notes])),
@@ -209,12 +213,14 @@ class _Maker:
             return None, [f"The fit is not shown: {run.path} holds another one by now."]
         return run, []
 
-    def _shown(self, scores: Scores, ranking: Ranking, examples: ExampleNumbers | None) -> _Shown:
+    def _shown(
+        self, scores: Scores, ranking: Ranking, examples: ExampleNumbers | None, places: int
+    ) -> _Shown:
         """The queries with their passages, and the texts of whatever else is listed."""
         settings, said = self.settings, scores.manifest
         queries = Texts.of(scores, "queries", [query.id for query in ranking.queries])
         passages = [id for query in ranking.queries for id in query.rows["train_id"].to_pylist()]
-        of_fit = said.fingerprints["fit"]["data"] == said.fingerprints["train"]
+        of_fit = said.fingerprints["fit"].get("data") == said.fingerprints.get("train")
         listed = (
             [examples.ids[n] for n in examples.extremes]
             if of_fit and examples is not None and said.settings["max_examples"] is None
@@ -226,19 +232,33 @@ class _Maker:
         if ranking.tokens and train.by_id:
             wanted = list(dict.fromkeys(passages))
             try:
-                tokens = dict(zip(wanted, scores.data("train").tokens(wanted), strict=True))
+                found = dict(zip(wanted, scores.data("train").tokens(wanted), strict=True))
+                _check_tokens(ranking, found)
+                tokens = found
             except UserError as error:
                 notes.append(f"Tokens are not coloured: {error}")
         cards = shown_queries(
             ranking,
             queries,
             train,
-            settings.passages,
+            places,
             settings.characters,
             tokens,
             said.settings["top_k"] is not None,
         )
         return _Shown(cards, queries, train, tokens, notes)
+
+
+def _check_tokens(ranking: Ranking, tokens: Mapping[str, Sequence[str]]) -> None:
+    """Refuse tokens that are not those that were scored, with a UserError."""
+    for query in ranking.queries:
+        for row in query.rows.select(["train_id", TOKEN_SCORES]).to_pylist():
+            id, there, here = row["train_id"], row[TOKEN_SCORES], tokens[row["train_id"]]
+            if there is None or len(there) != len(here):
+                raise UserError(
+                    f"example {id!r}", f"{len(here):,} tokens, as the tokenizer makes of it",
+                    f"{0 if there is None else len(there):,} that were scored", "",
+                )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -256,17 +276,15 @@ class _Shown:
 
 
 def _leaf(place: str) -> str:
+    if place == IN_MEMORY:
+        return "a model in memory"
     return place.rstrip("/").rpartition("/")[2] or place
 
 
 def _fit_facts(fit: Manifest) -> Facts:
     """What was fitted."""
     said, settings = fit.facts, fit.settings
-    covered = said.get("coverage")
-    share = ""
-    if covered:
-        part = wording.percent(covered["covered"] / max(1, covered["trainable"]))
-        share = f"; {part} of {covered['trainable']:,} trainable parameters have curvature"
+    share = f"; {covered(fit)}" if covered(fit) else ""
     adapters = [("Adapter", ", ".join(said["adapter"]), "")] if said.get("adapter") else []
     return [
         ("Model", str(said["model"]), f"{settings['objective']} in {settings['dtype']}{share}"),
@@ -286,9 +304,9 @@ def _score_facts(scores: Manifest) -> Facts:
     said, settings = scores.facts, scores.settings
     measured, kept = settings["objective"], settings["top_k"]
     return [
-        ("Queries", str(said["queries"]), f"measured by {measured}" if measured else ""),
+        ("Queries", str(said.get("queries", "")), f"measured by {measured}" if measured else ""),
         (
-            "Training examples", str(said["train"]),
+            "Training examples", str(said.get("train", "")),
             "" if kept is None else f"of each query the {kept:,} highest and lowest are kept",
         ),
         ("Damping", *wording.damping(settings["damping"])),
@@ -299,7 +317,19 @@ def _score_facts(scores: Manifest) -> Facts:
 def _score_notes(scores: Manifest) -> list[str]:
     """What to know of scores before they are believed."""
     shares = scores.facts.get("unreached_shares", {})
+    chosen = scores.facts.get("candidates", {})
+    check = chosen.get("check", {})
     said = [*scores.facts.get("model_notes", ()), *reading_notes(scores)]
+    if chosen:
+        held = "what of the influence these hold was not measured (--candidates-check)"
+        if check.get("recall") is not None:
+            held = f"on a sample they hold {check['recall']:.0%} of the 10 highest scores"
+        if check.get("positive") is not None:
+            held += f" and {check['positive']:.0%} of the positive influence"
+        said.append(
+            f"Queries were scored on candidates alone, {chosen.get('pairs', 0):,} pairs: of other "
+            f"examples nothing is known; {held}"
+        )
     if shares:
         said.append(
             f"{len(shares):,} queries have up to {max(shares.values()):.1%} of their squared "
