@@ -1,0 +1,97 @@
+"""What the pages say: what is copied from the README runs, and links lead somewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import shlex
+import shutil
+from functools import cache
+from pathlib import Path
+
+import pytest
+from commands import ROOT, run_here
+from test_cluster_files import dead_links
+
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
+_COMMAND = re.compile(r"(?:raycurv|python jobs/|.* python jobs/)\s?(\w+)(?:\.py)?(?= )")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def commands(text: str) -> list[str]:
+    """The commands of a page's consoles, those of several lines in one."""
+    lines = "\n".join(blocks(text, "console")).replace("\\\n", " ").splitlines()
+    return [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+
+
+def section(text: str, title: str) -> str:
+    found = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    assert found is not None, title
+    return found[1]
+
+
+@cache
+def flags(job: str) -> set[str]:
+    """All flags that ``--help`` of a job explains."""
+    outcome = run_here(job, ["--help"])
+    assert outcome.code == 0, job
+    return set(re.findall(r"--[a-z][a-z-]*", outcome.out))
+
+
+@pytest.mark.usefixtures("quiet_transformers")
+def test_what_is_copied_from_the_readme_runs_in_an_empty_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = section(README.read_text(), "First steps")
+    prepare, *steps = blocks(first, "python")
+    there = [tmp_path / "python", tmp_path / "commands"]
+    there[0].mkdir()
+    monkeypatch.chdir(there[0])
+    exec(compile(prepare, "prepare.py", "exec"), {})
+    shutil.copytree(there[0], there[1])
+    said: dict[str, object] = {}
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        for step in steps:
+            exec(compile(step, "README.md", "exec"), said)
+    assert "model.layers.1.mlp.down_proj" in out.getvalue()
+    *_, first_row, _, _ = out.getvalue().splitlines()
+    assert "object" in first_row
+    monkeypatch.chdir(there[1])
+    typed = [shlex.split(line) for line in commands(first)]
+    assert [line[:2] for line in typed] == [["raycurv", "fit"], ["raycurv", "influence"]]
+    for _, job, *more in typed:
+        outcome = run_here(job, more)
+        assert json.loads(outcome.out)["status"] == "complete", outcome.err
+    import pandas as pd
+
+    ours, theirs = (pd.read_parquet(place / "scores" / "scores") for place in there)
+    assert len(ours) > 50 and ours.equals(theirs)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_of_pages_lead_somewhere(page: Path) -> None:
+    assert dead_links(page, page.read_text()) == []
+
+
+@pytest.mark.parametrize("page", PAGES[:-1], ids=lambda page: page.stem)
+def test_commands_of_pages_have_flags_that_there_are(page: Path) -> None:
+    for command in commands(page.read_text()):
+        found = _COMMAND.match(command)
+        if found is not None:
+            typed = command[found.end() :].split(" # ")[0]
+            assert set(re.findall(r"(?<=\s)--[a-z][a-z-]*", typed)) <= flags(found[1]), command
+    assert "--modell" not in flags("fit")
+
+
+def test_every_page_is_one_click_from_the_readme_which_is_short() -> None:
+    text = README.read_text()
+    linked = {(ROOT / link).resolve() for link in re.findall(r"\]\(([^)#\s]+)", text)}
+    assert [page.name for page in PAGES if page != README and page.resolve() not in linked] == []
+    assert len(text.splitlines()) <= 250
