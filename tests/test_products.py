@@ -45,6 +45,24 @@ def test_sums_of_outer_products(kernel, dtype, rows: int, inputs: int, outputs: 
     assert worst(total, 1 + left.double().T @ right.double()) <= TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("rows,width", [(300, 17), (0, 200), (1, 257), (300, 400), (7, 1100)])
+def test_symmetric_products(kernel, dtype, rows: int, width: int) -> None:
+    wider = torch.randn(rows, width + 3).to(dtype)
+    x = wider[:, 1:-2]  # a tile of a wide axis
+    total, whole = torch.ones(width, width, dtype=dtype), torch.ones(width, width, dtype=dtype)
+    above = products.add_gram(total, x)
+    assert products.add_gram(total, x) == above
+    if above:
+        products.mirror(total)
+        assert torch.equal(total, total.T)
+    assert worst(total, 1 + 2 * x.double().T @ x.double()) <= TOLERANCE[dtype]
+    assert above == (kernel == "fast" and dtype == torch.float32 and rows > 0)
+    # The control: without what is below the diagonal it is another matrix.
+    products.add_gram(whole, x)
+    assert not above or width <= 128 or worst(whole, 1 + x.double().T @ x.double()) > 0.1
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("examples,rows,x,y", [(3, 64, 150, 120), (5, 7, 9, 4), (0, 64, 150, 120)])
 def test_outer_products_of_each_example(

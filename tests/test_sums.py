@@ -40,9 +40,29 @@ def test_outer_products_are_summed_in_float32_at_least(dtype: torch.dtype) -> No
     assert running.part.dtype == torch.float32
     x = values(2000, dtype)
     for row in x:
-        running.add_outer(row[None], row[None])
+        running.add_gram(row[None])
     want = x.double().T @ x.double()
     assert ((running.value("sum") - want).abs() / want).max() < SINGLE
+
+
+@pytest.mark.parametrize("at", [1, 31, 32, 45])
+def test_a_symmetric_sum_is_whole_wherever_it_is_read(at: int) -> None:
+    x = torch.randn(48, 4, 300, generator=torch.Generator().manual_seed(0))
+    whole, first, second, other = (RunningSum((300, 300), torch.float32) for _ in range(4))
+    for rows in x:
+        whole.add_gram(rows)
+    for rows in x[:at]:
+        first.add_gram(rows)
+    second.load({name: t.clone() for name, t in first.state().items()})
+    for rows in x[at:]:
+        second.add_gram(rows)
+        other.add_gram(rows)
+    want = x.flatten(0, 1).double().T @ x.flatten(0, 1).double()
+    first.join(other.state())
+    for found in (whole.value("sum"), second.value("sum"), first.value("sum")):
+        assert torch.equal(found, found.T)
+        assert (found - want).abs().max() < SINGLE * want.abs().max()
+    assert torch.equal(second.value("sum"), whole.value("sum"))
 
 
 def test_float64_needs_no_master() -> None:

@@ -175,7 +175,7 @@ class FactorSums(Sums):
                 continue
             assert columns is None, f"factor {name} of some columns is diagonal"
             tile = rows[:, start : start + len(total.part)]
-            total.add_outer(tile, tile)
+            total.add_gram(tile)
             start += len(total.part)
 
     def result(self, name: str) -> FactorSum:

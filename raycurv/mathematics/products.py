@@ -7,7 +7,7 @@ is missing, or for another dtype or device, the product is torch's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -39,6 +39,9 @@ _multiply = _one_dnn()
 # Rows on either side below which oneDNN is the slower one (LOG.md), and multiplications of an
 # example from which a call of its own is sooner than a batched product.
 _FEWEST, _WORTH = 32, 2**20
+# Columns of a panel of a symmetric product, of wide ones twice as many: narrower panels leave more
+# of the other triangle out, and multiply slower (LOG.md).
+_PANEL = 128
 
 
 def suits(x: Tensor) -> bool:
@@ -73,3 +76,35 @@ def add_outer(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left.T, right)
     else:
         total.add_(_multiply(left.T, right.T))
+
+
+def add_gram(total: Tensor, rows: Tensor) -> bool:
+    """``total += rowsᵀ rows``; gives whether that is so on and above the diagonal alone, and
+    :func:`mirror` has to follow before the sum is used."""
+    if _multiply is None or not (suits(rows) and total.dtype == rows.dtype):
+        total.addmm_(rows.T, rows)
+        return False
+    for start, end in _panels(len(total)):
+        # Laid out as rows again: they would be turned where they are multiplied.
+        right = rows[:, start:].contiguous()
+        total[start:end, start:].add_(_multiply(rows[:, start:end].T, right.T))
+    return True
+
+
+def gram_elements(width: int) -> int:
+    """Elements of the largest product that :func:`add_gram` makes of rows of a width."""
+    return max((end - start) * (width - start) for start, end in _panels(width))
+
+
+def mirror(total: Tensor) -> None:
+    """Write what stands above the diagonal of a symmetric matrix below it, in place."""
+    for start, end in _panels(len(total)):
+        total[end:, start:end].copy_(total[start:end, end:].T)
+
+
+def _panels(width: int) -> Iterator[tuple[int, int]]:
+    """Where panels of so many columns begin and end; the last takes the rest, for a single column
+    would be multiplied, and rounded, another way."""
+    panel = _PANEL if width < 8 * _PANEL else 2 * _PANEL
+    starts = range(0, max(1, width // panel) * panel, panel)
+    return ((start, start + panel if start + panel in starts else width) for start in starts)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from raycurv.errors import NumericalError
 from raycurv.mathematics.capture import Captured
-from raycurv.mathematics.products import add_outer
+from raycurv.mathematics.products import add_gram, add_outer, mirror
 
 # Additions between two folds of the float32 part into the float64 master: rounding error grows with
 # their number, the cost of folding (20 bytes an element) falls with it.
@@ -96,6 +96,8 @@ class RunningSum(PlainSum):
         super().__init__(shape, dtype, device)
         self.master: Tensor | None = None
         self.pending = 0
+        # Whether the part holds the sum on and above its diagonal alone.
+        self._upper = False
 
     def add_outer(self, left: Tensor, right: Tensor, columns: Tensor | None = None) -> None:
         """Add ``leftᵀ right`` for rows ``left [R, X]`` and ``right [R, Y]``, whose columns are all
@@ -106,6 +108,17 @@ class RunningSum(PlainSum):
             return
         add_outer(self.part, left, right)
         self._count()
+
+    def add_gram(self, rows: Tensor) -> None:
+        """Add ``rowsᵀ rows`` for ``rows [R, X]``, which is symmetric: to such a sum nothing else is
+        added."""
+        self._upper |= add_gram(self.part, rows.to(self.part.dtype))
+        self._count()
+
+    def _complete(self) -> None:
+        if self._upper:
+            mirror(self.part)
+            self._upper = False
 
     def add(self, value: Tensor, rows: slice | None = None, columns: Tensor | None = None) -> None:
         """Add a tensor to the sum, or to some rows: all are given equally often, in order. Its last
@@ -124,6 +137,7 @@ class RunningSum(PlainSum):
             self._fold()
 
     def _fold(self) -> None:
+        self._complete()
         if self.master is None:
             self.master = self.part.double()
         else:
@@ -133,11 +147,13 @@ class RunningSum(PlainSum):
 
     def value(self, where: str) -> Tensor:
         """The sum in float64 (a copy); NumericalError if it is not finite, at ``where``."""
+        self._complete()
         total = self.part.double() if self.master is None else self.master + self.part
         check_sum(total, where)
         return total.clone() if total is self.part else total
 
     def state(self) -> dict[str, Tensor]:
+        self._complete()
         state = super().state() | {"pending": torch.tensor(self.pending)}
         if self.master is not None:
             state["master"] = self.master
@@ -145,6 +161,7 @@ class RunningSum(PlainSum):
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         super().load(state)
+        self._upper = False
         self.pending = int(state["pending"])
         master = state.get("master")
         if master is not None:

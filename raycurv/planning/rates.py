@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from raycurv.mathematics.eigen import eigh
-from raycurv.mathematics.products import add_outer
+from raycurv.mathematics.products import add_gram
 
 # What a measurement of a rate moves: large enough to leave the caches, small enough for half a
 # second.
@@ -63,7 +63,7 @@ def measure(dtype: torch.dtype, directory: Path | None) -> Rates:
     flops = 2.0 * size**3
     with torch.no_grad():
         model = flops / _seconds(lambda: torch.nn.functional.linear(x, w))
-        covariance = flops / _seconds(lambda: add_outer(total, rows, rows))
+        covariance = flops / _seconds(lambda: add_gram(total, rows))
     write, read = _disk(directory)
     threads = torch.get_num_threads()
     return Rates(model, covariance, _eigh(), write, read, f"measured here, {threads} threads")

@@ -13,6 +13,7 @@ from raycurv.files.tensorfile import is_complete
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.factors import FactorSum, FactorSums, factors_of
 from raycurv.mathematics.loss.differentiation import DRAWN
+from raycurv.mathematics.products import gram_elements
 from raycurv.planning.cost import PassCost
 from raycurv.planning.moments import Bytes, cast_elements, sum_bytes
 from raycurv.planning.shapes import DataShape, Group, Recipe, StageShape, factor_elements, squares
@@ -59,10 +60,10 @@ class CovarianceCost(PassCost):
         return {"sums of A and G": sums}
 
     def passing(self, stage: StageShape, recipe: Recipe, data: DataShape) -> Bytes:
-        # The product is added to the sum afterwards; one operand is laid out anew for it.
+        # Products are added to the sum afterwards; one operand is laid out anew for them.
         shares = stage.factor_shares
         adding = [
-            max(tiles) ** 2
+            gram_elements(max(tiles))
             + data.thinned(shares[name]).rows * (max(tiles) + cast_elements(recipe, sum(tiles)))
             for name, tiles in stage.factors(recipe.max_factor_dim).items()
             if max(tiles) > 1  # else a sum of squares
