@@ -63,6 +63,7 @@ from raycurv.jobs.influence.gatherers import GradientsGatherer, ProductsGatherer
 from raycurv.jobs.influence.influence_settings import InfluenceSettings
 from raycurv.jobs.influence.score_rows import ScoreRows
 from raycurv.jobs.inputs import Inputs
+from raycurv.jobs.loss_check import check_loss
 from raycurv.jobs.objectives import check_fits
 from raycurv.jobs.rank_products import RankProducts
 from raycurv.jobs.recorded import fit_mark, read_run
@@ -203,6 +204,7 @@ def _score(shell: Shell[InfluenceSettings]) -> None:
                 "Leave --inverse out: the other methods have each block's own inverse.",
             )  # fmt: skip
         damping = Damping.parse(settings.damping)
+        check_loss(workers, manifest, fitted)
         job = _Influence(
             settings, workers, manifest, asked, training, curvature, damping, candidates
         )
