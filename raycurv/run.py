@@ -54,7 +54,8 @@ def fit(
     Args:
         model: directory with an HF checkpoint, ``package.module:factory``, or a callable that
             returns an ``nn.Module``.
-        data: path or glob of Parquet, JSONL or Arrow, a ``pyarrow.Table``, or a list of dicts;
+        data: path or glob, or a name of the hub, as for ``--data``; a frame of pandas or polars, a
+            ``pyarrow.Table``, a ``datasets.Dataset``, a list of dicts, or what gives dicts once;
             ``None`` with ``merge`` and ``subtract``, whose data is that of the runs.
         out: the run directory.
         objective: its name, or the object itself (see :class:`raycurv.Objective`); by default what

@@ -222,19 +222,27 @@ ROWS: list[dict[str, Any]] = [
 
 
 def frame_of_pandas() -> Any:
-    return pytest.importorskip("pandas").DataFrame(ROWS)
+    import pandas
+
+    return pandas.DataFrame(ROWS)
 
 
 def frame_of_polars() -> Any:
-    return pytest.importorskip("polars").DataFrame(ROWS)
+    import polars
+
+    return polars.DataFrame(ROWS)
 
 
 def dataset() -> Any:
-    return pytest.importorskip("datasets").Dataset.from_list(ROWS)
+    from datasets import Dataset
+
+    return Dataset.from_list(ROWS)
 
 
 def selected_dataset() -> Any:
-    shuffled = pytest.importorskip("datasets").Dataset.from_list(ROWS[::-1] + ROWS)
+    from datasets import Dataset
+
+    shuffled = Dataset.from_list(ROWS[::-1] + ROWS)
     return shuffled.select(range(8, -1, -1))
 
 
@@ -287,7 +295,8 @@ def test_an_object_gives_the_examples_of_its_rows(name: str) -> None:
 
 
 def test_a_dict_of_data_sets_is_read_by_one() -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     both = datasets.DatasetDict({"train": dataset(), "test": dataset().select([1])})
     with pytest.raises(UserError, match="several splits by name: test, train"):
         read(both, **NUMBERS)
@@ -299,7 +308,8 @@ def test_a_dict_of_data_sets_is_read_by_one() -> None:
 
 
 def test_an_object_says_what_its_classes_are_called() -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     classes = datasets.ClassLabel(names=["neg", "pos"])
     made = datasets.Dataset.from_dict(
         {"inputs": [[1.0], [2.0]], "sentiment": [0, 1]},
@@ -336,7 +346,8 @@ def test_what_is_no_data_is_refused() -> None:
 
 
 def test_a_data_set_as_datasets_saves_it_is_read(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     both = datasets.DatasetDict({"train": dataset(), "test": dataset().select([3, 4])})
     both.save_to_disk(tmp_path / "both", num_shards={"train": 2, "test": 1})
     for split, wanted in (("train", ROWS), ("test", ROWS[3:5]), ("train[7:]", ROWS[7:])):

@@ -1,1 +1,1 @@
-"""Examples from Parquet, JSONL and Arrow, tokenised and packed into microbatches."""
+"""Examples from files, data sets and frames, tokenised and packed into microbatches."""

@@ -49,7 +49,8 @@ class InputColumns:
         kind = next((kind for kind in usable if set(kind) <= set(found)), None)
         if kind is None:
             model = {None: "", True: ", for a model of tokens", False: ", for a model of numbers"}
-            what, remedy = model[None if settings.either else settings.token_inputs], ""
+            what = model[None if settings.either else settings.token_inputs]
+            remedy = ", or name it, as in --text-column body" * any(k in TOKENS for k in usable)
             if settings.reads == "pairs":
                 what = ", for --objective preference, which compares two texts"
                 remedy = "; of texts with a number each as label give --objective regression"

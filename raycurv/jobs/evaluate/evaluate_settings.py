@@ -32,7 +32,7 @@ class EvaluateSettings(Execution, Reading, Adapting, Predicting):
     """Glob on names of tensors in the model directory that may be left unused, repeatable. Default:
     a tensor that the model does not take, and that could matter, is an error."""
     data: Required[DataPath] = ""
-    """Examples, as a fit takes them: file, directory or glob of Parquet, JSONL or Arrow, or
+    """Examples, as a fit takes them: file, directory or glob of files, or
     `org/name:CONFIG` on the hub."""
     out: Required[Place] = ""
     """Where results go: an absolute path, or a URI that pyarrow.fs understands."""

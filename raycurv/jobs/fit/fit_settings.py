@@ -57,9 +57,9 @@ class FitSettings(Execution, Reading, Adapting, Capturing, Predicting):
     """Glob on names of tensors in the model directory that may be left unused, repeatable. Default:
     a tensor that the model does not take, and that could matter, is an error."""
     data: DataPath = ""
-    """File, directory or glob of Parquet, JSONL or Arrow with `text`, `input_ids`,
-    `prompt` + `completion`, or `inputs` + `labels`; of a model of images also `image` or
-    `pixel_values`; or `org/name`, `org/name@REVISION:CONFIG` on the hub."""
+    """File, directory or glob of Parquet, Arrow, JSONL, JSON or CSV (text also packed: .gz, .zst,
+    .bz2) with `text`, `input_ids`, `prompt` + `completion`, or `inputs` + `labels`; of a model of
+    images also `image` or `pixel_values`; or `org/name`, `org/name@REVISION:CONFIG` on the hub."""
     out: Required[Place] = ""
     """Run directory: an absolute path, or a URI that pyarrow.fs understands."""
     method: Identity[MethodName] = "ekfac"
