@@ -263,6 +263,9 @@ BAD: dict[str, tuple[Any, Any, str]] = {
     "another class": (
         {"messages": ONCE}, replace(QWEN3, template="{{ messages.__class__.__mro__ }}"),
         "row 0.*SecurityError|row 0.*undefined"),
+    "another file": (
+        {"messages": ONCE}, replace(QWEN3, template="{% include '/etc/hostname' %}"),
+        "row 0.*no loader for this environment"),
     "a loop without end": (
         {"messages": ONCE}, replace(QWEN3, template="{% for i in range(10 ** 9) %}x{% endfor %}"),
         "row 0.*Range too big"),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,22 @@ def test_files_of_a_tokenizer_are_files_of_its_directory(tmp_path: Path, case: s
     says = {"a link": "a link to", "a pipe": "a pipe", "larger": "68,157,440"}
     with pytest.raises(UserError, match=says[case]):
         LazyTokenizer(file.parent).encode(["a"], special=False)
+
+
+def test_further_chat_templates_are_files_of_its_directory(tmp_path: Path) -> None:
+    folder = save_byte_tokenizer(tmp_path / "model", chat="{{ messages }}")
+    (tmp_path / "elsewhere.jinja").write_text("{{ tools }}")
+    (folder / "additional_chat_templates").mkdir()
+    place = folder / "additional_chat_templates" / "tool_use.jinja"
+    place.symlink_to("../../elsewhere.jinja")
+    with pytest.raises(UserError, match="a link to"):
+        LazyTokenizer(folder).encode(["a"], special=False)
+    place.unlink()
+    shutil.copy(tmp_path / "elsewhere.jinja", place)
+    assert (
+        LazyTokenizer(folder).chat.render([{"role": "user"}], [{"name": "t"}]).text
+        == "[{'name': 't'}]"
+    )
 
 
 def test_a_tokenizer_that_knows_few_words_is_recorded_all_the_same(tmp_path: Path) -> None:

@@ -12,11 +12,13 @@ thought) does not begin the text so: there one character of the turn is changed,
 one character of the text, and what follows that up to the end of the turn is looked for in it.
 
 Nothing is guessed: what a message says must be in the text, and the tokens of the text up to either
-end of a turn must be the first tokens of the whole.
+end of a turn must be the first tokens of the whole. (So they are where the texts between such ends
+make its tokens each by itself, which is looked at first: that takes no longer than the whole.)
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -88,23 +90,24 @@ def token_mask(
     """
     if written.spans is None:
         return None
-    text, counts = written.text, {0: 0}
-    ends = sorted({end for span in written.spans for end in span} - {0})
-    for end, head_R in zip(
-        ends, encode([text[:end] for end in ends], lambda _: where), strict=True
-    ):
-        if not np.array_equal(ids_T[: len(head_R)], head_R):
-            around = (
-                shortened(repr(text[max(0, end - 20) : end])),
-                shortened(repr(text[end : end + 20])),
-            )
-            raise _told_apart(
-                where,
-                f"a token that reaches over a turn's edge, between {around[0]} and {around[1]}",
-                "White space at the beginning of what the assistant says can be the reason: leave "
-                "it out there, or give the row as `input_ids` with a `loss_mask`.",
-            )
-        counts[end] = len(head_R)
+    text, place = written.text, lambda _: where
+    edges = sorted({0, len(text), *(end for span in written.spans for end in span)})
+    apart = encode([text[a:b] for a, b in pairwise(edges)], place)
+    counts = dict(zip(edges, np.cumsum([0, *map(len, apart)]).tolist(), strict=True))
+    # Where what lies between edges makes the same tokens by itself, no token reaches over one.
+    if not np.array_equal(ids_T, np.concatenate([ids_T[:0], *apart])):
+        counts = {0: 0, len(text): len(ids_T)}
+        for edge in edges[1:-1]:
+            (head_R,) = encode([text[:edge]], place)
+            if not np.array_equal(ids_T[: len(head_R)], head_R):
+                before, after = text[max(0, edge - 20) : edge], text[edge : edge + 20]
+                raise _told_apart(
+                    where, f"a token that reaches over a turn's edge, between {before!r} and "
+                    f"{after!r}", "White space at the beginning of what the assistant says can be "
+                    "the reason: leave it out there, or give the row as `input_ids` with a "
+                    "`loss_mask`.",
+                )  # fmt: skip
+            counts[edge] = len(head_R)
     mask_T = np.zeros(len(ids_T), bool)
     for begin, end in written.spans:
         mask_T[counts[begin] : counts[end]] = True
@@ -201,10 +204,10 @@ class _Writing:
             return None
         messages = [*self.talk.messages[:k], other, *self.talk.messages[k + 1 : count]]
         changed = self.template.render(messages, self.talk.tools).text
-        if len(changed) != len(text):
-            return None
-        differs = [i for i, (a, b) in enumerate(zip(text, changed, strict=True)) if a != b]
-        return differs[0] + 1 if len(differs) == 1 else None
+        same = bisect_left(range(len(text)), True, key=lambda i: text[: i + 1] != changed[: i + 1])
+        behind = same + 1
+        alike = len(changed) == len(text) != same and changed[behind:] == text[behind:]
+        return behind if alike else None
 
     def _check_asked(self, text: str) -> None:
         """Refuse a text without what the system or the user said."""

@@ -117,7 +117,8 @@ def no_loss_terms(where: str, examples: int, shift: int = 1) -> UserError:
         f"at least one example with a loss term (a target{' after its first token' * shift})",
         f"{examples} examples without any",
         f"Give {'examples of two or more tokens, and ' * shift}a `loss_mask` or `labels` that "
-        "leave some of them as targets; with --long truncate the targets may have been cut off.",
+        "leave some of them as targets, of conversations messages of the role assistant; with "
+        "--long truncate the targets may have been cut off.",
     )
 
 

@@ -1,6 +1,6 @@
 """The job of show-data.py: examples as a fit would read them, on the terminal.
 
-in colours      tokens that carry the loss are green
+in colours      tokens that carry the loss are on green
 elsewhere       > stands before a line of them, and \\n where the text has an end of a line
 """
 
@@ -27,6 +27,9 @@ from raycurv.models.opening import open_outline
 from raycurv.progress.reporter import Reporter
 from raycurv.progress.streams import printable, results
 
+# White space that carries the loss is seen on a ground of its own.
+_STYLE = "black on green"
+
 
 def show_data(settings: ShowDataSettings) -> dict[str, Any]:
     """Print what the first examples become; gives their numbers for the last line.
@@ -47,6 +50,7 @@ def show_data(settings: ShowDataSettings) -> dict[str, Any]:
         settings.max_examples, settings.seed, settings.seed,
     )  # fmt: skip
     view = _View(settings.characters)
+    marks = False
     shown: list[dict[str, Any]] = []
     cut, without = 0, 0
     for example in islice(reader.examples(), settings.rows):
@@ -60,9 +64,12 @@ def show_data(settings: ShowDataSettings) -> dict[str, Any]:
             ids, carries = own.ids.tolist(), own.carries.tolist()
             texts = [] if tokenizer is None else tokenizer.texts(ids, carries)
             view.sequence(own.name, texts, ids)
+            marks |= any(carries) and bool(texts)
     recorded = reader.findings.recorded()
     read = sorted(reader.columns_read)
     unused = recorded.get("unused_columns", [])
+    if marks:
+        view.line(view.legend)
     view.line(f"columns that were read: {', '.join(read)}")
     for sentence in sentences(recorded, len(shown), without):
         view.line(sentence)
@@ -81,6 +88,12 @@ class _View:
         self._characters = characters
         console = self._console
         self._colours = console.is_terminal and bool(console.color_system) and not console.no_color
+
+    @property
+    def legend(self) -> str:
+        """How tokens that carry the loss are to be seen."""
+        how = "on green" if self._colours else "in lines behind a >, in which \\n ends a line"
+        return f"tokens that carry the loss are {how}"
 
     def line(self, text: str) -> None:
         """A line of its own."""
@@ -109,7 +122,7 @@ class _View:
             return
         shown = [(elided(text, self._characters), carries) for text, carries in texts]
         if self._colours:
-            parts = [(printable(text), "green" if carries else "") for text, carries in shown]
+            parts = [(printable(text), _STYLE if carries else "") for text, carries in shown]
             self._console.print(Text.assemble(*parts), soft_wrap=True)
         else:
             for mark, line in _lines(shown):
