@@ -6,7 +6,9 @@ import io
 import json
 import os
 import pickle
+import shlex
 import shutil
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +25,7 @@ from hub_server import TOKEN, Hub, Repository, files_of, hub
 import raycurv
 from raycurv.errors import UserError
 from raycurv.hub import find, hub_name
+from raycurv.jobs.fitted import fit_command
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 ALONE: dict[str, Any] = {"address": "none", "quiet": True, "method": "identity"}
@@ -176,6 +179,19 @@ def test_without_a_network_the_cache_is_taken_only_when_that_is_said(
         assert run.manifest.facts["model"] == f"org/tiny@{commit}"
 
 
+def test_a_hub_that_never_answers_is_not_waited_for(here: Hub, tmp_path: Path) -> None:
+    from huggingface_hub import constants
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with (
+            mock.patch.object(constants, "ENDPOINT", endpoint),
+            mock.patch("raycurv.hub._SECONDS", 0.3),
+            pytest.raises(UserError, match=r"of the hub none \(ReadTimeout\)"),
+        ):
+            raycurv.fit("org/tiny", texts(2), tmp_path / "run", **ALONE)
+
+
 def test_what_a_run_names_is_not_fetched(here: Hub, tmp_path: Path) -> None:
     run = raycurv.fit("org/tiny", texts(2), tmp_path / "run", **ALONE)
     shutil.rmtree(tmp_path / "hub")
@@ -300,6 +316,9 @@ def test_data_by_name_is_the_files_of_its_split(here: Hub, folder: Path, tmp_pat
     assert {n for n in here.fetched() if n != "README.md"} == {
         "train-00000-of-00002.parquet", "train-00001-of-00002.parquet",
     }  # fmt: skip
+    _, _, *typed = shlex.split(fit_command(named.manifest, str(tmp_path / "again")))
+    assert run_here("fit.py", [*typed, "--address", "none"]).code == 0
+    assert raycurv.open(tmp_path / "again").examples().equals(named.examples())
     settings = {"split": "train", "queries_split": "test", "address": "none", "quiet": True}
     scores = named.influence("org/texts", "org/texts", tmp_path / "s", **settings)
     here.asked.clear()

@@ -300,12 +300,12 @@ class Reading:
         Raises:
             UserError: two columns of one name.
         """
-        given = {ours: getattr(self, f"{flag}_column") for ours, flag in _COLUMNS.items()}
+        given = {ours: getattr(self, f"{flag}_column") for ours, flag in COLUMNS.items()}
         return selected(source, self.split, {n: value for n, value in given.items() if value})
 
 
 # The columns that a flag may name, each with the flag's word for it.
-_COLUMNS = {
+COLUMNS = {
     "text": "text", "id": "id", "labels": "label", "prompt": "prompt", "completion": "completion",
 }  # fmt: skip
 
@@ -331,7 +331,7 @@ def selected(
     if twice is not None:
         ours = [name for name, value in columns.items() if value == twice]
         raise UserError(
-            named or f"--{_COLUMNS[ours[1]]}-column", "a column of its own",
+            named or f"--{COLUMNS[ours[1]]}-column", "a column of its own",
             f"`{twice}`, which is the column of {ours[0]}", "Name another one.",
         )  # fmt: skip
     return Selection(source, split, dict(columns), flag, named or "--{}-column")
@@ -344,9 +344,9 @@ def columns_of(flag: str, text: str) -> dict[str, str]:
         UserError: another text; a name that raycurv does not know.
     """
     pairs = [pair.partition("=") for pair in text.split(",") if pair]
-    if any(not theirs or ours not in _COLUMNS for ours, _, theirs in pairs):
+    if any(not theirs or ours not in COLUMNS for ours, _, theirs in pairs):
         raise UserError(
-            flag, "NAME=COLUMN,… of the names " + ", ".join(_COLUMNS), repr(text), "",
+            flag, "NAME=COLUMN,… of the names " + ", ".join(COLUMNS), repr(text), "",
         )  # fmt: skip
     return {ours: theirs for ours, _, theirs in pairs}
 

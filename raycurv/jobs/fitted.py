@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from raycurv.data.tokenizer import tokenizer_print
-from raycurv.driver.settings import IN_MEMORY
+from raycurv.driver.settings import COLUMNS, IN_MEMORY
 from raycurv.errors import DamagedFile, UserError, shortened
 from raycurv.files.artifacts import BLOCKS_FILE, read_blocks
 from raycurv.files.manifest import Manifest
@@ -321,6 +321,13 @@ def fit_command(fit: Manifest, out: str, **other: Any) -> str:
     """
     said = fit.settings | {"model": fit.facts["model"], "data": fit.facts["data"]} | other
     said |= {"adapter": fit.facts["adapter"]} if "adapter" in fit.facts else {}
+    taken = fit.fingerprints.get("data", {})
+    said |= {"split": taken["split"]} if "split" in taken else {}
+    said |= {
+        f"{COLUMNS[ours]}_column": own
+        for ours, own in taken.get("columns", {}).items()
+        if ours in COLUMNS
+    }
     # Runs that it started from are recorded by what they are of; where they lay is a fact.
     said |= {how: fit.facts[how] for how in ("extend", "merge", "subtract") if how in fit.facts}
     if IN_MEMORY in (said["model"], said["data"]):

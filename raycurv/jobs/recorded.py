@@ -22,6 +22,8 @@ _WRITTEN: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "prune": ("tables", {"files": dict[str, int], "sparsity": float}, ("fit",)),
     "evaluate": ("tables", {"examples": int, "tokens": int, "targets": int}, ("model", "data")),
 }
+# Fingerprints of data, and what they may say that was taken of it.
+_SELECTED, _TAKEN = ("data", "queries", "train"), {"split": str, "columns": dict[str, str]}
 # Settings that name other runs are recorded by what these are of.
 _MARKED = ("extend", "merge", "subtract")
 # Settings of a fit that its first version did not know, and what stands for how that went about it.
@@ -66,6 +68,11 @@ def read_run(store: Store) -> Manifest | None:
         ]
         prints = (*prints, *(name for name in ("train",) if name in found.fingerprints))
         wrong += [name for name in prints if not isinstance(found.fingerprints.get(name), dict)]
+        wrong += [
+            f"{name}, {what}" for name in _SELECTED for what, kind in _TAKEN.items()
+            if isinstance(said := found.fingerprints.get(name), dict)
+            and what in said and misfit(said[what], kind)
+        ]  # fmt: skip
         if wrong:
             raise DamagedFile(
                 place, f"what a finished {found.job} wrote down", f"nothing as {', '.join(wrong)}",
