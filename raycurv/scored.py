@@ -109,6 +109,8 @@ class Scores:
     def data(self, name: Side = "train") -> ScoredData:
         """The training examples, or the queries, read again from where their data lies: their
         texts and further columns by id (``rows``), and the text of their tokens (``tokens``)."""
+        if name not in self._sources:
+            raise UserError("scores", "train or queries", repr(name), "Name one of the two.")
         given = self._sources[name]
         source = os.fspath(given) if isinstance(given, os.PathLike) else given
         return ScoredData(name, self.path, self.manifest, source)
@@ -171,6 +173,7 @@ class Scores:
             UserError: as for :meth:`matrix`; the data is gone or another one; it has no such
                 column: names those that there are.
         """
+        self.data(of)
         matrix, queries, trains = self.matrix(normalise)
         ids, others = (trains, queries) if of == "train" else (queries, trains)
         coded = self._groups(column, of, ids)
@@ -293,6 +296,11 @@ class Scores:
             raise UserError("normalise", wanted, repr(normalise), "")
         if normalise == "per-token":
             by_train = self._numbers("tables/train", "tokens", trains, lengths_schema())
+            if (by_train == 1).all():
+                raise UserError(
+                    self.path, "training examples of several tokens, to divide by", "one of each",
+                    "Divide by self-influence: normalise='relative', or 'cosine'.",
+                )  # fmt: skip
             return divided(scores_QN, None, by_train)
         if not self.manifest.settings["self_influence"]:
             raise UserError(

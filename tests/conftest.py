@@ -39,7 +39,7 @@ LONGEST = (
 SLOW = (
     *CLUSTERS[0], *CLUSTERS[1], "ray", "watching", "object_store", "links", "too_little", "jobs",
     "prune_jobs", "resume", "lock", "flat", "plan", "combine", "demo", "cluster_files", "footprint",
-    "structure", "bench",
+    "structure", "bench", "notebook",
 )  # fmt: skip
 SLOW_WORDS = ("stopped", "killed", "process_of_its_own")
 

@@ -16,7 +16,6 @@ from raycurv.mathematics.influence.normalisation import divided, roots
 
 # float64: sums of some numbers in another order; and dense solves.
 EXACT, DENSE = 1e-12, 1e-9
-CASES = [MLP, LLAMA]
 
 
 def alike(mine: Any, dense: Any) -> bool:
@@ -36,8 +35,8 @@ def over(scores: Any, *roots: Any) -> np.ndarray[Any, Any]:
         return np.nan_to_num(scores / np.outer(*roots))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_normalised_scores_are_those_of_dense_gradients(fits, case: Case) -> None:
+def test_normalised_scores_are_those_of_dense_gradients(fits) -> None:
+    case = MLP
     pairs, own = dense_scores(fits.truth(case), fits.run(case), case)
     pairs, root, q = pairs.sum(2).numpy(), own.sum(1).sqrt().numpy(), len(case.queries)
     scores = fits.scores(case, self_influence=True)
@@ -54,6 +53,7 @@ HOW: dict[str, tuple[Case, dict[str, Any], dict[str, Any]]] = {
     "resident": (LLAMA, {}, {}),
     "truncated": (LLAMA, {}, {"rank": "2"}),
     "swept": (LLAMA, {}, {"stages": 2, "schedule": "swept"}),
+    "replicas": (LLAMA, {}, {"replicas": 2}),
     "several passes": (LLAMA, {}, {"query_memory": "1", "ihvp": True}),
     "mfac": (MLP, {"method": "mfac", "rows": 5}, {"rank": "2"}),
     "diagonal": (MLP, {"method": "diagonal"}, {}),
@@ -164,6 +164,11 @@ def test_views_of_what_was_not_kept_say_how_to_keep_it(fits) -> None:
     for normalise in ("cosine", "relative"):
         with pytest.raises(UserError, match="Score again with --self"):
             plain.matrix(normalise)
+    for view in (lambda: plain.by("x", of="trian"), lambda: plain.data("test")):
+        with pytest.raises(UserError, match="expected train or queries"):
+            view()
+    with pytest.raises(UserError, match="several tokens, to divide by, got one of each"):
+        plain.matrix("per-token")
     with pytest.raises(UserError, match="one of cosine, relative, per-token"):
         plain.top(MLP.queries[0]["id"], normalise="length")
     some, id = fits.scores(MLP, top_k=2, self_influence=True), MLP.queries[0]["id"]
@@ -224,13 +229,14 @@ def test_results_say_what_they_are_in_a_line_and_as_html_that_stays_text(fits, t
         address="none", quiet=True,
     )  # fmt: skip
     pruned = run.prune(folder / "pruned", sparsity=0.5, address="none", quiet=True)
-    planned = raycurv.plan(MLP.network, list(MLP.data), objective="classification")
+    data = list(MLP.data)
+    planned = raycurv.plan(MLP.network, data, objective="classification", memory="1MB")
     for result, said in (
         (run, "9 examples"),
         (scores, "3 queries x 9 training examples, rank 32, damping 0.1>"),
         (evaluation, f"loss {evaluation.loss:.6g}"),
         (pruned, "50.0% of the weights gone"),
-        (planned, "<raycurv plan: fits, 1 stages; fit "),
+        (planned, "<raycurv plan: does not fit, "),
     ):
         line, page = repr(result), result._repr_html_()
         assert said in line and "\n" not in line and line.startswith("<raycurv ")
@@ -239,7 +245,4 @@ def test_results_say_what_they_are_in_a_line_and_as_html_that_stays_text(fits, t
         if result is not planned:
             assert "&lt;script&gt;alert(1)" in page and "&amp; more" in page
     assert "--top-k 2, --self" in scores._repr_html_()
-    assert (
-        planned.fits
-        and not raycurv.plan(MLP.network, objective="classification", memory="1MB").fits
-    )
+    assert not planned.fits and planned.details["short"]
