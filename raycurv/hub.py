@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from raycurv.errors import UserError, shortened
+from raycurv.errors import UserError, in_words, shortened
 from raycurv.names import plain_name
 
 _SHAPE = re.compile(
@@ -280,8 +280,14 @@ def _refused(name: HubName, where: str, error: Exception) -> UserError:
 
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
+    if status is None and isinstance(error, OSError) and error.errno is not None:
+        return UserError(
+            where, f"the cache {_cache()}, to fetch {name} into", in_words(error),
+            "Make room in it or let it be written; HF_HOME names another one, the same on all "
+            "nodes of a cluster.",
+        )  # fmt: skip
     if status is None:
-        return _no_answer(name, where, _without_answer(error))
+        return _no_answer(name, where, f"none ({type(error).__name__})")
     said = f"HTTP {status}"
     token = f"a token of an account that may read it ({_LOGIN})"
     if isinstance(error, errors.GatedRepoError):
@@ -302,14 +308,6 @@ def _refused(name: HubName, where: str, error: Exception) -> UserError:
         remedy = f"Check the name, or the path; of a private one give {token}."
         return _error(name, where, got, remedy)
     return _no_answer(name, where, said)
-
-
-def _without_answer(error: Exception) -> str:
-    """What befell a request, in words that hold nothing of an answer."""
-    kind = type(error).__name__
-    if isinstance(error, OSError) and error.strerror:
-        return f"{kind}: {error.strerror}"  # of the disk, say
-    return f"none ({kind})"
 
 
 def _no_answer(name: HubName, where: str, got: str) -> UserError:

@@ -179,6 +179,26 @@ def test_without_a_network_the_cache_is_taken_only_when_that_is_said(
         assert run.manifest.facts["model"] == f"org/tiny@{commit}"
 
 
+def test_texts_go_through_a_tokenizer_by_name(here: Hub, folder: Path, tmp_path: Path) -> None:
+    files = files_of(folder)
+    here.models["org/bare"] = Repository()
+    here.models["org/bare"].push({n: f for n, f in files.items() if "tokenizer" not in n})
+    with pytest.raises(UserError, match="tokenizer"):
+        raycurv.fit("org/bare", texts(2), tmp_path / "none", **ALONE)
+    run = raycurv.fit("org/bare", texts(2), tmp_path / "a", tokenizer="org/tiny", **ALONE)
+    whole = raycurv.fit(folder, texts(2), tmp_path / "b", **ALONE)
+    assert run.examples().equals(whole.examples())
+    here.asked.clear()
+    run.influence(texts(1), texts(2), tmp_path / "s", address="none", quiet=True)
+    assert here.asked == []
+
+
+def test_a_cache_that_cannot_be_written_is_named(here: Hub, tmp_path: Path) -> None:
+    (tmp_path / "hub").write_text("a file where the cache should be")
+    with pytest.raises(UserError, match=r"to fetch org/tiny.* into, got .*HF_HOME names"):
+        raycurv.fit("org/tiny", texts(2), tmp_path / "run", **ALONE)
+
+
 def test_a_hub_that_never_answers_is_not_waited_for(here: Hub, tmp_path: Path) -> None:
     from huggingface_hub import constants
 

@@ -26,7 +26,7 @@ from raycurv.models.config_file import CONFIG
 from raycurv.names import regular_file
 
 # What goes along with the weights: configurations, tokenizers, their code, licences.
-ALONG = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
+ALONG = (".json", ".txt", ".model", ".spm", ".codes", ".jinja", ".tiktoken", ".py")
 PLAIN = ("LICENSE", "NOTICE")
 TEMPLATES = "additional_chat_templates"
 # Any of these makes a directory one with a tokenizer. Asked before transformers is, which would
