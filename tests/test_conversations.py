@@ -248,7 +248,7 @@ BAD: dict[str, tuple[Any, Any, str]] = {
     "no role": ({"messages": [{"content": "Hi"}]}, QWEN3, "message 0.*a `role`.*the keys content"),
     "an unknown speaker": (
         {"messages": [{"from": "bing", "value": "Hi"}]}, QWEN3, "`from` one of human, gpt.*'bing'"),
-    "no messages": ({"messages": "Hi"}, QWEN3, "messages in `messages`, or JSON"),
+    "no messages": ({"messages": "Hi"}, QWEN3, "JSON in `messages`, where it is a text"),
     "a weight": (
         {"messages": [ONCE[0], ONCE[1] | {"weight": 0.5}]}, QWEN3, "`weight`.*0 or 1.*0.5"),
     "a prompt that answers": (

@@ -167,7 +167,7 @@ def _parsed(value: Any, name: str, where: str) -> Any:
         return without_nulls(json.loads(value))
     except (ValueError, RecursionError) as error:
         raise UserError(
-            where, f"messages in `{name}`, or JSON of them", in_words(error), f"Correct `{name}`."
+            where, f"JSON in `{name}`, where it is a text", in_words(error), f"Correct `{name}`."
         ) from error
 
 

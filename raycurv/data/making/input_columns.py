@@ -90,7 +90,7 @@ class InputColumns:
             wanted, remedy = f"one column `{twice[0]}`", "Rename all but one."
             raise UserError(part.location, wanted, "several", remedy)
         self._before = kind
-        self._talks = kind in TALKS or bool(part.message_keys(kind[-1]))
+        self._talks = kind in TALKS or any(map(part.message_keys, kind))
         return kind
 
     def beside(self, kind: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:

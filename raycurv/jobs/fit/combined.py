@@ -67,9 +67,6 @@ def open_examples(
     if parents.combined:
         return _combined(shell, parents)
     settings = shell.settings
-    if parents.extended is not None:
-        loss_on = settings.loss_on or parents.extended.fit.settings["loss_on"]
-        settings = replace(settings, loss_on=loss_on)
     corpus = open_corpus(
         shell.store, "data", source, "--data", network, settings, settings.max_examples,
         settings.seed, objective, masks=settings.seed, read_as=parents.tokenizer(),
