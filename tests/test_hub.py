@@ -9,6 +9,7 @@ import pickle
 import shlex
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -413,6 +414,16 @@ def test_a_card_says_which_files_are_of_a_split_and_nothing_else(here: Hub, case
         "README.md",
         *([] if isinstance(wanted, str) else map(os.path.basename, wanted)),
     }
+
+
+def test_without_datasets_the_message_says_what_to_install(
+    here: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    here.datasets["org/texts"] = Repository()
+    here.datasets["org/texts"].push(PLAIN)
+    with pytest.raises(UserError, match=r"pip install 'raycurv\[hub\]'"):
+        raycurv.fit(folder, "org/texts", tmp_path / "run", **ALONE)
 
 
 def test_names_of_the_hub_have_its_shape() -> None:
