@@ -238,9 +238,14 @@ def test_the_keyboard_reaches_a_query_and_opens_it(browser: Any) -> None:
 def test_light_and_dark_are_told_apart_and_texts_are_readable_in_both(browser: Any) -> None:
     script = """const it = getComputedStyle(document.querySelector(arguments[0]));
         const bare = document.createElement('canvas').getContext('2d');
-        return [it.color, getComputedStyle(document.querySelector(arguments[1])).backgroundColor]
-            .map((c) => { bare.fillStyle = c; bare.fillRect(0, 0, 1, 1);
-                          return [...bare.getImageData(0, 0, 1, 1).data].slice(0, 3); })"""
+        const fill = (c) => { bare.fillStyle = c; bare.fillRect(0, 0, 1, 1); };
+        const seen = () => [...bare.getImageData(0, 0, 1, 1).data].slice(0, 3);
+        fill(getComputedStyle(document.querySelector('.queries')).backgroundColor);
+        fill(getComputedStyle(document.querySelector(arguments[1])).backgroundColor);
+        const ground = seen();
+        fill(it.color);
+        return [ground, seen()]"""
+    browser.execute_script("document.querySelectorAll('details').forEach((e) => (e.open = true))")
 
     def contrast(text: str, ground: str) -> float:
         levels = []
@@ -258,6 +263,7 @@ def test_light_and_dark_are_told_apart_and_texts_are_readable_in_both(browser: A
         for text, ground in (
             ("h1", "body"), ("dd span", "body"), (".score.plus b", ".queries"),
             (".score.minus b", ".queries"), ("thead th", "thead th"), ("footer", "body"),
+            (".text .p4", ".text .p4"), (".text .n4", ".text .n4"), ("#layers .h5", "#layers .h5"),
         ):  # fmt: skip
             assert contrast(text, ground) >= 4.5, (text, grounds)
         browser.execute_script("document.querySelector('#mode').click()")

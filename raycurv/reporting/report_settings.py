@@ -17,7 +17,7 @@ class ReportSettings:
     each query with the passages that matter most to it, where their influence lies, the curvature,
     the training examples, and what took how long."""
 
-    results: Annotated[Place, tyro.conf.Positional] = ""
+    results: Annotated[Place, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_SCORES")] = ""
     """What a finished `fit` or `influence` left in its --out."""
     out: Required[Place] = ""
     """Where the page goes, a .html file; one that is there is replaced."""
