@@ -498,6 +498,7 @@ def test_a_fit_has_a_page_of_its_own(made: Made) -> None:
 
 
 @pytest.mark.parametrize("method", ["kfac", "diagonal", "identity", "mfac"])
+@pytest.mark.usefixtures("undrawn")
 def test_every_method_has_a_page(method: str, tmp_path: Path) -> None:
     fitted = raycurv.fit(
         classifier, classified(12), tmp_path / "run", objective="classification", method=method,
