@@ -166,7 +166,7 @@ def test_without_a_network_the_cache_is_taken_only_when_that_is_said(
     commit = here.models["org/tiny"].branches["main"]
     with offline(), pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
         raycurv.fit("org/tiny", texts(2), tmp_path / "a", **ALONE)
-    run_here("plan.py", ["--model", "org/tiny"])
+    assert run_here("plan.py", ["--model", "org/tiny"]).code == 0
     assert not [name for name in here.fetched() if name.endswith(".safetensors")]
     with offline(), pytest.raises(UserError, match=r"model-00001-of-.*HF_HUB_OFFLINE is set"):
         raycurv.fit("org/tiny", texts(2), tmp_path / "a", **ALONE)

@@ -63,7 +63,7 @@ class Inputs:
         """What is held under a name, else what the settings say, where it lies."""
         held = getattr(self, name)
         there = self.files.get(name, getattr(settings, name))
-        return there if held is None else held
+        return self.at(there) if held is None else held
 
     def at(self, named: Any) -> Any:
         """Where a path, or a name of the hub, lies on this machine."""
