@@ -442,20 +442,33 @@ def test_a_fit_that_stopped_anywhere_ends_as_if_it_had_not(
     assert_close(reference, Path(whole[0].path))
 
 
+TOP = {"top_k": 2}
+CANDIDATES = {
+    "candidates": [
+        {"query_id": query["id"], "train_id": ROWS[(5 * q + k) % len(ROWS)]["id"]}
+        for q, query in enumerate(QUERIES)
+        for k in (0, 3, 9, 14)
+    ],
+    "candidates_check": 2,
+}
+
+
 @pytest.mark.parametrize(
-    ("top_k", "point", "after", "commit_seconds", "step"),
+    ("how", "point", "after", "commit_seconds", "step"),
     [
-        (None, "a write", False, 1e-9, 9),
-        (None, "a write", True, 300.0, 3),
-        (None, "a deletion", True, 1e-9, 5),
-        (None, "a deletion of a directory", False, 300.0, 1),
-        (None, "a backward", False, 300.0, 6),
-        (2, "a write", False, 1e-9, 11),
-        (2, "a write", False, 300.0, 3),
+        ({}, "a write", False, 1e-9, 9),
+        ({}, "a write", True, 300.0, 3),
+        ({}, "a deletion", True, 1e-9, 5),
+        ({}, "a deletion of a directory", False, 300.0, 1),
+        ({}, "a backward", False, 300.0, 6),
+        (TOP, "a write", False, 1e-9, 11),
+        (TOP, "a write", False, 300.0, 3),
+        (CANDIDATES, "a write", False, 1e-9, 19),
+        (CANDIDATES, "a deletion of a directory", False, 300.0, 2),
     ],
 )
 def test_scores_that_stopped_anywhere_end_as_if_they_had_not(
-    top_k: int | None,
+    how: dict[str, Any],
     point: str,
     after: bool,
     commit_seconds: float,
@@ -464,7 +477,7 @@ def test_scores_that_stopped_anywhere_end_as_if_they_had_not(
     tmp_path: Path,
 ) -> None:
     def job(out: Path) -> None:
-        score(whole[0], out, top_k=top_k, commit_seconds=commit_seconds)
+        score(whole[0], out, commit_seconds=commit_seconds, **how)
 
     job(tmp_path / "reference")
     count = 0
