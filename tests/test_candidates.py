@@ -22,6 +22,7 @@ from raycurv.data.examples import Example
 from raycurv.data.tokenizer import LazyTokenizer
 from raycurv.driver.corpus import store_corpus
 from raycurv.files.store import Store
+from raycurv.files.tables import read_table, write_table
 from raycurv.jobs.influence.candidates import Candidates, choose_candidates
 from raycurv.stages.stage import Stage
 
@@ -316,6 +317,38 @@ def test_candidates_belong_to_the_run(fits: Any) -> None:
     for other in ("bm25:4,over=tokens", "bm25:3,over=tokens,b=0", table(*ALL), ""):
         with pytest.raises(UserError, match="the candidates is another one"):
             score(candidates=other)
+
+
+def test_a_run_goes_on_with_the_candidates_that_it_began_with(
+    fits: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = fits.place()
+
+    def score(check: int) -> raycurv.Scores:
+        return fits.run(LLAMA).influence(
+            list(LLAMA.queries), list(LLAMA.data), place, quiet=True, address="none",
+            candidates=TOKENS, candidates_check=check,
+        )  # fmt: skip
+
+    before = score(0).table()
+    monkeypatch.setattr(BM25, "best", lambda self, query, k: np.arange(k))
+    assert score(1).table() == before
+    pairs = Path(place) / "candidates" / "pairs.parquet"
+    store = Store(place)
+    for column in ("query", "example"):
+        table_ = read_table(store, "candidates/pairs.parquet")
+        wrong = pa.array([9] * len(table_), pa.int64())
+        kept = pairs.read_bytes()
+        write_table(
+            store, "candidates/pairs.parquet",
+            table_.set_column(table_.column_names.index(column), column, wrong),
+        )  # fmt: skip
+        with pytest.raises(raycurv.DamagedFile, match="pairs of queries"):
+            score(2)
+        pairs.write_bytes(kept)
+    # The control: chosen anew they would be others.
+    place = fits.place()
+    assert score(0).table() != before
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,8 @@ _COVERAGE: dict[str, Any] = {"trainable": int, "covered": int}
 # What the jobs put into a directory. Without a run.json these names belong to somebody else.
 _OURS = (
     "blocks.json", "data", "labels", "factors", "eigen", "corrected", "rows", "gradients",
-    "tables", "scores", "check", "self", "ihvp", "weights", "saliency", "model", "work",
+    "tables", "scores", "candidates", "check", "self", "ihvp", "weights", "saliency", "model",
+    "work",
 )  # fmt: skip
 
 # Of what lies in work/, what is made before anything is computed.
@@ -197,7 +198,7 @@ def continue_or_refuse(store: Store, there: Manifest | None, wanted: Manifest) -
         elif changes := config_changes(said, value):
             differences.append(f"the configuration is another one ({'; '.join(changes)})")
     if differences and not _computed(store, there):
-        for name in ("data", "labels", "factors", "eigen", "gradients", "work"):
+        for name in ("data", "labels", "factors", "eigen", "gradients", "candidates", "work"):
             store.delete_directory(name)
         store.delete("blocks.json")
         _begin(store, wanted)

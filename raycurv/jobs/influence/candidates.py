@@ -22,11 +22,13 @@ from raycurv.data.tokenizer import LazyTokenizer
 from raycurv.driver.corpus import Corpus
 from raycurv.errors import UserError
 from raycurv.files.store import Store
-from raycurv.files.tables import read_table
+from raycurv.files.tables import read_table, write_table
 
 FLAG = "--candidates"
 TOP = 10
 _COLUMNS = {"query_id": "--queries", "train_id": "--train"}
+_FILE = "candidates/pairs.parquet"
+_STORED = pa.schema([("query", pa.int64()), ("example", pa.int64())])
 _WORD = re.compile(r"\w+")
 
 Array = np.ndarray[Any, Any]
@@ -64,7 +66,8 @@ class Pairs:
 @dataclass(frozen=True)
 class Candidates:
     """Pairs of a query and a training example, by their numbers, int64 ``[P]`` each: no pair twice,
-    sorted by the query, then by the example."""
+    sorted by the query, then by the example. In ``candidates/pairs.parquet`` they are ``query`` and
+    ``example``."""
 
     queries: Array
     examples: Array
@@ -138,6 +141,29 @@ def choose_candidates(
             f"Leave such queries out, or give {FLAG} FILE with rows of theirs.",
         )  # fmt: skip
     return found if len(found) < len(queries) * len(train) else None
+
+
+def stored_candidates(store: Store, queries: Corpus, train: Corpus) -> Candidates | None:
+    """Those that the scoring in a directory chose when it began, if it did; DamagedFile for pairs
+    that are none of these queries and examples, or in another order."""
+    try:
+        table = read_table(store, _FILE, _STORED, _STORED.names)
+    except FileNotFoundError:
+        return None
+    found = Candidates(*(table[name].to_numpy() for name in _STORED.names))
+    inside = (found.queries >= 0) & (found.queries < len(queries))
+    inside &= (found.examples >= 0) & (found.examples < len(train))
+    pairs = found.queries[inside] * len(train) + found.examples[inside]
+    if not inside.all() or not (np.diff(pairs) > 0).all():
+        raise store.damaged(_FILE, "pairs of queries and training examples, in order", "others")
+    return found
+
+
+def store_candidates(store: Store, chosen: Candidates) -> None:
+    """Write them down: whatever finds candidates may find others of equal worth another time."""
+    columns = (chosen.queries, chosen.examples)
+    table = pa.table(dict(zip(_STORED.names, columns, strict=True)), schema=_STORED)
+    write_table(store, _FILE, table)
 
 
 def _listed(source: Source, queries: Corpus, train: Corpus) -> Candidates:

@@ -58,6 +58,8 @@ from raycurv.jobs.influence.candidates import (
     candidates_print,
     choose_candidates,
     measure,
+    store_candidates,
+    stored_candidates,
 )
 from raycurv.jobs.influence.gatherers import GradientsGatherer, ProductsGatherer, ScoreGatherer
 from raycurv.jobs.influence.influence_settings import InfluenceSettings
@@ -216,6 +218,9 @@ def _candidates(
     shell: Shell[InfluenceSettings], chosen: Any, asked: Corpus, training: Corpus, network: Model
 ) -> Candidates | None:
     """The candidates of all queries, as a phase with its progress; ``None`` for all examples."""
+    found = stored_candidates(shell.store, asked, training)
+    if found is not None:
+        return found
     tokenizer = None
     if network.tokenizer_dir is not None and has_tokenizer(network.tokenizer_dir):
         tokenizer = LazyTokenizer(network.tokenizer_dir, network.trust_remote_code)
@@ -227,6 +232,8 @@ def _candidates(
             f"--candidates: all {len(training):,} training examples are candidates of every query; "
             "scores are those without it"
         )
+    else:
+        store_candidates(shell.store, found)
     return found
 
 
