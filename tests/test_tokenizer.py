@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import tokenizers
+import transformers
 from byte_tokenizer import BOS, EOS, VOCAB, byte_ids, save_byte_tokenizer
 
 from raycurv.data.tokenizer import LazyTokenizer, affixes
+from raycurv.driver.corpus import described_alike
 from raycurv.errors import UserError
 
 TEMPLATES = {
@@ -150,3 +152,29 @@ def test_a_tokenizer_that_knows_few_words_is_recorded_all_the_same(tmp_path: Pat
     assert tokenizer.describe()["before"] is None
     with pytest.raises(UserError, match="takes the text 'a'"):
         affixes(tokenizer)
+
+
+@pytest.mark.parametrize("option", ["do_lower_case", "strip_accents"])
+def test_options_beside_the_words_tell_a_tokenizer_from_another(
+    tmp_path: Path, option: str
+) -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one", "One", "né", "ne"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+
+    def read(**options: bool) -> tuple[list[list[int]], dict[str, Any]]:
+        file = tmp_path / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | options))
+        tokenizer = LazyTokenizer(tmp_path)
+        return tokenizer.encode(["One né"], special=False), tokenizer.describe()
+
+    before, said = read(do_lower_case=True, strip_accents=True)
+    after, other = read(**{option: False})
+    assert before != after and not described_alike(said, other)
+    assert {k: v for k, v in said.items() if k != "words"} == {
+        k: v for k, v in other.items() if k != "words"
+    }
+    # Runs of before have none on record.
+    assert described_alike({k: v for k, v in said.items() if k != "words"}, other)
+    again, same = read(**{option: True}, model_max_length=7)
+    assert again == before and same == said

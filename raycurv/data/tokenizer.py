@@ -29,6 +29,8 @@ _BESIDE = (
 _MOST_BYTES = 64 << 20
 # What a tokenizer may put around a text, in tokens, and make of one character by replacements.
 _MOST_AFFIXES, _MOST_GROWTH = 1024, 256
+# Of so many of its words a run records what a tokenizer makes.
+_WORDS = 512
 
 
 class Tokenizer(Protocol):
@@ -176,7 +178,8 @@ class LazyTokenizer:
 
     def describe(self) -> dict[str, Any]:
         """What a run records: its class, its size, the tokens that it puts before and after a text
-        (``None`` where these cannot be told), a hash of the files that make its tokens, and where
+        (``None`` where these cannot be told), a hash of the files that make its tokens, one of what
+        it makes of words of its own, which options beside these files decide, too, and where
         conversations were met one of their template; empty when no text was met."""
         if self._loaded is None:
             return {}
@@ -191,7 +194,19 @@ class LazyTokenizer:
         files = str([(name, own) for name, own in found if name not in _BESIDE])
         own = hashlib.blake2b(files.encode(), digest_size=16).hexdigest()
         said = {"class": kind, "tokens": size, "before": before, "after": after, "files": own}
+        said |= {"words": self._words()}
         return said | (self.chat.describe() if self.chat.used else {})
+
+    def _words(self) -> str | None:
+        """A hash of the tokens of words of its own, each as a text; ``None`` where it does not take
+        them."""
+        numbers = range(0, len(self._loaded), max(1, len(self._loaded) // _WORDS))
+        try:
+            words = self._loaded.convert_ids_to_tokens(list(numbers))
+            ids = self.encode([word for word in words if isinstance(word, str)], special=True)
+        except Exception:  # whatever a tokenizer meets
+            return None
+        return hashlib.blake2b(str(ids).encode(), digest_size=16).hexdigest()
 
 
 def tokenizer_print(directory: str | Path) -> dict[str, str]:
