@@ -58,17 +58,17 @@ class Findings:
 
 
 _KINDS: dict[str, Any] = {
-    one.name: {"int": int, "dict[str, Any]": dict[str, float]}.get(str(one.type), list[str])
+    one.name: {"int": int, "dict[str, Any]": dict[str, Any]}.get(str(one.type), list[str])
     for one in fields(Findings)
-} | {"examples": int, "examples_without_loss": int}
+} | {"examples": int, "examples_without_loss": int, "conversations": dict[str, str | int]}
 
 
 def misfit_findings(recorded: Mapping[str, Any]) -> str:
     """What of a record of findings is not what :meth:`Findings.recorded` gives; empty where all
     is."""
     found = {name: misfit(recorded[name], _KINDS[name]) for name in recorded.keys() & _KINDS.keys()}
-    if not found.get("masking", True) and "targets" not in recorded["masking"]:
-        found["masking"] = "without targets"
+    if not found.get("masking", True):
+        found["masking"] = misfit(recorded["masking"].get("targets"), float)
     return next((f"{name}: {wrong}" for name, wrong in sorted(found.items()) if wrong), "")
 
 
@@ -134,7 +134,8 @@ def _of_conversations(recorded: Mapping[str, Any]) -> str:
     by = {"marks": ", where the template marks it", "prefixes": ", found by its beginnings"}
     said = "conversations went through the chat template"
     if "loss_on" in recorded:
-        said += f": {carries[recorded['loss_on']]}{by.get(recorded.get('turns_by', ''), '')}"
+        carried = carries.get(recorded["loss_on"], "some tokens carry the loss")
+        said += f": {carried}{by.get(recorded.get('turns_by', ''), '')}"
     day = recorded.get("date")
     return said + (f"; the day that it asks for is taken to be {day}" if day else "")
 
