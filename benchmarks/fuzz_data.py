@@ -7,6 +7,8 @@ with the number of its case: case n of a seed is the same however many are run.
 
 from __future__ import annotations
 
+import csv
+import gzip
 import io
 import json
 from collections.abc import Callable, Sequence
@@ -19,6 +21,7 @@ import pyarrow.parquet as pq
 import torch
 
 from raycurv.data.examples import examples_to_table, table_to_examples
+from raycurv.data.formats.file_formats import ending
 from raycurv.data.microbatch import make_batch
 from raycurv.data.reading import ExampleReader
 
@@ -46,15 +49,19 @@ def data_cases(folder: Path, seed: int) -> Callable[[int], str]:
 
 
 def _case(random: Random, wholes: dict[str, bytes], folder: Path) -> str:
-    ending = str(random.choice([".jsonl", ".parquet", ".arrow", ".feather"]))
-    name = str(random.choice(sorted(name for name in wholes if name.endswith(ending))))
+    kinds = [".jsonl", ".parquet", ".arrow", ".feather", ".json", ".csv", ".jsonl.gz"]
+    kind = str(random.choice(kinds))
+    name = str(random.choice(sorted(name for name in wholes if ending(name) == kind)))
     content = wholes[name]
-    if ending == ".jsonl" and random.random() < 0.8:
+    if kind == ".jsonl" and random.random() < 0.8:
         content = _changed_rows(random, content)
     else:
+        packed = kind.endswith(".gz") and random.random() < 0.5
+        content = gzip.decompress(content) if packed else content
         for _ in range(int(random.geometric(0.6))):
             content = _changed_bytes(random, content)
-    path = folder / f"case{Path(name).suffix}"
+        content = gzip.compress(content) if packed else content
+    path = folder / f"case{kind}"
     path.write_bytes(content)
     state = folder / "state.json"
     if path.suffix == ".arrow" and random.random() < 0.1:
@@ -135,6 +142,14 @@ def whole_files() -> dict[str, bytes]:
                 found[f"{name}-{codec}.{suffix}"] = sink.getvalue().to_pybytes()
         rows = "".join(json.dumps(row) + "\n" for row in table.to_pylist())
         found[f"{name}.jsonl"] = rows.encode()
+        found[f"{name}.jsonl.gz"] = gzip.compress(rows.encode())
+        found[f"{name}.json"] = json.dumps(table.to_pylist(), indent=1).encode()
+    for name in ("texts", "asked"):
+        text = io.StringIO()
+        lines = csv.writer(text)
+        lines.writerow(["id", *named[name].column_names])
+        lines.writerows([n, *row.values()] for n, row in enumerate(named[name].to_pylist()))
+        found[f"{name}.csv"] = text.getvalue().encode()
     return found
 
 

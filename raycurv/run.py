@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from raycurv.data.objects import settled
 from raycurv.errors import DamagedFile, UserError
 from raycurv.files.artifacts import gradient_file, read_blocks, read_gradient
 from raycurv.files.curvature_files import CurvatureFiles
@@ -399,6 +400,8 @@ class Run:
         Raises:
             UserError: a mistake in settings or data.
         """
+        # What gives its rows once is asked for their texts afterwards.
+        queries, train = settled(queries), settled(train)
         store = self._influence(queries, train, out, quiet, settings)
         return Scores(store, *map(_unrecorded, (queries, train)))
 

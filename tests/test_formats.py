@@ -374,9 +374,11 @@ def test_objects_are_fitted_and_scored_as_their_rows_are(tmp_path: Path) -> None
     raycurv.fit(MLP.network, generated(), tmp_path / "run", **fit)
     with pytest.raises(UserError, match="the data is another one"):
         raycurv.fit(MLP.network, iter(ROWS[1:]), tmp_path / "run", **fit)
-    found = run.influence(
-        frame_of_pandas()[:2], frame_of_polars(), tmp_path / "scores", rank="full", **how
+    scores = run.influence(
+        frame_of_pandas()[:2], generated(), tmp_path / "scores", rank="full", **how
     )
-    assert found.table().equals(wanted)
+    assert scores.table().equals(wanted)
+    # What was gone through once is read again for its columns.
+    assert scores.data().rows(["04"], ["labels"])["labels"].to_pylist() == [ROWS[4]["labels"]]
     said = json.loads((tmp_path / "scores" / "run.json").read_text())
     assert said["fingerprints"]["queries"]["rows"] == 2
