@@ -100,6 +100,21 @@ def test_a_csv_whose_quotes_break_is_named_by_row_and_line(tmp_path: Path, case:
     mistake(tmp_path / "a.csv", "a.csv", *parts)
 
 
+def test_quotes_of_a_tsv_that_swallow_rows_are_refused(tmp_path: Path) -> None:
+    """Tables without quotes of their own have them in texts; then two of them are a pair."""
+    path = tmp_path / "a.tsv"
+    path.write_text('text\tlabel\n"Good movie\t1\nbad one\t0\nend"\t1\n')
+    mistake(path, "row 0 (line 2 to 4)", "each is a row by itself")
+    # The control: a text of several lines.
+    path.write_text('text\tlabel\n"Good movie\nbad one\nend"\t1\n"a\t\tb\nc"\t0\n')
+    assert [row["text"] for row in values(path, "text")] == [
+        "Good movie\nbad one\nend",
+        "a\t\tb\nc",
+    ]
+    path.write_text('text\n"Good movie\nbad one"\n')
+    assert len(values(path, "text")) == 1
+
+
 LABELS: dict[str, tuple[str, dict[str, int], Any]] = {
     "numbers": ("2 0 1", {}, [2, 0, 1]),
     "fractions": ("0.5 1e-3 2", {}, [0.5, 1e-3, 2.0]),

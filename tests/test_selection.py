@@ -163,6 +163,28 @@ WRONG: dict[str, tuple[list[str], str, tuple[str, ...]]] = {
 }  # fmt: skip
 
 
+def test_a_folder_that_says_its_split_is_no_other_one(tmp_path: Path) -> None:
+    folder = lay(tmp_path / "imdb" / "test", ["a.jsonl", "b.jsonl"])
+    for source in (folder, folder.as_uri()):
+        mistake(Selection(source, "train"), "no train there", "Give --split test")
+        assert len(read(Selection(source, "test[:10]"))) == 10
+        assert len(read(source)) == 14
+
+
+def test_shards_that_are_not_there_are_named(tmp_path: Path) -> None:
+    names = [f"data/train-{n:05}-of-00003.jsonl" for n in range(3)]
+    lay(tmp_path, [*names, "data/test-00000-of-00001.jsonl"])
+    assert len(open_parts(Selection(tmp_path, "train"))) == 3
+    (tmp_path / names[1]).unlink()
+    for source in (str(tmp_path), tmp_path.as_uri()):
+        error = mistake(
+            Selection(source, "train"), "2 of them", "train-00001-of-00003.jsonl is not"
+        )
+        assert len(read(Selection(source, "test"))) == 7
+    # The remedy: a glob names what is meant.
+    assert len(open_parts(error.remedy.rpartition("glob: '")[2].removesuffix("'."))) == 2
+
+
 @pytest.mark.parametrize("case", WRONG)
 def test_what_is_ambiguous_is_refused_by_name(tmp_path: Path, case: str) -> None:
     names, split, parts = WRONG[case]

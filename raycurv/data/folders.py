@@ -7,6 +7,7 @@ that names files is the caller's own choice of them, and what it does not match 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -44,6 +45,8 @@ STATE_FILE = "state.json"
 STATE_BYTES = 4 << 20
 # Directories of table formats, in whose data files are rows that were deleted.
 _LOGS = {"_delta_log": "a Delta table", ".hoodie": "a Hudi table"}
+# A file that is numbered as one of so many.
+_SHARD = re.compile(r"(.*?)(\d{5,9})-of-(\d{5,9})(.*)")
 _PACKED = {".gz": "gunzip", ".zst": "zstd -d --rm", ".bz2": "bunzip2", ".xz": "unxz"}
 
 
@@ -74,6 +77,33 @@ def check_folders(where: str, folders: Sequence[str]) -> None:
                 "Write the table's rows as Parquet or JSONL files of their own, or give a glob of "
                 "the files to read.",
             )
+
+
+def check_shards(where: str, names: Sequence[str]) -> None:
+    """Refuse files that are numbered as some of so many, of which others are not there.
+
+    Args:
+        where: the folder, as a person gave it.
+        names: of all files below it that are read.
+
+    Raises:
+        UserError: names the first that is missing.
+    """
+    there: dict[tuple[str, ...], set[int]] = {}
+    for name in names:
+        found = _SHARD.fullmatch(name)
+        if found:
+            there.setdefault(found.group(1, 3, 4), set()).add(int(found[2]))
+    for (before, total, behind), numbers in there.items():
+        missing = int(total) - len(numbers)
+        if missing > 0:
+            first = next(number for number in range(int(total)) if number not in numbers)
+            gone = f"{before}{first:0{len(total)}}-of-{total}{behind}"
+            raise UserError(
+                where, f"all of the {int(total):,} files {before}…-of-{total}{behind}",
+                f"{len(numbers):,} of them; {gone} is not there",
+                f"Fetch the others, or name those to read by a glob: '{where}/{before}*{behind}'.",
+            )  # fmt: skip
 
 
 def not_read(

@@ -27,6 +27,7 @@ from raycurv.data.making.target_examples import TargetExamples
 from raycurv.data.making.token_examples import TokenExamples
 from raycurv.data.making.tools import Maker, Tools
 from raycurv.data.parts import Part
+from raycurv.data.portion import Selection
 from raycurv.data.rows import Rows
 from raycurv.data.sources import find_parts
 from raycurv.errors import UserError, user_errors
@@ -107,8 +108,10 @@ class ExampleReader(ReaderSettings):
         self._note_classes()
         if not index:
             files = f"{len(self.parts)} file{'s' if len(self.parts) > 1 else ''}"
+            taken = self.source if isinstance(self.source, Selection) else Selection(self.source)
+            where = str(taken.source) if isinstance(taken.source, (str, Path)) else "data"
             raise UserError(
-                str(self.source) if isinstance(self.source, (str, Path)) else "data",
+                f"{where}, {taken.split}" if taken.split else where,
                 "at least one example",
                 "none in "
                 + (files if self.parts[0].name else self.parts[0].location)

@@ -19,6 +19,7 @@ from raycurv.data.folders import (
     STATE_FILE,
     check_folders,
     check_saved,
+    check_shards,
     holds_examples,
     not_read,
 )
@@ -159,14 +160,17 @@ class _Listing:
             folders: names of all folders in it.
 
         Raises:
-            UserError: it holds the log of a table, several splits, or a file in two formats.
+            UserError: it holds the log of a table, several splits, a file in two formats, or
+                not all shards.
         """
         check_folders(where, folders)
         own = [
             n for n in files if holds_examples(base := n.rpartition("/")[2]) or base == SPLITS_FILE
         ]
         chosen = choose(where, own, folders, self._saved(where, below, own), split, flag)
-        _check_once(where, [name for name in chosen if ending(name) in FORMATS])
+        readable = [name for name in chosen if ending(name) in FORMATS]
+        _check_once(where, readable)
+        check_shards(where, readable)
         self.files += [f"{below}{name}" for name in chosen]
         others = set(files) - set(own)
         self.left_out += [f"{below}{name}" for name in others if ending(name) in FORMATS]

@@ -159,10 +159,12 @@ def _by_names(
     wanted = _SPLITS.get(split.name, split.name)
     if wanted in of:
         return of[wanted]
-    # One that has a name of its own, such as corpus-00000-of-00002, is no other split by that.
-    if split.name == UNNAMED and len(found) < 2 and not usual and not saved:
+    # One that has a name of its own, such as corpus-00000-of-00002, is no other split by that; the
+    # folder that was given may say one.
+    own = _SPLITS.get(where.rstrip("/").rpartition("/")[2].lower(), UNNAMED)
+    if wanted == own and len(found) < 2 and not usual and not saved:
         return list(names)
-    raise _no_split(where, found or [UNNAMED], split)
+    raise _no_split(where, found or [own], split)
 
 
 def check_unnamed(where: str, split: Split | None) -> None:

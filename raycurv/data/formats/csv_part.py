@@ -50,6 +50,10 @@ class CsvPart(FilePart, RecordPart):
             if len(values) != len(names):
                 got = f"{len(values)} values under {len(names)} names of columns"
                 raise self._mistake(row, lines, got)
+            tabs = self.delimiter == "\t" and lines.number > lines.first
+            if tabs and lines.tabs == {len(names) - 1} != {0}:
+                got = "quotes round several lines of which each is a row by itself"
+                raise self._mistake(row, lines, got)
             yield lines.size, dict(zip(names, values, strict=True))
             row += 1
 
@@ -74,15 +78,17 @@ class TsvPart(CsvPart):
 
 
 class _Lines:
-    """The lines of a file as text, with how many bytes the record under way has."""
+    """The lines of a file as text, with how many bytes the record under way has, and how many tabs
+    there are in its lines."""
 
     def __init__(self, part: FilePart) -> None:
-        self._part, self._lines = part, bounded_lines(part)
+        self._lines = bounded_lines(part)
+        self.tabs: set[int] = set()
         self.number = self.first = self.size = 0
 
     def begin(self) -> None:
         """A record begins."""
-        self.first, self.size = self.number + 1, 0
+        self.first, self.size, self.tabs = self.number + 1, 0, set()
 
     def __iter__(self) -> _Lines:
         return self
@@ -91,6 +97,7 @@ class _Lines:
         line = next(self._lines)
         self.number += 1
         self.size += len(line)
+        self.tabs.add(line.count(b"\t"))
         if self.size > LINE_BYTES:
             raise csv.Error(f"more than {LINE_BYTES >> 20} MiB: is a quote not closed?")
         return line.decode()
