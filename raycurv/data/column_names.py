@@ -8,6 +8,11 @@ from typing import Any
 
 from raycurv.errors import UserError
 
+# The columns that a flag may name, each with the flag's word for it.
+COLUMNS = {
+    "text": "text", "id": "id", "labels": "label", "prompt": "prompt", "completion": "completion",
+}  # fmt: skip
+
 
 def listed(found: Sequence[str]) -> str:
     """Names of columns, for messages."""
@@ -38,7 +43,7 @@ class ColumnNames:
         for ours, theirs in self.theirs.items():
             if theirs not in found:
                 raise UserError(
-                    where, f"a column `{theirs}` ({self.flag.format(_FLAGS.get(ours, ours))})",
+                    where, f"a column `{theirs}` ({self.flag.format(COLUMNS.get(ours, ours))})",
                     "the columns " + listed(found),
                     "Correct the name, or give every file and row the column.",
                 )  # fmt: skip
@@ -52,6 +57,4 @@ class ColumnNames:
         return dict(zip(names, record.values(), strict=True))
 
 
-# What a flag calls a column, where it does not call it by its name.
-_FLAGS = {"labels": "label"}
 PLAIN = ColumnNames()

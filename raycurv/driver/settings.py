@@ -23,6 +23,7 @@ import torch
 import tyro
 
 from raycurv.data.assistant_turns import LossOn
+from raycurv.data.column_names import COLUMNS
 from raycurv.data.portion import Selection
 from raycurv.data.uri import check_place, shown
 from raycurv.errors import UserError, shortened
@@ -302,12 +303,6 @@ class Reading:
         """
         given = {ours: getattr(self, f"{flag}_column") for ours, flag in COLUMNS.items()}
         return selected(source, self.split, {n: value for n, value in given.items() if value})
-
-
-# The columns that a flag may name, each with the flag's word for it.
-COLUMNS = {
-    "text": "text", "id": "id", "labels": "label", "prompt": "prompt", "completion": "completion",
-}  # fmt: skip
 
 
 def selected(

@@ -13,8 +13,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from raycurv.data.column_names import COLUMNS
 from raycurv.data.tokenizer import tokenizer_print
-from raycurv.driver.settings import COLUMNS, IN_MEMORY
+from raycurv.driver.settings import IN_MEMORY
 from raycurv.errors import DamagedFile, UserError, shortened
 from raycurv.files.artifacts import BLOCKS_FILE, read_blocks
 from raycurv.files.manifest import Manifest
