@@ -38,7 +38,8 @@ class Planned:
 
     def __repr__(self) -> str:
         jobs = "; ".join(f"{job} {said}" for job, said in self._jobs().items())
-        return f"<raycurv plan: {self._verdict()}, {self.stages} stages; {jobs}>"
+        stages = "1 stage" if self.stages == 1 else f"{self.stages} stages"
+        return f"<raycurv plan: {self._verdict()}, {stages}; {jobs}>"
 
     def _repr_html_(self) -> str:
         advice = "" if self.fits else as_sentence(self.details["advice"])

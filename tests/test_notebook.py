@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,4 +64,6 @@ def test_the_notebook_holds_nothing_of_the_machine_it_was_made_on() -> None:
     for place in ("/tmp", "/home", "/root", "/work", "/usr", "site-packages", "Warning"):
         assert place not in text
     for cell in json.loads(text)["cells"]:
+        for link in re.findall(r"\]\(([^)]+)\)", "".join(cell["source"])):
+            assert (NOTEBOOK.parent / link).exists(), link
         assert all(one["output_type"] != "error" for one in cell.get("outputs", ()))
