@@ -446,6 +446,25 @@ def test_scores_that_were_cut_to_the_top_say_so(made: Made) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_conversations_have_a_page(tmp_path: Path) -> None:
+    place = save_llama(tmp_path / "model", max_position_embeddings=64)
+    (place / "chat_template.jinja").write_text(
+        "{% for turn in messages %}{{ turn.role }}: {% generation %}{{ turn.content }}"
+        "{% endgeneration %}\n{% endfor %}"
+    )
+    turns = [{"role": "user", "content": "a cat?"}, {"role": "assistant", "content": "it <b> sat"}]
+    data = write_rows(
+        tmp_path / "t.parquet", [{"id": f"r{n}", "messages": turns} for n in range(3)]
+    )
+    scores = raycurv.fit(place, data, tmp_path / "run", **HERE).influence(
+        data, data, tmp_path / "scores", per_token=True, **HERE
+    )
+    page = Path(raycurv.report(scores, tmp_path / "page.html")).read_text()
+    assert "through the chat template" in page
+    assert re.search('data-looks="[a-i0-9]+">user: a cat\\?\nassistant: it &lt;b&gt; sat\n<', page)
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_scores_of_candidates_say_so(made: Made) -> None:
     pairs = pa.table({"query_id": ["cats", "sea"], "train_id": ["row 0", "row 4"]})
     asked = [QUERIES[0], QUERIES[2]]
@@ -475,6 +494,7 @@ def test_tokens_that_are_not_those_that_were_scored_have_no_colours(
         {"coverage": {"frozen": 3}},
         {"reading": {"data": {"truncated_examples": "many"}}},
         {"reading": {"data": {"masking": {}}}},
+        {"reading": {"data": {"conversations": {"loss_on": "<b>"}}}},
         {"model_notes": [1]},
     ],
 )

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from raycurv.errors import shortened
-from raycurv.jsonfile import misfit
 
 # Of names at most so many are recorded, and so many told.
 _RECORDED, _TOLD = 100, 8
@@ -55,21 +54,6 @@ class Findings:
             name: value if isinstance(value, int | dict) else sorted(value)[:_RECORDED]
             for name, value in found.items()
         }
-
-
-_KINDS: dict[str, Any] = {
-    one.name: {"int": int, "dict[str, Any]": dict[str, Any]}.get(str(one.type), list[str])
-    for one in fields(Findings)
-} | {"examples": int, "examples_without_loss": int, "conversations": dict[str, str | int]}
-
-
-def misfit_findings(recorded: Mapping[str, Any]) -> str:
-    """What of a record of findings is not what :meth:`Findings.recorded` gives; empty where all
-    is."""
-    found = {name: misfit(recorded[name], _KINDS[name]) for name in recorded.keys() & _KINDS.keys()}
-    if not found.get("masking", True):
-        found["masking"] = misfit(recorded["masking"].get("targets"), float)
-    return next((f"{name}: {wrong}" for name, wrong in sorted(found.items()) if wrong), "")
 
 
 def sentences(recorded: Mapping[str, Any], examples: int, without_target: int) -> list[str]:

@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 
 from raycurv.data.findings import sentences
 from raycurv.driver.timeline_table import DIRECTORY
-from raycurv.files.manifest import Manifest
+from raycurv.errors import DamagedFile
+from raycurv.files.manifest import NAME, Manifest
 from raycurv.files.store import Store
 from raycurv.jobs.timeline.lanes import read_lanes
 from raycurv.reporting.charts import SERIES, Array, Pictures
@@ -294,9 +295,10 @@ def _duration(seconds: float | None) -> str:
     return duration(seconds or 0.0)
 
 
-def fit_notes(fit: Manifest, blocks: Rows) -> list[str]:
-    """What to know of a fit before its numbers are believed."""
-    said = [*fit.facts.get("model_notes", ()), *reading_notes(fit)]
+def fit_notes(run: Run, blocks: Rows) -> list[str]:
+    """What to know of a fit before its numbers are believed; DamagedFile as for
+    :func:`reading_notes`."""
+    said = [*run.manifest.facts.get("model_notes", ()), *reading_notes(run.manifest, run.path)]
     outcomes: dict[str, list[str]] = {}
     for row in blocks:
         if row["eigh_outcome"] != "ok":
@@ -313,12 +315,24 @@ def fit_notes(fit: Manifest, blocks: Rows) -> list[str]:
     return said
 
 
-def reading_notes(manifest: Manifest) -> list[str]:
-    """What of a job's data was not taken as it stood."""
-    return [
-        f"{name}: {sentence}"
-        for name, recorded in manifest.facts.get("reading", {}).items()
-        for sentence in sentences(
-            recorded, recorded.get("examples", 0), recorded.get("examples_without_loss", 0)
-        )
-    ]
+def reading_notes(manifest: Manifest, where: str) -> list[str]:
+    """What of a job's data was not taken as it stood.
+
+    Args:
+        where: the directory, for errors.
+
+    Raises:
+        DamagedFile: what is on record of it is nothing that a job writes.
+    """
+    said = []
+    for name, recorded in manifest.facts.get("reading", {}).items():
+        without = recorded.get("examples_without_loss", 0)
+        try:
+            told = sentences(recorded, recorded.get("examples", 0), without)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DamagedFile(
+                f"{where}/{NAME}", f"what a job tells of the {name} that it read", repr(error),
+                "Restore the file, or run the job again into another directory.",
+            ) from error  # fmt: skip
+        said += [f"{name}: {sentence}" for sentence in told]
+    return said

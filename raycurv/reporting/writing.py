@@ -165,7 +165,7 @@ class _Maker:
             title=f"{of:,} queries against {said.facts.get('examples', 0):,} training examples",
             kicker=f"raycurv report: influence scores of {name}",
             facts=[*facts, *_score_facts(said)],
-            notes=list(dict.fromkeys([*shown.notes, *_score_notes(said), *notes])),
+            notes=list(dict.fromkeys([*shown.notes, *_score_notes(scores), *notes])),
             sections=sections,
             colophon=_colophon(scores.path, *([run.path] if run else [])),
             queries=shown.cards,
@@ -191,7 +191,7 @@ class _Maker:
             blocks_section(blocks, corrected, shares),
             *coverage_section(run.manifest),
         ]
-        return sections, fit_notes(run.manifest, blocks)
+        return sections, fit_notes(run, blocks)
 
     def _fit(self, scores: Scores) -> tuple[Run | None, list[str]]:
         """The fit that scores came from, or why it is not shown."""
@@ -314,12 +314,13 @@ def _score_facts(scores: Manifest) -> Facts:
     ]  # fmt: skip
 
 
-def _score_notes(scores: Manifest) -> list[str]:
+def _score_notes(of: Scores) -> list[str]:
     """What to know of scores before they are believed."""
+    scores = of.manifest
     shares = scores.facts.get("unreached_shares", {})
     chosen = scores.facts.get("candidates", {})
     check = chosen.get("check", {})
-    said = [*scores.facts.get("model_notes", ()), *reading_notes(scores)]
+    said = [*scores.facts.get("model_notes", ()), *reading_notes(scores, of.path)]
     if chosen:
         held = "what of the influence these hold was not measured (--candidates-check)"
         if check.get("recall") is not None:
