@@ -450,7 +450,7 @@ def test_conversations_have_a_page(tmp_path: Path) -> None:
     place = save_llama(tmp_path / "model", max_position_embeddings=64)
     (place / "chat_template.jinja").write_text(
         "{% for turn in messages %}{{ turn.role }}: {% generation %}{{ turn.content }}"
-        "{% endgeneration %}\n{% endfor %}"
+        "{% endgeneration %};{% endfor %}"
     )
     turns = [{"role": "user", "content": "a cat?"}, {"role": "assistant", "content": "it <b> sat"}]
     data = write_rows(
@@ -461,7 +461,7 @@ def test_conversations_have_a_page(tmp_path: Path) -> None:
     )
     page = Path(raycurv.report(scores, tmp_path / "page.html")).read_text()
     assert "through the chat template" in page
-    assert re.search('data-looks="[a-i0-9]+">user: a cat\\?\nassistant: it &lt;b&gt; sat\n<', page)
+    assert re.search('data-looks="[a-i0-9]+">user: a cat\\?;assistant: it &lt;b&gt; sat;<', page)
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -494,7 +494,6 @@ def test_tokens_that_are_not_those_that_were_scored_have_no_colours(
         {"coverage": {"frozen": 3}},
         {"reading": {"data": {"truncated_examples": "many"}}},
         {"reading": {"data": {"masking": {}}}},
-        {"reading": {"data": {"conversations": {"loss_on": "<b>"}}}},
         {"model_notes": [1]},
     ],
 )
