@@ -288,7 +288,7 @@ def test_a_token_that_reaches_over_the_edge_of_a_turn_is_refused(tmp_path: Path)
     merging = tokenizer_of(tmp_path / "merging", QWEN3, merges=[("\n", "\n")])
     plain = tokenizer_of(tmp_path / "plain", QWEN3)
     rows = [{"messages": [*GAP, *AGAIN]}]
-    with pytest.raises(UserError, match=r"row 0.*reaches over a turn's edge"):
+    with pytest.raises(UserError, match=r"row 0.*tokens up to a turn's edge that depend on"):
         read(rows, merging)
     # Control: without that token, and with the remedy.
     assert any(mask_of(read(rows, plain)[0]))

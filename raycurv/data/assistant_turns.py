@@ -86,7 +86,7 @@ def token_mask(
         where: the row, for errors.
 
     Raises:
-        UserError: a token reaches over either end of a turn.
+        UserError: the tokens up to either end of a turn are others where the text goes on.
     """
     if written.spans is None:
         return None
@@ -102,10 +102,10 @@ def token_mask(
             if not np.array_equal(ids_T[: len(head_R)], head_R):
                 before, after = text[max(0, edge - 20) : edge], text[edge : edge + 20]
                 raise _told_apart(
-                    where, f"a token that reaches over a turn's edge, between {before!r} and "
-                    f"{after!r}", "White space at the beginning of what the assistant says can be "
-                    "the reason: leave it out there, or give the row as `input_ids` with a "
-                    "`loss_mask`.",
+                    where, "tokens up to a turn's edge that depend on what is behind it, between "
+                    f"{before!r} and {after!r}", "White space at the beginning of what the "
+                    "assistant says can be the reason: leave it out there, or give the row as "
+                    "`input_ids` with a `loss_mask`.",
                 )  # fmt: skip
             counts[edge] = len(head_R)
     mask_T = np.zeros(len(ids_T), bool)
