@@ -322,6 +322,21 @@ def test_a_dict_of_data_sets_is_read_by_one() -> None:
     assert len(read(settled(Selection(once, "train[:4]")), **NUMBERS)) == 4
 
 
+def test_of_a_stream_no_more_is_gone_through_than_a_slice_needs() -> None:
+    def endless() -> Iterator[dict[str, Any]]:
+        number = 0
+        while number < 1000:
+            yield {"id": f"{number:03}", "inputs": [float(number)]}
+            number += 1
+        raise AssertionError("gone through to its end")
+
+    source = settled(Selection(endless(), "train[5:20]"))
+    assert source.source.rows == 20
+    assert names_of(read(source, **NUMBERS)) == [f"{number:03}" for number in range(5, 20)]
+    with pytest.raises(AssertionError):  # the control: the last rows are behind all others
+        settled(Selection(endless(), "train[-5:]"))
+
+
 def test_an_object_says_what_its_classes_are_called() -> None:
     import datasets
 

@@ -27,6 +27,7 @@ from raycurv.jobs.scored_data import ScoredData
 
 HERE: dict[str, Any] = {"address": "none", "quiet": True, "dtype": "float64"}
 CLASSES: dict[str, Any] = HERE | {"objective": MLP.objective}
+NUMBERS: dict[str, Any] = {"token_inputs": False}
 ROWS = [{"input_ids": [n, n + 1]} for n in range(7)]
 
 
@@ -246,15 +247,22 @@ WAYS: dict[str, Callable[[Path, list[dict[str, Any]]], Any]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_columns_of_other_names_are_read_as_those_of_ours(tmp_path: Path, way: str) -> None:
-    own = read(WAYS[way](tmp_path / "own", OURS), token_inputs=False)
+    own = read(WAYS[way](tmp_path / "own", OURS), **NUMBERS)
     source = Selection(WAYS[way](tmp_path / "theirs", THEIRS), columns=NAMES)
-    found = read(source, token_inputs=False)
+    found = read(source, **NUMBERS)
     assert names_of(found) == names_of(own) == [row["id"] for row in OURS]
     for one, other in zip(found, own, strict=True):
         assert (one.inputs == other.inputs).all() and one.labels == other.labels
     # The control: without the names other columns are meant.
-    assert {int(one.labels) for one in read(source.source, token_inputs=False)} == {9}
+    assert {int(one.labels) for one in read(source.source, **NUMBERS)} == {9}
     assert fingerprint(source) == fingerprint(source.source) | {"columns": NAMES}
+
+
+def test_a_named_label_is_read_beside_one_of_the_usual_name() -> None:
+    rows = [{"inputs": [1.0, 2.0], "label": 5, "fine_label": 1}] * 2
+    found = read(Selection(rows, columns={"labels": "fine_label"}), **NUMBERS)
+    assert [int(example.labels) for example in found] == [1, 1]
+    assert int(read(Selection(rows, columns={"labels": "label"}), **NUMBERS)[0].labels) == 5
 
 
 def test_a_named_column_decides_which_inputs_are_read() -> None:
@@ -266,7 +274,7 @@ def test_a_named_column_decides_which_inputs_are_read() -> None:
     (found,) = read(Selection(rows, columns={"text": "body"}), **how)
     assert found.input_ids.tolist() == [97, 98]
     with pytest.raises(UserError, match="--text-column"):
-        read(Selection(rows, columns={"text": "body"}), token_inputs=False)
+        read(Selection(rows, columns={"text": "body"}), **NUMBERS)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -291,7 +299,7 @@ def test_a_label_that_one_file_lacks_is_named_with_the_file(tmp_path: Path) -> N
     write_rows(tmp_path / "d" / "a.parquet", OURS[:3])
     pq.write_table(pa.Table.from_pylist(OURS[3:]).drop(["labels"]), tmp_path / "d" / "b.parquet")
     with pytest.raises(UserError, match=r"b\.parquet.*`labels` in all examples or in none"):
-        read(tmp_path / "d", token_inputs=False)
+        read(tmp_path / "d", **NUMBERS)
 
 
 def test_names_of_columns_are_checked() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from raycurv.errors import UserError
 
-# The columns that a flag may name, each with the flag's word for it.
+# The columns that a flag may name, each with the flag's word for it, which is another name of it.
 COLUMNS = {
     "text": "text", "id": "id", "labels": "label", "prompt": "prompt", "completion": "completion",
 }  # fmt: skip
@@ -48,7 +48,11 @@ class ColumnNames:
                     "Correct the name, or give every file and row the column.",
                 )  # fmt: skip
         back = {theirs: ours for ours, theirs in self.theirs.items()}
-        kept = {name: f"{name} (another is read as it)" for name in self.theirs}
+        kept = {
+            name: f"{name} (another is read as it)"
+            for ours in self.theirs
+            for name in (ours, COLUMNS.get(ours, ours))
+        }
         return [back.get(name, kept.get(name, name)) for name in found]
 
     def record(self, record: Mapping[str, Any], where: str) -> Mapping[str, Any]:

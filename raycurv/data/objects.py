@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import date, datetime, time
 from decimal import Decimal
+from itertools import islice
 from typing import Any
 from uuid import UUID
 
@@ -27,6 +28,7 @@ from raycurv.data.formats.json_lines import JsonlPart
 from raycurv.data.in_memory import TablePart, in_json
 from raycurv.data.parts import Part
 from raycurv.data.portion import Selection
+from raycurv.data.splits import Split
 from raycurv.errors import UserError, user_errors
 from raycurv.hub import Snapshot
 
@@ -57,22 +59,22 @@ class Spooled:
     schema: Any = None
 
 
-def settled(source: Any, split: str = "") -> Any:
+def settled(source: Any, split: Split | None = None) -> Any:
     """A source that can be read as often as one likes: what can be gone through only once is
     written to a temporary file.
 
     Args:
         source: whatever a caller gave.
-        split: of several data sets, the one that is settled.
+        split: what is wanted of it: of several data sets one, of rows perhaps the first ones.
 
     Raises:
         UserError: no data, or rows that cannot be read or written.
     """
     if isinstance(source, Selection):
-        wanted = source.parsed()
-        return replace(source, source=settled(source.source, wanted.name if wanted else ""))
+        return replace(source, source=settled(source.source, source.parsed()))
     if {kind.__name__ for kind in type(source).__mro__} & _DICTS:
-        return Splits({n: settled(one) if n == split else one for n, one in source.items()})
+        name = "" if split is None else split.name
+        return Splits({n: settled(one, split) if n == name else one for n, one in source.items()})
     known = isinstance(source, (str, pa.Table, list, tuple, Snapshot, Splits, Spooled))
     if known or hasattr(source, "__fspath__") or _dataset(source):
         return source
@@ -87,8 +89,8 @@ def settled(source: Any, split: str = "") -> Any:
             f"a {type(source).__name__}",
             "Turn it into one of these; a lazy frame by its collect().",
         )
-    features = getattr(source, "features", None)
-    return replace(_spool(rows), schema=getattr(features, "arrow_schema", None))
+    features, most = getattr(source, "features", None), None if split is None else split.at_most
+    return replace(_spool(islice(rows, most)), schema=getattr(features, "arrow_schema", None))
 
 
 def part_of(source: Any) -> Part:

@@ -80,8 +80,7 @@ class _Spans:
     @cached_property
     def _found(self) -> list[range]:
         split = self._split
-        # Rows behind the last one need not be counted, unless the end says where that is.
-        most = None if split.needs_count or not split.stop else int(split.stop)
+        most = split.at_most
         counts: list[int] = []
         for part in self._parts:
             counts.append(part.count(None if most is None else most - sum(counts)))

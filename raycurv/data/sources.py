@@ -95,7 +95,7 @@ def _found(source: Any, split: Split | None, flag: str) -> tuple[list[Part], Seq
         for name in listing.files:
             _check_file(listing.root, name)
         return _parts_of(listing, listing.root)
-    source = settled(source, split.name if split else "")
+    source = settled(source, split)
     if isinstance(source, Splits):
         return _found(of_mapping(source, split, flag), None, flag)
     check_unnamed("the data", split)

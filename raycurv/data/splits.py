@@ -73,9 +73,10 @@ class Split:
         return not (self.start or self.stop)
 
     @property
-    def needs_count(self) -> bool:
-        """Whether its rows depend on how many there are."""
-        return any(edge.endswith("%") or edge.startswith("-") for edge in (self.start, self.stop))
+    def at_most(self) -> int | None:
+        """How many first rows hold all of it; ``None`` where that depends on how many there are."""
+        counted = any(edge.endswith("%") or edge[:1] == "-" for edge in (self.start, self.stop))
+        return int(self.stop) if self.stop and not counted else None
 
     def rows(self, count: int) -> range:
         """The numbers of its rows, of a split of so many; per cent are rounded to the nearest
