@@ -193,6 +193,13 @@ def test_pairs_of_conversations_are_compared_as_the_template_writes_them(tmp_pat
         (example,) = read([row], folder, reads="pairs", per_token=False)
         assert example.input_ids is not None and example.input_ids.tolist() == ids[0] + ids[1]
         assert example.sequences == (len(ids[0]), len(ids[1])) and example.loss_mask is None
+    # A prompt that both conversations begin with would be asked twice.
+    asked = [ONCE[0] | {"name": None}]
+    row = {"prompt": asked, "chosen": ONCE, "rejected": [*ONCE[:1], *worse]}
+    with pytest.raises(UserError, match=r"would stand there twice. Leave the column `prompt` out"):
+        read([row], folder, reads="pairs", per_token=False)
+    with pytest.raises(UserError, match="message 0"):
+        read([row | {"prompt": [None, *asked]}], folder, reads="pairs", per_token=False)
     row = {"prompt": "How tall?", "chosen": better, "rejected": worse}
     with pytest.raises(UserError, match="conversations in `chosen`"):
         read([row], folder, reads="pairs", per_token=False)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
 from raycurv.data import beside_tokens, columns
-from raycurv.data.conversations import is_conversation
+from raycurv.data.conversations import as_python, is_conversation
 from raycurv.data.examples import Example
 from raycurv.data.making.chunk import Chunk
 from raycurv.data.making.tools import Tools
@@ -54,6 +55,14 @@ class PairExamples:
         given, place = {name: chunk.columns[name] for name in chunk.kind}, chunk.place
         if is_conversation(*given.values()):
             asks = [name for name in chunk.kind if name not in names]
+            talks = {name: [*map(_bare, as_python(column))] for name, column in given.items()}
+            self._check_prompts(
+                chunk,
+                [
+                    [talks[n][i][: len(asked)] == asked for n in names]
+                    for i, asked in enumerate(talks.get("prompt", ())) if asked
+                ],
+            )  # fmt: skip
             return [self._tools.talks.take(chunk, [*asks, n], turns=False)[0] for n in names]
         if any(columns.is_text(column) for column in given.values()):
             texts = {name: columns.strings(name, column, place) for name, column in given.items()}
@@ -91,3 +100,12 @@ class PairExamples:
                 "ones that begin with it, in every pair: it would stand there twice",
                 "Leave the column `prompt` out, or cut it off `chosen` and `rejected`.",
             )  # fmt: skip
+
+
+def _bare(messages: Any) -> list[Any]:
+    """Messages without what they lack, which Arrow has as null."""
+    return [
+        {key: value for key, value in one.items() if value is not None}
+        if isinstance(one, Mapping) else one
+        for one in messages or ()
+    ]  # fmt: skip
