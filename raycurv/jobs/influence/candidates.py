@@ -8,7 +8,7 @@ exact scores on all examples are made for it.
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from raycurv.data.bm25 import BM25, Matching
 from raycurv.data.sources import Source, fingerprint, open_parts
 from raycurv.data.tokenizer import LazyTokenizer
-from raycurv.driver.corpus import Corpus
+from raycurv.driver.corpus import Corpus, in_parts
 from raycurv.errors import UserError
 from raycurv.files.store import Store
 from raycurv.files.tables import read_table, write_table
@@ -112,13 +112,18 @@ def candidates_print(candidates: Source) -> dict[str, Any]:
 
 
 def choose_candidates(
-    candidates: Source, queries: Corpus, train: Corpus, tokenizer: LazyTokenizer | None
+    candidates: Source,
+    queries: Corpus,
+    train: Corpus,
+    tokenizer: LazyTokenizer | None,
+    advance: Callable[[int], object] = lambda examples: None,
 ) -> Candidates | None:
     """The candidates of all queries; ``None`` when they are all examples.
 
     Args:
         candidates: what ``--candidates`` says, or a table that it would name.
         tokenizer: that words are read with.
+        advance: is told how many more training examples have been looked at.
 
     Raises:
         UserError: it names ids that there are not; a query has no candidate; or there are no words
@@ -131,7 +136,7 @@ def choose_candidates(
     elif matching.k >= len(train):
         return None
     else:
-        found = _matched(matching, queries, train, tokenizer)
+        found = _matched(matching, queries, train, tokenizer, advance)
         lacking = f"no training example shares any of its {matching.over}"
     without = np.flatnonzero(np.bincount(found.queries, minlength=len(queries)) == 0)
     if len(without):
@@ -215,10 +220,19 @@ def _numbers(ids: pa.ChunkedArray, corpus: Corpus, name: str) -> Array:
 
 
 def _matched(
-    matching: Matching, queries: Corpus, train: Corpus, tokenizer: LazyTokenizer | None
+    matching: Matching,
+    queries: Corpus,
+    train: Corpus,
+    tokenizer: LazyTokenizer | None,
+    advance: Callable[[int], object],
 ) -> Candidates:
+    def documents() -> Iterator[Sequence[Hashable]]:
+        for some in in_parts(_terms(train, matching, tokenizer)):
+            yield from some
+            advance(len(some))
+
     asked = list(_terms(queries, matching, tokenizer))
-    index = BM25(_terms(train, matching, tokenizer), asked, matching.b)
+    index = BM25(documents(), asked, matching.b)
     best = [index.best(query, matching.k) for query in range(len(asked))]
     numbers = np.repeat(np.arange(len(best)), [len(found) for found in best])
     return Candidates(numbers, np.concatenate(best))

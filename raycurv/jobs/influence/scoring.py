@@ -224,9 +224,8 @@ def _candidates(
     tokenizer = None
     if network.tokenizer_dir is not None and has_tokenizer(network.tokenizer_dir):
         tokenizer = LazyTokenizer(network.tokenizer_dir, network.trust_remote_code)
-    with shell.reporter.phase("candidates", len(asked), "queries") as phase:
-        found = choose_candidates(chosen, asked, training, tokenizer)
-        phase.advance(len(asked))
+    with shell.reporter.phase("candidates", len(training), "examples") as phase:
+        found = choose_candidates(chosen, asked, training, tokenizer, phase.advance)
     if found is None:
         shell.reporter.say(
             f"--candidates: all {len(training):,} training examples are candidates of every query; "
