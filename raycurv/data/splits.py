@@ -149,15 +149,16 @@ def _by_names(
         together = f"{where}/{deep}*.{names[0].rpartition('.')[2]}"
         several = sorted(patterns[one] for one in found)
         raise _several(where, "the names of its files", several, given, flag, found, together)
+    wanted = "" if split is None else _SPLITS.get(split.name, split.name)
     if found and "" in of and (split is not None or usual):
+        one = wanted if wanted in of else found[0]
         raise UserError(
             where, "files that all say which split they are of, or none",
-            f"{of[''][0]}, which does not, beside {of[found[0]][0]}",
-            f"Name the files to read by a glob, such as '{where}/{patterns[found[0]]}'.",
+            f"{of[''][0]}, which does not, beside {of[one][0]}",
+            f"Name the files to read by a glob, such as '{where}/{patterns[one]}'.",
         )  # fmt: skip
     if split is None:
         return list(names)
-    wanted = _SPLITS.get(split.name, split.name)
     if wanted in of:
         return of[wanted]
     # One that has a name of its own, such as corpus-00000-of-00002, is no other split by that; the
@@ -230,7 +231,8 @@ def _several(
 
 def _no_split(where: str, names: Sequence[str], split: Split) -> UserError:
     some = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    remedy = f"Give {split.flag} {names[0]}, or another one of these." if names else ""
     return UserError(
-        f"{split.flag} {split.text}", f"a split of {where}: {some}", f"no {split.name} there",
-        f"Give {split.flag} {(*names, UNNAMED)[0]}, or another one of these.",
+        f"{split.flag} {split.text}", f"a split of {where}: {some or 'it has none'}",
+        f"no {split.name} there", remedy or "Save the data set again.",
     )  # fmt: skip
