@@ -11,6 +11,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import polars
+import pyarrow as pa
 import pytest
 import torch
 from byte_tokenizer import VOCAB, save_byte_tokenizer
@@ -109,7 +111,8 @@ def test_a_conversation_is_one_however_it_is_spelt_and_stored(tmp_path: Path, na
     more = name in ("messages", "nulls")
     rows = [SPELT[name], *([{"messages": CALLED}] if more else [])]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for source in (rows, tmp_path / "a.jsonl", write_rows(tmp_path / "a.parquet", rows)):
+    frame = polars.from_arrow(pa.Table.from_pylist(rows))
+    for source in (rows, tmp_path / "a.jsonl", write_rows(tmp_path / "a.parquet", rows), frame):
         example = read(source, folder)[0]
         assert example.input_ids is not None
         assert (example.input_ids.tolist(), mask_of(example)) == (ids, carries)

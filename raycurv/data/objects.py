@@ -155,10 +155,20 @@ def _table(source: Any) -> Any:
         pa.ArrowException, TypeError, ValueError,
     ):  # fmt: skip
         table = pa.table(source)
-        views = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
-        kinds = [views.get(field.type, field.type) for field in table.schema]
-        fields = list(zip(table.column_names, kinds, strict=True))
+        fields = [pa.field(field.name, _without_views(field.type)) for field in table.schema]
         return table.cast(pa.schema(fields, metadata=table.schema.metadata))
+
+
+def _without_views(kind: Any) -> Any:
+    """An Arrow type whose texts and bytes, at any depth, are no views, which are not taken."""
+    if isinstance(kind, pa.StructType):
+        return pa.struct([pa.field(one.name, _without_views(one.type)) for one in kind])
+    if isinstance(kind, (pa.ListType, pa.LargeListType)):
+        listed = pa.list_ if isinstance(kind, pa.ListType) else pa.large_list
+        return listed(_without_views(kind.value_type))
+    return {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}.get(
+        kind, kind
+    )
 
 
 def _rows(source: Any) -> Iterable[Any] | None:
