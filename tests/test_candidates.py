@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,28 @@ def test_words_are_read_of_the_tokens_and_tokens_are_not_words(tmp_path: Path) -
     assert found("bm25:3,over=tokens") == sorted(want.tolist())
     with pytest.raises(UserError, match="over=tokens"):
         found("bm25:2", None)
+
+
+def test_a_table_is_a_file_of_any_format_and_ids_are_text(tmp_path: Path) -> None:
+    names, ids = ("007", "7", "x"), np.arange(3, dtype=np.int32)
+    some = [Example(n, name, ids) for n, name in enumerate(names)]
+    corpora = [store_corpus(Store(str(tmp_path)), name, some, "", dict) for name in ("q", "n")]
+    pairs = [("007", "7"), ("7", "x"), ("x", "007")]
+    rows = [f'{{"query_id": "{q}", "train_id": "{n}"}}\n' for q, n in pairs]
+    (tmp_path / "pairs.jsonl").write_text("".join(rows))
+    lines = ["train_id,query_id,why", *(f"{n},{q},so" for q, n in pairs)]
+    (tmp_path / "pairs.csv").write_text("\n".join(lines))
+    pq.write_table(table(*pairs), tmp_path / "pairs.parquet")
+    for kind in ("jsonl", "csv", "parquet"):
+        found = choose_candidates(str(tmp_path / f"pairs.{kind}"), *corpora, None)
+        assert found is not None
+        assert (found.queries.tolist(), found.examples.tolist()) == ([0, 1, 2], [1, 2, 0])
+
+
+def test_the_package_that_is_missing_is_named(fits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bm25s", None)
+    with pytest.raises(UserError, match=r"pip install 'raycurv\[candidates\]'"):
+        fits.scores(LLAMA, candidates="bm25:4,over=tokens")
 
 
 # Pairs

@@ -195,6 +195,8 @@ def _listed(source: Source, queries: Corpus, train: Corpus) -> Candidates:
 
 
 def _as_text(column: Any, location: str, name: str) -> Any:
+    if pa.types.is_dictionary(column.type):  # as texts of a Parquet file are read
+        column = column.dictionary_decode()
     kind = column.type
     if pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return column.cast(pa.large_string())
