@@ -516,6 +516,14 @@ def test_a_fit_has_a_page_of_its_own(made: Made) -> None:
     assert "EK-FAC" in page and "model.layers.0.mlp.up_proj" in page and 'id="queries"' not in page
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_a_fit_of_other_runs_names_them(made: Made, tmp_path: Path) -> None:
+    more = write_rows(tmp_path / "more.parquet", [{"id": "new", "text": "a dog and a mat"}])
+    longer = made.fitted.extend(more, tmp_path / "longer", **HERE)
+    page = Path(raycurv.report(longer, tmp_path / "page.html")).read_text()
+    assert f"{more} and what went into {made.fitted.path}<span>8 examples" in page
+
+
 @pytest.mark.parametrize("method", ["kfac", "diagonal", "identity", "mfac"])
 @pytest.mark.usefixtures("undrawn")
 def test_every_method_has_a_page(method: str, tmp_path: Path) -> None:

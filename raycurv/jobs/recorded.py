@@ -13,11 +13,7 @@ from raycurv.jsonfile import misfit
 
 # Facts and fingerprints that a job has written down by the time that its last phase is complete.
 _WRITTEN: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
-    "fit": (
-        "tables",
-        {"model": str, "data": str, "examples": int, "tokens": int},
-        ("model", "data"),
-    ),
+    "fit": ("tables", {"model": str, "data": str, "examples": int}, ("model", "data")),
     "influence": ("scores", {"files": dict[str, dict[str, int]]}, ("fit", "queries")),
     "prune": ("tables", {"files": dict[str, int], "sparsity": float}, ("fit",)),
     "evaluate": ("tables", {"examples": int, "tokens": int, "targets": int}, ("model", "data")),

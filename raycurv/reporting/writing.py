@@ -289,14 +289,24 @@ def _fit_facts(fit: Manifest) -> Facts:
     return [
         ("Model", str(said["model"]), f"{settings['objective']} in {settings['dtype']}{share}"),
         *adapters,
-        (
-            "Fitted on",
-            str(said["data"]),
-            f"{said['examples']:,} examples, {said['tokens']:,} tokens",
-        ),
+        ("Fitted on", *_data(said)),
         ("Curvature", *wording.method(settings)),
         ("Labels of the fit", *wording.labels(settings)),
     ]
+
+
+def _data(said: Mapping[str, Any]) -> tuple[str, str]:
+    """What a fit was made of, and how much that is."""
+    counts = f"{said['examples']:,} examples"
+    if "tokens" in said:
+        counts += f", {said['tokens']:,} tokens"
+    parts = [str(said["data"])] if said["data"] else []
+    parts += [f"what went into {run}" for how in ("extend", "merge") for run in said.get(how, ())]
+    whole = " and ".join(parts)
+    first, *others = said.get("subtract") or [""]
+    if others:
+        whole = f"what went into {first} without that of {' and '.join(others)}"
+    return whole, counts
 
 
 def _score_facts(scores: Manifest) -> Facts:
