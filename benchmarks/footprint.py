@@ -30,6 +30,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -357,6 +358,33 @@ class Readings:
     def _read_directories(self, now: float) -> None:
         for path, curve in self.directories.items():
             curve.add(now, disk_bytes(path))
+
+
+def measured(
+    file: Path,
+    command: Sequence[str],
+    watched: Sequence[Path],
+    curves: bool = False,
+    **env: str,
+) -> dict[str, Any]:
+    """What a command took, measured now or, where ``file`` is there, before.
+
+    Args:
+        file: JSON that it is written to; what the command writes stands beside it, in a ``.log``.
+        curves: whether the file has them.
+        env: variables beside this process's own environment.
+
+    Raises:
+        SystemExit: the command failed.
+    """
+    if not file.exists():
+        log, here = file.with_suffix(".log"), {"PYTHONPATH": str(Path(__file__).parents[1])}
+        found = measure(command, watched, dict(os.environ) | here | env, log=log)
+        if found.returncode:
+            raise SystemExit(f"{file.stem} ended with {found.returncode}: {log}")
+        file.write_text(found.as_json(curves))
+    said: dict[str, Any] = json.loads(file.read_text())
+    return said
 
 
 def measure(

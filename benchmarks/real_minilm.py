@@ -11,7 +11,6 @@ code is 0.
 from __future__ import annotations
 
 import json
-import os
 import random
 import sys
 import time
@@ -20,7 +19,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 import footprint
 import numpy as np
@@ -29,7 +27,7 @@ import pyarrow.parquet as pq
 import torch
 import transformers
 import tyro
-from result_file import Judged, Report, command_line, loads, processor, source_state, table
+from result_file import Judged, Report, command_line, made_with, table
 from sklearn.metrics import roc_auc_score
 
 import raycurv
@@ -181,25 +179,14 @@ def commands(place: Path) -> dict[str, list[str]]:
     }  # fmt: skip
 
 
-def taken(place: Path, name: str, command: Sequence[str]) -> dict[str, Any]:
-    """What a command took, measured now or before."""
-    file = place / f"{name}.json"
-    if not file.exists():
-        watched = [place / ("run" if name == "fit" else "scores")]
-        environment = dict(os.environ) | {"PYTHONPATH": str(ROOT)}
-        found = footprint.measure(command, watched, environment, log=file.with_suffix(".log"))
-        if found.returncode:
-            raise SystemExit(f"{name} ended with {found.returncode}: {file.with_suffix('.log')}")
-        file.write_text(found.as_json(curves=False))
-    said: dict[str, Any] = json.loads(file.read_text())
-    return said
-
-
 def cost_section(settings: Settings) -> list[str]:
     """What was run, and what it took."""
     lines = []
     for name, command in commands(settings.place).items():
-        said = taken(settings.place, name, command)
+        said = footprint.measured(
+            settings.place / f"{name}.json", command,
+            [settings.place / ("run" if name == "fit" else "scores")],
+        )  # fmt: skip
         lines.append([
             name, f"{said['seconds']:.0f} s", f"{said['cpu_seconds']:.0f} s",
             f"{said['memory_bytes'] / 2**30:.2f} GiB",
@@ -289,11 +276,11 @@ def main(settings: Settings) -> None:
     said = [
         *(f"    {line.replace(str(settings.place), 'PLACE')}" for line in typed),
         "",
-        f"- raycurv at {source_state()}; torch {torch.__version__}, transformers "
-        f"{transformers.__version__}, {MODEL[0]} {MODEL[1]}",
-        f"- machine: {processor()}; load at the end {loads()}; OMP_NUM_THREADS "
-        f"{os.environ.get('OMP_NUM_THREADS', 'not set')}",
-    ]
+        *made_with(
+            f"torch {torch.__version__}", f"transformers {transformers.__version__}",
+            " ".join(MODEL),
+        ),
+    ]  # fmt: skip
     report.write(
         RESULTS / f"{date.today()}-real-minilm.md",
         f"# MiniLM as a classifier of {len(train)} texts, {date.today()}",

@@ -11,7 +11,6 @@ word, and the exit code is 0.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ import numpy as np
 import torch
 import transformers
 import tyro
-from result_file import Judged, Report, command_line, loads, processor, source_state, table
+from result_file import Judged, Report, command_line, made_with, table
 
 import raycurv
 
@@ -81,20 +80,6 @@ def commands(place: Path, stages: int) -> dict[str, list[str]]:
             f"{place}/scores-{stages}", *how,
         ],
     }  # fmt: skip
-
-
-def taken(place: Path, name: str, stages: int, command: Sequence[str]) -> dict[str, Any]:
-    """What a command took, measured now or before."""
-    file = place / f"{name}-{stages}.json"
-    if not file.exists():
-        watched = [place / f"{'fit' if name == 'fit' else 'scores'}-{stages}"]
-        environment = dict(os.environ) | {"PYTHONPATH": str(ROOT)}
-        found = footprint.measure(command, watched, environment, log=file.with_suffix(".log"))
-        if found.returncode:
-            raise SystemExit(f"{name} ended with {found.returncode}: {file.with_suffix('.log')}")
-        file.write_text(found.as_json(curves=False))
-    said: dict[str, Any] = json.loads(file.read_text())
-    return said
 
 
 def own_losses(folder: Path, texts: Sequence[str]) -> np.ndarray[Any, Any]:
@@ -184,7 +169,10 @@ def cost_section(settings: Settings) -> list[str]:
     rows = []
     for stages in STAGES:
         for name, command in commands(settings.place, stages).items():
-            said = taken(settings.place, name, stages, command)
+            said = footprint.measured(
+                settings.place / f"{name}-{stages}.json", command,
+                [settings.place / f"{'fit' if name == 'fit' else 'scores'}-{stages}"],
+            )  # fmt: skip
             (directory,) = said["directories"].values()
             rows.append([
                 f"{name}, {stages} stage{'s' * (stages > 1)}", f"{said['seconds']:.0f} s",
@@ -218,12 +206,10 @@ def main(settings: Settings) -> None:
     report.add("jobs", lambda: cost_section(settings))
     report.judge("loss", lambda: loss_section(settings, train))
     report.judge("influence", lambda: influence_section(settings, train, asked))
-    said = [
-        f"- raycurv at {source_state()}; torch {torch.__version__}, transformers "
-        f"{transformers.__version__}, {' '.join(smollm.MODEL)}, {' '.join(smollm.READER)}",
-        f"- machine: {processor()}; load at the end {loads()}; OMP_NUM_THREADS "
-        f"{os.environ.get('OMP_NUM_THREADS', 'not set')}",
-    ]
+    said = made_with(
+        f"torch {torch.__version__}", f"transformers {transformers.__version__}",
+        " ".join(smollm.MODEL), " ".join(smollm.READER),
+    )  # fmt: skip
     report.write(
         RESULTS / f"{date.today()}-real-smollm2.md",
         f"# SmolLM2-135M-Instruct and {len(train)} facts, {date.today()}",

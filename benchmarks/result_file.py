@@ -75,6 +75,15 @@ def loads() -> str:
 _WHERE = ("results", "figures", "date", "keep")
 
 
+def made_with(*versions: str) -> list[str]:
+    """Lines for a report: of which source and versions it is, and on what machine."""
+    threads = os.environ.get("OMP_NUM_THREADS", "not set")
+    return [
+        f"- raycurv at {source_state()}; {', '.join(versions)}",
+        f"- machine: {processor()}; load at the end {loads()}; OMP_NUM_THREADS {threads}",
+    ]
+
+
 def command_line(script: str, settings: Any, plain: Any) -> str:
     """The command, with every flag that differs from ``plain``'s.
 

@@ -11,7 +11,6 @@ went on is measured from where it went on; delete the directory to measure it wh
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import subprocess
@@ -90,18 +89,9 @@ def steps(settings: Settings) -> dict[str, list[str]]:
 
 def taken(settings: Settings, name: str, command: list[str]) -> dict[str, Any]:
     """What a step took, measured now or before."""
-    file = settings.place / f"{name}.json"
-    if not file.exists():
-        directory = settings.place / ("run" if name == "fit" else "scores")
-        environment = dict(os.environ) | {"OMP_WAIT_POLICY": "PASSIVE"}
-        found = footprint.measure(
-            command, [directory], environment, cwd=ROOT, log=settings.place / f"{name}.log"
-        )
-        if found.returncode:
-            raise SystemExit(f"{name} ended with {found.returncode}: {settings.place}/{name}.log")
-        file.write_text(found.as_json())
-    said: dict[str, Any] = json.loads(file.read_text())
-    return said
+    directory = settings.place / ("run" if name == "fit" else "scores")
+    file, run = settings.place / f"{name}.json", [command[0], str(ROOT / command[1]), *command[2:]]
+    return footprint.measured(file, run, [directory], True, OMP_WAIT_POLICY="PASSIVE")
 
 
 def report(settings: Settings, parameters: int, steps_taken: dict[str, dict[str, Any]]) -> str:

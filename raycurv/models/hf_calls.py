@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import traceback
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -79,3 +80,18 @@ def calling(module: nn.Module, given: Tensor) -> AbstractContextManager[None]:
         "If transformers alone takes them, give the model as package.module:factory, which runs as "
         "one stage.",
     )
+
+
+class Left(BaseException):
+    """Leaves a forward. Not an ``Exception``: no handler on the way keeps it."""
+
+
+def run_until_left(module: nn.Module, given: dict[str, Any]) -> None:
+    """Call a model whose hooks take what is wanted of its forward, and leave it there."""
+    try:
+        module(**given | options(module))
+    except Left as left:
+        # The frames between hold activations that nothing else needs.
+        traceback.clear_frames(left.__traceback__)
+    else:
+        raise AssertionError("the forward came to its end")

@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raycurv.errors import RaycurvError, UserError, in_words, shortened
+from raycurv.errors import UserError, in_words, shortened
 from raycurv.jsonfile import checksum
 from raycurv.models.adapter import INSTALL, MERGE_BY_PEFT, Adapter
 from raycurv.models.checkpoint import Checkpoint, check_finite
+from raycurv.models.hf_class import library_errors
 from raycurv.models.pieces import Place
 from raycurv.models.unused import listed
 
@@ -325,18 +326,11 @@ def _peft_config(peft: Any, adapter: Adapter) -> Any:
 @contextmanager
 def _library_errors(adapter: Adapter, model: nn.Module) -> Iterator[None]:
     """Around PEFT: whatever it raises is about an adapter that does not fit."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except RaycurvError:
-        raise
-    except Exception as error:
-        raise UserError(
-            adapter.where, f"an adapter of this base ({type(model).__name__})",
-            f"{type(error).__name__}: {in_words(error)}",
-            f"Give the base that it was trained on as --model{adapter.made_for}.",
-        ) from error  # fmt: skip
+    base = f"an adapter of this base ({type(model).__name__})"
+    remedy = f"Give the base that it was trained on as --model{adapter.made_for}."
+    with warnings.catch_warnings(), library_errors(adapter.where, base, remedy=remedy):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _check_kinds(peft: Any, adapter: Adapter, layers: Mapping[str, nn.Module]) -> None:

@@ -8,7 +8,6 @@ the head is the same forward with that in the decoder's place, on slices of posi
 from __future__ import annotations
 
 import inspect
-import traceback
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +21,7 @@ from transformers.modeling_outputs import (
 from raycurv.batch import NOT_A_TARGET, Batch, Hidden
 from raycurv.errors import UserError
 from raycurv.models.anatomy import AS_FACTORY, META
-from raycurv.models.hf_calls import calling, options
+from raycurv.models.hf_calls import Left, calling, options, run_until_left
 from raycurv.models.model import Segment
 
 
@@ -36,7 +35,7 @@ class Seq2SeqSegment(Segment):
         decoder = cast(nn.Module, cast(Any, module).get_decoder())
         self._name = next(name for name, part in module.named_modules() if part is decoder)
         self._decoder, self._given = decoder, _Given()
-        self._ends = decoder.register_forward_hook(_stop)
+        self._ends = decoder.register_forward_hook(self._end)
 
     def forward(self, batch: Batch, hidden: Hidden | None) -> Hidden:
         """What the decoder gives, ``[N, T, d]``, alone in a tuple: at position t, of which the
@@ -71,15 +70,15 @@ class Seq2SeqSegment(Segment):
     def _decoded(
         self, source: Tensor, mask: Tensor | None, labels: Tensor, **more: Tensor
     ) -> Tensor:
-        try:
-            self.module(
-                input_ids=source, attention_mask=mask, labels=labels, **more, **options(self.module)
-            )
-        except _Stop as stop:
-            # The frames between hold activations that nothing else needs.
-            traceback.clear_frames(stop.__traceback__)
-            return stop.hidden
-        raise AssertionError("the forward did not come to the end of the decoder")
+        given = {"input_ids": source, "attention_mask": mask, "labels": labels}
+        run_until_left(self.module, given | more)
+        decoded, self._given.hidden = self._given.hidden, None
+        assert decoded is not None
+        return decoded
+
+    def _end(self, decoder: nn.Module, args: Any, output: Any) -> None:
+        self._given.hidden = output[0]
+        raise Left
 
 
 def check_seq2seq(whole: Any, directory: Path) -> None:
@@ -113,18 +112,6 @@ def rehearse_seq2seq(whole: nn.Module, examples: int, tokens: int) -> bool:
         return False
     finally:
         segment._ends.remove()
-
-
-class _Stop(BaseException):
-    """Leaves a forward with hidden states. Not an ``Exception``: no handler on the way keeps it."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        super().__init__()
-        self.hidden = hidden
-
-
-def _stop(decoder: nn.Module, args: Any, output: Any) -> None:
-    raise _Stop(output[0])
 
 
 class _Given(nn.Module):
