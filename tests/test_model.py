@@ -350,9 +350,12 @@ def test_a_forward_leaves_nothing_behind_but_its_output(own: Path) -> None:
         assert alive[0]() is None
         del hidden
         assert entered() is None
-        left = weakref.ref(output)
+        left, module = weakref.ref(output), weakref.ref(segment.module)
         del output, logits
         assert left() is None
+        # Nor does a hook keep the model: to look for garbage takes long.
+        del segment
+        assert module() is None
     finally:
         gc.enable()
 

@@ -8,6 +8,7 @@ its first one; what leaves is caught behind its last one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from raycurv.batch import Batch
 from raycurv.models.anatomy import META, TRIED, Anatomy, Made, frozen, hidden_of, refused
 from raycurv.models.hf_calls import Left, calling, given_beside, options, padded_ids, run_until_left
 from raycurv.models.model import Segment
-from raycurv.models.travelling import leaves
+from raycurv.models.travelling import Travels, leaves
 
 
 class HFSegment(Segment):
@@ -59,17 +60,16 @@ class HFSegment(Segment):
         eager = getattr(getattr(module, "config", None), "_attn_implementation", None) == "eager"
         self._masked = not (anatomy.causal and eager and weight.dtype == torch.float64)
         travels = anatomy.travels
-        self._enters, self._leaves = travels.over(units.start), travels.over(units.stop)
-        # Values that travel, of the forward under way, by number.
-        self._values: dict[int, Tensor] = {}
-        self._hidden: Tensor | None = None
-        self._hooks = [layers[units.stop - 1].register_forward_hook(self._ended)]
+        self._enters = travels.over(units.start)
+        # Hooks know what they catch, and not the segment: it goes as soon as nobody has it.
+        self._caught = _Caught(travels, travels.over(units.stop))
+        self._hooks = [layers[units.stop - 1].register_forward_hook(self._caught.ended)]
         for index in range(units.start, anatomy.count):
             takes = {value for _, value in travels.taken[index]}
             if index in units and takes & set(self._enters):
-                hook = self._filling(index)
-            elif index not in units and takes & set(self._leaves):
-                hook = self._collecting(index)
+                hook = self._caught.filling(index)
+            elif index not in units and takes & set(self._caught.leaves):
+                hook = self._caught.collecting(index)
             else:
                 continue
             self._hooks.append(layers[index].register_forward_pre_hook(hook, with_kwargs=True))
@@ -180,47 +180,63 @@ class HFSegment(Segment):
     def _run(
         self, given: dict[str, Any], entering: tuple[Tensor, ...] | None
     ) -> tuple[Tensor, ...]:
-        travels = self._anatomy.travels
-        self._values, self._hidden = {}, None
+        caught, travels = self._caught, self._anatomy.travels
+        caught.values, caught.hidden = {}, None
         if entering is not None:
             assert self._entry is not None
-            self._entry.instead, self._values = travels.unpack(entering, self._enters)
+            self._entry.instead, caught.values = travels.unpack(entering, self._enters)
         try:
             run_until_left(self.module, given)
-            assert self._hidden is not None
-            return travels.pack(self._hidden, [(v, self._values[v]) for v in self._leaves])
+            assert caught.hidden is not None
+            return travels.pack(caught.hidden, [(v, caught.values[v]) for v in caught.leaves])
         finally:
             if self._entry is not None:
                 self._entry.instead = None
-            self._values, self._hidden = {}, None
+            caught.values, caught.hidden = {}, None
 
-    def _ended(self, layer: nn.Module, args: Any, output: Any) -> None:
-        """Behind the segment's last layer."""
-        self._hidden = hidden_of(output)
-        self._stop()
 
-    def _stop(self) -> None:
-        """Leave the forward where all is there that leaves."""
-        if self._values.keys() >= set(self._leaves):
-            raise Left
+@dataclass
+class _Caught:
+    """What enters and leaves a segment, of the forward under way.
 
-    def _filling(self, index: int) -> Callable[..., Any]:
+    Attributes:
+        leaves: numbers of the values that leave beside hidden states.
+        values: those that are there, by number.
+        hidden: what leaves its last layer.
+    """
+
+    travels: Travels
+    leaves: tuple[int, ...]
+    values: dict[int, Tensor] = field(default_factory=dict)
+    hidden: Tensor | None = None
+
+    def ended(self, layer: nn.Module, args: Any, output: Any) -> None:
+        """A hook behind the segment's last layer."""
+        self.hidden = hidden_of(output)
+        self._leave()
+
+    def filling(self, index: int) -> Callable[..., Any]:
         """A hook before a layer of the segment, which is called with the values that entered."""
 
         def fill(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            return self._anatomy.travels.put(index, (args, kwargs), self._values)
+            return self.travels.put(index, (args, kwargs), self.values)
 
         return fill
 
-    def _collecting(self, index: int) -> Callable[..., Any]:
+    def collecting(self, index: int) -> Callable[..., Any]:
         """A hook before a layer behind the segment, of whose arguments some leave."""
 
         def collect(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            missing = set(self._leaves) - self._values.keys()
-            self._values |= self._anatomy.travels.found(index, (args, kwargs), missing)
-            self._stop()
+            missing = set(self.leaves) - self.values.keys()
+            self.values |= self.travels.found(index, (args, kwargs), missing)
+            self._leave()
 
         return collect
+
+    def _leave(self) -> None:
+        """Leave the forward where all is there that leaves."""
+        if self.values.keys() >= set(self.leaves):
+            raise Left
 
 
 class MarkedError(Exception):

@@ -35,7 +35,7 @@ class Seq2SeqSegment(Segment):
         decoder = cast(nn.Module, cast(Any, module).get_decoder())
         self._name = next(name for name, part in module.named_modules() if part is decoder)
         self._decoder, self._given = decoder, _Given()
-        self._ends = decoder.register_forward_hook(self._end)
+        self._ends = decoder.register_forward_hook(self._given.end)
 
     def forward(self, batch: Batch, hidden: Hidden | None) -> Hidden:
         """What the decoder gives, ``[N, T, d]``, alone in a tuple: at position t, of which the
@@ -76,10 +76,6 @@ class Seq2SeqSegment(Segment):
         assert decoded is not None
         return decoded
 
-    def _end(self, decoder: nn.Module, args: Any, output: Any) -> None:
-        self._given.hidden = output[0]
-        raise Left
-
 
 def check_seq2seq(whole: Any, directory: Path) -> None:
     """Refuse, with a UserError, what transformers count among encoders with a decoder, but is none
@@ -115,9 +111,15 @@ def rehearse_seq2seq(whole: nn.Module, examples: int, tokens: int) -> bool:
 
 
 class _Given(nn.Module):
-    """In place of a decoder: gives what it gave before."""
+    """In place of a decoder: gives what it gave before. Knows nothing of the model, whose hook
+    would keep it."""
 
     hidden: Tensor | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=cast(Any, self.hidden))
+
+    def end(self, decoder: nn.Module, args: Any, output: Any) -> None:
+        """A hook behind the decoder, where the forward is left."""
+        self.hidden = output[0]
+        raise Left
