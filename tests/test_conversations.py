@@ -31,6 +31,7 @@ from commands import run_here, save_llama, write_rows
 
 import raycurv
 from raycurv.data.examples import Example
+from raycurv.data.findings import sentences
 from raycurv.data.reading import ExampleReader
 from raycurv.data.tokenizer import LazyTokenizer
 from raycurv.errors import UserError
@@ -181,6 +182,58 @@ def test_turns_that_the_data_leaves_out_of_the_loss_carry_none(tmp_path: Path) -
     assert mask_of(example) == encoded(folder, QWEN3.last)[1]
     (none,) = read([{"messages": [ONCE[0], ONCE[1] | {"train": False}]}], folder)
     assert not any(mask_of(none))
+    with pytest.raises(UserError, match=r"message 2.*that all count in the loss"):
+        read(rows, folder, loss_on="all")
+
+
+# As of QwQ and of Qwen3's thinking models: the prompt for an answer opens its thought.
+THOUGHTFUL = """
+{%- for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+<think>
+{% endif %}"""
+
+
+def test_a_thought_that_the_template_opens_is_what_the_data_says(tmp_path: Path) -> None:
+    folder = tokenizer_of(tmp_path, QWEN3, chat=THOUGHTFUL)
+    said = {"role": "assistant", "content": "<think>\nLook.\n</think>\n\nTwo metres."}
+    (example,) = read([{"messages": [ONCE[0], said]}], folder)
+    begin = "<|im_start|>user\nHow tall?<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    own = "Look.\n</think>\n\nTwo metres.<|im_end|>"
+    ids, carries = encoded(folder, [(begin, False), (own, True), ("\n", False)])
+    assert example.input_ids is not None
+    assert (example.input_ids.tolist(), mask_of(example)) == (ids, carries)
+
+
+def test_what_tools_say_may_be_written_as_json(tmp_path: Path) -> None:
+    quoted = [CALLED[0], CALLED[2] | {"content": '{"of": "1"}'}]
+    template = PLAIN.replace("m.content }}\n", "m.content | tojson }}<|im_end|>")
+    folder = tokenizer_of(tmp_path, QWEN3, chat=template)
+    (example,) = read([{"messages": quoted}], folder, loss_on="all")
+    assert example.length > len('{"of": "1"}')
+
+
+def test_tools_of_texts_are_read_though_the_first_text_is_empty(tmp_path: Path) -> None:
+    folder = tokenizer_of(tmp_path, QWEN3)
+    rows: list[dict[str, Any]] = [{"text": []}, {"text": CALLED, "tools": TOOLS}]
+    (example,) = read(rows, folder, empty="skip")
+    (same,) = read([{"messages": CALLED, "tools": TOOLS}], folder)
+    assert example.input_ids is not None and same.input_ids is not None
+    assert example.input_ids.tolist() == same.input_ids.tolist()
+
+
+def test_pairs_that_are_alike_once_they_are_cut_are_counted(tmp_path: Path) -> None:
+    rows = [{"prompt": "ten letters", "chosen": "a", "rejected": "b"},
+            {"prompt": "two", "chosen": "a", "rejected": "b"}]  # fmt: skip
+    settings: dict[str, Any] = {"reads": "pairs", "per_token": False, "long": "truncate"}
+    found = reader(rows, tokenizer_of(tmp_path, QWEN3), max_length=8, **settings)
+    assert len(list(found.examples())) == 2
+    assert (found.findings.truncated_examples, found.findings.pairs_alike) == (1, 1)
+    assert any(
+        "1 pairs have the same text" in s for s in sentences(found.findings.recorded(), 2, 0)
+    )
 
 
 def test_pairs_of_conversations_are_compared_as_the_template_writes_them(tmp_path: Path) -> None:
@@ -251,6 +304,14 @@ BAD: dict[str, tuple[Any, Any, str]] = {
             "{%- elif m.role != 'assistant' %}", "{%- elif m.role == 'user' %}").replace(
             "{%- else %}\n{%- set thought", "{%- elif m.role == 'assistant' %}\n{%- set thought")),
         "message 0.*without what the system says"),
+    "a tool that is not heard": (
+        {"messages": CALLED}, replace(QWEN3, template=PLAIN.replace(
+            "{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}")),
+        "message 2.*without what the tool says"),
+    "JSON of messages as a text": (
+        {"text": json.dumps(ONCE)}, QWEN3, "row 0.*text in `text`, got messages as JSON"),
+    "JSON of messages as a prompt": (
+        {"prompt": json.dumps(ONCE[:1]), "completion": "x"}, QWEN3, "`prompt`, got messages as"),
     "no template": ({"messages": ONCE}, replace(QWEN3, template=None), "chat_template.jinja"),
     "a day in other words": (
         {"messages": ONCE}, replace(QWEN3, template=DAY), "format that is not written out"),

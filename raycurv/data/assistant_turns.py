@@ -18,6 +18,7 @@ make its tokens each by itself, which is looked at first: that takes no longer t
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -126,6 +127,13 @@ class _Writing:
         whole = self._render(len(self.talk.messages))
         self._check_asked(whole.text)
         asked = self.talk.prompt
+        if on == "all" and self.talk.without_loss:
+            raise UserError(
+                f"{self.where}, message {min(self.talk.without_loss)}",
+                "messages that all count in the loss, for --loss-on all",
+                "one that the data leaves out of it (`weight`, `train`, `training` or `loss` of 0)",
+                "Give --loss-on assistant or last-assistant, or leave the key out.",
+            )  # fmt: skip
         if on is None or (on == "all" and not asked):
             return Written(whole.text, None)
         if on == "all":
@@ -134,7 +142,8 @@ class _Writing:
         turns = [k for k in own if k >= asked][-1 if on == "last-assistant" else 0 :]
         found = {k: self._turn(k, own, whole) for k in turns if k not in self.talk.without_loss}
         for k, spans in found.items():
-            self._check_said(k, "".join(whole.text[begin:end] for begin, end in spans))
+            said = "".join(whole.text[begin:end] for begin, end in spans)
+            self._check_said(k, self._opening(k, whole.text) + said)
         spans = [span for one in found.values() for span in one]
         if any(begin < end for (_, end), (begin, _) in pairwise(spans)):
             raise self._apart("they overlap")
@@ -177,6 +186,14 @@ class _Writing:
                 raise self._apart("the template does not write the beginning of a turn by itself")
         return len(before)
 
+    def _opening(self, k: int, text: str) -> str:
+        """What the template writes of turn ``k`` before the model goes on with it, the beginning of
+        a thought say; nothing where it marks turns."""
+        if self.template.marks(self.talk.tools):
+            return ""
+        before = self._render(k).text if k else ""
+        return text[len(before) : self._begin(k, text)] if text.startswith(before) else ""
+
     def _end(self, k: int, text: str) -> int:
         """Where turn ``k`` ends in the text: behind its last special token, if there is nothing but
         white space behind that."""
@@ -210,11 +227,15 @@ class _Writing:
         return behind if alike else None
 
     def _check_asked(self, text: str) -> None:
-        """Refuse a text without what the system or the user said."""
+        """Refuse a text without what the system, the user or a tool said."""
         bare = _bare(text)
         for k, message in enumerate(self.talk.messages):
             said = message.get("content", "")
-            if message["role"] in ("system", "user") and _bare(said) not in bare:
+            if message["role"] == ASSISTANT or _bare(said) in bare:
+                continue
+            # What tools say some templates write as JSON.
+            written = json.dumps(said, ensure_ascii=False)[1:-1]
+            if message["role"] in ("system", "user") or _bare(written) not in bare:
                 raise UserError(
                     f"{self.where}, message {k}", "a message that the chat template writes",
                     f"a text without what the {message['role']} says",

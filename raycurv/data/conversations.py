@@ -10,7 +10,8 @@ here, as if they were not there), of lists of JSON objects, or of JSON texts.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,8 @@ _ROLES = {
 }  # fmt: skip
 # Keys by which data sets leave a turn out of the loss.
 _COUNTS = ("weight", "train", "training", "loss")
+# How a list of messages begins as JSON.
+_JSON_TALK = re.compile(r'\s*\[\s*\{\s*"(?:role|from|content|value)"\s*:')
 
 
 @dataclass(frozen=True)
@@ -142,12 +145,33 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
+def refuse_json(name: str, texts: Sequence[str], place: Callable[[int], str]) -> None:
+    """Refuse a column of texts that are all conversations as JSON: a model would be given the JSON.
+
+    Raises:
+        UserError: names the first of them.
+    """
+    if not texts or not all(map(_JSON_TALK.match, texts)):
+        return
+    try:
+        first = json.loads(texts[0])
+    except (ValueError, RecursionError):
+        return
+    if all(isinstance(m, Mapping) and ("role" in m or "from" in m) for m in first):
+        raise UserError(
+            place(0), f"text in `{name}`", "messages as JSON",
+            "Call the column `messages`, where JSON is read as a conversation, or write lists of "
+            "messages; where the model is to see the JSON itself, give its tokens as `input_ids`.",
+        )  # fmt: skip
+
+
 def no_template(where: str, name: str) -> UserError:
     """The mistake of conversations where text alone is taken."""
     return UserError(
         where, "text, or tokens", f"conversations in `{name}` (lists of messages)",
         "Give conversations in one column, or in all of `prompt` and `completion`, or `prompt`, "
-        "`chosen` and `rejected`; to a masked model, and one with an encoder, as `input_ids`.",
+        "`chosen` and `rejected` (where these two hold the whole of it, without the column "
+        "`prompt`); to a masked model, and one with an encoder, as `input_ids`.",
     )  # fmt: skip
 
 

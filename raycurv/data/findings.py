@@ -25,6 +25,7 @@ class Findings:
         targets_at_padding: of these tokens, those that ``labels`` make targets: cut off, too.
         truncated_examples: examples whose end was cut off by ``--long truncate``.
         targets_cut_off: of these, those that have no target left and had some.
+        pairs_alike: pairs whose two texts are one and the same, as far as they were not cut off.
         classes_lacking: names of the model's classes that no example has.
         classes_taken_as: what numbers mean in the data and in the model, where that has no class of
             the name.
@@ -41,6 +42,7 @@ class Findings:
     targets_at_padding: int = 0
     truncated_examples: int = 0
     targets_cut_off: int = 0
+    pairs_alike: int = 0
     classes_lacking: list[str] = field(default_factory=list)
     classes_taken_as: list[str] = field(default_factory=list)
     masking: dict[str, Any] = field(default_factory=dict)
@@ -74,6 +76,11 @@ def sentences(recorded: Mapping[str, Any], examples: int, without_target: int) -
         )
     if "truncated_examples" in recorded:
         said.append(f"{recorded['truncated_examples']:,} examples were cut to the longest length")
+    if "pairs_alike" in recorded:
+        said.append(
+            f"{recorded['pairs_alike']:,} pairs have the same text twice, as far as it was not cut "
+            "off: gradient 0"
+        )
     if "empty_examples" in recorded:
         said.append(f"{recorded['empty_examples']:,} empty rows were left out")
     if "padded_examples" in recorded:

@@ -117,7 +117,9 @@ class RecordPart(Part):
 
     def message_keys(self, name: str) -> tuple[str, ...]:
         for _, record in self._named():
-            return keys_of(record.get(name))
+            value = record.get(name)
+            if not isinstance(value, list) or value:  # an empty one says nothing of others
+                return keys_of(value)
         return ()
 
     def _named(self) -> Iterator[tuple[int, Mapping[str, Any]]]:

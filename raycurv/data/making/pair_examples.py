@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from raycurv.data import beside_tokens, columns
-from raycurv.data.conversations import as_python, is_conversation
+from raycurv.data.conversations import as_python, is_conversation, refuse_json
 from raycurv.data.examples import Example
 from raycurv.data.making.chunk import Chunk
 from raycurv.data.making.tools import Tools
@@ -44,6 +44,7 @@ class PairExamples:
             if self._tools.lengths.exceeded(max(map(len, texts_ST)), chunk.place(i)):
                 texts_ST = [own[:limit] for own in texts_ST]
                 self._tools.settings.findings.truncated_examples += 1
+            self._tools.settings.findings.pairs_alike += np.array_equal(texts_ST[0], texts_ST[1])
             whole = np.concatenate(texts_ST).astype(np.int32)
             yield Example(
                 0, id, whole, labels=np.array(0, np.int64), columns=further[i],
@@ -66,6 +67,8 @@ class PairExamples:
             return [self._tools.talks.take(chunk, [*asks, n], turns=False)[0] for n in names]
         if any(columns.is_text(column) for column in given.values()):
             texts = {name: columns.strings(name, column, place) for name, column in given.items()}
+            for name, own in texts.items():
+                refuse_json(name, own, place)
             before = texts.get("prompt", [""] * len(chunk))
             self._check_prompts(
                 chunk,

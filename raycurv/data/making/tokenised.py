@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from raycurv.data import columns
-from raycurv.data.conversations import is_conversation
+from raycurv.data.conversations import is_conversation, refuse_json
 from raycurv.data.making.chunk import Chunk
 from raycurv.data.making.input_columns import TALKS, TOKENS, TWO_TEXTS
 from raycurv.data.making.tools import Tools
@@ -91,4 +91,6 @@ class Tokeniser:
 def _texts(chunk: Chunk) -> tuple[list[list[str]], list[bool]]:
     """The texts of each column, and which rows have no character in any."""
     texts = [columns.strings(name, chunk.columns[name], chunk.place) for name in chunk.kind]
+    for name, own in zip(chunk.kind, texts, strict=True):
+        refuse_json(name, own, chunk.place)
     return texts, [not any(parts) for parts in zip(*texts, strict=True)]
