@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from byte_tokenizer import byte_ids
+from byte_tokenizer import byte_ids, save_byte_tokenizer
 from commands import flags_of, run_here, save_llama, texts, write_rows
 
 import raycurv
@@ -184,6 +184,26 @@ def test_tokens_of_a_truncated_example_end_where_it_was_cut(scored: Scored, tmp_
         assert len(tokens) == len(row["token_scores"])
         whole = data.rows([row["train_id"]])["text"].to_pylist()[0]
         assert "".join(tokens) == whole[:12]
+
+
+def test_tokens_of_a_conversation_are_those_with_its_tools(scored: Scored, tmp_path: Path) -> None:
+    """And turns that cannot be told apart matter to none who reads tokens alone."""
+    folder = save_byte_tokenizer(tmp_path / "chat", chat=TURNS)
+    asks, says = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+    talk = [asks, says, asks, says]
+    rows = [{"id": f"{n}", "messages": talk[:n], "tools": [{"name": "f"}]} for n in (2, 4)]
+    how: dict[str, Any] = {"tokenizer": folder, "loss_on": "last-assistant", "method": "identity"}
+    run = raycurv.fit(scored.model, rows, tmp_path / "run", **HERE, **how)
+    scores = run.influence(rows[:1], rows, tmp_path / "scores", **HERE)
+    found = scores.data("train").tokens(["2", "4"])
+    assert list(map("".join, found)) == ['[{"name": "f"}]<a>b', '[{"name": "f"}]<a>-<a>b']
+
+
+# An answer that others follow is left out.
+TURNS = (
+    "{{ tools | tojson }}{% for m in messages %}{% if m.role == 'user' %}<{{ m.content }}>"
+    "{% else %}{{ m.content if loop.last else '-' }}{% endif %}{% endfor %}"
+)
 
 
 @pytest.mark.parametrize(

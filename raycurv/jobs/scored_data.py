@@ -15,6 +15,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from raycurv.data import beside_tokens
+from raycurv.data.conversations import TOOLS
 from raycurv.data.making.input_columns import TOKENS
 from raycurv.data.portion import Selection, as_recorded
 from raycurv.data.reading import ExampleReader
@@ -33,7 +34,7 @@ from raycurv.models.model import Model
 
 _TOKENIZER, _LONGEST = "tokenizer_directory", "longest"
 # What the tokens of an example are made of.
-_READ = tuple(dict.fromkeys([*(n for kind in TOKENS for n in kind), *beside_tokens.READ]))
+_READ = tuple(dict.fromkeys([*(n for kind in TOKENS for n in kind), *beside_tokens.READ, TOOLS]))
 
 
 def recorded_data(settings: InfluenceSettings, inputs: Inputs, network: Model) -> dict[str, Any]:
@@ -153,7 +154,7 @@ class ScoredData:
         reader = ExampleReader(
             Selection(rows, columns=names), self._tokenizer,
             vocab_size=None, max_positions=None, max_length=facts.get(_LONGEST), long=long,
-            token_inputs=True, per_token=True, empty="skip",
+            token_inputs=True, per_token=True, empty="skip", loss_on=None,
         )  # fmt: skip
         made = {
             e.id: [] if e.input_ids is None else e.input_ids.tolist() for e in reader.examples()

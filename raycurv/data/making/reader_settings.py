@@ -30,7 +30,7 @@ class ReaderSettings:
         tokenizer: for text.
         vocab_size: of the model; ``None`` for a model without token ids.
         max_positions: the longest example that the model takes, in tokens; ``None`` for any.
-        loss_on: which turns of conversations carry the loss.
+        loss_on: which turns of conversations carry the loss; ``None`` where nobody asks for it.
         max_length: the longest example wanted, in tokens.
         long: what to do with a longer one: ``error``, ``truncate`` (its end is cut off), or
             ``split`` (pieces ``id#0``, ``id#1``, ...).
@@ -69,7 +69,7 @@ class ReaderSettings:
     tokenizer: Tokenizer | None
     vocab_size: int | None
     max_positions: int | None
-    loss_on: LossOn = "assistant"
+    loss_on: LossOn | None = "assistant"
     max_length: int | None = None
     long: Literal["error", "truncate", "split"] = "error"
     max_examples: int | None = None
