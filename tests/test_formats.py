@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from networks import MLP
 from test_examples import read
 from test_selection import Bytes, names_of
@@ -122,10 +123,10 @@ LABELS: dict[str, tuple[str, dict[str, int], Any]] = {
     "numbers of classes that have names": ("1 0 1", {"no": 0, "yes": 1}, [1, 0, 1]),
     "names that are their numbers": ("1 0 1", {"0": 0, "1": 1}, [1, 0, 1]),
     "names that are other numbers": ("1 2 1", {"1": 0, "2": 1}, "may be class 0, of that name"),
-    "neither": ("1 maybe 0", {"no": 0, "yes": 1}, "a class of the model"),
+    "neither": ("1 maybe 0", {"no": 0, "yes": 1}, "row 1.*a class of the model"),
     "words without names": ("a b a", {}, "a number in `label`"),
     "nothing": ("1  0", {}, "a number in `label`"),
-    "no number": ("1 nan 0", {}, "a number in `label`"),
+    "no number": ("1 nan 0", {}, "row 1.*a number in `label`.*'nan'"),
 }  # fmt: skip
 
 
@@ -365,10 +366,12 @@ def test_what_is_no_data_is_refused() -> None:
         (Picture(), "a Picture"),
         ((n for n in (1, 2)), "row 0: expected a dict"),
         (iter([{"image": b"bytes"}]), "a bytes"),
+        (torch.utils.data.DataLoader([{"inputs": [1.0]}]), "a DataLoader, which gives batches"),
         (iter([{"text": Picture()}]), "a Picture"),
     ):
         with pytest.raises(UserError, match=part):
             settled(wrong)
+    settled(torch.utils.data.DataLoader([{"inputs": [1.0]}], batch_size=None))  # a row at a time
     transformed = dataset()
     transformed.set_transform(lambda rows: rows)
     with pytest.raises(UserError, match="a transform that makes others"):

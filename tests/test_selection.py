@@ -315,7 +315,9 @@ def test_names_of_columns_are_checked() -> None:
 # Runs -----------------------------------------------------------------------------------------
 
 
-def test_a_run_is_of_its_split_and_its_columns(tmp_path: Path) -> None:
+def test_a_run_is_of_its_split_and_its_columns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name, rows in (("train", THEIRS), ("test", THEIRS[:2])):
         write_jsonl(tmp_path / "data" / f"{name}.jsonl", rows)
     own = write_jsonl(tmp_path / "own.jsonl", OURS[:4])
@@ -362,5 +364,18 @@ def test_a_run_is_of_its_split_and_its_columns(tmp_path: Path) -> None:
         queries_columns="id=id,labels=labels", **names,
     )  # fmt: skip
     assert again.table().num_rows == 8
-    with pytest.raises(UserError, match=r"`key` \(--queries-columns\)"):
+    with pytest.raises(
+        UserError, match=r"`key` \(--queries-columns\).*Name those that there are by"
+    ):
         run.influence(OURS[:2], data, out=tmp_path / "no", split="train", address="none", **names)
+    # What a scoring is not told again is said; here the data has other columns of our names.
+    names.pop("label_column")
+    names["queries_columns"] = "id=key,labels=class"
+    with pytest.raises(UserError, match="label 9"):
+        run.influence(
+            data, data, out=tmp_path / "said", split="train", queries_split="train",
+            address="none", **names | {"id_column": ""},
+        )  # fmt: skip
+    said = capsys.readouterr().err
+    assert "train: the fit's data, which it read with --id-column key --label-column class" in said
+    assert "queries: the fit's data" not in said

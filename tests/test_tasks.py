@@ -17,6 +17,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from commands import run_here
 from networks import CLASSIFIER, LLAMA, MASKED, REWARD, VOCAB
 from tokenizers import models, pre_tokenizers, processors
 from torch import Tensor, nn
@@ -540,3 +541,15 @@ def test_a_reward_model_is_pruned_and_planned_as_others(fits, tmp_path: Path) ->
     assert pruned.blocks().num_rows == len(run.block_names())
     again = raycurv.evaluate(pruned.model, list(REWARD.data), tmp_path / "loss", **HERE)
     assert np.isfinite(again.loss) and again.accuracy is not None
+
+
+def test_a_text_that_was_not_cut_is_not_shown_as_cut(tokenizer: Path, tmp_path: Path) -> None:
+    CLASSIFIER.network().save_pretrained(tmp_path / "model")
+    shutil.copytree(tokenizer, tmp_path / "model", dirs_exist_ok=True)
+    rows = [{"text": "good news", "label": 0}, {"text": "a very very bad day", "label": 1}]
+    (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    flags = ["--model", tmp_path / "model", "--data", tmp_path / "a.jsonl", "--max-length", 5]
+    outcome = run_here("show-data.py", [*flags, "--long", "truncate"])
+    assert outcome.code == 0, outcome.err
+    shown = json.loads(outcome.out.splitlines()[-1])["examples"]
+    assert [one.get("truncated", False) for one in shown] == [False, True]

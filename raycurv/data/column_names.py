@@ -42,10 +42,12 @@ class ColumnNames:
             return list(found)
         for ours, theirs in self.theirs.items():
             if theirs not in found:
+                remedy = "Correct the name, or give every file and row the column."
+                if "{}" not in self.flag:
+                    remedy = f"Name those that there are by {self.flag}, such as text=COLUMN."
                 raise UserError(
                     where, f"a column `{theirs}` ({self.flag.format(COLUMNS.get(ours, ours))})",
-                    "the columns " + listed(found),
-                    "Correct the name, or give every file and row the column.",
+                    "the columns " + listed(found), remedy,
                 )  # fmt: skip
         back = {theirs: ours for ours, theirs in self.theirs.items()}
         kept = {

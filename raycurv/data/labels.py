@@ -120,6 +120,9 @@ class Labels:
                     "Write the data as JSONL or Parquet, with names as text or with numbers.",
                 )  # fmt: skip
         if not all(plain):
+            for i, text in enumerate(texts):
+                if not plain[i] and text not in self.names:  # the mistake, whatever numbers are
+                    return self.numbered(name, column.slice(i, 1), lambda _: place(i))  # noqa: B023
             return self.numbered(name, column, place)
         whole = not any(found and found[1] for found in plain)
         return column.cast(pa.int64() if whole else pa.float64())

@@ -34,6 +34,8 @@ from raycurv.hub import Snapshot
 
 # Several data sets by their names, in Hugging Face datasets.
 _DICTS = {"DatasetDict", "IterableDatasetDict"}
+# Of torch: a batch of its would be read as one row.
+_LOADER = "DataLoader"
 # What is written as its text: of a row it may be a column that nobody reads.
 _AS_TEXT = (date, datetime, time, Decimal, UUID)
 
@@ -72,7 +74,13 @@ def settled(source: Any, split: Split | None = None) -> Any:
     """
     if isinstance(source, Selection):
         return replace(source, source=settled(source.source, source.parsed()))
-    if {kind.__name__ for kind in type(source).__mro__} & _DICTS:
+    kinds = {kind.__name__ for kind in type(source).__mro__}
+    if _LOADER in kinds and (source.batch_size or source.batch_sampler) is not None:
+        raise UserError(
+            "data", "something that gives dicts, one a row", "a DataLoader, which gives batches",
+            "Give its data set (loader.dataset).",
+        )  # fmt: skip
+    if kinds & _DICTS:
         name = "" if split is None else split.name
         return Splits({n: settled(one, split) if n == name else one for n, one in source.items()})
     known = isinstance(source, (str, pa.Table, list, tuple, Snapshot, Splits, Spooled))

@@ -15,7 +15,7 @@ longer to write and read than to make.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -25,6 +25,7 @@ import pyarrow as pa
 import torch
 
 from raycurv.data.bm25 import Matching, check_installed
+from raycurv.data.column_names import COLUMNS
 from raycurv.data.sources import Source, fingerprint
 from raycurv.data.tokenizer import LazyTokenizer, has_tokenizer
 from raycurv.driver.commits import last_commit, plan_mark, read_commit
@@ -166,6 +167,8 @@ def _score(shell: Shell[InfluenceSettings]) -> None:
     if isinstance(chosen, str) and Matching.parse("--candidates", chosen) is not None:
         check_installed()
     manifest = shell.begin(prints, places, {"dtype": dtype})
+    for sentence in _read_otherwise(fitted.manifest, settings, prints):
+        shell.reporter.say(sentence)
     products = blocks if settings.ihvp else ()
     unchecked = _lacks_check(manifest, settings)
     lost = {"lost": "candidates are still to be measured"} if unchecked else {}
@@ -212,6 +215,27 @@ def _score(shell: Shell[InfluenceSettings]) -> None:
         )
         job.run()
     shell.end(job.said())
+
+
+def _read_otherwise(
+    fit: Manifest, settings: InfluenceSettings, prints: Mapping[str, Any]
+) -> Iterator[str]:
+    """What a fit was told of how data is read, and a scoring was not: a line each."""
+    longest, data = fit.settings.get("max_length"), fit.fingerprints["data"]
+    if longest is not None and settings.max_length is None:
+        yield (
+            f"the fit had --max-length {longest:,}, which is not given here: examples are as long "
+            "as the model takes them"
+        )
+    taken = data.get("columns", {})
+    if not taken:
+        return
+    content = {name: said for name, said in data.items() if name not in ("split", "columns")}
+    for name in ("queries", "train"):
+        own = prints.get(name, {})
+        if "columns" not in own and content.items() <= own.items():
+            flags = " ".join(f"--{COLUMNS[ours]}-column {taken[ours]}" for ours in taken)
+            yield f"{name}: the fit's data, which it read with {flags}; not given here"
 
 
 def _candidates(

@@ -55,6 +55,8 @@ def show_data(settings: ShowDataSettings) -> dict[str, Any]:
     cut, without = 0, 0
     for example in islice(reader.examples(), settings.rows):
         before, cut = cut, reader.findings.truncated_examples
+        if reader.whole_texts:  # which are cut many at a time
+            before = cut - (cut > 0 and example.length == reader.limit)
         targets = loss_terms(example, objective.shift)
         without += not targets
         shown.append({"id": example.id, "tokens": example.length, "targets": targets})
