@@ -24,6 +24,7 @@ from commands import failure_in, run_here, save_llama, texts
 from hub_server import TOKEN, Hub, Repository, files_of, hub
 
 import raycurv
+from raycurv.data.sources import open_parts
 from raycurv.errors import UserError
 from raycurv.hub import find, hub_name
 from raycurv.jobs.fitted import fit_command
@@ -380,6 +381,12 @@ CARDS: dict[str, tuple[dict[str, bytes], str, str, list[str] | str]] = {
     "several splits": (BOTH, "", "", "several, and none named: train, test"),
     "no such split": (BOTH, "", "dev", "--split dev: expected a split of"),
     "a configuration": (LANGUAGES, "de", "", ["de/b.jsonl"]),
+    "files in an order": (
+        one("data_files: [b.jsonl, a.jsonl]") | {"b.jsonl": b""},
+        "",
+        "",
+        ["b.jsonl", "a.jsonl"],
+    ),
     "none of several": (LANGUAGES, "", "", r"\['en', 'de'\]"),
     "no such configuration": (LANGUAGES, "fr", "", "'fr' not found"),
     "no data": ({"README.md": b"", "a.pkl": b"a pickle"}, "", "", "No .*data files"),
@@ -409,7 +416,7 @@ def test_a_card_says_which_files_are_of_a_split_and_nothing_else(here: Hub, case
             bring_split(commit, split, "--split")
     else:
         snapshot = bring_split(commit, split, "--split")
-        assert list(snapshot.files) == wanted
+        assert list(snapshot.files) == wanted == [part.name for part in open_parts(snapshot)]
     assert set(here.fetched()) <= {
         "README.md",
         *([] if isinstance(wanted, str) else map(os.path.basename, wanted)),

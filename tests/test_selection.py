@@ -273,6 +273,8 @@ def test_a_named_column_decides_which_inputs_are_read() -> None:
     how: dict[str, Any] = {"tokenizer": tokenizer, "vocab_size": 300}
     (found,) = read(Selection(rows, columns={"text": "body"}), **how)
     assert found.input_ids.tolist() == [97, 98]
+    with pytest.raises(UserError, match="name it by --completion-column"):
+        read(Selection(rows, columns={"prompt": "body"}), **how)
     with pytest.raises(UserError, match="--text-column"):
         read(Selection(rows, columns={"text": "body"}), **NUMBERS)
 

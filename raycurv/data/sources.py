@@ -69,7 +69,8 @@ def open_parts(source: Source) -> list[Part]:
 
 
 def find_parts(source: Source) -> Found:
-    """The parts of a source, sorted by their names, and what was left out.
+    """The parts of a source, sorted by their names (of a split on the hub in the order that its
+    card has them in), and what was left out.
 
     Args:
         source: a file, a directory (searched through all its subdirectories; names that begin with
@@ -94,7 +95,7 @@ def _found(source: Any, split: Split | None, flag: str) -> tuple[list[Part], Seq
         listing = _Listing(pyarrow.fs.LocalFileSystem(), str(source.directory), [*source.files])
         for name in listing.files:
             _check_file(listing.root, name)
-        return _parts_of(listing, listing.root)
+        return _parts_of(listing, listing.root, in_order=True)
     source = settled(source, split)
     if isinstance(source, Splits):
         return _found(of_mapping(source, split, flag), None, flag)
@@ -216,10 +217,13 @@ def _files(source: str, split: Split | None, flag: str) -> tuple[list[Part], Seq
     return _parts_of(listing, source)
 
 
-def _parts_of(listing: _Listing, source: str) -> tuple[list[Part], Sequence[str]]:
-    """The parts of files, sorted by name, and what was left out."""
+def _parts_of(
+    listing: _Listing, source: str, in_order: bool = False
+) -> tuple[list[Part], Sequence[str]]:
+    """The parts of files, sorted by name or in the order in which they are listed, and what was
+    left out."""
     remote = is_uri(source)
-    names = sorted(set(listing.files))
+    names = list(dict.fromkeys(listing.files)) if in_order else sorted(set(listing.files))
     readable = [name for name in names if ending(name) in FORMATS]
     if not names:
         raise UserError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from raycurv.data import beside_tokens
-from raycurv.data.column_names import listed
+from raycurv.data.column_names import COLUMNS, listed
 from raycurv.data.conversations import COLUMNS as CONVERSATIONS
 from raycurv.data.conversations import TOOLS
 from raycurv.data.labels import NAMES
@@ -51,6 +51,9 @@ class InputColumns:
             model = {None: "", True: ", for a model of tokens", False: ", for a model of numbers"}
             what = model[None if settings.either else settings.token_inputs]
             remedy = ", or name it, as in --text-column body" * any(k in TOKENS for k in usable)
+            lacking = [name for name in usable[0] if name not in found and name in COLUMNS]
+            if lacking and self._named():
+                remedy = f", or name it by --{COLUMNS[lacking[0]]}-column"
             if settings.reads == "pairs":
                 what = ", for --objective preference, which compares two texts"
                 remedy = "; of texts with a number each as label give --objective regression"
@@ -110,8 +113,7 @@ class InputColumns:
     def _usable(self) -> tuple[tuple[str, ...], ...]:
         """The columns of inputs that the model may take and that were named, if any were, in order
         of preference; UserError if it takes none of these."""
-        source, usable = self._settings.source, self._taken()
-        given = source.inputs if isinstance(source, Selection) else set()
+        usable, given = self._taken(), self._named()
         named = tuple(kind for kind in usable if given <= set(kind))
         if not named:
             one = sorted(given)[0]
@@ -121,6 +123,11 @@ class InputColumns:
                 " + ".join(sorted(given)), f"Leave --{one}-column out.",
             )  # fmt: skip
         return named
+
+    def _named(self) -> set[str]:
+        """The columns of inputs that were named."""
+        source = self._settings.source
+        return source.inputs if isinstance(source, Selection) else set()
 
     def _taken(self) -> tuple[tuple[str, ...], ...]:
         """The columns of inputs that the model may take, in order of preference."""
