@@ -460,6 +460,10 @@ def test_turns_of_what_has_none_are_refused(model: Path, tmp_path: Path) -> None
     with pytest.raises(UserError, match="--loss-on last-assistant: expected conversations"):
         raycurv.evaluate(model, rows, tmp_path / "out", loss_on="last-assistant", **HERE)
     raycurv.evaluate(model, rows, tmp_path / "out2", **HERE)
+    (tmp_path / "a.jsonl").write_text(json.dumps(rows[0]))
+    flags = ["--model", model, "--data", tmp_path / "a.jsonl", "--loss-on", "all"]
+    outcome = run_here("show-data.py", flags)
+    assert outcome.code == 2 and "expected conversations (`messages`)" in outcome.err
 
 
 def test_answers_that_are_cut_off_are_counted(model: Path) -> None:

@@ -29,6 +29,7 @@ from raycurv.data.portion import Selection
 from raycurv.data.reading import ExampleReader
 from raycurv.data.tokenizer import LazyTokenizer
 from raycurv.errors import UserError
+from raycurv.jobs.fitted import fit_command
 from raycurv.models.model_task import IMAGE_CLASSIFICATION, class_names, refined
 from raycurv.models.opening import open_outline
 
@@ -468,7 +469,9 @@ def test_texts_of_a_fit_and_of_what_follows_go_through_one_tokenizer(
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     run.influence(asked, rows, tmp_path / "scores", **HERE)
     # One that was given is missed where it is not given any more, and read by no other one.
-    raycurv.fit(folder, rows, tmp_path / "given", tokenizer=tokenizer, **HERE)
+    given = raycurv.fit(folder, rows, tmp_path / "given", tokenizer=tokenizer, **HERE)
+    given.manifest.facts["data"] = "rows.jsonl"
+    assert f"--tokenizer {tokenizer}" in fit_command(given.manifest, "RUN")
     with pytest.raises(UserError, match="the tokenizer is another one"):
         raycurv.fit(folder, rows, tmp_path / "given", **HERE)
     shutil.copy(other / "tokenizer.json", folder)

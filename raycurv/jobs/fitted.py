@@ -322,6 +322,8 @@ def fit_command(fit: Manifest, out: str, **other: Any) -> str:
     """
     said = fit.settings | {"model": fit.facts["model"], "data": fit.facts["data"]} | other
     said |= {"adapter": fit.facts["adapter"]} if "adapter" in fit.facts else {}
+    if "tokenizer_directory" in fit.facts:
+        said |= {"tokenizer": fit.facts["tokenizer_directory"]}
     taken = fit.fingerprints.get("data", {})
     said |= {"split": taken["split"]} if "split" in taken else {}
     said |= {

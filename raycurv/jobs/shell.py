@@ -151,22 +151,15 @@ class Shell(Generic[S]):
         for corpus in found:
             for sentence in corpus.said():
                 self.reporter.say(sentence)
-        self._check_loss_on(found)
+        check_loss_on(
+            getattr(self.settings, "loss_on", None),
+            any("conversations" in one.findings for one in found),
+        )
         self.manifest.facts["reading"] = {corpus.name: corpus.facts() for corpus in found}
         self.manifest.facts["first_examples"] = {
             corpus.name: dict(corpus.first) for corpus in found
         }
         return found
-
-    def _check_loss_on(self, found: Sequence[Corpus]) -> None:
-        """Refuse to be asked for turns that there are not."""
-        loss_on = getattr(self.settings, "loss_on", None)
-        if loss_on is not None and not any("conversations" in one.findings for one in found):
-            raise UserError(
-                f"--loss-on {loss_on}", "conversations (`messages`)", "none in the data",
-                "Leave it out: of a text all tokens carry the loss, of a `prompt` and its "
-                "`completion` those of the completion.",
-            )  # fmt: skip
 
     def check_plan(
         self,
@@ -287,3 +280,18 @@ def _modes_of_torch() -> Iterator[None]:
         if torch.get_default_device().type != "cpu":
             modes.enter_context(torch.device("cpu"))
         yield
+
+
+def check_loss_on(loss_on: str | None, conversations: bool) -> None:
+    """Refuse to be asked for turns that there are not.
+
+    Args:
+        loss_on: what a person gave by the flag.
+        conversations: whether there are any in the data.
+    """
+    if loss_on is not None and not conversations:
+        raise UserError(
+            f"--loss-on {loss_on}", "conversations (`messages`)", "none in the data",
+            "Leave it out: of a text all tokens carry the loss, of a `prompt` and its "
+            "`completion` those of the completion.",
+        )  # fmt: skip

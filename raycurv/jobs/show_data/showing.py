@@ -21,6 +21,7 @@ from raycurv.driver.corpus import reader_for
 from raycurv.jobs.inputs import Inputs
 from raycurv.jobs.objectives import objective_for
 from raycurv.jobs.on_hub import brought
+from raycurv.jobs.shell import check_loss_on
 from raycurv.jobs.show_data.show_data_settings import ShowDataSettings
 from raycurv.mathematics.loss.shipped import open_objective
 from raycurv.models.opening import open_outline
@@ -68,6 +69,7 @@ def show_data(settings: ShowDataSettings) -> dict[str, Any]:
             view.sequence(own.name, texts, ids)
             marks |= any(carries) and bool(texts)
     recorded = reader.findings.recorded()
+    check_loss_on(settings.loss_on, "conversations" in recorded)
     read = sorted(reader.columns_read)
     unused = recorded.get("unused_columns", [])
     if marks:
