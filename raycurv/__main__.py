@@ -54,8 +54,8 @@ def _refuse(words: list[str]) -> NoReturn:
     meant = get_close_matches(words[0], JOBS, n=1) if words else []
     remedy = f"Did you mean raycurv {meant[0]}? " if meant else ""
     got = repr(hidden(words[0])) if words else "nothing"
-    error = UserError("raycurv", f"a job: {', '.join(JOBS)}", got, f"{remedy}See raycurv --help.")
-    LastLine("raycurv").refuse(error)
+    wanted, remedy = f"a job: {', '.join(JOBS)}", f"{remedy}See raycurv --help."
+    LastLine("raycurv").refuse(UserError("the first word", wanted, got, remedy))
 
 
 if __name__ == "__main__":

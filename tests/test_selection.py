@@ -189,7 +189,8 @@ def test_shards_that_are_not_there_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", WRONG)
 def test_what_is_ambiguous_is_refused_by_name(tmp_path: Path, case: str) -> None:
     names, split, parts = WRONG[case]
-    mistake(Selection(lay(tmp_path, names), split), *parts)
+    error = mistake(Selection(f"{lay(tmp_path, names)}/", split), *parts)
+    assert "//" not in error.remedy
 
 
 def test_a_saved_dict_of_splits_is_read_by_one(tmp_path: Path) -> None:
@@ -360,6 +361,12 @@ def test_a_run_is_of_its_split_and_its_columns(
     assert of_scores is not None
     found = ScoredData("train", "scores", of_scores).rows(ids[2:4], ("labels",), text=False)
     assert found["labels"].to_pylist() == [row["labels"] for row in OURS[2:4]]
+    # Columns have the data's own names, too: whoever groups by one knows no others.
+    data_again = ScoredData("train", "scores", of_scores)
+    theirs = data_again.rows(ids[2:4], ("class", "key"), text=False)
+    assert theirs["class"].equals(found["labels"]) and theirs["key"].to_pylist() == ids[2:4]
+    with pytest.raises(UserError, match=r"got the columns `(class|key)`"):
+        data_again.rows(ids[2:4], ("clas",), text=False)
     # Queries that have our names already.
     again = run.influence(
         OURS[:2], data, out=tmp_path / "again", split="train[:4]", address="none", quiet=True,

@@ -77,11 +77,7 @@ class ExampleReader(ReaderSettings):
             self._labels, FurtherColumns(self.further),
         )  # fmt: skip
         self._of_numbers = NumberExamples(tools)
-        ways: dict[str, Callable[[Tools], Maker]] = {
-            "pairs": PairExamples,
-            "sources": TargetExamples,
-        }
-        self._of_tokens = ways.get(self.reads, TokenExamples)(tools)
+        self._of_tokens = _OF_TOKENS.get(self.reads, TokenExamples)(tools)
         found = find_parts(self.source)
         self.parts = found.parts
         self.findings.left_out_files = list(found.left_out)

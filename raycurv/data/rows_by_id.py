@@ -58,9 +58,11 @@ def rows_by_id(
                     row = {name: of[i] for name, of in values.items() if of[i] is not None}
                     for name in columns:
                         if name not in row:
+                            theirs = part.names.theirs
+                            names = [theirs.get(n, n) for n in (*values, *sorted(own.others))]
                             raise UserError(
-                                own.place(i), f"a column `{name}`",
-                                f"the columns {listed([*values, *sorted(own.others)])}",
+                                own.place(i), f"a column `{theirs.get(name, name)}`",
+                                f"the columns {listed(names)}",
                                 "Name one of these, or add it to the data and score again.",
                             )  # fmt: skip
                     found[here[number]] = row

@@ -267,7 +267,7 @@ def _check_once(where: str, names: Sequence[str]) -> None:
             raise UserError(
                 where, "every file in one format", f"{other} and {name}",
                 "Take one of the two away, or name the files to read by a glob, such as "
-                f"'{where}/**/*{ending(name)}'.",
+                f"'{where.rstrip('/')}/**/*{ending(name)}'.",
             )  # fmt: skip
 
 

@@ -131,6 +131,7 @@ def choose(
 def _by_names(
     where: str, names: Sequence[str], saved: Mapping[str, str], split: Split | None, flag: str
 ) -> list[str]:
+    below = where.rstrip("/")
     of: dict[str, list[str]] = {}
     patterns: dict[str, str] = {}
     for name in names:
@@ -146,7 +147,7 @@ def _by_names(
     if len(found) > 1 and split is None:
         given = patterns.get("train", min(patterns[one] for one in found))
         deep = "**/" if any("/" in name for name in names) else ""
-        together = f"{where}/{deep}*.{names[0].rpartition('.')[2]}"
+        together = f"{below}/{deep}*.{names[0].rpartition('.')[2]}"
         several = sorted(patterns[one] for one in found)
         raise _several(where, "the names of its files", several, given, flag, found, together)
     wanted = "" if split is None else _SPLITS.get(split.name, split.name)
@@ -155,7 +156,7 @@ def _by_names(
         raise UserError(
             where, "files that all say which split they are of, or none",
             f"{of[''][0]}, which does not, beside {of[one][0]}",
-            f"Name the files to read by a glob, such as '{where}/{patterns[one]}'.",
+            f"Name the files to read by a glob, such as '{below}/{patterns[one]}'.",
         )  # fmt: skip
     if split is None:
         return list(names)
@@ -163,7 +164,7 @@ def _by_names(
         return of[wanted]
     # One that has a name of its own, such as corpus-00000-of-00002, is no other split by that; the
     # folder that was given may say one.
-    own = _SPLITS.get(where.rstrip("/").rpartition("/")[2].lower(), UNNAMED)
+    own = _SPLITS.get(below.rpartition("/")[2].lower(), UNNAMED)
     if wanted == own and len(found) < 2 and not usual and not saved:
         return list(names)
     raise _no_split(where, found or [own], split)
@@ -221,7 +222,8 @@ def _several(
     together: str = "",
 ) -> UserError:
     """The mistake of several splits where one is wanted."""
-    quoted = f"'{where}/{given}'" if "*" in given else f"{where}/{given}"
+    path = f"{where.rstrip('/')}/{given}"
+    quoted = f"'{path}'" if "*" in given else path
     name = (*(one for one in names or found if one == UNNAMED), *(names or found), "SPLIT")[0]
     remedy = f"Give one of them, such as {quoted}" + (f" or {flag} {name}." if flag else ".")
     if together:

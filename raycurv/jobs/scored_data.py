@@ -78,15 +78,17 @@ class ScoredData:
 
         Args:
             ids: of examples.
-            columns: of the data; whatever they hold, pieces have those of their row.
+            columns: of the data, by its own names; whatever they hold, pieces have those of their
+                row.
             text: whether there is a column of texts.
 
         Raises:
             UserError: the data is gone or another one; no example of that id, no such column.
         """
-        named = self._taken(None).inputs
+        taken = self._taken(None)
+        named, ours = taken.inputs, {theirs: own for own, theirs in taken.columns.items()}
         more = partial(text_columns, named=named) if text else lambda _: ()
-        row_of, found = self._found(ids, columns, more)
+        row_of, found = self._found(ids, [ours.get(name, name) for name in columns], more)
         table: dict[str, Any] = {"id": list(ids)}
         if text:
             pieces = self._tokenised([id for id, row in row_of.items() if row != id])
@@ -102,7 +104,8 @@ class ScoredData:
                 f"column `{name}` of {self._what}", "values of one type", "Correct it.",
                 pa.ArrowException, TypeError, OverflowError,
             ):  # fmt: skip
-                table[name] = pa.array([found[row_of[id]][name] for id in ids])
+                own = ours.get(name, name)
+                table[name] = pa.array([found[row_of[id]][own] for id in ids])
         return pa.table(table)
 
     def tokens(self, ids: Sequence[str]) -> list[list[str]]:

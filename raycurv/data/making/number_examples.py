@@ -23,7 +23,7 @@ class NumberExamples:
         self._vocabulary: int | None = None
 
     def make(self, chunk: Chunk) -> Iterator[Example]:
-        """See :class:`raycurv.data.making.chunk.Maker`."""
+        """See :class:`raycurv.data.making.tools.Maker`."""
         inputs: Iterable[np.ndarray]
         if chunk.kind == ("image",):
             inputs = self._pixels(chunk)

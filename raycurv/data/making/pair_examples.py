@@ -25,7 +25,7 @@ class PairExamples:
         self._apart = False
 
     def make(self, chunk: Chunk) -> Iterator[Example]:
-        """See :class:`raycurv.data.making.chunk.Maker`."""
+        """See :class:`raycurv.data.making.tools.Maker`."""
         what = "pairs, of which `chosen` is the better text"
         beside_tokens.refuse_beside(chunk.rows, chunk.place, what, ("labels", "loss_mask"))
         names = [name for name in chunk.kind if name != "prompt"]

@@ -22,7 +22,7 @@ class TargetExamples:
         self._tools = tools
 
     def make(self, chunk: Chunk) -> Iterator[Example]:
-        """See :class:`raycurv.data.making.chunk.Maker`."""
+        """See :class:`raycurv.data.making.tools.Maker`."""
         settings, encoder, place = self._tools.settings, self._tools.encoder, chunk.place
         if "loss_mask" in chunk.columns:
             raise UserError(

@@ -32,7 +32,7 @@ class TokenExamples:
         self._kinds_there: bool | None = None
 
     def make(self, chunk: Chunk) -> Iterator[Example]:
-        """See :class:`raycurv.data.making.chunk.Maker`."""
+        """See :class:`raycurv.data.making.tools.Maker`."""
         settings, place = self._settings, chunk.place
         made = self._tokeniser.take(chunk)
         tokens, targets = made.tokens, made.targets
