@@ -102,7 +102,8 @@ def check_shards(where: str, names: Sequence[str]) -> None:
             raise UserError(
                 where, f"all of the {int(total):,} files {before}…-of-{total}{behind}",
                 f"{len(numbers):,} of them; {gone} is not there",
-                f"Fetch the others, or name those to read by a glob: '{where}/{before}*{behind}'.",
+                "Fetch the others, or name those to read by a glob: "
+                f"'{where.rstrip('/')}/{before}*{behind}'.",
             )  # fmt: skip
 
 
