@@ -96,4 +96,4 @@ def test_every_page_is_one_click_from_the_readme_which_is_short() -> None:
     text = README.read_text()
     linked = {(ROOT / link).resolve() for link in re.findall(r"\]\(([^)#\s]+)", text)}
     assert [page.name for page in PAGES if page != README and page.resolve() not in linked] == []
-    assert len(text.splitlines()) <= 250
+    assert len(text.splitlines()) <= 170
