@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
@@ -47,6 +47,12 @@ class UserError(RaycurvError, ValueError):
 def shortened(text: str, most: int = 100) -> str:
     """A text of somebody else's, short enough for a message."""
     return text if len(text) <= most else f"{text[:most]}…"
+
+
+def some_of(names: Sequence[str], most: int, form: Callable[[str], str] = str) -> str:
+    """The first of some names, each as ``form`` writes it, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(map(form, names[:most])) + more
 
 
 def in_words(error: Exception) -> str:

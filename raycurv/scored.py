@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from torch import Tensor
 
 from raycurv.driver.settings import flag_of
-from raycurv.errors import DamagedFile, UserError, user_errors
+from raycurv.errors import DamagedFile, UserError, some_of, user_errors
 from raycurv.files.artifacts import ihvp_file, read_products
 from raycurv.files.store import Store, open_store
 from raycurv.files.tables import lengths_schema, read_table, scores_schema, self_schema
@@ -344,9 +344,7 @@ class Scores:
         else:
             where, lacking = "the groups", [id for id in ids if id not in column]
             if lacking:
-                got = f"none of {lacking[0]!r}" + f" and {len(lacking) - 1:,} more" * (
-                    len(lacking) > 1
-                )
+                got = f"none of {some_of(lacking, 1, repr)}"
                 raise UserError(where, f"one of each of the {of}", got, "")
             groups = [column[id] for id in ids]
         remedy = "Give a column of texts or whole numbers."

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from raycurv.errors import UserError
+from raycurv.errors import UserError, some_of
 
 # The columns that a flag may name, each with the flag's word for it, which is another name of it.
 COLUMNS = {
@@ -16,8 +16,7 @@ COLUMNS = {
 
 def listed(found: Sequence[str]) -> str:
     """Names of columns, for messages."""
-    names = ", ".join(f"`{name}`" for name in found[:20])
-    return names if len(found) <= 20 else f"{names} and {len(found) - 20} more"
+    return some_of(found, 20, "`{}`".format)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from raycurv.errors import shortened
+from raycurv.errors import shortened, some_of
 
 # Of names at most so many are recorded, and so many told.
 _RECORDED, _TOLD = 100, 8
@@ -133,6 +133,6 @@ def _of_conversations(recorded: Mapping[str, Any]) -> str:
 
 def _named(names: list[str]) -> str:
     # Names of a stranger's: what a terminal would obey is escaped.
-    shown = [name if name.isprintable() else repr(name) for name in names[:_TOLD]]
-    more = f" and {len(names) - _TOLD} more" if len(names) > _TOLD else ""
-    return ", ".join(shortened(name, 60) for name in shown) + more
+    return some_of(
+        names, _TOLD, lambda name: shortened(name if name.isprintable() else repr(name), 60)
+    )

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from raycurv.data.splits import SPLITS_FILE
-from raycurv.errors import UserError, user_errors
+from raycurv.errors import UserError, some_of, user_errors
 
 # Files beside data that hold no examples, by their names in small letters, and why they are there.
 NO_DATA = {
@@ -119,7 +119,6 @@ def not_read(
         readable: of files that would be.
         formats: what is read, in words.
     """
-    some = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     below = f"{root.rstrip('/')}/" if root else ""
     steps = ["Convert them, or move them elsewhere."]
     for name in names:
@@ -135,7 +134,7 @@ def not_read(
     return UserError(
         where,
         f"{formats} files",
-        f"{len(names)} other file{'s' if len(names) > 1 else ''}{beside} ({some})",
+        f"{len(names)} other file{'s' if len(names) > 1 else ''}{beside} ({some_of(names, 5)})",
         " ".join(steps),
     )
 

@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from raycurv.errors import UserError
+from raycurv.errors import UserError, some_of
 
 # Says that the folders beside it are the splits of one data set.
 SPLITS_FILE = "dataset_dict.json"
@@ -232,9 +232,8 @@ def _several(
 
 
 def _no_split(where: str, names: Sequence[str], split: Split) -> UserError:
-    some = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     remedy = f"Give {split.flag} {names[0]}, or another one of these." if names else ""
     return UserError(
-        f"{split.flag} {split.text}", f"a split of {where}: {some or 'it has none'}",
+        f"{split.flag} {split.text}", f"a split of {where}: {some_of(names, 8) or 'it has none'}",
         f"no {split.name} there", remedy or "Save the data set again.",
     )  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from raycurv.data.hub_data import bring_split
 from raycurv.data.splits import Split
 from raycurv.driver.settings import OnHub, declarations, flag_of
+from raycurv.errors import some_of
 from raycurv.hub import COMMIT, Commit, HubName, Snapshot, cached, find, hub_name
 from raycurv.jobs.inputs import Inputs
 from raycurv.models.hub_files import bring
@@ -66,7 +67,7 @@ def brought(
         say(f"{what} {commit.where}")
         if what == "data":
             files[field] = bring_split(commit, *_split_of(settings, field))
-            say(f"{field}: {', '.join(files[field].files[:3])}{_more(files[field].files[3:])}")
+            say(f"{field}: {some_of(files[field].files, 3)}")
         else:
             snapshots[text] = bring(commit, what, weights, code)
     changed: S = replace(settings, **changes)  # type: ignore[type-var]
@@ -96,10 +97,6 @@ def _split_of(settings: Any, field: str) -> tuple[str, str]:
     name = "queries_split" if field == "queries" else "split"
     split = Split.parse(flag_of(name), text) if (text := getattr(settings, name)) else None
     return "" if split is None else split.name, flag_of(name)
-
-
-def _more(names: Sequence[str]) -> str:
-    return f" and {len(names)} more" if names else ""
 
 
 def on_record(text: str) -> HubName | None:

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from raycurv.data.findings import sentences
 from raycurv.driver.timeline_table import DIRECTORY
-from raycurv.errors import DamagedFile
+from raycurv.errors import DamagedFile, some_of
 from raycurv.files.manifest import NAME, Manifest
 from raycurv.files.store import Store
 from raycurv.jobs.timeline.lanes import read_lanes
@@ -304,8 +304,7 @@ def fit_notes(run: Run, blocks: Rows) -> list[str]:
         if row["eigh_outcome"] != "ok":
             outcomes.setdefault(row["eigh_outcome"], []).append(row["block"])
     for text, names in outcomes.items():
-        more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
-        said.append(f"{names[0]}{more}: {outcome(text)}")
+        said.append(f"{some_of(names, 1)}: {outcome(text)}")
     thin = sum(bool(row.get("thin")) for row in blocks)
     if thin:
         said.append(

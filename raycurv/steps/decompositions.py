@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from raycurv.errors import some_of
 from raycurv.files.artifacts import factor_file, read_factor, write_eigen
 from raycurv.files.block_rows import SPECTRUM_FILE, write_spectrum
 from raycurv.files.store import Store
@@ -84,7 +85,7 @@ class Decompositions(TaskStep):
             Need(
                 max(self.cost.memory(tiles[name], recipe.store_dtype) for name in names),
                 sum(costs[name] for name in names),
-                names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more",
+                some_of(names, 1),
                 len(names),
             )
             for names in tasks
