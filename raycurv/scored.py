@@ -47,6 +47,16 @@ class Scores:
         self._sources = {"queries": queries, "train": train}
         self.manifest = finished(store, "influence", "scores", "finished scores")
 
+    def with_data(self, queries: AnySource | None = None, train: AnySource | None = None) -> Scores:
+        """These scores, with queries or training examples given again (see
+        :func:`open_scores`)."""
+        was = self._sources
+        return Scores(
+            self._store,
+            was["queries"] if queries is None else queries,
+            was["train"] if train is None else train,
+        )
+
     @property
     def path(self) -> str:
         """The directory."""
@@ -125,6 +135,8 @@ class Scores:
         """The k training examples of the highest scores on a query, highest first.
 
         Args:
+            k: how many; all that there are where these are fewer. Of scores with ``--top-k`` no
+                more than were kept at this end.
             normalise: order by scores divided as :meth:`matrix` says, which become a column
                 ``normalised``, float64.
             text: whether a column ``text`` stands beside the ids (see :meth:`ScoredData.rows`); by
@@ -134,6 +146,7 @@ class Scores:
             UserError: no such query; with ``normalise`` as for :meth:`matrix`; with ``text=True``
                 that the data is gone, or another one.
         """
+        _check_count(k)
         if normalise is not None:
             self._check_kept()
         found = self._parts("scores", self._schema())
@@ -141,6 +154,10 @@ class Scores:
         mine = pa.concat_tables([p for p in parts if len(p)]) if any(map(len, parts)) else None
         if mine is None:
             raise self._no_query(query_id)
+        kept = self.manifest.settings["top_k"]
+        if kept is not None and 2 * kept <= len(mine) < self.manifest.facts["examples"]:
+            # What follows the highest that were kept is the lowest, not the next.
+            k = min(k, kept)
         by = "score"
         if normalise is not None:
             by, trains = "normalised", mine["train_id"].to_pylist()
@@ -216,6 +233,8 @@ class Scores:
         Raises:
             UserError: as for :meth:`matrix`; a query that was not scored, or none.
         """
+        if k is not None:
+            _check_count(k)
         matrix, queries, trains = self.matrix(normalise)
         row, means = {id: q for q, id in enumerate(queries)}, []
         for name, some in (("a", a), ("b", b)):
@@ -347,6 +366,9 @@ class Scores:
                 got = f"none of {some_of(lacking, 1, repr)}"
                 raise UserError(where, f"one of each of the {of}", got, "")
             groups = [column[id] for id in ids]
+            nothing = [id for id, group in zip(ids, groups, strict=True) if group is None]
+            if nothing:
+                raise UserError(where, f"one of each of the {of}", f"None of {nothing[0]!r}", "")
         remedy = "Give a column of texts or whole numbers."
         with user_errors(where, "values that make groups", remedy, pa.ArrowException, TypeError):
             return pa.array(groups).dictionary_encode()
@@ -407,6 +429,11 @@ class Scores:
                     "Run the same command again: it makes what is missing.",
                 )  # fmt: skip
             yield read_table(self._store, name, schema, schema.names)
+
+
+def _check_count(k: int) -> None:
+    if k < 0:
+        raise UserError("k", "a number of rows", str(k), "")
 
 
 class Products:

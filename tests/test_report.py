@@ -613,12 +613,52 @@ def test_data_that_has_moved_is_told_and_may_be_given_again(made: Made, tmp_path
         assert run_here("report.py", [made.scores.path, *again]).code == 0
         page = (tmp_path / "page.html").read_text()
         assert "not shown" not in page and "the cat sat" in page
+        raycurv.report(made.scores, tmp_path / "page.html", train=str(there))
+        assert (tmp_path / "page.html").read_text() == page
         # Another file in its place is not taken for it.
         write_rows(made.train, TRAIN[:-1])
         page = Path(raycurv.report(made.scores.path, tmp_path / "page.html")).read_text()
         assert "Texts of the training examples are not shown" in page and "other data" in page
     finally:
         there.rename(made.train)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_examples_of_other_data_are_not_taken_for_the_fits(made: Made, tmp_path: Path) -> None:
+    """They may have the same ids."""
+    others = [{"id": row["id"], "text": "another"} for row in TRAIN]
+    other = write_rows(tmp_path / "other.parquet", others)
+    scores = made.fitted.influence(
+        made.queries, other, tmp_path / "scores", self_influence=True, **HERE
+    )
+    for found, alike in ((made.scores, True), (scores, False)):
+        page = Path(raycurv.report(found, tmp_path / "page.html")).read_text()
+        (queries, examples) = page.split('<section id="examples">')
+        assert ("Self-influence" in examples, "<th>Text" in examples) == (alike, False)
+        assert ("another" in queries) != alike and "another" not in examples
+        assert ("the dog ran" in examples) == alike
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_fit_that_cut_its_rows_another_way_costs_no_passage_its_text(
+    made: Made, tmp_path: Path
+) -> None:
+    """Some of its examples are none of those that were scored."""
+    pieces = raycurv.fit(
+        made.folder / "model", made.train, tmp_path / "run", max_length=32, long="split", **HERE
+    )
+    scores = pieces.influence(made.queries, made.train, tmp_path / "scores", **HERE)
+    page = Path(raycurv.report(scores, tmp_path / "page.html")).read_text()
+    assert "not shown" not in page and "the dog ran" in page and "row 2#" in page
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_names_that_are_no_text_are_shown(made: Made, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(made.fitted.path, copy)
+    with rewritten(copy) as said:
+        said["facts"]["data"] = "/of/byte/\udcff"
+    assert "/of/byte/\\udcff" in Path(raycurv.report(copy, tmp_path / "page.html")).read_text()
 
 
 @pytest.mark.usefixtures("undrawn")

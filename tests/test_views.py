@@ -136,6 +136,7 @@ def test_groups_are_sums_and_means_of_the_matrix(fits, normalise: Any) -> None:
         ),
         ("inputs", "values that make groups"),
         ({MLP.data[0]["id"]: 1}, f"got none of .* and {len(MLP.data) - 2} more"),
+        (by_hand | {labelled[1]["id"]: None}, f"got None of '{labelled[1]['id']}'"),
     ):
         with pytest.raises(UserError, match=said):
             scores.by(wrong)
@@ -172,6 +173,12 @@ def test_views_of_what_was_not_kept_say_how_to_keep_it(fits) -> None:
     with pytest.raises(UserError, match="one of cosine, relative, per-token"):
         plain.top(MLP.queries[0]["id"], normalise="length")
     some, id = fits.scores(MLP, top_k=2, self_influence=True), MLP.queries[0]["id"]
+    # What follows the highest that were kept is the lowest: no third.
+    assert some.top(id, 3, text=False).equals(plain.top(id, 2, text=False))
+    assert some.top(id, 3, text=False)["train_id"] != plain.top(id, 3, text=False)["train_id"]
+    for view in (lambda: plain.top(id, -1), lambda: plain.contrast(id, MLP.queries[1]["id"], -1)):
+        with pytest.raises(UserError, match="a number of rows, got -1"):
+            view()
     for view in (
         lambda: some.top(id, 2, "cosine"),
         lambda: some.by({row["id"]: 1 for row in MLP.data}),

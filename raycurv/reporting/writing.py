@@ -54,7 +54,8 @@ def report(
     """Write one HTML page of a finished fit or of finished scores; gives its path.
 
     Args:
-        results: a run, scores, or the directory of either.
+        results: a run, scores, or the directory of either. Scores show the data that they were
+            opened with, unless ``queries`` or ``train`` names another place.
         out: the page, a .html file.
         **settings: further fields of :class:`ReportSettings`.
 
@@ -81,7 +82,8 @@ def _write(settings: ReportSettings, scores: Scores | None) -> dict[str, Any]:
     maker = _Maker(settings, Pictures())
     renderer = Renderer()
     page = maker.page(open_store(settings.results, "report"), scores)
-    content = renderer.html(page).encode()
+    # Names of files may hold bytes that are no UTF-8, which Python keeps as halves of characters.
+    content = renderer.html(page).encode(errors="backslashreplace")
     written = write_single_file(settings.out, content)
     return {"page": written, "bytes": len(content), "queries": len(page.queries)}
 
@@ -100,8 +102,10 @@ class _Maker:
         if job == "fit":
             return self._of_fit(Run(store))
         if job == "influence":
-            given = self.settings.queries or None, self.settings.train or None
-            return self._of_scores(scores or Scores(store, *given), store)
+            again = self.settings.queries or None, self.settings.train or None
+            if scores is not None and any(again):
+                scores = scores.with_data(*again)
+            return self._of_scores(scores or Scores(store, *again), store)
         raise UserError(
             store.root, "the directory of a fit or of scores",
             f"no {NAME}" if not job else f"results of {job}",
@@ -138,7 +142,7 @@ class _Maker:
         run, notes = self._fit(scores)
         own = (
             dict(zip(*scores.self_influence().to_pydict().values(), strict=True))
-            if said.settings["self_influence"]
+            if said.settings["self_influence"] and _of_the_fit(said)
             else {}
         )
         examples = None if run is None else ExampleNumbers.of(run, own)
@@ -151,7 +155,7 @@ class _Maker:
         jobs = [("Scoring", store, said)]
         facts: Facts = []
         if run is not None and examples is not None:
-            more, warned = self._fit_sections(run, examples, shares, shown.lines(examples))
+            more, warned = self._fit_sections(run, examples, shares, shown.lines)
             sections += more
             notes += warned
             jobs.insert(0, ("Fit", open_store(run, "--run"), run.manifest))
@@ -220,13 +224,15 @@ class _Maker:
         settings, said = self.settings, scores.manifest
         queries = Texts.of(scores, "queries", [query.id for query in ranking.queries])
         passages = [id for query in ranking.queries for id in query.rows["train_id"].to_pylist()]
-        of_fit = said.fingerprints["fit"].get("data") == said.fingerprints.get("train")
         listed = (
             [examples.ids[n] for n in examples.extremes]
-            if of_fit and examples is not None and said.settings["max_examples"] is None
+            if examples is not None and _of_the_fit(said)
             else []
         )
         train = Texts.of(scores, "train", [*passages, *listed])
+        if train.lacking and listed:
+            # The fit may have cut its rows another way: some of its examples are none of these.
+            train = Texts.of(scores, "train", passages)
         tokens: dict[str, Sequence[str]] = {}
         notes = [one.lacking for one in (queries, train) if one.lacking]
         if ranking.tokens and train.by_id:
@@ -246,7 +252,14 @@ class _Maker:
             tokens,
             said.settings["top_k"] is not None,
         )
-        return _Shown(cards, queries, train, tokens, notes)
+        return _Shown(cards, queries, train, listed, tokens, notes)
+
+
+def _of_the_fit(scores: Manifest) -> bool:
+    """Whether the examples that were scored are of the fit's own data: examples of other data may
+    have the same ids."""
+    prints = scores.fingerprints
+    return bool(prints["fit"].get("data") == prints.get("train"))
 
 
 def _check_tokens(ranking: Ranking, tokens: Mapping[str, Sequence[str]]) -> None:
@@ -266,13 +279,14 @@ class _Shown:
     cards: list[Query]
     queries: Texts
     train: Texts
+    listed: list[str]
     tokens: dict[str, Sequence[str]]
     notes: list[str]
 
-    def lines(self, examples: ExampleNumbers) -> dict[str, str]:
-        """The beginnings of the texts of the extreme examples that are known."""
-        ids = [examples.ids[n] for n in examples.extremes]
-        return {id: self.train.line(id) for id in ids if id in self.train.by_id}
+    @property
+    def lines(self) -> dict[str, str]:
+        """The beginnings of the texts of the fit's examples that are listed, where known."""
+        return {id: self.train.line(id) for id in self.listed if id in self.train.by_id}
 
 
 def _leaf(place: str) -> str:
