@@ -232,3 +232,21 @@ TURNS = (
 def test_a_row_is_read_as_a_person_would(row: dict[str, Any], text: str | None) -> None:
     kept = {name: row[name] for name in text_columns(row)}
     assert row_text(kept, str) == text
+
+
+@pytest.mark.parametrize(
+    ("objective", "text"),
+    [
+        ("causal-lm", "one"), ("classification", "one\ntwo"), ("seq2seq-lm", "one\nthree"),
+        ("preference", "chosen: a\nrejected: b"), ("own:Own", "one\ntwo"),
+    ],
+)  # fmt: skip
+def test_the_text_of_a_row_is_of_what_was_read(objective: str, text: str) -> None:
+    row = {"text": "one", "text_pair": "two", "target": "three", "chosen": "a", "rejected": "b"}
+    assert row_text(row, str, (), objective) == text
+
+
+def test_columns_that_were_not_read_are_no_part_of_a_text(scored: Scored, tmp_path: Path) -> None:
+    rows = [{"id": "0", "text": "a cat", "target": "other"}, {"id": "1", "text": "a sea"}]
+    scores = scored.scores(rows[1:], rows[:1], tmp_path / "scores")
+    assert scores.data().rows(["0"])["text"].to_pylist() == ["a cat"]

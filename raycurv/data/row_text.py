@@ -9,18 +9,33 @@ from typing import Any
 from raycurv.data.conversations import COLUMNS as CONVERSATIONS
 
 TOKENS = "input_ids"
+_GONE_ON, _SECOND, _TARGET = ("prompt", "completion"), ("text", "text_pair"), ("text", "target")
+_PAIRS = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
 # In order of preference: token ids come last, which nobody can read.
 _KINDS = (
-    ("prompt", "completion"), ("text", "text_pair"), ("text", "target"), ("text",),
-    ("prompt", "chosen", "rejected"), ("chosen", "rejected"), *((n,) for n in CONVERSATIONS),
-    (TOKENS,),
+    _GONE_ON, _SECOND, _TARGET, ("text",), *_PAIRS, *((n,) for n in CONVERSATIONS), (TOKENS,)
 )  # fmt: skip
+# What objectives never read as inputs (raycurv/data/making/input_columns.py): such columns beside
+# those that they read say something else.
+_UNREAD: dict[str, tuple[tuple[str, ...], ...]] = {
+    "causal-lm": (_SECOND, _TARGET, *_PAIRS),
+    "seq2seq-lm": (_SECOND, *_PAIRS),
+    "preference": (_GONE_ON, _SECOND, _TARGET, ("text",)),
+    **dict.fromkeys(
+        ("classification", "regression", "multi-label", "token-classification", "masked-lm"),
+        (_TARGET, *_PAIRS),
+    ),
+}
 
 
-def text_columns(found: Collection[str], named: Collection[str] = ()) -> tuple[str, ...]:
+def text_columns(
+    found: Collection[str], named: Collection[str] = (), objective: str = ""
+) -> tuple[str, ...]:
     """The columns that the text of a row is made of, of those that there are; none for numbers and
-    images. Those that were ``named`` are among them."""
-    kinds = (kind for kind in _KINDS if set(named) <= set(kind) <= set(found))
+    images. Those that were ``named`` are among them, and none that the ``objective`` of this name
+    does not read."""
+    unread = _UNREAD.get(objective, ())
+    kinds = (k for k in _KINDS if k not in unread and set(named) <= set(k) <= set(found))
     return next(kinds, ())
 
 
@@ -28,6 +43,7 @@ def row_text(
     row: Mapping[str, Any],
     decode: Callable[[Sequence[int]], str | None],
     named: Collection[str] = (),
+    objective: str = "",
 ) -> str | None:
     """The text of a row; ``None`` where it has none.
 
@@ -39,8 +55,9 @@ def row_text(
         row: the columns that :func:`text_columns` names.
         decode: makes text of token ids, for a row of nothing else.
         named: columns that it is made of in any case.
+        objective: that read it, by name.
     """
-    kind = text_columns(row, named)
+    kind = text_columns(row, named, objective)
     if kind == (TOKENS,):
         return decode(row[TOKENS])
     texts = {name: said for name in kind if (said := _said(row[name])) is not None}

@@ -85,9 +85,9 @@ class ScoredData:
         Raises:
             UserError: the data is gone or another one; no example of that id, no such column.
         """
-        taken = self._taken(None)
+        taken, objective = self._taken(None), self._objective
         named, ours = taken.inputs, {theirs: own for own, theirs in taken.columns.items()}
-        more = partial(text_columns, named=named) if text else lambda _: ()
+        more = partial(text_columns, named=named, objective=objective) if text else lambda _: ()
         row_of, found = self._found(ids, [ours.get(name, name) for name in columns], more)
         table: dict[str, Any] = {"id": list(ids)}
         if text:
@@ -95,7 +95,7 @@ class ScoredData:
             texts = [
                 self._decoded(pieces[id])
                 if id in pieces
-                else row_text(found[id], self._decoded, named)
+                else row_text(found[id], self._decoded, named, objective)
                 for id in ids
             ]
             table["text"] = pa.array(texts, pa.large_string())
@@ -170,6 +170,13 @@ class ScoredData:
     def _no_such(self, id: str) -> UserError:
         remedy = "See table() of the scores for the ids that there are."
         return UserError(f"example {id!r}", f"one of {self._what}", "no such id", remedy)
+
+    @property
+    def _objective(self) -> str:
+        """The name of the objective whose columns were read."""
+        fitted: str = self.manifest.fingerprints["fit"].get("settings", {}).get("objective", "")
+        measured: str = self.manifest.settings["objective"] if self.name == "queries" else ""
+        return measured or fitted
 
     @property
     def _what(self) -> str:
