@@ -98,6 +98,11 @@ def test_words_are_read_of_the_tokens_and_tokens_are_not_words(tmp_path: Path) -
     assert found("bm25:3,over=tokens") == sorted(want.tolist())
     with pytest.raises(UserError, match="over=tokens"):
         found("bm25:2", None)
+    # Without spaces between its words a text is a single one.
+    (other,) = examples(["没有空格"], tmp_path / "tokens")
+    asked = store_corpus(store, "other", iter([other.numbered(0)]), "", dict)
+    with pytest.raises(UserError, match=r"any of its words.*bm25:2,over=tokens\)"):
+        choose_candidates("bm25:2", asked, corpora[1], tokenizer)
 
 
 def test_a_table_is_a_file_of_any_format_and_ids_are_text(tmp_path: Path) -> None:

@@ -132,18 +132,21 @@ def choose_candidates(
     matching = Matching.parse(FLAG, candidates) if isinstance(candidates, str) else None
     if matching is None:
         found = _listed(candidates, queries, train)
-        lacking = "the file has none of its"
+        lacking, other = "the file has none of its", ""
     elif matching.k >= len(train):
         return None
     else:
         found = _matched(matching, queries, train, tokenizer, advance)
         lacking = f"no training example shares any of its {matching.over}"
+        # A text without spaces between its words is a single one.
+        by_tokens = f"match tokens ({FLAG} bm25:{matching.k},over=tokens), "
+        other = by_tokens if matching.over == "words" else ""
     without = np.flatnonzero(np.bincount(found.queries, minlength=len(queries)) == 0)
     if len(without):
         raise UserError(
             f"query {queries.ids[without[0]].as_py()!r}", f"candidates for each query ({FLAG})",
             f"{lacking}, and so for {len(without):,} of {len(queries):,} queries",
-            f"Leave such queries out, or give {FLAG} FILE with rows of theirs.",
+            f"Leave such queries out, {other}or give {FLAG} FILE with rows of theirs.",
         )  # fmt: skip
     return found if len(found) < len(queries) * len(train) else None
 
