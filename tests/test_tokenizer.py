@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,3 +179,11 @@ def test_options_beside_the_words_tell_a_tokenizer_from_another(
     assert described_alike({k: v for k, v in said.items() if k != "words"}, other)
     again, same = read(**{option: True}, model_max_length=7)
     assert again == before and same == said
+
+
+def test_what_is_recorded_of_a_tokenizer_warns_of_nothing(tmp_path: Path) -> None:
+    transformers.ByT5Tokenizer().save_pretrained(str(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokenizer = LazyTokenizer(tmp_path)
+        assert tokenizer.encode(["one"], special=True) and tokenizer.describe()["words"]

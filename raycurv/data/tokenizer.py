@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -203,7 +204,10 @@ class LazyTokenizer:
         numbers = range(0, len(self._loaded), max(1, len(self._loaded) // _WORDS))
         try:
             words = self._loaded.convert_ids_to_tokens(list(numbers))
-            ids = self.encode([word for word in words if isinstance(word, str)], special=True)
+            with warnings.catch_warnings():
+                # That a text which is a special token has it twice is no news to anybody.
+                warnings.simplefilter("ignore")
+                ids = self.encode([word for word in words if isinstance(word, str)], special=True)
         except Exception:  # whatever a tokenizer meets
             return None
         return hashlib.blake2b(str(ids).encode(), digest_size=16).hexdigest()
