@@ -101,6 +101,15 @@ def test_another_objective_of_the_same_name_is_refused(tmp_path: Path) -> None:
     assert np.allclose(3 * scores.matrix()[0], other.matrix()[0], rtol=1e-3)
 
 
+def test_what_follows_an_extended_fit_is_held_to_it_as_well(tmp_path: Path) -> None:
+    run = raycurv.fit(network, ROWS[:6], tmp_path / "run", objective="classification", **HERE)
+    run.extend(ROWS[6:], tmp_path / "more", **HERE)
+    with pytest.raises(UserError, match=r"an example of .*more: expected .*the model's code"):
+        raycurv.open(tmp_path / "more", model=partial(network, 0.9)).influence(
+            ROWS[:2], ROWS, tmp_path / "scores", **HERE
+        )
+
+
 @pytest.mark.parametrize("gone", ["data", "losses", "no labels"])
 def test_without_a_loss_on_record_nothing_is_held(tmp_path: Path, gone: str) -> None:
     rows = [{k: v for k, v in row.items() if gone != "no labels" or k != "labels"} for row in ROWS]

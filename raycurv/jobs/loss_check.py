@@ -100,14 +100,17 @@ def check_loss(workers: Workers, manifest: Manifest, fitted: Fitted) -> None:
 def _recorded(store: Store, corpus: Corpus) -> tuple[int, float, float] | None:
     """The number of a short example of which the loss is on record, that loss, and the mean size of
     losses."""
-    names = store.names("tables/examples", ".parquet")
-    if not names:
+    # The first file may be of what a run extends, whose examples lie elsewhere.
+    for name in store.names("tables/examples", ".parquet"):
+        table = read_table(store, name).select(["id", "tokens", "loss"])
+        at = pc.index_in(table["id"].cast(pa.large_string()), value_set=corpus.ids)
+        table = table.append_column("number", at).drop_null()
+        if len(table):
+            break
+    else:
         return None
-    table = read_table(store, names[0]).select(["id", "tokens", "loss"])
-    at = pc.index_in(table["id"].cast(pa.large_string()), value_set=corpus.ids)
-    table = table.append_column("number", at).drop_null()
     losses = table["loss"].to_numpy().astype(np.float64)
-    if not len(losses) or not math.isfinite(scale := float(np.abs(losses).mean())) or scale == 0:
+    if not math.isfinite(scale := float(np.abs(losses).mean())) or scale == 0:
         return None
     # One that weighs, so that the floor of the scale hides nothing.
     heavy = np.flatnonzero(np.abs(losses) >= np.median(np.abs(losses)))
