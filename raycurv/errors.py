@@ -55,6 +55,11 @@ def some_of(names: Sequence[str], most: int, form: Callable[[str], str] = str) -
     return ", ".join(map(form, names[:most])) + more
 
 
+def counted(count: int, noun: str) -> str:
+    """``1 file``, ``1,200 files``."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def in_words(error: Exception) -> str:
     """What a library says of an error, as a part of a sentence: its kind where it says nothing, and
     the head of a long text, of whole words (part of one might be of a secret)."""

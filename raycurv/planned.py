@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from raycurv.errors import counted
 from raycurv.jobs.inputs import AnyModel, AnySource, settings_and_inputs
 from raycurv.jobs.plan.estimating import plan as run_plan
 from raycurv.jobs.plan.plan_settings import PlanSettings
@@ -38,8 +39,7 @@ class Planned:
 
     def __repr__(self) -> str:
         jobs = "; ".join(f"{job} {said}" for job, said in self._jobs().items())
-        stages = "1 stage" if self.stages == 1 else f"{self.stages} stages"
-        return f"<raycurv plan: {self._verdict()}, {stages}; {jobs}>"
+        return f"<raycurv plan: {self._verdict()}, {counted(self.stages, 'stage')}; {jobs}>"
 
     def _repr_html_(self) -> str:
         advice = "" if self.fits else as_sentence(self.details["advice"])

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from raycurv.data.splits import SPLITS_FILE
-from raycurv.errors import UserError, some_of, user_errors
+from raycurv.errors import UserError, counted, some_of, user_errors
 
 # Files beside data that hold no examples, by their names in small letters, and why they are there.
 NO_DATA = {
@@ -134,7 +134,7 @@ def not_read(
     return UserError(
         where,
         f"{formats} files",
-        f"{len(names)} other file{'s' if len(names) > 1 else ''}{beside} ({some_of(names, 5)})",
+        f"{counted(len(names), 'other file')}{beside} ({some_of(names, 5)})",
         " ".join(steps),
     )
 

@@ -30,7 +30,7 @@ from raycurv.data.parts import Part
 from raycurv.data.portion import Selection
 from raycurv.data.rows import Rows
 from raycurv.data.sources import find_parts
-from raycurv.errors import UserError, user_errors
+from raycurv.errors import UserError, counted, user_errors
 
 # What a file of a stranger's can raise in the libraries that read it.
 DATA_ERRORS = (
@@ -103,7 +103,7 @@ class ExampleReader(ReaderSettings):
                     index += 1
         self._note_classes()
         if not index:
-            files = f"{len(self.parts)} file{'s' if len(self.parts) > 1 else ''}"
+            files = counted(len(self.parts), "file")
             taken = self.source if isinstance(self.source, Selection) else Selection(self.source)
             where = str(taken.source) if isinstance(taken.source, (str, Path)) else "data"
             raise UserError(

@@ -13,6 +13,7 @@ from rich.console import Console
 from raycurv.data.tokenizer import LazyTokenizer
 from raycurv.driver.corpus import positions_of, reader_for
 from raycurv.driver.settings import DTYPES, parse_bytes
+from raycurv.errors import counted
 from raycurv.jobs.drafts import Drafts, ShapeOf, arrangement_of, of_lengths, recipe_of, with_spool
 from raycurv.jobs.inputs import Inputs
 from raycurv.jobs.objectives import objective_for
@@ -145,10 +146,11 @@ def _show(
     say(f"{drafts.outline.name}: {recipe.method} of {len(drafts.blocks)} blocks")
     say(report.sizes_line(sizes(job.stages, recipe)))
     resident_at_once = "all resident" if groups == 1 else f"{len(job.groups[0])} resident"
-    where = f"{place.gpus} GPUs" if place.gpus else f"{place.nodes} nodes"
+    where = counted(place.gpus, "GPU") if place.gpus else counted(place.nodes, "node")
     say(
-        f"{len(job.stages)} stages, {resident_at_once}, on {where}; {data.examples:,} examples, "
-        f"{data.tokens:,} tokens; times: {'' if job.rates is None else job.rates.where}"
+        f"{counted(len(job.stages), 'stage')}, {resident_at_once}, on {where}; "
+        f"{data.examples:,} examples, {data.tokens:,} tokens; "
+        f"times: {'' if job.rates is None else job.rates.where}"
     )
     if not drafts.traced(data).seen:
         say("inputs are not known without data: none are taken as shared, activations as guessed")
