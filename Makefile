@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY := PASSIVE
 # process would take 2.6 seconds to import torch instead of 1.2.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo smollm test test-fast check bench clean
+.PHONY: demo smollm test test-fast check docs bench clean
 
 # Python compiles what it imports, a tenth of the 20,000 files: pip would take most of a minute for all.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -25,6 +25,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 $(VENV)/checkers: $(VENV)/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[check]'
+	touch $@
+
+$(VENV)/writers: $(VENV)/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 # The main job on real text: about 5 minutes on 2 cores.
@@ -70,6 +74,11 @@ check: $(VENV)/checkers
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site, from the pages and the code, into site/: half a minute, and no network once installed.
+# Search needs a server: python -m http.server --directory site
+docs: $(VENV)/writers
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
 # Its stamp says how many seconds it took.
 $(KRONFLUENCE)/installed: benchmarks/kronfluence-requirements.txt constraints.txt
 	@echo "making $(KRONFLUENCE)"
@@ -87,4 +96,4 @@ bench: $(VENV)/installed $(KRONFLUENCE)/installed
 		$(if $(KEEP),--keep $(KEEP))
 
 clean:
-	rm -rf $(VENV) $(KRONFLUENCE) demo-out build *.egg-info
+	rm -rf $(VENV) $(KRONFLUENCE) demo-out build site *.egg-info

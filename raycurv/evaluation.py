@@ -28,7 +28,8 @@ def evaluate(
     """Loss, perplexity and accuracy of a model; the same call continues one that stopped.
 
     Args:
-        model, data: as for :func:`raycurv.fit`.
+        model: as for :func:`raycurv.fit`, as are the data.
+        data: see there.
         out: where the results go.
         objective: its name, or the object itself (see :class:`raycurv.Objective`); by default what
             the model was trained for, as for ``--objective``.

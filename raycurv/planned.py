@@ -68,8 +68,9 @@ def plan(
     Of an HF directory ``config.json`` is enough.
 
     Args:
-        model, objective: as for :func:`raycurv.fit`.
+        model: as for :func:`raycurv.fit`.
         data: as for :func:`raycurv.fit`; by default ``examples`` of ``tokens`` each.
+        objective: as for :func:`raycurv.fit`.
         **settings: the fields of :class:`raycurv.FitSettings`, and of the scoring and the machine:
             ``queries``, ``train_examples``, ``rank``, ``memory="128GB"``, ``gpus`` and what else
             ``raycurv plan --help`` lists.

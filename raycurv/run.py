@@ -390,7 +390,8 @@ class Run:
         A score is positive where training on the example lowers the query's measurement.
 
         Args:
-            queries, train: as ``data`` of :func:`fit`.
+            queries: as ``data`` of :func:`fit`.
+            train: likewise, what is scored.
             out: where the results go.
             quiet: show no progress.
             **settings: the fields of :class:`raycurv.InfluenceSettings`; ``objective``, what of a

@@ -221,7 +221,8 @@ class Scores:
         """What training examples do more for some queries than for others, highest first.
 
         Args:
-            a, b: ids of queries, each once.
+            a: ids of queries, each once.
+            b: ids of others, likewise.
             k: how many rows, with texts; all of them by default, without.
             normalise: of each score, before the means; see :meth:`matrix`.
             text: as for :meth:`top`.
@@ -471,8 +472,9 @@ def open_scores(
 
     Args:
         out: the directory.
-        queries, train: the data that was scored, given again where it has moved or was in memory,
-            for what shows texts or groups by a column.
+        queries: the data that was scored, given again where it has moved or was in memory, for
+            what shows texts or groups by a column.
+        train: the training examples, likewise.
 
     Raises:
         UserError: none there.

@@ -1,8 +1,11 @@
-"""What the pages say: what is copied from the README runs, and links lead somewhere."""
+"""What the pages say: what is copied from the README runs, links lead somewhere, and the site has
+all that there is to look up."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import importlib.util
 import io
 import json
 import re
@@ -12,8 +15,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 from commands import ROOT, run_here
 from test_cluster_files import dead_links
+
+import raycurv
+from raycurv.jobs.registry import JOBS
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
@@ -96,4 +103,60 @@ def test_every_page_is_one_click_from_the_readme_which_is_short() -> None:
     text = README.read_text()
     linked = {(ROOT / link).resolve() for link in re.findall(r"\]\(([^)#\s]+)", text)}
     assert [page.name for page in PAGES if page != README and page.resolve() not in linked] == []
-    assert len(text.splitlines()) <= 170
+    assert len(text.splitlines()) <= 150
+
+
+@cache
+def site() -> tuple[dict[str, Path], dict[str, str], set[str]]:
+    """The site's files of the repository, its generated pages, and the pages that its menu names.
+
+    MkDocs, which the tests do without, is asked to build it by `make docs` alone.
+    """
+    spec = importlib.util.spec_from_file_location("site_pages", ROOT / "docs/site/site_pages.py")
+    assert spec is not None and spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    menu = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+    return made.repository_files(), made.generated_pages(), set(_leaves(yaml.safe_load(menu)))
+
+
+def _leaves(menu: object) -> list[str]:
+    if isinstance(menu, str):
+        return [menu]
+    inner = menu.values() if isinstance(menu, dict) else menu
+    return [leaf for one in inner for leaf in _leaves(one)]  # type: ignore[attr-defined]
+
+
+def test_the_menu_of_the_site_has_every_page_of_it_and_no_other() -> None:
+    files, made, menu = site()
+    pages = {name for name in files if name.endswith(".md")} | made.keys()
+    assert {str(page.relative_to(ROOT)) for page in PAGES} <= pages
+    assert {name for name in pages if not name.startswith("benchmarks/results/")} == menu
+    # A link to what is no page is to a file that the site has as well.
+    assert {"constraints.txt", "docs/report.png", "docs/quickstart.ipynb"} <= files.keys()
+
+
+def test_every_flag_stands_in_the_reference_with_its_help() -> None:
+    _, made, _ = site()
+    for name, job in JOBS.items():
+        page = made[f"reference/{name}.md"]
+        shown = re.findall(r"^\| `(--[a-z-]+)` \|", page, re.MULTILINE)
+        rows = [row for row in re.findall(r"^\| .*", page, re.MULTILINE) if row[:7] != "| flag "]
+        assert set(shown) <= flags(name) and len(shown) == len(set(shown)), name
+        assert len(rows) == len(dataclasses.fields(job.load_settings())) <= len(shown) + 1, name
+        assert not re.search(r"\|\s*\|$", page, re.MULTILINE)  # a flag without a description
+
+
+def test_every_public_name_stands_in_the_reference() -> None:
+    _, made, _ = site()
+    text = made["reference/python.md"] + made["reference/objectives.md"]
+    named = re.findall(r"^::: raycurv\.(\w+)$", text, re.MULTILINE)
+    assert sorted(named) == sorted({*raycurv.__all__, "open_run"})
+
+
+def test_the_page_of_the_notebook_has_its_cells_and_what_they_made() -> None:
+    _, made, _ = site()
+    page = made["docs/quickstart.md"]
+    cells = json.loads((ROOT / "docs/quickstart.ipynb").read_text())["cells"]
+    assert all("".join(cell["source"]) in page for cell in cells)
+    assert "](data:image/png;base64," in page and "<table" in page
