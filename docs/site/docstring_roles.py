@@ -1,4 +1,7 @@
-"""References in docstrings (``:func:`raycurv.fit```) as code, for mkdocstrings."""
+"""Docstrings as Markdown, for mkdocstrings.
+
+References (``:func:`raycurv.fit```) become code; of two colons before an example one remains.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,9 @@ _ROLE = re.compile(r":\w+:`~?([^`]+)`")
 
 
 class DocstringRoles(Extension):
-    """Leaves of each reference the name alone."""
+    """Changes what is no Markdown in the docstring of each object that is shown."""
 
     def on_object(self, *, obj: Object, **_: Any) -> None:
         if obj.docstring is not None:
-            obj.docstring.value = _ROLE.sub(r"`\1`", obj.docstring.value)
+            text = _ROLE.sub(r"`\1`", obj.docstring.value)
+            obj.docstring.value = re.sub(r"::$", ":", text, flags=re.MULTILINE)

@@ -24,6 +24,8 @@ from raycurv.jobs.registry import JOBS, Job
 ROOT = Path(__file__).resolve().parents[2]
 _LINK = re.compile(r"\]\(([^)\s#]+)")
 _OBJECTIVES = "mathematics.loss."
+# Of pages that a search finds, those that say it in full come earlier.
+_FOUND_FIRST = "---\nsearch:\n  boost: 4\n---\n\n"
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -62,7 +64,7 @@ def generated_pages() -> dict[str, str]:
     return {
         "docs/quickstart.md": notebook_page(notebook),
         "reference/python.md": api_page(
-            "Python", sorted(others, key=lambda name: not name.islower()),
+            "Python", sorted(others, key=lambda n: (not n.islower(), n if n.islower() else "")),
             "`raycurv.open` is `open_run`. Settings are called as flags, whose pages explain them.",
         ),
         "reference/objectives.md": api_page(
@@ -80,7 +82,7 @@ def api_page(title: str, names: list[str], text: str) -> str:
         parts.append(f"::: raycurv.{name}")
         if name.endswith("Settings"):
             parts[-1] += "\n    options:\n      members: false"
-    return "\n\n".join(parts) + "\n"
+    return _FOUND_FIRST + "\n\n".join(parts) + "\n"
 
 
 def flags_page(job: Job) -> str:
@@ -118,7 +120,7 @@ def flags_page(job: Job) -> str:
             ]
             rows.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
         lines.append("\n".join(rows))
-    return "\n\n".join(lines) + "\n"
+    return _FOUND_FIRST + "\n\n".join(lines) + "\n"
 
 
 def notebook_page(notebook: dict[str, Any]) -> str:
