@@ -3,7 +3,8 @@
 The site has no copies of its own: every file that the README leads to, over any number of links, is
 in it at the file's path in the repository, so that a link is the same on both. What is written
 anywhere else already is made from there: flags from the settings, the Python API from docstrings
-(by mkdocstrings), the notebook's page from the notebook. MkDocs calls :func:`on_files`.
+(by mkdocstrings), the notebook's page from the notebook. MkDocs calls :func:`on_files`
+and :func:`on_page_markdown`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,13 @@ def on_files(files: Any, config: Any) -> Any:
     for uri, text in generated_pages().items():
         files.append(File.generated(config, uri, content=text))
     return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Let links to the notebook lead to its page; see MkDocs' event of this name."""
+    if page.file.src_uri == "docs/quickstart.md":
+        return markdown
+    return markdown.replace("quickstart.ipynb)", "quickstart.md)")
 
 
 def repository_files() -> dict[str, Path]:
