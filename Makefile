@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY := PASSIVE
 # process would take 2.6 seconds to import torch instead of 1.2.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo smollm test test-fast check docs bench clean
+.PHONY: demo smollm test test-fast check docs wheel bench clean
 
 # Python compiles what it imports, a tenth of the 20,000 files: pip would take most of a minute for all.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -79,6 +79,11 @@ check: $(VENV)/checkers
 docs: $(VENV)/writers
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
+# dist/: what `pip install dist/raycurv-*.whl` takes, made of the source distribution beside it.
+wheel: $(VENV)/checkers
+	rm -rf build dist
+	$(BIN)/python -m build --outdir dist .
+
 # Its stamp says how many seconds it took.
 $(KRONFLUENCE)/installed: benchmarks/kronfluence-requirements.txt constraints.txt
 	@echo "making $(KRONFLUENCE)"
@@ -96,4 +101,4 @@ bench: $(VENV)/installed $(KRONFLUENCE)/installed
 		$(if $(KEEP),--keep $(KEEP))
 
 clean:
-	rm -rf $(VENV) $(KRONFLUENCE) demo-out build site *.egg-info
+	rm -rf $(VENV) $(KRONFLUENCE) demo-out build dist site *.egg-info

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -38,6 +39,48 @@ def check_address(settings: Execution) -> None:
     from raycurv.onray.address import check_answers
 
     check_answers(settings.cluster)
+
+
+def look_for_ray(address: str | None) -> str:
+    """What there is to say of the cluster at an address; without one, of a cluster that runs on
+    this machine, if one does.
+
+    Raises:
+        UserError: the one that is asked for does not answer, or does not start.
+    """
+    from raycurv.onray.address import check_answers, keep_apart, noted_address
+
+    given = address or os.environ.get("RAY_ADDRESS") or "local"
+    if given == "none":
+        return "not looked for"
+    if address == "local":
+        # Before Ray is imported, as of every Ray of a job's own.
+        keep_apart(own_process())
+        from raycurv.onray.connection import tried
+
+        return f"one of a job's own starts, with {tried()} cores"
+    asked = noted_address() if given in ("auto", "local") else given
+    if asked:
+        try:
+            check_answers(asked)
+        except UserError:
+            if given != "local":
+                raise
+        else:
+            return f"one answers at {asked}"
+    if given == "auto":
+        raise UserError(
+            "--address auto", "a Ray that was started on this machine", "none",
+            "Start one (ray start --head), or leave --address out: a job then starts its own.",
+        )  # fmt: skip
+    return "none runs on this machine; a job starts its own"
+
+
+def ray_directory() -> Path:
+    """Ray's temporary directory on this machine."""
+    from raycurv.onray.address import directory
+
+    return directory()
 
 
 class Workers:

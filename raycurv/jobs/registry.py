@@ -11,6 +11,7 @@ from typing import Any
 
 from raycurv.errors import UserError
 from raycurv.jobs.last_line import LastLine, loading
+from raycurv.jobs.requirements import explained
 from raycurv.progress.streams import kept_for_results
 
 
@@ -89,6 +90,11 @@ JOBS = {
             "reporting.report_settings:ReportSettings", "reporting.writing:write_report",
             leaves=False,
         ),
+        Job(
+            "doctor", "what is installed, what this machine has, what a fit here could hold",
+            "jobs.doctor.doctor_settings:DoctorSettings", "jobs.doctor.examining:examine",
+            leaves=False,
+        ),
     )
 }  # fmt: skip
 
@@ -112,7 +118,7 @@ def start(name: str, arguments: Sequence[str] | None = None, program: str = "") 
             settings, function = job.load()
             from raycurv.jobs.command import run_job
         except BaseException as error:
-            raise SystemExit(line.failed(error)) from None
+            raise SystemExit(line.failed(explained(error))) from None
         run_job(settings, function, line, arguments, program or job.script, job.leaves)
 
 

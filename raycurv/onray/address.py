@@ -98,6 +98,20 @@ def check_answers(address: str) -> None:
         )  # fmt: skip
 
 
+def directory() -> Path:
+    """Ray's temporary directory, as Ray chooses it: sockets, logs, and what spills to disk."""
+    return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp") / "ray"
+
+
+def noted_address() -> str:
+    """The cluster that was started on this machine last, which may be gone; empty if there is
+    none."""
+    try:
+        return (directory() / "ray_current_cluster").read_text().strip()
+    except OSError:
+        return ""
+
+
 def _stranger(address: str) -> str:
     """What is wrong with who answers; empty for a Ray's head."""
     # It comes with Ray, and is not needed without a cluster.

@@ -61,6 +61,22 @@ def memory_here(root: Path = Path("/sys/fs/cgroup"), proc: Path = Path("/proc"))
     return min(limits)
 
 
+def cores_here(root: Path = Path("/sys/fs/cgroup")) -> tuple[int, float | None]:
+    """Cores that this process may run on; and how many of them its control group gives it time of,
+    if that is limited."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        quota, period = (root / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            quota = (root / "cpu/cpu.cfs_quota_us").read_text()
+            period = (root / "cpu/cpu.cfs_period_us").read_text()
+        except OSError:
+            return cores or 1, None
+    limited = quota.strip().isdecimal()
+    return cores or 1, int(quota) / int(period) if limited else None
+
+
 def process_here(proc: Path = Path("/proc")) -> int | None:
     """Resident bytes that this process may come to under ``RLIMIT_DATA``, if that is set.
 

@@ -44,12 +44,15 @@ from raycurv.progress.reporter import Reporter
 from raycurv.progress.streams import printable, results
 
 
-def plan(settings: PlanSettings, inputs: Inputs | None = None) -> dict[str, Any]:
+def plan(
+    settings: PlanSettings, inputs: Inputs | None = None, rates: Rates | None = None
+) -> dict[str, Any]:
     """Show what a fit and a scoring would take; gives the same for machines.
 
     Args:
         settings: of the job.
         inputs: model, data and objective, where they are in memory.
+        rates: of the machine. Default: measured, which takes seconds.
 
     Raises:
         UserError: a mistake in settings, model or data.
@@ -79,7 +82,7 @@ def plan(settings: PlanSettings, inputs: Inputs | None = None) -> dict[str, Any]
         recipe_of(asdict(settings.resolved()), settings.logits_chunk, settings),
         replace(arrangement_of(settings), nodes=settings.nodes or 1, gpus=settings.gpus),
         nodes_follow=settings.nodes is None and settings.memory is not None,
-        rates=_rates(settings, directory),
+        rates=rates or _rates(settings, directory),
         spool_apart=supply.spool is not None,
     )
     objective = objective_for(outline, inputs.or_named("objective", settings))
