@@ -15,7 +15,9 @@ _FIRST = sys.path[0] if sys.path else "."
 # While what `-m` names is looked for the program is called so; the name stands before its words.
 _NAMED = sys.orig_argv[-len(sys.argv)] if sys.argv[:1] == ["-m"] else ""
 _AS_MODULE = _NAMED == "raycurv" or (_NAMED.startswith("-") and _NAMED.endswith("mraycurv"))
-if not sys.flags.safe_path and (_AS_MODULE or os.path.realpath(_FIRST) == _SCRIPTS):
+if not getattr(sys.flags, "safe_path", False) and (
+    _AS_MODULE or os.path.realpath(_FIRST) == _SCRIPTS
+):
     del sys.path[0]
 
 from importlib import import_module  # noqa: E402
