@@ -116,15 +116,16 @@ def test_what_is_missing_is_named_with_what_to_do(
     assert says in problem and problem in outcome.out
 
 
+@pytest.mark.parametrize("kind", [ImportError, OSError])
 def test_a_job_whose_libraries_are_missing_says_which(
-    declared: Message, monkeypatch: pytest.MonkeyPatch
+    declared: Message, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load(job: registry.Job) -> Any:
-        raise ImportError("no module of this name")
+        raise kind("no module of this name")
 
     monkeypatch.setattr(registry.Job, "load", load)
     outcome, said = doctor()
-    assert outcome.code == 1 and said["error"]["kind"] == "ImportError"
+    assert outcome.code == 1 and said["error"]["kind"] == kind.__name__
     declared["Requires-Dist"] = "no-such-package>=1"
     outcome, said = doctor()
     assert outcome.code == 2 and said["error"]["where"] == "no-such-package>=1"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module, metadata
 from typing import Any
 
-from raycurv.errors import UserError, in_words
+from raycurv.errors import RaycurvError, UserError, in_words
 
 # Extras that jobs may ask for, and what each is for.
 PURPOSES = {
@@ -101,7 +101,7 @@ def together(problems: Sequence[UserError]) -> UserError:
 
 def explained(error: BaseException) -> BaseException:
     """What keeps a job from being imported: what is missing, if that is why; else the same."""
-    if not isinstance(error, ImportError):
+    if isinstance(error, RaycurvError) or not isinstance(error, Exception):
         return error
     try:
         found = [one.as_error() for one in missing()]
