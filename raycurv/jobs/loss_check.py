@@ -53,7 +53,8 @@ def check_loss(workers: Workers, manifest: Manifest, fitted: Fitted) -> None:
     code of the user's and all stages are resident; the difference is a fact of the run.
 
     Nothing is held where the fit's examples or their losses are not there, or where a forward takes
-    random numbers.
+    random numbers. A model that may look ahead is not to be given: it sees padding as well, and its
+    losses depend on the microbatch.
 
     Args:
         workers: of the job that follows the fit.

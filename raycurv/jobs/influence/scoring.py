@@ -209,7 +209,8 @@ def _score(shell: Shell[InfluenceSettings]) -> None:
                 "Leave --inverse out: the other methods have each block's own inverse.",
             )  # fmt: skip
         damping = Damping.parse(settings.damping)
-        check_loss(workers, manifest, fitted)
+        if settings.check_causality:
+            check_loss(workers, manifest, fitted)
         job = _Influence(
             settings, workers, manifest, asked, training, curvature, damping, candidates
         )
