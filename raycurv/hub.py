@@ -55,7 +55,7 @@ class HubName:
     kind: str
 
     def at(self, commit: str) -> HubName:
-        """The same at a commit."""
+        """The name of the same repository and configuration with a commit for its revision."""
         return HubName(self.repo, commit, self.config, self.kind)
 
     def __str__(self) -> str:
@@ -96,7 +96,7 @@ class Snapshot:
 
     @property
     def directory(self) -> Path:
-        """Where it lies."""
+        """The directory of the cache that holds, or is to hold, the files of this commit."""
         return _repository(self.cache, self.name) / "snapshots" / self.name.revision
 
     def bring(self) -> None:
@@ -156,7 +156,7 @@ class Commit:
 
     @property
     def where(self) -> str:
-        """What messages call it."""
+        """How an error message names this repository and, where files are missing, the cache."""
         return f"{self.name} of the hub" + (
             f", in the cache {self.cache}" if self.unfetched else ""
         )

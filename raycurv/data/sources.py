@@ -349,7 +349,8 @@ def _check_file(root: str, name: str) -> None:
 
 
 def _find_remote(source: str, split: Split | None, flag: str) -> _Listing:
-    """What a URI names."""
+    """The data files that a URI (an object, a directory or a glob of them) names, of one split if
+    it is named; UserError for one that cannot be read or does not exist."""
     # What follows a question mark is the file system's options, not a glob.
     address, mark, options = source.partition("?")
     magic = re.search(r"[*\[]", address) is not None

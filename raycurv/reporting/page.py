@@ -77,7 +77,7 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """By which it is sorted."""
+        """The number, as text, by which the page sorts the cell; empty for none or infinity."""
         return "" if self.value is None or math.isinf(self.value) else repr(self.value)
 
     @classmethod
@@ -175,7 +175,7 @@ class Renderer:
         }
 
     def html(self, page: Page) -> str:
-        """The whole page."""
+        """The page as HTML, with its style, its script and the policy that allows these alone."""
         folder = resources.files("raycurv.reporting") / "templates"
         style, script = (
             (folder / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js")

@@ -1,4 +1,4 @@
-"""Settings of a report."""
+"""The flags of `raycurv report`: what is shown, where the page goes, and how much of it."""
 
 from __future__ import annotations
 

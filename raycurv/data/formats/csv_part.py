@@ -87,7 +87,7 @@ class _Lines:
         self.number = self.first = self.size = 0
 
     def begin(self) -> None:
-        """A record begins."""
+        """Count lines, bytes and tabs anew: a record begins on the next line."""
         self.first, self.size, self.tabs = self.number + 1, 0, set()
 
     def __iter__(self) -> _Lines:

@@ -74,7 +74,7 @@ class _Findings:
         self.facts |= facts
 
     def problem(self, error: UserError, needed: bool) -> None:
-        """Something to be done."""
+        """Note a mistake: if ``needed`` one that keeps a local fit from running, else advice."""
         if needed:
             self.needed.append(error)
         else:
@@ -110,7 +110,8 @@ def examine(settings: DoctorSettings) -> dict[str, Any]:
 
 
 def _versions(found: _Findings) -> None:
-    """What is installed."""
+    """Print the versions of Python, raycurv and its requirements, and note what is missing, broken
+    or too old."""
     running = platform.python_version()
     found.say("raycurv", f"{raycurv.__version__} in {Path(raycurv.__file__).parent}")
     found.say("Python", f"{running} on {platform.platform()}")
@@ -248,7 +249,7 @@ def _capacity(found: _Findings, settings: DoctorSettings) -> None:
 
 
 def _taken(planned: dict[str, Any]) -> str:
-    """What a fit would take."""
+    """Memory, disk and time of a planned fit, in words."""
     fit = planned["plans"]["fit"]
     return (
         f"{size(fit['memory'])} of memory, {size(fit['disk'])} of disk, "

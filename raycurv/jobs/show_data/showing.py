@@ -100,7 +100,7 @@ class _View:
         return f"tokens that carry the loss are {how}"
 
     def line(self, text: str) -> None:
-        """A line of its own."""
+        """Print a text as one line, which is never wrapped, without control characters."""
         self._console.print(printable(text), soft_wrap=True)
 
     def heading(self, example: Example, targets: int, cut: bool) -> None:
