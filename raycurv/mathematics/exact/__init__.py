@@ -1,0 +1,1 @@
+"""Exact products of the curvature with vectors, and what is computed from nothing but these."""
