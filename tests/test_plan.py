@@ -136,11 +136,13 @@ def job(outline: Outline, stages: int = 1, **more: Any) -> Job:
 
 
 def plan_fit(job: Job, data: DataShape) -> Plan:
-    return fit_plan.plan_fit(job, data, costs_of(job.recipe.kind, job.recipe.gradients))
+    return fit_plan.plan_fit(job, data, costs_of(job.recipe))
 
 
 def plan_influence(job: Job, queries: DataShape, train: DataShape) -> Plan:
-    return influence_plan.plan_influence(job, queries, train, costs_of(job.recipe.kind, False))
+    return influence_plan.plan_influence(
+        job, queries, train, costs_of(replace(job.recipe, gradients=False))
+    )
 
 
 DATA = DataShape.uniform(256, 512, 4096)
@@ -202,7 +204,7 @@ def test_sizes_of_experts_are_those_worked_out_by_hand(name: str, tmp_path: Path
     share = routed / experts
     assert found.covariance == pytest.approx(2 * found.factors / 4 * share)
     assert found.propagation == pytest.approx(4 * found.lam / 4 * share)
-    (covariances, *_), data = costs_of(recipe.kind, False), DataShape.uniform(8, 512, 4096)
+    (covariances, *_), data = costs_of(recipe), DataShape.uniform(8, 512, 4096)
     assert isinstance(covariances, PassCost)
     assert covariances.flops(stages[0], recipe, data) == pytest.approx(
         found.covariance * data.tokens

@@ -118,9 +118,10 @@ def _no_blocks(store: Store, name: str, got: str) -> DamagedFile:
     )  # fmt: skip
 
 
-def factor_file(name: str) -> str:
-    """Where a factor's sum lies."""
-    return f"factors/{name}.safetensors"
+def factor_file(name: str, step: int | None = None) -> str:
+    """Where a factor's sum lies; of a power iteration that goes on, that of a step."""
+    folder = "factors" if step is None else f"work/factors-{step}"
+    return f"{folder}/{name}.safetensors"
 
 
 def eigen_file(name: str) -> str:
@@ -168,13 +169,15 @@ def _collected(
     return found
 
 
-def write_factor(store: Store, factor: FactorSum, dtype: torch.dtype) -> None:
-    """Write a factor's sum in ``dtype``, and its count."""
+def write_factor(
+    store: Store, factor: FactorSum, dtype: torch.dtype, step: int | None = None
+) -> None:
+    """Write a factor's sum in ``dtype``, and its count; ``step`` as for :func:`factor_file`."""
     tensors = _numbered("sum", [t.to(dtype) for t in factor.tiles])
     tensors["count"] = torch.tensor(factor.count)
     tensors["rows"] = torch.tensor(factor.rows)
     metadata = {"factor": factor.name} | _form(factor)
-    write_tensors(store, factor_file(factor.name), tensors, metadata)
+    write_tensors(store, factor_file(factor.name, step), tensors, metadata)
 
 
 def _form(factor: FactorSum) -> dict[str, str]:
@@ -182,16 +185,19 @@ def _form(factor: FactorSum) -> dict[str, str]:
     return {"diagonal": "yes"} if factor.tiles[0].ndim == 1 else {}
 
 
-def read_factor(store: Store, name: str, width: int | None = None) -> FactorSum:
+def read_factor(
+    store: Store, name: str, width: int | None = None, step: int | None = None
+) -> FactorSum:
     """Read a factor's sum, as float64.
 
     Args:
         width: of the axis that it is of, where the caller knows it.
+        step: as for :func:`factor_file`.
 
     Raises:
         DamagedFile: it is not what was written, or of another factor.
     """
-    file = open_tensors(store, factor_file(name))
+    file = open_tensors(store, factor_file(name, step))
     file.belongs("factor", name)
     stored = _collected(file, "sum", width)
     tiles = tuple(t.double() for t in stored)

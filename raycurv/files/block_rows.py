@@ -17,6 +17,7 @@ from raycurv.files.artifacts import corrected_notes, gradient_notes, read_spectr
 from raycurv.files.row_files import open_rows
 from raycurv.files.store import Store
 from raycurv.files.tables import BLOCKS, GRADIENTS, SPECTRUM, write_table
+from raycurv.mathematics.bases import Basis
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.eigen import effective_rank
 from raycurv.mathematics.factors import Factor
@@ -33,16 +34,17 @@ def write_blocks(
     blocks: Sequence[Block],
     stages: Mapping[str, int],
     method: Method,
+    basis: Basis,
     examples: int,
     notes: Mapping[str, str],
 ) -> dict[str, Any]:
     """``tables/blocks``: one row a block. Gives what :func:`_unevenly_reached` says of them.
 
-    ``trace`` is ΣΛ; of K-FAC rows an example · tr A · tr G; of M-FAC the mean squared
-    norm of its rows; null for the identity. ``thin`` is a block that fewer rows reached than twice
-    the longer of its axes.
+    ``trace`` is ΣΛ; of K-FAC tr A · tr G times the scale of its basis, rows an example by default;
+    of M-FAC the mean squared norm of its rows; null for the identity. ``thin`` is a block that
+    fewer rows reached than twice the longer of its axes.
     """
-    rows = [_row(store, b, stages[b.name], method, examples) for b in blocks]
+    rows = [_row(store, b, stages[b.name], method, basis, examples) for b in blocks]
     write_table(store, BLOCKS_FILE, pa.Table.from_pylist(rows, schema=BLOCKS), notes)
     return _unevenly_reached(blocks, rows)
 
@@ -67,7 +69,9 @@ def unreached_blocks(store: Store) -> tuple[str, ...]:
     return tuple(table.filter(pc.equal(table["mean_eigenvalue"], 0.0))["block"].to_pylist())
 
 
-def _row(store: Store, block: Block, stage: int, method: Method, examples: int) -> dict[str, Any]:
+def _row(
+    store: Store, block: Block, stage: int, method: Method, basis: Basis, examples: int
+) -> dict[str, Any]:
     row: dict[str, Any] = {
         "block": block.name,
         "module": block.module,
@@ -97,8 +101,9 @@ def _row(store: Store, block: Block, stage: int, method: Method, examples: int) 
         }
         outcomes = [inputs.outcome, outputs.outcome]
         if not method.corrected:
+            scale = basis.scale(rows / max(examples, 1), torch.cat(list(left)))
             traces = float(sum(t.sum() for t in right)), float(sum(t.sum() for t in left))
-            row["trace"] = rows / max(examples, 1) * traces[0] * traces[1]
+            row["trace"] = scale * traces[0] * traces[1]
             row["mean_eigenvalue"] = row["trace"] / (block.d_in * block.d_out)
     if method.corrected:
         said = corrected_notes(store, block)

@@ -19,6 +19,7 @@ from raycurv.files.manifest import Manifest
 from raycurv.files.row_files import open_rows
 from raycurv.files.store import Store
 from raycurv.files.tensorfile import open_tensors
+from raycurv.mathematics.bases import BASES, Basis
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.curvature import (
     BlockCurvature,
@@ -40,18 +41,21 @@ class CurvatureFiles:
 
     Attributes:
         store: of the run.
-        method: of the fit.
+        method, basis: of the fit.
         examples: of the fit, for K-FAC's rows an example.
     """
 
     store: Store
     method: Method
+    basis: Basis
     examples: int
 
     @classmethod
     def of(cls, store: Store, fit: Manifest) -> CurvatureFiles:
         """Those of a finished fit."""
-        return cls(store, open_method(fit.settings["method"]), int(fit.facts["examples"]))
+        said = fit.settings
+        examples = int(fit.facts["examples"])
+        return cls(store, open_method(said["method"]), BASES[said["basis"]], examples)
 
     def open(self, block: Block) -> Curvature:
         """A block's curvature, in the form that the method gives it.
@@ -110,7 +114,7 @@ class CurvatureFiles:
         right, left = bases[block.input_factor], bases[block.output_factor]
         if not self.method.corrected:
             rows = read_spectrum(self.store, block.input_factor, block.d_in).rows
-            lam = kfac_eigenvalues(left, right, rows / max(self.examples, 1))
+            lam = kfac_eigenvalues(left, right, rows / max(self.examples, 1), self.basis)
             return BlockCurvature(block, right, left, lam)
         file = open_tensors(self.store, corrected_file(block.name))
         if self.method.factors and file.note("bases") != basis_mark(self.store, block):

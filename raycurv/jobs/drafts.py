@@ -19,6 +19,7 @@ from raycurv.driver.settings import (
     parse_bytes,
     rank_number,
 )
+from raycurv.mathematics.bases import BASES
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.factors import Factor
 from raycurv.mathematics.methods import open_method
@@ -86,7 +87,7 @@ class Drafts:
         return plan_influence(job, asked, trained, self._costs())
 
     def _costs(self) -> list[StepCost]:
-        return costs_of(self.recipe.kind, self.recipe.gradients)
+        return costs_of(self.recipe)
 
     def job(self, data: DataShape, changes: Mapping[str, Any]) -> Job:
         """The job with some settings changed."""
@@ -182,6 +183,8 @@ def recipe_of(fit: Mapping[str, Any], logits_chunk: int, scoring: Scoring | None
         own=gradients and fit["fisher"] == "sampled",
         logits_chunk=logits_chunk,
         rows=fit.get("rows") or 0,
+        basis=BASES[fit.get("basis", "kfac")],
+        basis_passes=fit.get("basis_passes") or 1,
     )
     if scoring is None:
         return recipe

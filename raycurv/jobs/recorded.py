@@ -24,6 +24,8 @@ _SELECTED, _TAKEN = ("data", "queries", "train"), {"split": str, "columns": dict
 _MARKED = ("extend", "merge", "subtract")
 # Settings of a fit that its first version did not know, and what stands for how that went about it.
 _LATER: dict[str, Any] = {
+    "basis": "kfac",
+    "basis_passes": None,
     "empty": "error",
     "ignore_tensors": [],
     "loss_on": None,

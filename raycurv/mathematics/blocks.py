@@ -37,7 +37,7 @@ class Block:
         bias: whether the last input column is the bias.
         groups: of a grouped convolution; ``d_in`` is one group's width.
         input_factor: name of the input factor; blocks that read the same tensor share it. Empty
-            until the first microbatch has shown which do.
+            until the first microbatch has shown which do, unless each has its own.
         module: dotted name of the module that holds the weight; the block's own when not given.
         index: which matrix of the parameter along its first axis; ``None`` for all of it.
         part: which outputs of that matrix, by a name that the kind knows (``gate`` or ``up`` of an

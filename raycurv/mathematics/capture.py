@@ -150,10 +150,14 @@ class Capture:
             self._backward = False
 
     def discover(self, record: Record) -> tuple[Block, ...]:
-        """The blocks with their input factors, found by which of them read the same tensor."""
+        """The blocks with their input factors, found by which of them read the same tensor; those
+        that have one keep it."""
         first: dict[object, str] = {}
         found = []
         for name, block in self.blocks.items():
+            if block.input_factor:
+                found.append(block)
+                continue
             calls = record.calls.get(name)
             key: object = name if calls is None else self._key(block, calls)
             found.append(replace(block, input_factor=first.setdefault(key, f"{name}.input")))

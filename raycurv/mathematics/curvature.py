@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from raycurv.errors import NumericalError, UserError
+from raycurv.mathematics.bases import Basis
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.eigen import Eigenbasis
 from raycurv.mathematics.sums import is_finite
@@ -287,13 +288,17 @@ class IdentityCurvature(BlockCurvature):
         return torch.ones((), dtype=dtype, device=device).expand(self.lam_OI.shape)
 
 
-def kfac_eigenvalues(left: Eigenbasis, right: Eigenbasis, rows_per_example: float) -> Tensor:
-    """K-FAC's Λ on EK-FAC's scale: ``rows · D_G ⊗ D_A``, a mean over examples, float64 ``[O, I]``.
+def kfac_eigenvalues(
+    left: Eigenbasis, right: Eigenbasis, rows_per_example: float, basis: Basis
+) -> Tensor:
+    """K-FAC's Λ on EK-FAC's scale, a mean over examples, float64 ``[O, I]``.
 
-    A and G are means over rows; an example's gradient is a sum over its rows, whose second moment
-    under K-FAC's independence is rows times the product of theirs.
+    With A and G as means over rows it is ``rows · D_G ⊗ D_A``: an example's gradient is a sum over
+    its rows, whose second moment under K-FAC's independence is rows times the product of theirs.
+    Other factors have other scales (:mod:`raycurv.mathematics.bases`).
     """
-    return rows_per_example * torch.outer(left.eigenvalues(), right.eigenvalues())
+    outputs = left.eigenvalues()
+    return basis.scale(rows_per_example, outputs) * torch.outer(outputs, right.eigenvalues())
 
 
 @dataclass(frozen=True)

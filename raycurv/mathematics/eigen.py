@@ -21,8 +21,7 @@ from torch import Tensor
 from raycurv.errors import NumericalError
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.factors import factors_of
-from raycurv.mathematics.products import rows_times
-from raycurv.mathematics.tiles import tile_ranges
+from raycurv.mathematics.tiles import tile_ranges, times_tiles
 
 # Relative to the mean eigenvalue; a few times float64's rounding at d = 10,000.
 _JITTER = 1e-10
@@ -70,14 +69,9 @@ class Eigenbasis:
         return self._multiply(x, transpose=True)
 
     def _multiply(self, x: Tensor, transpose: bool) -> Tensor:
-        if not self.vectors:
-            return x
         # The basis may be stored in bf16; it multiplies in the precision of what it turns.
-        bases = (q.to(x.dtype).T if transpose else q.to(x.dtype) for q in self.vectors)
-        if len(self.vectors) == 1:
-            return rows_times(x, next(iter(bases)))
-        parts = x.split(list(self.tiles), dim=-1)
-        return torch.cat([rows_times(p, q) for p, q in zip(parts, bases, strict=True)], dim=-1)
+        bases = (q.to(x.dtype) for q in self.vectors)
+        return times_tiles(x, [q.T if transpose else q for q in bases])
 
     def eigenvalues(self) -> Tensor:
         """All tiles' eigenvalues in the order of the basis' columns, float64."""

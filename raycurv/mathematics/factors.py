@@ -119,6 +119,8 @@ class FactorSums(Sums):
         dtype: of the model's computation; float64 sums in float64, all else in float32.
         max_factor_dim: widest tile.
         only: the factors to gather; all by default.
+        weighted: weight the rows of A by the squared norms of the output gradients; no two blocks
+            share an input factor then.
     """
 
     def __init__(
@@ -128,10 +130,11 @@ class FactorSums(Sums):
         device: torch.device,
         max_factor_dim: int | None = None,
         only: frozenset[str] | None = None,
+        weighted: bool = False,
     ) -> None:
         found = factors_of(blocks)
         super().__init__([n for n in found if only is None or n in only], dtype, device)
-        self._blocks = blocks
+        self._blocks, self._weighted = blocks, weighted
         self._tiles: dict[str, list[RunningSum]] = {}
         for name in self.names:
             factor = found[name]
@@ -149,37 +152,54 @@ class FactorSums(Sums):
         for captured in of_fit(draws):
             first = captured.first_draw
             for block in self._blocks:
-                name = block.output_factor
-                if name in self._tiles:
-                    rows = captured.rows.get(block.input_factor, 0)
-                    self.count(name, rows, rows if first else 0)
-                    g = captured.gradients[block.name]
+                rows, g = captured.rows.get(block.input_factor, 0), captured.gradients[block.name]
+                if block.output_factor in self._tiles:
+                    self.count(block.output_factor, rows, rows if first else 0)
                     if g is not None:
-                        self._add(name, g, captured.live.get(block.input_factor))
-            for name, a in captured.inputs.items() if first else ():
+                        self._add_live(captured, block.output_factor, g, block.input_factor)
+                if self._weighted and block.input_factor in self._tiles:
+                    self.count(block.input_factor, rows, rows if first else 0)
+                    if g is not None:
+                        a = captured.inputs[block.input_factor].to(self.dtype)
+                        a = a * _lengths(g.to(self.dtype), a.shape[2:-1])
+                        self._add_live(captured, block.input_factor, a, block.input_factor)
+            for name, a in captured.inputs.items() if first and not self._weighted else ():
                 if name in self._tiles:
                     groups = a.shape[2] if a.ndim == 4 else 1
                     self.count(name, captured.rows[name] * groups, captured.rows[name])
-                    self._add(name, a, captured.live.get(name), captured.columns.get(name))
+                    self._add_live(captured, name, a, name)
         return {}
 
-    def _add(
-        self, name: str, x: Tensor, live: Tensor | None, columns: Tensor | None = None
-    ) -> None:
-        rows = x.reshape(-1, x.shape[-1])
+    def _add_live(self, captured: Captured, name: str, x: Tensor, input_factor: str) -> None:
+        """Add the moment of the rows of ``x`` that count, which a block reads or gives."""
+        live, rows = captured.live.get(input_factor), x.reshape(-1, x.shape[-1])
         rows = (rows if live is None else rows.index_select(0, live)).to(self.dtype)
+        self._add(name, rows, rows, captured.columns.get(name))
+
+    def _add(self, name: str, left: Tensor, right: Tensor, columns: Tensor | None = None) -> None:
+        """Add ``leftᵀ right`` of rows ``[R, X]`` to a factor, which it is symmetric for."""
         start = 0
         for total in self._tiles[name]:
             if total.part.ndim == 1:
-                total.add(rows.square().sum(dim=0), columns=columns)
+                total.add((left * right).sum(dim=0), columns=columns)
                 continue
             assert columns is None, f"factor {name} of some columns is diagonal"
-            tile = rows[:, start : start + len(total.part)]
-            total.add_gram(tile)
-            start += len(total.part)
+            tile = slice(start, start + len(total.part))
+            if left is right:
+                total.add_gram(left[:, tile])
+            else:
+                total.add_outer(left[:, tile], right[:, tile])
+            start = tile.stop
 
     def result(self, name: str) -> FactorSum:
         """One factor, in float64; NumericalError if its sum is not finite."""
         tiles = tuple(tile.value(f"factor {name}") for tile in self._tiles[name])
         count, rows = self.counts[name]
         return FactorSum(name, tiles, count, rows, self.dtype)
+
+
+def _lengths(g_NTO: Tensor, groups: Sequence[int]) -> Tensor:
+    """``|g|`` of every row ``[N, T, 1]``, or of each of its groups ``[N, T, S, 1]``."""
+    parts = g_NTO.unflatten(2, (*groups, -1)) if groups else g_NTO
+    lengths: Tensor = parts.norm(dim=-1, keepdim=True)
+    return lengths

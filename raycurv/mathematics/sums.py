@@ -110,8 +110,8 @@ class RunningSum(PlainSum):
         self._count()
 
     def add_gram(self, rows: Tensor) -> None:
-        """Add ``rowsᵀ rows`` for ``rows [R, X]``, which is symmetric: to such a sum nothing else is
-        added."""
+        """Add ``rowsᵀ rows`` for ``rows [R, X]``, which is symmetric: to such a sum nothing that is
+        not is added."""
         self._upper |= add_gram(self.part, rows.to(self.part.dtype))
         self._count()
 

@@ -10,8 +10,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
 
+import torch
+from torch import Tensor
+
 from raycurv.errors import UserError
 from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.products import rows_times
 
 # Narrower tiles would save nothing, and lose what a factor is there for.
 SMALLEST_TILE = 8
@@ -30,6 +34,19 @@ def tile_ranges(widths: Iterable[int]) -> tuple[range, ...]:
     """Which indices of the axis each tile holds."""
     stops = list(accumulate(widths, initial=0))
     return tuple(range(start, stop) for start, stop in pairwise(stops))
+
+
+def times_tiles(x: Tensor, tiles: Sequence[Tensor]) -> Tensor:
+    """``x B`` along the last axis, B having these ``[t, t]`` on its diagonal, or being the ``[d]``
+    of a diagonal matrix; without tiles the identity."""
+    if not tiles:
+        return x
+    if tiles[0].ndim == 1:
+        return x * tiles[0]
+    if len(tiles) == 1:
+        return rows_times(x, tiles[0])
+    parts = x.split([len(tile) for tile in tiles], dim=-1)
+    return torch.cat([rows_times(p, tile) for p, tile in zip(parts, tiles, strict=True)], dim=-1)
 
 
 def decomposable(

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from raycurv.data.microbatch import Lengths, plan_microbatches
+from raycurv.mathematics.bases import BASES, Basis
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.factors import factors_of
 from raycurv.mathematics.methods import Method, open_method
@@ -112,6 +113,8 @@ class Recipe:
         rank: of IHVPs; ``None`` for full.
         query_memory: bytes of IHVPs that a stage may hold.
         rows: gradients that make a rank-m Fisher.
+        basis: which factors the eigenbases are of.
+        basis_passes: passes that sum up factors, the first for A and G.
     """
 
     method: str = "ekfac"
@@ -129,6 +132,8 @@ class Recipe:
     self_influence: bool = False
     ihvp: bool = False
     rows: int = 0
+    basis: Basis = BASES["kfac"]
+    basis_passes: int = 1
 
     @property
     def computed(self) -> int:

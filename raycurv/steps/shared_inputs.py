@@ -7,6 +7,7 @@ all groups -> blocks.json
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 from raycurv.batch import Batch, Hidden
 from raycurv.driver.feed import Feed, Given
@@ -36,7 +37,7 @@ class SharedInputs:
     def read(self, chosen: tuple[Block, ...]) -> tuple[Block, ...]:
         """The blocks with their factors; DamagedFile if they are not those that were chosen."""
         there = read_blocks(self._store)
-        if {dataclasses.replace(b, input_factor="") for b in there} != set(chosen):
+        if _nameless(there) != _nameless(chosen):
             raise DamagedFile(
                 self._store.path(BLOCKS_FILE), "the blocks of the model", "others",
                 "Delete it and run the command again.",
@@ -89,3 +90,7 @@ def _discovered(pool: Pool, batch: Handle[Batch], hidden: Handle[Hidden] | None)
         hidden, blocks = pool.at(stage).discover(batch, hidden)
         found.append(blocks)
     return [block for handle in found for block in pool.get(handle)]
+
+
+def _nameless(blocks: Iterable[Block]) -> set[Block]:
+    return {dataclasses.replace(block, input_factor="") for block in blocks}

@@ -144,15 +144,18 @@ def table_there(store: Store, name: str) -> bool:
 class Step(ABC):
     """One family of results of a fit.
 
+    Args:
+        number: which it is of several steps of its class, from 1 on.
+
     Attributes:
         name: what ``run.json`` lists when all groups have these results; empty for no entry.
         cost: what the step takes, for plans; its phase is what the progress shows.
     """
 
-    name: ClassVar[str] = ""
+    name: str = ""
     cost: ClassVar[StepCost]
 
-    def __init__(self, fit: Fit) -> None:
+    def __init__(self, fit: Fit, number: int = 1) -> None:
         self.fit = fit
 
     @abstractmethod
@@ -185,7 +188,7 @@ class PassStep(Step):
         own_labels: whether it needs gradients of the data's own labels beside the drawn ones.
     """
 
-    pass_name: ClassVar[str]
+    pass_name: str
     cost: ClassVar[PassCost]
     own_labels: ClassVar[bool] = False
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from raycurv.data.uri import shown
@@ -27,6 +26,7 @@ from raycurv.driver.settings import (
     check_given,
 )
 from raycurv.errors import UserError
+from raycurv.mathematics.bases import BASES, BasisName, with_a_basis
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.factors import share_outputs
 from raycurv.mathematics.methods import MethodName, methods_with, open_method
@@ -36,6 +36,11 @@ from raycurv.mathematics.tiles import LARGEST_EIGH, SMALLEST_TILE
 REPEATED = ("adapter", "blocks", "ignore_tensors")
 # Gradients of a rank-m Fisher, unless said otherwise.
 ROWS = 64
+# Passes of a power iteration, unless said otherwise.
+PASSES = 3
+Passes = Annotated[
+    int, bounded("a number of at least 2", lambda n: n >= 2, "One pass gives --basis shampoo.")
+]
 Width = Annotated[
     int,
     bounded(
@@ -83,6 +88,13 @@ class FitSettings(Execution, Reading, Adapting, Capturing, Predicting):
     max_factor_dim: Identity[Width | None] = None
     """Widest factor that is decomposed whole; a wider axis is cut into diagonal tiles. At least 8;
     an axis beyond 32,766 cannot be decomposed without."""
+    basis: Identity[BasisName] = "kfac"
+    """Which factors the eigenbases are of: `kfac`, moments of inputs and of output gradients;
+    `weighted`, inputs weighted by the squared norms of the latter; `shampoo`, moments of examples'
+    gradients; `kronecker`, the Kronecker product nearest to a block's Fisher."""
+    basis_passes: Identity[Passes | None] = None
+    """Passes over the data that `--basis kronecker` takes for its factors, steps of a power
+    iteration; the first alone would be `shampoo`. Default: 3."""
     share_output_factor: Identity[bool] = False
     """One output factor for the last matrices of all experts of a layer, over the rows of all of
     them; corrected eigenvalues stay each matrix' own. Default: each has its own."""
@@ -126,15 +138,53 @@ class FitSettings(Execution, Reading, Adapting, Capturing, Predicting):
                 "--share-output-factor", "a method with factors (ekfac, kfac)",
                 f"--method {self.method}", "Leave --share-output-factor out.",
             )  # fmt: skip
+        self._check_basis()
         if self.fisher == "empirical" and self.draws != 1:
             raise UserError(
                 "--draws", "1 with --fisher empirical, whose labels are the data's own",
                 str(self.draws), "Leave --draws out, or use --fisher sampled.",
             )  # fmt: skip
 
+    def _check_basis(self) -> None:
+        """Refuse a basis that does not go with the other settings."""
+        basis = BASES[self.basis]
+        if self.basis_passes is not None and not basis.iterated:
+            raise UserError(
+                "--basis-passes", "--basis kronecker, which is found by a power iteration",
+                f"--basis {basis}", "Leave --basis-passes out, or give --basis kronecker.",
+            )  # fmt: skip
+        if not basis.own:
+            return
+        if not open_method(self.method).factors:
+            named = methods_with(lambda method: method.factors)
+            raise UserError(
+                f"--basis {basis}", f"--method {named}, which have factors",
+                f"--method {self.method}", "Leave --basis out.",
+            )  # fmt: skip
+        if self.share_output_factor:
+            raise UserError(
+                f"--basis {basis}", "factors of each block's own", "--share-output-factor",
+                "Leave one of the two out.",
+            )  # fmt: skip
+        if basis.iterated and (self.merge or self.subtract):
+            raise UserError(
+                f"--basis {basis}", "sums that can be added up",
+                f"--{'merge' if self.merge else 'subtract'} of runs that each have weighted theirs "
+                "by the other side",
+                "Fit the data anew, or --extend one run by it; or use --basis shampoo in all.",
+            )  # fmt: skip
+
     def factored(self, blocks: tuple[Block, ...]) -> tuple[Block, ...]:
         """The blocks, with the factors that these settings give them; UserError if none of them may
-        share any."""
+        share any, or has any that the basis makes."""
+        if BASES[self.basis].own:
+            if blocks and not with_a_basis(blocks):
+                raise UserError(
+                    f"--basis {self.basis}", "a block with a factor that is decomposed",
+                    f"diagonal ones alone, the first of {blocks[0].name}",
+                    "Leave --basis out, or widen --blocks.",
+                )  # fmt: skip
+            return tuple(replace(b, input_factor=f"{b.name}.input") for b in blocks)
         if not self.share_output_factor:
             return blocks
         shared = share_outputs(blocks)
@@ -194,7 +244,9 @@ class FitSettings(Execution, Reading, Adapting, Capturing, Predicting):
     def resolved(self) -> FitSettings:
         """With the defaults that depend on other fields filled in."""
         store = self.store_dtype or ("float64" if self.dtype == "float64" else "float32")
-        rows = self.rows
+        rows, passes = self.rows, self.basis_passes
         if open_method(self.method).ranked and rows is None:
             rows = ROWS
-        return dataclasses.replace(self, store_dtype=store, rows=rows)
+        if BASES[self.basis].iterated and passes is None:
+            passes = PASSES
+        return replace(self, store_dtype=store, rows=rows, basis_passes=passes)

@@ -210,7 +210,13 @@ class FitLoop:
         by_stage = enumerate(fit.workers.by_stage)
         stages = {block.name: stage for stage, blocks in by_stage for block in blocks}
         reached = write_blocks(
-            fit.store, fit.workers.blocks, stages, fit.method, fit.examples, fit.notes
+            fit.store,
+            fit.workers.blocks,
+            stages,
+            fit.method,
+            fit.recipe.basis,
+            fit.examples,
+            fit.notes,
         )
         if reached:
             fit.manifest.facts["experts"] = reached
