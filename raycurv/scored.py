@@ -16,7 +16,14 @@ from raycurv.driver.settings import flag_of
 from raycurv.errors import DamagedFile, UserError, some_of, user_errors
 from raycurv.files.artifacts import ihvp_file, read_products
 from raycurv.files.store import Store, open_store
-from raycurv.files.tables import lengths_schema, read_table, scores_schema, self_schema
+from raycurv.files.tables import (
+    lengths_schema,
+    read_directory,
+    read_table,
+    scores_schema,
+    self_schema,
+)
+from raycurv.jobs.damping_choice import CURVE, used_damping
 from raycurv.jobs.inputs import AnySource
 from raycurv.jobs.recorded import finished
 from raycurv.jobs.scored_data import ScoredData
@@ -85,7 +92,7 @@ class Scores:
             "training examples": f"{facts['examples']:,}",
             "candidates": f"{chosen['pairs']:,} pairs" if chosen else "",
             "rank": settings["rank"],
-            "damping": settings["damping"],
+            "damping": used_damping(self.manifest),
             "fit": facts.get("run", ""),
             "also": ", ".join(
                 flag_of(name) + ("" if settings[name] is True else f" {settings[name]}")
@@ -107,6 +114,21 @@ class Scores:
         """``id`` and ``score`` of every training example against itself (with ``--self``)."""
         tables = list(self._parts("self", self_schema(self._double)))
         return pa.concat_tables(tables) if tables else pa.schema([]).empty_table()
+
+    def damping(self) -> pa.Table:
+        """What a chosen damping was chosen from (``--damping evidence``): a row for each that was
+        looked at. Which it is stands in ``manifest.facts["damping"]``.
+
+        Raises:
+            UserError: it was given as a number.
+        """
+        if "damping" not in self.manifest.facts:
+            raise UserError(
+                self.path, "scores whose damping was chosen",
+                f"damping {used_damping(self.manifest)}",
+                "Score into another directory with --damping evidence.",
+            )  # fmt: skip
+        return read_directory(self._store, CURVE, needed=True)
 
     @property
     def _double(self) -> bool:

@@ -28,7 +28,7 @@ from raycurv.data.portion import Selection
 from raycurv.data.uri import check_place, shown
 from raycurv.errors import UserError, shortened
 from raycurv.jsonfile import misfit
-from raycurv.mathematics.curvature import Damping
+from raycurv.mathematics.curvature import CHOSEN, Damping
 from raycurv.models.adapter import Adapters
 from raycurv.stages.failures import Limits
 
@@ -167,6 +167,7 @@ Positive = Annotated[
 Size = Annotated[str, Checked(parse_bytes)]
 Rank = Annotated[str, Checked(lambda flag, text: rank_number(text))]
 DampingText = Annotated[str, Checked(lambda flag, text: Damping.parse(text))]
+DampingChoice = Annotated[str, Checked(lambda flag, text: text in CHOSEN or Damping.parse(text))]
 Globs = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, listed("globs")]
 Names = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, listed("names")]
 AdapterPaths = Annotated[

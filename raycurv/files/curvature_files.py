@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from raycurv.errors import DamagedFile
 from raycurv.files.artifacts import (
@@ -68,6 +70,24 @@ class CurvatureFiles:
             return RankCurvature(block, open_rows(self.store, block).whole())
         return self.open_spectral(block, {})
 
+    def eigenvalues(self, blocks: Sequence[Block]) -> Tensor:
+        """The eigenvalues above zero (and others) of one block, or of the Fisher that a ranked
+        method has of several, float64, without what they stand in.
+
+        Raises:
+            DamagedFile: as for :meth:`open`.
+        """
+        if self.method.ranked:
+            opened = [open_rows(self.store, block) for block in blocks]
+            gram = torch.stack([rows.gram() for rows in opened]).sum(dim=0)
+            values: Tensor = torch.linalg.eigvalsh(gram / len(gram))
+            return values.clamp_min(0.0)
+        (block,) = blocks
+        if not self.method.corrected:
+            return self.open_spectral(block, {}).eigenvalues.double()
+        with self._there(block):
+            return read_lam(open_tensors(self.store, corrected_file(block.name)), block).double()
+
     def open_stage(
         self, blocks: Sequence[Block], device: torch.device
     ) -> dict[str, BlockCurvature]:
@@ -95,8 +115,14 @@ class CurvatureFiles:
         assert not self.method.ranked
         if not self.method.curved:
             return IdentityCurvature(block)
-        try:
+        with self._there(block):
             return self._read(block, bases, device)
+
+    @contextmanager
+    def _there(self, block: Block) -> Iterator[None]:
+        """DamagedFile for files of a block that are not there."""
+        try:
+            yield
         except FileNotFoundError as error:
             raise DamagedFile(
                 f"{self.store.root}, block {block.name}", "eigenbases and eigenvalues", str(error),

@@ -85,6 +85,7 @@ GRADIENTS = _schema(
     gauss_newton_bartlett_trace float64, batches int64
     """
 )
+EVIDENCE = _schema("damping float64, log_evidence float64, effective_parameters float64")
 TIMELINE = _schema(
     """
     phase string, actor string, operation string, microbatch int32, start time, end time,

@@ -33,6 +33,8 @@ from raycurv.mathematics.sums import is_finite
 from raycurv.mathematics.tiles import tile_ranges
 
 SpectralFunction = Callable[[Tensor], Tensor]
+# Words that choose a damping from a fit, where a job takes them.
+CHOSEN = ("evidence",)
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ class Damping:
                 "--damping",
                 "a number of at least 0, or abs:NUMBER",
                 repr(text),
-                "0.1 adds a tenth of a block's mean eigenvalue; abs:1e-6 adds 1e-6 to every block.",
+                "0.1 adds a tenth of a block's mean eigenvalue; abs:1e-6 adds 1e-6 to every block."
+                + " What `influence` chose by a word stands in its run.json." * (text in CHOSEN),
             )
         return cls(value, absolute)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from raycurv.mathematics.curvature import Damping
@@ -90,9 +91,16 @@ def labels(settings: Mapping[str, Any]) -> tuple[str, str]:
     return "drawn from the model", f"{times} for each target: the Fisher"
 
 
-def damping(text: str) -> tuple[str, str]:
-    """What is added to eigenvalues before they are inverted."""
+def damping(text: str, chosen: Mapping[str, Any] = MappingProxyType({})) -> tuple[str, str]:
+    """What is added to eigenvalues before they are inverted, and what it was chosen by, if it
+    was."""
     found = Damping.parse(text)
+    if chosen:
+        return number(found.value), (
+            f"is added to the eigenvalues of every block: of the largest Laplace evidence of "
+            f"{chosen['examples']:,} examples, which determine "
+            f"{number(chosen['effective_parameters'])} parameters"
+        )
     if found.value == 0:
         return "none", "eigenvalues are inverted as they are"
     if found.absolute:

@@ -14,6 +14,7 @@ from raycurv.errors import UserError
 from raycurv.files.manifest import NAME, Manifest
 from raycurv.files.single_file import check_single_file, write_single_file
 from raycurv.files.store import Store, open_store
+from raycurv.jobs.damping_choice import used_damping
 from raycurv.jobs.recorded import fit_mark, read_run
 from raycurv.mathematics.influence.scores import TOKEN_SCORES
 from raycurv.progress.streams import printable, results
@@ -333,7 +334,7 @@ def _score_facts(scores: Manifest) -> Facts:
             "Training examples", str(said.get("train", "")),
             "" if kept is None else f"of each query the {kept:,} highest and lowest are kept",
         ),
-        ("Damping", *wording.damping(settings["damping"])),
+        ("Damping", *wording.damping(used_damping(scores), said.get("damping", {}))),
         ("Rank of IHVPs", *wording.rank(settings["rank"])),
     ]  # fmt: skip
 

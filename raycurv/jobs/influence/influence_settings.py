@@ -15,7 +15,7 @@ from raycurv.driver.settings import (
     Capturing,
     Checked,
     Count,
-    DampingText,
+    DampingChoice,
     DataPath,
     DtypeName,
     Execution,
@@ -83,9 +83,10 @@ class InfluenceSettings(Execution, Reading, Capturing, Predicting):
     loss training examples have in any case."""
     out: Required[Place] = ""
     """Where scores go: an absolute path, or a URI that pyarrow.fs understands."""
-    damping: Identity[DampingText] = "0.1"
+    damping: Identity[DampingChoice] = "0.1"
     """What is added to eigenvalues: this factor times each block's mean eigenvalue, or the same
-    number for all as `abs:1e-6`."""
+    number for all as `abs:1e-6`, or for all the number that `evidence` chooses: the one of the
+    largest Laplace evidence of the fit's examples and the trained weights."""
     rank: Identity[Rank] = "32"
     """Rank that IHVPs are truncated to, or `full`."""
     query_memory: Size = "2GiB"

@@ -50,6 +50,7 @@ from raycurv.files.row_files import open_inverses
 from raycurv.files.store import Store
 from raycurv.files.tables import ROWS, footer, lengths_schema, read_rows, write_tables
 from raycurv.files.tensorfile import is_complete
+from raycurv.jobs.damping_choice import choose_damping, used_damping
 from raycurv.jobs.drafts import recipe_of
 from raycurv.jobs.fitted import Fitted, GivenAgain, fitted_blocks, open_fitted
 from raycurv.jobs.influence.candidates import (
@@ -73,7 +74,7 @@ from raycurv.jobs.recorded import fit_mark, read_run
 from raycurv.jobs.scored_data import recorded_data
 from raycurv.jobs.shell import Shell, open_shell
 from raycurv.mathematics.blocks import Block
-from raycurv.mathematics.curvature import Damping
+from raycurv.mathematics.curvature import CHOSEN, Damping
 from raycurv.mathematics.influence.ihvp import BlockProducts, product_elements
 from raycurv.mathematics.loss.objective import Objective
 from raycurv.mathematics.loss.shipped import open_measurement, open_objective
@@ -108,14 +109,16 @@ def influence_and_tell(
 ) -> tuple[Store, dict[str, Any]]:
     """As :func:`influence`; gives the store, and where there are any: under ``unreached`` how many
     queries have a part of their gradient in blocks that nothing of the fit reached, and the largest
-    such part; under ``candidates`` how many they were, and what they hold."""
+    such part; under ``candidates`` how many they were, and what they hold; under ``damping`` what
+    was chosen."""
     store = influence(settings, reporter=reporter)
     manifest = read_run(store)
     found: dict[str, Any] = {}
     if manifest is not None and (shares := _shares(manifest)):
         found["unreached"] = {"queries": len(shares), "largest_share": max(shares.values())}
-    if manifest is not None and "candidates" in manifest.facts:
-        found["candidates"] = manifest.facts["candidates"]
+    for name in ("candidates", "damping"):
+        if manifest is not None and name in manifest.facts:
+            found[name] = manifest.facts[name]
     return store, found
 
 
@@ -208,7 +211,8 @@ def _score(shell: Shell[InfluenceSettings]) -> None:
                 "--inverse", "a fit with --method mfac", f"one with {curvature.method}",
                 "Leave --inverse out: the other methods have each block's own inverse.",
             )  # fmt: skip
-        damping = Damping.parse(settings.damping)
+        joint = settings.inverse != "block"
+        damping = choose_damping(settings.damping, workers, fitted, manifest, joint)
         if settings.check_causality:
             check_loss(workers, manifest, fitted)
         job = _Influence(
@@ -771,7 +775,8 @@ class _Influence:
         """The footer of the scores, with the blocks in the order in which stages give them."""
         said = identity(self.settings) | {"fit": self.curvature.store.root}
         blocks = self.workers.blocks_of(range(len(self.workers.cuts)))
-        return footer(said, blocks=[b.name for b in blocks])
+        chosen = {"damping": used_damping(self.manifest)} if self.settings.damping in CHOSEN else {}
+        return footer(said, blocks=[b.name for b in blocks], **chosen)
 
 
 # Where the exact scores of queries lie that candidates are measured on, and how their passes begin.

@@ -1,0 +1,147 @@
+"""The damping of a job where a word chooses it, recorded with what it was chosen from.
+
+    every block's Λ and weights -> density of Λ, ‖θ‖²    a task each; some thousand numbers travel
+    -> the damping, one number for all blocks            run.json: facts.damping
+    -> the curve about it                                tables/damping
+
+One prior for all weights has one precision: layers with a prior each would each be damped by their
+own ratio of parameters to squared norm, which foretold retraining less well (see docs/damping.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from raycurv.driver.corpus import stored_corpus
+from raycurv.driver.workers import Workers, in_order
+from raycurv.errors import UserError
+from raycurv.files.curvature_files import CurvatureFiles
+from raycurv.files.manifest import Manifest
+from raycurv.files.tables import EVIDENCE, footer, read_directory, write_table
+from raycurv.jobs.fitted import Fitted
+from raycurv.mathematics.blocks import Block
+from raycurv.mathematics.curvature import CHOSEN, Damping
+from raycurv.mathematics.evidence import Density, Evidence
+from raycurv.mathematics.loss.shipped import shipped_name
+from raycurv.models.model import Model
+from raycurv.stages.pool import Need
+
+CURVE = "tables/damping"
+
+
+def choose_damping(
+    text: str, workers: Workers, fitted: Fitted, manifest: Manifest, joint: bool
+) -> Damping:
+    """The damping that a setting gives, or chooses: then it is a fact of the run, and said.
+
+    Args:
+        text: of the setting.
+        workers: of the job.
+        fitted: the fit whose curvature is damped.
+        manifest: of the job; a continued run keeps what it chose.
+        joint: of a ranked method, whether all blocks have one Fisher.
+
+    Raises:
+        UserError: there is nothing to choose by.
+    """
+    if text not in CHOSEN:
+        return Damping.parse(text)
+    if "damping" not in manifest.facts:
+        evidence = _evidence(workers, fitted, joint)
+        # Of so many digits the number can be given again, as it is written everywhere.
+        chosen = Damping(float(f"{evidence.best():.6g}"), absolute=True)
+        curve = evidence.curve(chosen.value)
+        columns: dict[str, Any] = {
+            "damping": curve,
+            "log_evidence": [evidence.log_evidence(lam) for lam in curve],
+            "effective_parameters": [evidence.density.effective(lam) for lam in curve],
+        }
+        table, notes = pa.table(columns, schema=EVIDENCE), footer({"run": fitted.store.root})
+        write_table(workers.store, f"{CURVE}/part-00000.parquet", table, notes)
+        manifest.facts["damping"] = {
+            "chosen_by": text,
+            "value": str(chosen),
+            "log_evidence": evidence.log_evidence(chosen.value),
+            "effective_parameters": evidence.density.effective(chosen.value),
+            "examples": evidence.examples,
+            "weights_sq_norm": evidence.squared_norm,
+            "noise_precision": evidence.precision(chosen.value),
+        }
+        manifest.write(workers.store)
+    said = manifest.facts["damping"]
+    workers.reporter.say(
+        f"damping {said['value']}, by the evidence of the fit's {said['examples']:,} examples: "
+        f"they determine {said['effective_parameters']:,.1f} parameters"
+    )
+    return Damping.parse(said["value"])
+
+
+def used_damping(manifest: Manifest) -> str:
+    """The damping of a finished job, as its setting gives it or by what it chose."""
+    return str(manifest.facts.get("damping", {}).get("value", manifest.settings["damping"]))
+
+
+def _evidence(workers: Workers, fitted: Fitted, joint: bool) -> Evidence:
+    """What the evidence of a damping of a fit is made of."""
+    curvature = CurvatureFiles.of(fitted.store, fitted.manifest)
+    method, blocks = curvature.method, workers.blocks
+    if not method.curved:
+        raise UserError(
+            "--damping evidence", "a fit with curvature", f"one with --method {method}",
+            "Leave it out: the identity is never damped.",
+        )  # fmt: skip
+    groups = [blocks] if method.ranked and joint else [(block,) for block in blocks]
+    arguments = [(curvature, fitted.network, some) for some in groups]
+    needs = [_need(some) for some in groups]
+    found = in_order(workers.run_tasks("evidence", _look, arguments, needs))
+    # Weights that no gradient reached are nothing that the data decided on.
+    reached = [one for one in found if len(one[0].bins)]
+    losses = read_directory(fitted.store, "tables/examples")["loss"]
+    if losses.null_count:
+        raise UserError(
+            "--damping evidence", "a fit whose examples have labels, of which the loss is",
+            f"{losses.null_count:,} without", "Give --damping as a number.",
+        )  # fmt: skip
+    return Evidence(
+        Density.joined([density for density, _ in reached]),
+        sum(norm for _, norm in reached),
+        curvature.examples,
+        float(pc.sum(losses.cast("float64")).as_py()),
+        _numbers(fitted) if shipped_name(fitted.objective) == "regression" else None,
+    )
+
+
+def _need(blocks: Sequence[Block]) -> Need:
+    largest = max(block.d_out * block.d_in for block in blocks)
+    # Λ as stored and in float64, its bins, and the weights likewise; of K-FAC both bases.
+    bases = max(block.d_out**2 + block.d_in**2 for block in blocks)
+    return Need(48 * largest + 16 * bases, 40.0 * largest, blocks[0].name, len(blocks))
+
+
+def _look(
+    curvature: CurvatureFiles, network: Model, blocks: Sequence[Block]
+) -> tuple[Density, float]:
+    """The eigenvalues of one curvature of some blocks, and the squared norm of their weights."""
+    norm = sum(
+        float(torch.linalg.vector_norm(network.block_weight(b), dtype=torch.float64)) ** 2
+        for b in blocks
+    )
+    return Density.of(curvature.eigenvalues(blocks)), norm
+
+
+def _numbers(fitted: Fitted) -> int:
+    """How many numbers a regression's examples have to be predicted."""
+    corpus = stored_corpus(fitted.store, "data")
+    if corpus is None:
+        raise UserError(
+            f"--run {fitted.store.root}", "the fit's examples, for how many numbers are predicted",
+            "none", "Run the fit again: it makes what is missing.",
+        )  # fmt: skip
+    labels = next(corpus.examples()).labels
+    assert labels is not None
+    return int(labels.size) * int(fitted.manifest.facts["examples"])
