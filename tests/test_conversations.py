@@ -27,7 +27,7 @@ from chat_templates import (
     TWICE,
     Piece,
 )
-from commands import run_here, save_llama, write_rows
+from commands import rewritten, run_here, save_llama, write_rows
 
 import raycurv
 from raycurv.data.examples import Example
@@ -453,6 +453,71 @@ def test_what_follows_a_fit_has_its_turns_and_its_template(model: Path, tmp_path
     own: dict[str, Any] = {"rank": "full", "tokenizer": tmp_path / "before", **HERE}
     again = run.influence(asked, ROWS, tmp_path / "again", **own)
     assert again.table().equals(scores.table())
+
+
+def _edit(file: Path, was: str, now: str) -> None:
+    text = file.read_text()
+    assert was in text
+    file.write_text(text.replace(was, now, 1))
+
+
+# A file, what is changed in it, and whether that makes other tokens.
+EDITS = {
+    "a template": ("chat_template.jinja", "{{- m.content", "{{- '!' + m.content", True),
+    "a tokenizer": ("tokenizer.json", 'prefix_space": false', 'prefix_space": true', True),
+    "nothing": ("tokenizer_config.json", "{", '{"note": "no token is another one",', False),
+}
+
+
+def test_what_is_finished_is_held_to_the_tokenizer_that_it_was_read_with(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder, how = tmp_path / "model", HERE | {"quiet": False}
+    shutil.copytree(model, folder)
+    data = write_rows(tmp_path / "rows.parquet", ROWS)
+
+    def fit(out: str = "run") -> raycurv.Run:
+        return raycurv.fit(folder, data, tmp_path / out, method="identity", **how)
+
+    run = fit()
+    jobs = [
+        fit,
+        lambda: run.influence([{"messages": TWICE}], data, tmp_path / "scores", **how),
+        lambda: raycurv.evaluate(folder, data, tmp_path / "numbers", **how),
+    ]
+    for job in jobs[1:]:
+        job()
+    for name, was, now, matters in EDITS.values():
+        original = (folder / name).read_text()
+        _edit(folder / name, was, now)
+        for job in jobs:
+            if not matters:
+                job()
+                continue
+            with pytest.raises(UserError, match=rf"the tokenizer is another one \({name} changed"):
+                job()
+        if matters:
+            # The fit's examples are not those of another tokenizer in new scores either.
+            with pytest.raises(UserError, match=rf"another one \({name} .* fit's by --tokenizer"):
+                run.influence(data, data, tmp_path / "more", **how)
+            shutil.rmtree(tmp_path / "more")
+        (folder / name).write_text(original)
+    capfd.readouterr()
+    for job in jobs:
+        job()
+    assert capfd.readouterr().err.count("complete: ") == 2
+    # What an earlier version has on record tells as much; where nothing was computed, what is read
+    # by now is the run.
+    _edit(folder / EDITS["a template"][0], *EDITS["a template"][1:3])
+    with rewritten(tmp_path / "run", "run.json") as said:
+        del said["facts"]["tokenizer"]["directory_files"]
+    with pytest.raises(UserError, match=r"the tokenizer is another one \(chat_template changed"):
+        fit()
+    with rewritten(tmp_path / "run", "run.json") as said:
+        said["complete"] = []
+    before = (tmp_path / "run" / "data" / "corpus.json").read_bytes()
+    fit()
+    assert (tmp_path / "run" / "data" / "corpus.json").read_bytes() != before
 
 
 def test_turns_of_what_has_none_are_refused(model: Path, tmp_path: Path) -> None:

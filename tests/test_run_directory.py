@@ -27,7 +27,7 @@ from raycurv.files.store import Store
 from raycurv.files.tables import read_table, write_tables
 from raycurv.files.tensorfile import open_tensors, write_tensors
 from raycurv.jobs.fit.phases import FitLoop
-from raycurv.jobs.recorded import fit_settings
+from raycurv.jobs.recorded import fit_settings, is_of_fit
 
 ROWS = classified(12)
 
@@ -483,6 +483,33 @@ def test_what_follows_a_run_of_the_first_version_is_known_again(run: Path, tmp_p
     # Where a later setting is not as if there were none, it counts.
     said.settings["empty"] = "skip"
     assert fit_settings(said).keys() == {*first, "empty"}
+
+
+def test_scores_are_not_taken_for_those_of_a_model_that_was_fitted_since(tmp_path: Path) -> None:
+    def scores(model: Any) -> raycurv.Scores:
+        found = raycurv.fit(model, ROWS, tmp_path / "run", **EXACT_FIT)
+        return found.influence(ROWS[:2], ROWS, tmp_path / "scores", quiet=True, address="none")
+
+    def trained() -> torch.nn.Module:
+        model = classifier()
+        with torch.no_grad():
+            model[2].weight *= 1.5
+        return model
+
+    before = scores(classifier)
+    assert scores(classifier).table().equals(before.table())
+    # Fitted again where it was: settings and data say nothing of that.
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(UserError, match=r"the model is another one \(2.weight changed\)"):
+        scores(trained)
+    fitted = raycurv.open(tmp_path / "run").manifest
+    assert not is_of_fit(before.manifest, fitted)
+    # An earlier version did not say which model it was: its scores stay.
+    with rewritten(tmp_path / "scores") as said:
+        for name in ("model", "config"):
+            said["fingerprints"].pop(name, None)
+    found = scores(trained)
+    assert found.table().equals(before.table()) and is_of_fit(found.manifest, fitted)
 
 
 OTHERS: dict[str, Callable[[list[dict[str, Any]]], Any]] = {

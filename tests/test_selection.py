@@ -388,3 +388,7 @@ def test_a_run_is_of_its_split_and_its_columns(
     said = capsys.readouterr().err
     assert "train: the fit's data, which it read with --id-column key --label-column class" in said
     assert "queries: the fit's data" not in said
+    new = [row | {"id": f"new {row['id']}"} for row in OURS]
+    run.extend(new, tmp_path / "more", address="none")
+    there = "the extended run read its data with --id-column key --label-column class"
+    assert there in capsys.readouterr().err

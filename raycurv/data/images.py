@@ -9,11 +9,13 @@ from __future__ import annotations
 import importlib.util
 import io
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from raycurv.data.tokenizer import FILES, hashes
 from raycurv.errors import UserError, user_errors
 from raycurv.models.foreign_code import nothing_from_outside
 from raycurv.names import regular_file
@@ -90,7 +92,16 @@ class LazyImages:
             return {}
         settings = self._loaded.to_dict().items()
         known = {name: value for name, value in settings if value is not None}
-        return {"class": type(self._loaded).__name__, "settings": known}
+        return {"class": type(self._loaded).__name__, "settings": known, FILES: self.files()}
+
+    def describe_as(self, recorded: Mapping[str, Any]) -> dict[str, Any]:
+        """What :meth:`describe` gives once an image was met; UserError where none can be taken."""
+        self._loaded = self._loaded or _load(self._directory, self._channels)
+        return self.describe()
+
+    def files(self) -> dict[str, str]:
+        """A hash of each of its files; empty where there is no image processor."""
+        return hashes(self._directory, [PROCESSOR])
 
 
 def _need_pillow() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +30,8 @@ _BESIDE = (
 _MOST_BYTES = 64 << 20
 # What a tokenizer may put around a text, in tokens, and make of one character by replacements.
 _MOST_AFFIXES, _MOST_GROWTH = 1024, 256
+# Under which a description has the hashes of the files that it was made of.
+FILES = "directory_files"
 # Of so many of its words a run records what a tokenizer makes.
 _WORDS = 512
 
@@ -180,8 +182,9 @@ class LazyTokenizer:
     def describe(self) -> dict[str, Any]:
         """What a run records: its class, its size, the tokens that it puts before and after a text
         (``None`` where these cannot be told), a hash of the files that make its tokens, one of what
-        it makes of words of its own, which options beside these files decide, too, and where
-        conversations were met one of their template; empty when no text was met."""
+        it makes of words of its own, which options beside these files decide, too, where
+        conversations were met one of their template, and one of each file; empty when no text was
+        met."""
         if self._loaded is None:
             return {}
         before: list[int] | None
@@ -195,8 +198,19 @@ class LazyTokenizer:
         files = str([(name, own) for name, own in found if name not in _BESIDE])
         own = hashlib.blake2b(files.encode(), digest_size=16).hexdigest()
         said = {"class": kind, "tokens": size, "before": before, "after": after, "files": own}
-        said |= {"words": self._words()}
+        said |= {"words": self._words(), FILES: self.files()}
         return said | (self.chat.describe() if self.chat.used else {})
+
+    def describe_as(self, recorded: Mapping[str, Any]) -> dict[str, Any]:
+        """What :meth:`describe` gives where such data was met as when a run recorded it; UserError
+        as for :meth:`encode`."""
+        self.chat.used = "chat_template" in recorded
+        return self.describe()
+
+    def files(self) -> dict[str, str]:
+        """A hash of each of its files; empty where there is no tokenizer."""
+        names = (*_READ, *sorted(more_templates(self._directory)))
+        return hashes(self._directory, names) if has_tokenizer(self._directory) else {}
 
     def _words(self) -> str | None:
         """A hash of the tokens of words of its own, each as a text; ``None`` where it does not take
@@ -215,11 +229,20 @@ class LazyTokenizer:
 
 def tokenizer_print(directory: str | Path) -> dict[str, str]:
     """Tells a tokenizer from others: a hash of each of its files; UserError if there is none."""
-    files = [Path(directory) / name for name in _READ]
-    found = {f.name: hashlib.blake2b(f.read_bytes()).hexdigest()[:32] for f in files if f.is_file()}
+    found = hashes(Path(directory), _READ)
     if not found:
         raise _no_tokenizer(Path(directory))
     return found
+
+
+def hashes(directory: Path, names: Sequence[str]) -> dict[str, str]:
+    """A hash of each file of these names that a directory has."""
+    files = {name: directory / name for name in names}
+    return {
+        name: hashlib.blake2b(file.read_bytes()).hexdigest()[:32]
+        for name, file in files.items()
+        if file.is_file()
+    }
 
 
 def has_tokenizer(directory: str | Path) -> bool:

@@ -33,7 +33,7 @@ from raycurv.data.microbatch import Microbatches, make_batch, padding_share, pla
 from raycurv.data.reading import ExampleReader
 from raycurv.data.shown import Decode, recorded
 from raycurv.data.sources import Source
-from raycurv.data.tokenizer import LazyTokenizer
+from raycurv.data.tokenizer import FILES, LazyTokenizer
 from raycurv.driver.settings import Reading
 from raycurv.errors import DamagedFile, RaycurvError, UserError
 from raycurv.files.store import Store
@@ -282,12 +282,41 @@ def open_corpus(
 
 def described_alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether what is said of two tokenizers, or of two processors, is the same as far as it is
-    said of both."""
-    both = [(one[name], other[name]) for name in one if name in other]
+    said of both, whatever their files are."""
+    both = [(one[name], other[name]) for name in one if name in other and name != FILES]
     return all(
         described_alike(a, b) if isinstance(a, Mapping) and isinstance(b, Mapping) else a == b
         for a, b in both
     )
+
+
+def read_otherwise(model: Model, recorded: Mapping[str, Any]) -> list[str]:
+    """What has changed of that which texts of a model, or images, go through.
+
+    Args:
+        recorded: what a run says of it; empty where it met neither.
+
+    Returns:
+        Names of the files that are others by now, or of what they say otherwise where the run has
+        no files on record; none where the same is made of every text, or where no file is left.
+
+    Raises:
+        UserError: a changed file cannot be read.
+    """
+    reads: LazyTokenizer | LazyImages | None = None
+    if model.images is not None:
+        reads = LazyImages(model.images.directory, model.images.channels)
+    elif model.tokenizer_dir is not None:
+        reads = LazyTokenizer(model.tokenizer_dir, model.trust_remote_code)
+    files = {} if reads is None or not recorded else reads.files()
+    if reads is None or not files or files == recorded.get(FILES):
+        return []
+    here = json.loads(json.dumps(reads.describe_as(recorded)))
+    if described_alike(here, recorded):
+        return []
+    one, other = (here[FILES], recorded[FILES]) if FILES in recorded else (here, recorded)
+    names = sorted(one.keys() | other.keys())
+    return [name for name in names if name != FILES and one.get(name) != other.get(name)]
 
 
 def reader_for(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from importlib.metadata import version
@@ -51,6 +51,8 @@ _PREPARED = tuple(f"work/{name}/" for name in ("queries", "train", "candidates",
 
 # Fingerprints of what need not be given: where it is not any more, something else is meant.
 _NOT_ALWAYS = ("tokenizer", "candidates")
+# Fingerprints that earlier versions did not write down of every job.
+_LATER = ("model", "config")
 # Of names on the hub that may mean another commit some day, by their flags: which they meant.
 COMMITS = "commits"
 
@@ -144,7 +146,9 @@ def _versions() -> Mapping[str, str]:
     return {"raycurv": __version__} | others
 
 
-def continue_or_refuse(store: Store, there: Manifest | None, wanted: Manifest) -> Manifest:
+def continue_or_refuse(
+    store: Store, there: Manifest | None, wanted: Manifest, otherwise: Sequence[str] = ()
+) -> Manifest:
     """The directory's manifest if it is the same run, ``wanted`` if the directory is new.
 
     A directory in which nothing was computed yet counts as new: after a mistake in the data, say,
@@ -154,6 +158,7 @@ def continue_or_refuse(store: Store, there: Manifest | None, wanted: Manifest) -
         store: of the directory.
         there: what its ``run.json`` says, with the usual values of settings that it does not know.
         wanted: the run that is to be.
+        otherwise: what else is known to differ, in words.
 
     Raises:
         UserError: it holds another run (names everything that differs) or files of somebody else,
@@ -188,11 +193,14 @@ def continue_or_refuse(store: Store, there: Manifest | None, wanted: Manifest) -
         if isinstance(then, Mapping) and then.get(name, commit) != commit
     ]
     for key, value in prints.items():
+        if key in _LATER and key not in there.fingerprints:
+            continue
         said = there.fingerprints.get(key, {})
         if key != "config":
             differences += _differences(key, said, value)
         elif changes := config_changes(said, value):
             differences.append(f"the configuration is another one ({'; '.join(changes)})")
+    differences += otherwise
     if differences and not _computed(store, there):
         for name in ("data", "labels", "factors", "eigen", "gradients", "candidates", "work"):
             store.delete_directory(name)

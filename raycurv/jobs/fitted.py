@@ -8,6 +8,7 @@ from Python must be given again, and is compared with what is on record.
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -181,6 +182,13 @@ def fitted_objective(fit: Manifest, run: str, given: str | Objective, flag: str)
             f"Give {flag} {recorded}, or fit again into another directory.",
         )  # fmt: skip
     return given
+
+
+def columns_given(prints: Mapping[str, Any]) -> str:
+    """The flags that said which columns of data are read, as a fingerprint of the data has them;
+    empty for none."""
+    taken = prints.get("columns", {}).items()
+    return " ".join(f"--{COLUMNS[ours]}-column {theirs}" for ours, theirs in taken)
 
 
 def read_fit(store: Store, flag: str = "") -> Manifest:

@@ -89,9 +89,17 @@ def fit_settings(fit: Manifest) -> dict[str, Any]:
     return {name: value for name, value in said if (name, value) not in _LATER.items()}
 
 
-def fit_mark(fit: Manifest) -> dict[str, Any]:
-    """What tells a fit from others, as what follows it has it on record."""
-    return {"settings": fit_settings(fit), "data": fit.fingerprints["data"]}
+def fit_prints(fit: Manifest) -> dict[str, Any]:
+    """Fingerprints that tell a fit from others, as what follows it has them on record."""
+    mark = {"settings": fit_settings(fit), "data": fit.fingerprints["data"]}
+    own = {name: fit.fingerprints[name] for name in ("model", "config") if name in fit.fingerprints}
+    return {"fit": mark} | own
+
+
+def is_of_fit(followed: Manifest, fit: Manifest) -> bool:
+    """Whether results came from a fit, as far as they say; earlier versions did not name models."""
+    said = followed.fingerprints
+    return all(said.get(name, value) == value for name, value in fit_prints(fit).items())
 
 
 def finished(store: Store, job: str, phase: str, what: str) -> Manifest:

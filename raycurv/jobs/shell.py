@@ -21,7 +21,7 @@ import torch
 from raycurv.data.microbatch import Lengths
 from raycurv.data.tokenizer import tokenizer_print
 from raycurv.driver.causality import CausalityCheck
-from raycurv.driver.corpus import Corpus
+from raycurv.driver.corpus import Corpus, read_otherwise
 from raycurv.driver.settings import Execution, identity
 from raycurv.driver.workers import Workers, check_address
 from raycurv.errors import DamagedFile, UserError
@@ -54,6 +54,7 @@ class Shell(Generic[S]):
         store: of the results.
         reporter: shows progress.
         manifest: what ``run.json`` says, from :meth:`begin` on.
+        reads: the model whose tokenizer, or image processor, the job reads its data with, if any.
     """
 
     job: str
@@ -62,12 +63,14 @@ class Shell(Generic[S]):
     store: Store
     reporter: Reporter
     manifest: Manifest = field(init=False)
+    reads: Model | None = None
 
     def begin(
         self,
         fingerprints: Mapping[str, Any],
         facts: Mapping[str, Any],
         settings: Mapping[str, Any] | None = None,
+        reads: Model | None = None,
     ) -> Manifest:
         """Go on with the run that the directory holds, or start a new one there.
 
@@ -75,6 +78,8 @@ class Shell(Generic[S]):
             fingerprints: tell the inputs from others.
             facts: where they lie.
             settings: what else the result depends on, or depends on in another form.
+            reads: the model that data is read for, if it is: with its tokenizer, or its processor
+                of images.
 
         Raises:
             UserError: the directory holds another run, or files of somebody else.
@@ -85,8 +90,18 @@ class Shell(Generic[S]):
         if self.inputs.commits:
             prints[COMMITS] = dict(self.inputs.commits)
         wanted = Manifest(self.job, said, prints, dict(facts) | trusted)
-        self.manifest = continue_or_refuse(self.store, read_run(self.store), wanted)
+        there, self.reads = read_run(self.store), reads
+        otherwise: list[str] = []
+        if there is not None and "tokenizer" not in prints:
+            otherwise = self._read_otherwise(there.facts.get("tokenizer", {}))
+        self.manifest = continue_or_refuse(self.store, there, wanted, otherwise)
         return self.manifest
+
+    def _read_otherwise(self, recorded: Mapping[str, Any]) -> list[str]:
+        """That texts or images would be read otherwise than a run has on record, if so."""
+        changed = [] if self.reads is None else read_otherwise(self.reads, recorded)
+        what = "image processor" if "settings" in recorded else "tokenizer"
+        return [f"the {what} is another one ({', '.join(changed)} changed)"] if changed else []
 
     def objective_for(self, network: Model) -> str | Objective:
         """The objective that the job was given, or the one that the model was trained for, which
@@ -149,12 +164,23 @@ class Shell(Generic[S]):
                 found.append(open_source())
                 phase.advance(1)
         for corpus in found:
+            if otherwise := self._read_otherwise(corpus.tokenizer):
+                mine = corpus.store is self.store
+                other = "another --out" if mine else "the fit's by --tokenizer"
+                raise UserError(
+                    f"the {corpus.name} in {corpus.store.root}", "what they are still read with",
+                    otherwise[0], f"Restore its files, or give {other}.",
+                )  # fmt: skip
             for sentence in corpus.said():
                 self.reporter.say(sentence)
         check_loss_on(
             getattr(self.settings, "loss_on", None),
             any("conversations" in one.findings for one in found),
         )
+        read_by = next((one.tokenizer for one in found if one.tokenizer), None)
+        if read_by and self.manifest.facts.get("tokenizer") != read_by:
+            self.manifest.facts["tokenizer"] = read_by
+            self.manifest.write(self.store)
         self.manifest.facts["reading"] = {corpus.name: corpus.facts() for corpus in found}
         self.manifest.facts["first_examples"] = {
             corpus.name: dict(corpus.first) for corpus in found

@@ -15,7 +15,7 @@ from raycurv.files.manifest import NAME, Manifest
 from raycurv.files.single_file import check_single_file, write_single_file
 from raycurv.files.store import Store, open_store
 from raycurv.jobs.damping_choice import used_damping
-from raycurv.jobs.recorded import fit_mark, read_run
+from raycurv.jobs.recorded import is_of_fit, read_run
 from raycurv.mathematics.influence.scores import TOKEN_SCORES
 from raycurv.progress.streams import printable, results
 from raycurv.reporting import wording
@@ -210,7 +210,7 @@ class _Maker:
             if self.settings.run:
                 raise
             return None, [f"The fit is not shown: {error} It may lie elsewhere: give it by --run."]
-        if fit_mark(run.manifest) != scores.manifest.fingerprints["fit"]:
+        if not is_of_fit(scores.manifest, run.manifest):
             if self.settings.run:
                 raise UserError(
                     f"--run {run.path}", "the fit that the scores came from", "another one", ""

@@ -84,6 +84,7 @@ def _evaluate(shell: Shell[EvaluateSettings]) -> Numbers:
     manifest = shell.begin(
         shell.prints_of(network) | {"data": fingerprint(source)},
         places | shell.notes_of(network),
+        reads=network,
     )
     if shell.is_complete(
         "tables",

@@ -100,9 +100,11 @@ def _fit(shell: Shell[FitSettings]) -> None:
         places |= parents.places() | shell.notes_of(network)
         if settings.tokenizer:
             places["tokenizer_directory"] = network.tokenizer_dir
-        manifest = shell.begin(prints, places, parents.marks())
+        reads = None if parents.combined else network
+        manifest = shell.begin(prints, places, parents.marks(), reads)
         manifest.facts["coverage"] = covered.facts()
-        shell.reporter.say(str(covered))
+        for sentence in (str(covered), *parents.read_otherwise(prints["data"])):
+            shell.reporter.say(sentence)
         phases = {"tables", "gradients"} if settings.gradients else {"tables"}
         finished = phases <= set(manifest.complete)
         if not finished:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -30,7 +30,7 @@ from raycurv.files.store import Store, open_store
 from raycurv.files.tables import IDS, read_directory
 from raycurv.files.tensorfile import is_complete
 from raycurv.jobs.fit.fit_settings import REPEATED, FitSettings
-from raycurv.jobs.fitted import check_model, read_fit
+from raycurv.jobs.fitted import check_model, columns_given, read_fit
 from raycurv.jobs.recorded import fit_settings
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.factors import factors_of
@@ -133,6 +133,18 @@ class Parents:
     def extended(self) -> Parent | None:
         """The run that is extended, if one is."""
         return self.runs[0] if self.how == "extend" else None
+
+    def read_otherwise(self, data: Mapping[str, Any]) -> list[str]:
+        """What an extended run was told of how its data is read, and this one was not: in words.
+
+        Args:
+            data: fingerprint of this one's.
+        """
+        fit = None if self.extended is None else self.extended.fit
+        flags = "" if fit is None else columns_given(fit.fingerprints["data"])
+        if not flags or columns_given(data):
+            return []
+        return [f"the extended run read its data with {flags}, which is not given here"]
 
     @property
     def combined(self) -> bool:

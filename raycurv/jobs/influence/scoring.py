@@ -25,7 +25,6 @@ import pyarrow as pa
 import torch
 
 from raycurv.data.bm25 import Matching, check_installed
-from raycurv.data.column_names import COLUMNS
 from raycurv.data.sources import Source, fingerprint
 from raycurv.data.tokenizer import LazyTokenizer, has_tokenizer
 from raycurv.driver.commits import last_commit, plan_mark, read_commit
@@ -52,7 +51,7 @@ from raycurv.files.tables import ROWS, footer, lengths_schema, read_rows, write_
 from raycurv.files.tensorfile import is_complete
 from raycurv.jobs.damping_choice import choose_damping, used_damping
 from raycurv.jobs.drafts import recipe_of
-from raycurv.jobs.fitted import Fitted, GivenAgain, fitted_blocks, open_fitted
+from raycurv.jobs.fitted import Fitted, GivenAgain, columns_given, fitted_blocks, open_fitted
 from raycurv.jobs.influence.candidates import (
     TOP,
     Candidates,
@@ -70,7 +69,7 @@ from raycurv.jobs.inputs import Inputs
 from raycurv.jobs.loss_check import check_loss
 from raycurv.jobs.objectives import check_fits
 from raycurv.jobs.rank_products import RankProducts
-from raycurv.jobs.recorded import fit_mark, read_run
+from raycurv.jobs.recorded import fit_prints, read_run
 from raycurv.jobs.scored_data import recorded_data
 from raycurv.jobs.shell import Shell, open_shell
 from raycurv.mathematics.blocks import Block
@@ -158,7 +157,7 @@ def _score(shell: Shell[InfluenceSettings]) -> None:
             str(fitted.objective), "Leave --per-token out.",
         )  # fmt: skip
     dtype = settings.dtype or fitted.settings["dtype"]
-    prints: dict[str, Any] = {"fit": fit_mark(fitted.manifest), "queries": fingerprint(queries)}
+    prints = fit_prints(fitted.manifest) | {"queries": fingerprint(queries)}
     if train is not None:
         prints["train"] = fingerprint(train)
     if chosen is not None:
@@ -169,7 +168,7 @@ def _score(shell: Shell[InfluenceSettings]) -> None:
     # An index of many examples takes long: what makes it is missed at once.
     if isinstance(chosen, str) and Matching.parse("--candidates", chosen) is not None:
         check_installed()
-    manifest = shell.begin(prints, places, {"dtype": dtype})
+    manifest = shell.begin(prints, places, {"dtype": dtype}, fitted.network)
     for sentence in _read_otherwise(fitted.manifest, settings, prints):
         shell.reporter.say(sentence)
     products = blocks if settings.ihvp else ()
@@ -232,14 +231,13 @@ def _read_otherwise(
             f"the fit had --max-length {longest:,}, which is not given here: examples are as long "
             "as the model takes them"
         )
-    taken = data.get("columns", {})
-    if not taken:
+    flags = columns_given(data)
+    if not flags:
         return
     content = {name: said for name, said in data.items() if name not in ("split", "columns")}
     for name in ("queries", "train"):
         own = prints.get(name, {})
         if "columns" not in own and content.items() <= own.items():
-            flags = " ".join(f"--{COLUMNS[ours]}-column {taken[ours]}" for ours in taken)
             yield f"{name}: the fit's data, which it read with {flags}; not given here"
 
 
