@@ -31,13 +31,27 @@ def mix(state: int, field: int) -> int:
     return x ^ (x >> 31)
 
 
-def uniform(seed: int, name: str, position: int, draw: int, component: int) -> float:
-    """The counter's number in (0, 1)."""
+def bits(seed: int, name: str, position: int, draw: int, component: int) -> int:
+    """The counter's 64 bits."""
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     h = mix(mix(0, seed), int.from_bytes(digest, "little"))
     for field in (position, draw, component):
         h = mix(h, field)
-    return ((h >> 12) + 0.5) / 2**52
+    return h
+
+
+def uniform(seed: int, name: str, position: int, draw: int, component: int) -> float:
+    """The counter's number in (0, 1)."""
+    return ((bits(seed, name, position, draw, component) >> 12) + 0.5) / 2**52
+
+
+def sign(seed: int, name: str, position: int, draw: int, number: int) -> float:
+    """The counter's sign, 1 or -1."""
+    return 2.0 * (bits(seed, name, position, draw, number // 64) >> number % 64 & 1) - 1.0
+
+
+class Cotangents(list[Tensor]):
+    """In place of labels: of each target a gradient with respect to its outputs."""
 
 
 def inverse_cdf(logits: Tensor, u: float) -> int:
@@ -176,7 +190,9 @@ class Truth:
         return row.get("labels", row.get("input_ids"))
 
     def loss(self, row: dict[str, Any], outputs: Tensor, labels: Any) -> Tensor:
-        """Summed over the example's targets."""
+        """Summed over the example's targets; a product where its gradient is given."""
+        if isinstance(labels, Cotangents):
+            return sum((c @ f for c, f in zip(labels, outputs.view(len(labels), -1), strict=True)))
         if self.case.objective == "regression":
             y = torch.as_tensor(labels, dtype=torch.float64)
             return sum((((f - t) ** 2) / 2 for f, t in zip(outputs, y, strict=True)))
@@ -186,6 +202,26 @@ class Truth:
         s = self.shift
         terms = [-log_p[t - s, int(labels[t])] for t, yes in enumerate(self.targets(row)) if yes]
         return sum(terms, 0.0 * outputs.sum())
+
+    def signed(self, row: dict[str, Any], draw: int) -> Cotangents:
+        """Gradients of random signs: of a softmax ``diag(√p) H ε`` with the reflection H that takes
+        the first axis to ``-√p``, and no sign for that; of numbers the signs themselves."""
+        outputs, name = self.outputs(row).detach(), row["id"]
+        tokens = outputs.ndim == 2
+        found = Cotangents()
+        for t, f in enumerate(outputs if tokens else [outputs]):
+            target = t + self.shift if tokens else 0
+            e = [sign(self.seed, name, target, draw, k) for k in range(len(f))]
+            epsilon, p = torch.tensor(e, dtype=torch.float64), f.softmax(dim=0)
+            if self.case.objective == "regression":
+                c = epsilon
+            else:
+                u = p.sqrt() + torch.eye(len(f))[0]
+                h = torch.eye(len(f)) - 2 * torch.outer(u, u) / (u @ u)
+                c = p.sqrt() * (h[:, 1:] @ epsilon[1:])
+            counts = not tokens or (target < len(outputs) and self.targets(row)[target])
+            found.append(c if counts else 0.0 * c)
+        return found
 
     def drawn(self, row: dict[str, Any], draw: int) -> Any:
         """Labels from the model's own distribution, by the counter."""
@@ -240,7 +276,8 @@ class Truth:
     def labels(self) -> list[list[Any]]:
         if self.case.empirical:
             return [[self.own(row) for row in self.case.data]]
-        return [[self.drawn(row, d) for row in self.case.data] for d in range(self.case.draws)]
+        of = self.signed if self.case.settings.get("fisher") == "signs" else self.drawn
+        return [[of(row, d) for row in self.case.data] for d in range(self.case.draws)]
 
     @cached_property
     def names(self) -> list[str]:

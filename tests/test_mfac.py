@@ -66,8 +66,14 @@ def joined(parts: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("count", [3, 9])
 @pytest.mark.parametrize(
     ("case", "settings"),
-    [(MLP, {}), (DEEP, {"stages": 3}), (LLAMA, {"draws": 2}), (LLAMA, {"fisher": "empirical"})],
-    ids=["mlp", "three stages", "two draws", "empirical"],
+    [
+        (MLP, {}),
+        (DEEP, {"stages": 3}),
+        (LLAMA, {"draws": 2}),
+        (LLAMA, {"fisher": "empirical"}),
+        (MLP, {"fisher": "signs", "draws": 2}),
+    ],
+    ids=["mlp", "three stages", "two draws", "empirical", "signs"],
 )
 def test_rows_are_scaled_sums_of_explicit_gradients(
     fits, case: Case, settings: dict[str, Any], count: int

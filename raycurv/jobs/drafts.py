@@ -180,7 +180,7 @@ def recipe_of(fit: Mapping[str, Any], logits_chunk: int, scoring: Scoring | None
         store_dtype=DTYPES[fit["store_dtype"]],
         keep_sums=fit.get("keep_sums", False),
         gradients=gradients,
-        own=gradients and fit["fisher"] == "sampled",
+        own=gradients and fit["fisher"] != "empirical",
         logits_chunk=logits_chunk,
         rows=fit.get("rows") or 0,
         basis=BASES[fit.get("basis", "kfac")],

@@ -83,12 +83,13 @@ def method(settings: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def labels(settings: Mapping[str, Any]) -> tuple[str, str]:
-    """Whose labels a fit's gradients have, and what that makes of it."""
+    """Whose labels a fit's gradients have, or what is in their place, and what that makes of it."""
     if settings["fisher"] == "empirical":
         return "the data's own", "the empirical Fisher"
     draws = settings["draws"]
     times = "once" if draws == 1 else f"{draws} times"
-    return "drawn from the model", f"{times} for each target: the Fisher"
+    what = "random signs" if settings["fisher"] == "signs" else "drawn from the model"
+    return what, f"{times} for each target: the Fisher"
 
 
 def damping(text: str, chosen: Mapping[str, Any] = MappingProxyType({})) -> tuple[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -48,14 +48,16 @@ class Pass:
 
     Attributes:
         name: for the names of its commits.
-        draws: how many sets of drawn labels.
+        draws: how many sets of drawn labels, or of signs.
         gatherers: what is gathered; none for a pass whose losses, or gradients, alone are wanted.
+        signs: signs are drawn in place of labels.
     """
 
     name: str
     target: Target
     draws: int = 1
     gatherers: tuple[Gatherer, ...] = ()
+    signs: bool = False
 
     @property
     def differentiates(self) -> bool:
@@ -72,7 +74,7 @@ class Pass:
 
     def replay(self) -> Pass:
         """The same pass for microbatches whose contributions are there: only gradients go back."""
-        return Pass("replay", self.target, self.draws)
+        return replace(self, name="replay", gatherers=())
 
 
 def loss_pass(name: str = "losses") -> Pass:

@@ -305,6 +305,7 @@ class Stage:
                 self.spec.seed,
                 self._slice_positions(batch, hidden),
                 begin_draw,
+                work.signs,
             )
 
         with self._graph(opened is not None, record):

@@ -39,7 +39,9 @@ class Fit:
 
     Attributes:
         recipe: what is made, and in which numbers.
-        fisher: which labels the curvature is fitted to: ``sampled``, or ``labels``, the data's own.
+        fisher: what the curvature is fitted to: ``sampled``, labels drawn from the model, or
+            ``labels``, the data's own.
+        signs: signs are drawn in place of labels.
         per_token: whether the objective has a label for each token.
         extends: the run whose bases stay and whose Λ is added to, if there is one.
         notes: footer of every table.
@@ -47,6 +49,7 @@ class Fit:
 
     recipe: Recipe
     fisher: Target
+    signs: bool
     per_token: bool
     extends: Store | None
     notes: dict[str, str]
@@ -96,7 +99,7 @@ class Fit:
     def feed(self, target: Target) -> Feed:
         """The microbatches of a pass, with the labels that an earlier pass drew."""
         drawn = None
-        if target in ("sampled", "both") and self.labels_there():
+        if target in ("sampled", "both") and self.draws_labels and self.labels_there():
             drawn = DrawnLabels(self.store).read
         return self.workers.feed(self.corpus, drawn)
 
@@ -104,9 +107,14 @@ class Fit:
         """A sink of what a pass finds of the examples."""
         return ExampleRows(self.store, self.corpus.lengths if self.per_token else None)
 
+    @property
+    def draws_labels(self) -> bool:
+        """Whether labels are drawn from the model, which are kept for later passes."""
+        return self.fisher == "sampled" and not self.signs
+
     def labels_there(self) -> bool:
         """Whether the labels that the curvature is fitted to are known for all examples."""
-        if self.fisher != "sampled":
+        if not self.draws_labels:
             return True
         return DrawnLabels(self.store).complete(len(self.corpus))
 

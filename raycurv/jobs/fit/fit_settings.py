@@ -72,10 +72,12 @@ class FitSettings(Execution, Reading, Adapting, Capturing, Predicting):
     rows: Identity[Count | None] = None
     """How many gradients make the Fisher of `--method mfac`, each of its share of the examples;
     a stage holds so many copies of its weights. Default: 64."""
-    fisher: Identity[Literal["sampled", "empirical"]] = "sampled"
-    """Labels drawn from the model (the true Fisher), or the data's own."""
+    fisher: Identity[Literal["sampled", "signs", "empirical"]] = "sampled"
+    """Labels drawn from the model (the true Fisher); random signs in their place, whose gradients
+    have the same second moment and far less noise (not of an objective of your own without the
+    method `signed`); or the data's own labels."""
     draws: Identity[Count] = 1
-    """How many labels are drawn from the model for every target."""
+    """How many labels, or sets of signs, are drawn for every target."""
     objective: Identity[str | None] = None
     """`causal-lm`, `masked-lm`, `seq2seq-lm`, `classification`, `multi-label`, `regression`,
     `token-classification`, `preference`, or your own as `package.module:Name`. Default: what the
@@ -101,7 +103,7 @@ class FitSettings(Execution, Reading, Adapting, Capturing, Predicting):
     max_examples: Identity[Count | None] = None
     """Curvature from a seeded sample of so many examples."""
     seed: Identity[Seed] = 0
-    """Seed of the labels that are drawn, and of the sample of `--max-examples`."""
+    """Seed of the labels or signs that are drawn, and of the sample of `--max-examples`."""
     dtype: Identity[DtypeName] = "float32"
     """Number type that the model computes in."""
     store_dtype: Identity[DtypeName | None] = None

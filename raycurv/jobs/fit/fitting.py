@@ -43,6 +43,7 @@ from raycurv.jobs.shell import Shell, open_shell
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.choice import choose_blocks
 from raycurv.mathematics.coverage import coverage
+from raycurv.mathematics.loss.objective import Signed
 from raycurv.mathematics.loss.shipped import open_objective
 from raycurv.mathematics.methods import open_method
 from raycurv.mathematics.tiles import decomposable
@@ -81,6 +82,13 @@ def _fit(shell: Shell[FitSettings]) -> None:
     settings = shell.settings
     data = inputs.source("data", settings)
     opened = open_objective(objective)
+    if settings.fisher == "signs" and not isinstance(opened, Signed):
+        raise UserError(
+            "--fisher signs", "an objective with a method `signed` for its loss",
+            f"{objective if isinstance(objective, str) else type(objective).__name__} without one",
+            "Give --fisher sampled, or write the method (raycurv.mathematics.loss.objective.Signed "
+            "says what it gives).",
+        )  # fmt: skip
     blocks = _blocks(settings, network, store)
     check_names(blocks)
     covered = coverage(network.skeleton(), blocks, network.idle)
@@ -128,7 +136,8 @@ def _fit(shell: Shell[FitSettings]) -> None:
                 shell.check_causality(workers, opened, corpus)
         under_way = Fit(
             recipe=recipe,
-            fisher="sampled" if settings.fisher == "sampled" else "labels",
+            fisher="labels" if settings.fisher == "empirical" else "sampled",
+            signs=settings.fisher == "signs",
             per_token=opened.per_token,
             extends=None if parents.extended is None else parents.extended.store,
             notes=footer(identity(settings)),

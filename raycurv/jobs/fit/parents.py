@@ -232,9 +232,9 @@ def _open(how: str, name: str, out: Store) -> Parent:
 
 
 def _differences(run: Parent, wanted: dict[str, Any]) -> list[str]:
-    """Which of the shared settings differ; the seed counts where labels were drawn by it."""
+    """Which of the shared settings differ; the seed counts where something was drawn by it."""
     own = _shared(run.fit)
-    drawn = own["fisher"] == "sampled"
+    drawn = own["fisher"] != "empirical"
     return [key for key in SHARED if own[key] != wanted[key] and (key != "seed" or drawn)]
 
 

@@ -16,7 +16,7 @@ from raycurv.files.block_rows import BLOCKS_FILE, write_blocks
 from raycurv.jobs.fit.combined import combine_examples, take_over_blocks, take_over_factors
 from raycurv.jobs.fit.parents import Parents
 from raycurv.mathematics.loss.differentiation import Target
-from raycurv.stages.passes import Pass
+from raycurv.stages.passes import Gatherer, Pass
 from raycurv.steps.covariances import Covariances, undecomposed
 from raycurv.steps.method_steps import steps_of
 from raycurv.steps.shared_inputs import SharedInputs
@@ -132,7 +132,7 @@ class FitLoop:
                 if group == 0 and step.name:
                     self._done(step.name)
             if group > lowest:
-                replay = Pass("replay", self._differentiated(()), fit.recipe.draws)
+                replay = self._work("replay", self._differentiated(()))
                 feed = fit.feed(replay.target)
                 sweep.replay(group, Task(_STREAM, feed, replay, replay, False))
             sweep.descend(group)
@@ -148,6 +148,9 @@ class FitLoop:
         own = any(s.own_labels for s in together) or (fit.recipe.gradients and len(fit.groups) > 1)
         return "both" if own and fit.fisher == "sampled" else fit.fisher
 
+    def _work(self, name: str, target: Target, gatherers: tuple[Gatherer, ...] = ()) -> Pass:
+        return Pass(name, target, self._fit.recipe.draws, gatherers, self._fit.signs)
+
     def _pass(self, sweep: Sweep, group: int, lowest: int, leader: PassStep) -> None:
         """Run the pass that a step leads through a group, from its last commit if that is of use;
         with the steps that can ride on it."""
@@ -159,10 +162,10 @@ class FitLoop:
         sums = frozenset[str]().union(*(step.sums(group) for step in together))
         wanted = sums.union(*columns.values())
         self._forget_unless(sweep.commit_directory(leader.pass_name, group), sums, wanted)
-        work = Pass(leader.pass_name, target, fit.recipe.draws, gatherers)
+        work = self._work(leader.pass_name, target, gatherers)
         again, carries = work.replay(), leader.carries()
         if carries:
-            again = Pass(leader.pass_name, target, fit.recipe.draws, leader.again(group))
+            again = self._work(leader.pass_name, target, leader.again(group))
         sink = fit.example_rows() if any(columns.values()) else Sink()
         task = Task(_STREAM, fit.feed(target), work, again, carries, sink)
         names = sweep.run(group, task, leader.cost.phase, lowest if work.differentiates else group)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,11 +19,13 @@ from torch import Tensor
 from raycurv.batch import Batch, shown_ids
 from raycurv.errors import UserError
 from raycurv.mathematics.loss.draws import id_keys, uniforms
-from raycurv.mathematics.loss.objective import Judging, Objective
+from raycurv.mathematics.loss.objective import Judging, Objective, Signed
+from raycurv.mathematics.loss.signs import signs as signs_of
 from raycurv.mathematics.sums import Combine, Results
 
-# What a pass differentiates: labels drawn from the model, the data's own, the drawn ones and then
-# the data's own, the measurement of a query, or nothing (only the loss is wanted).
+# What a pass differentiates: labels drawn from the model (or signs in their place), the data's own
+# labels, the drawn ones and then the data's own, the measurement of a query, or nothing (only the
+# loss is wanted).
 Target = Literal["sampled", "labels", "both", "measurement", "nothing"]
 Head = Callable[[Tensor, int], Tensor]
 
@@ -76,6 +79,7 @@ def differentiate(
     seed: int,
     slice_positions: int,
     begin_draw: Callable[[int], None],
+    signs: bool = False,
 ) -> LossGradients:
     """Run head and objective on a microbatch, and differentiate.
 
@@ -83,9 +87,10 @@ def differentiate(
         objective: summed over an example's tokens.
         head: ``(hidden slice, first position) -> outputs``.
         hidden: what the last layer put out; its graph is not entered.
-        draws: of labels, for ``sampled`` and ``both``.
+        draws: of labels (or signs), for ``sampled`` and ``both``.
         slice_positions: positions at once, for a per-token objective.
         begin_draw: called before the backward of each draw, so that hooks can tell them apart.
+        signs: draw signs in place of labels, of an objective that has them (``Signed``).
 
     Raises:
         UserError: a loss or a measurement is not finite (names the example) or not one number an
@@ -114,6 +119,13 @@ def differentiate(
     drawn: list[list[Tensor]] = [[] for _ in range(samples)]
     keys = id_keys(batch.ids)
     what = "measurement" if target == "measurement" else "loss"
+
+    def counted(
+        numbers: Callable[..., Tensor], places: Tensor, draw: int
+    ) -> Callable[[int], Tensor]:
+        of_tokens = partial(numbers, seed, keys, places, draw)
+        return of_tokens if objective.per_token else lambda k: of_tokens(k)[:, 0]
+
     for part in _slices(objective, hidden, batch, slice_positions):
         own = part.batch
         leaf = hidden[part.at].detach().requires_grad_(count > 0)
@@ -129,15 +141,14 @@ def differentiate(
             if draw >= samples:
                 measure = objective.measurement if target == "measurement" else objective.loss
                 value = measure(outputs, own)
+            elif signs:
+                assert isinstance(objective, Signed)
+                value = objective.signed(outputs, own, counted(signs_of, part.places, draw))
             else:
                 if part.drawn is not None:
                     y = part.drawn[draw]
                 else:
-
-                    def uniform(k: int, draw: int = draw, places: Tensor = part.places) -> Tensor:
-                        found = uniforms(seed, keys, places, draw, k)
-                        return found if objective.per_token else found[:, 0]
-
+                    uniform = counted(uniforms, part.places, draw)
                     y = objective.sample(outputs.detach(), own, uniform)
                     drawn[draw].append(y)
                 value = objective.loss(outputs, replace(own, labels=y))

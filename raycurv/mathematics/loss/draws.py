@@ -50,8 +50,8 @@ def _mix(state: Tensor, field: Tensor | int) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def uniforms(seed: int, keys_N: Tensor, positions_T: Tensor, draw: int, components: int) -> Tensor:
-    """Uniform numbers in (0, 1), float64 ``[N, T, components]``.
+def hashes(seed: int, keys_N: Tensor, positions_T: Tensor, draw: int, components: int) -> Tensor:
+    """64 random bits each, int64 ``[N, T, components]``.
 
     Args:
         keys_N: from :func:`id_keys`.
@@ -65,7 +65,12 @@ def uniforms(seed: int, keys_N: Tensor, positions_T: Tensor, draw: int, componen
     h_N = _mix(start, keys_N.to(device))
     h_NT = _mix(h_N[:, None], positions_T[None, :])
     h_NT = _mix(h_NT, draw)
-    h_NTK = _mix(h_NT[:, :, None], torch.arange(components, device=device))
+    return _mix(h_NT[:, :, None], torch.arange(components, device=device))
+
+
+def uniforms(seed: int, keys_N: Tensor, positions_T: Tensor, draw: int, components: int) -> Tensor:
+    """Uniform numbers in (0, 1), float64 ``[N, T, components]``; arguments as :func:`hashes`."""
+    h_NTK = hashes(seed, keys_N, positions_T, draw, components)
     return (_shift_right(h_NTK, 12).double() + 0.5) * 2.0**-52
 
 

@@ -10,10 +10,12 @@ from raycurv.batch import Batch
 from raycurv.errors import UserError
 from raycurv.mathematics.loss.objective import (
     Objective,
+    Signs,
     Uniform,
     check_numbers,
     labels_of,
 )
+from raycurv.mathematics.loss.signs import with_gradient
 
 
 class MultiLabel(Objective):
@@ -32,6 +34,13 @@ class MultiLabel(Objective):
     def sample(self, outputs: Tensor, batch: Batch, uniform: Uniform) -> Tensor:
         check_numbers("multi-label", outputs)
         return (uniform(outputs.shape[1]) < outputs.double().sigmoid()).to(torch.int64)
+
+    def signed(self, outputs: Tensor, batch: Batch, signs: Signs) -> Tensor:
+        check_numbers("multi-label", outputs)
+        logits = outputs if outputs.dtype == torch.float64 else outputs.float()
+        p = logits.detach().sigmoid()
+        root = signs(logits.shape[1]) * (p * (1.0 - p)).sqrt()
+        return with_gradient(logits, root.sum(dim=1), root)
 
     def correct(self, outputs: Tensor, batch: Batch) -> Tensor:
         labels = self._targets(outputs, batch)

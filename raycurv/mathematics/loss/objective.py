@@ -1,4 +1,4 @@
-"""Objectives: what is differentiated, and how labels are drawn from the model's own distribution.
+"""Objectives: what is differentiated, and what is drawn from the model's own distribution.
 
 Every method is summed over an example's tokens, never averaged, and returns one number an example.
 
@@ -18,8 +18,11 @@ from torch import Tensor
 from raycurv.batch import NOT_A_TARGET, Batch
 from raycurv.errors import UserError
 from raycurv.mathematics.loss.draws import draw_categorical
+from raycurv.mathematics.loss.signs import signed_softmax
 
+# Numbers by the counter: so many for each target. Uniform ones in (0, 1), and signs, 1 or -1.
 Uniform = Callable[[int], Tensor]
+Signs = Callable[[int], Tensor]
 # What of the data an objective is of, see Objective.reads.
 Reads: TypeAlias = Literal["texts", "masked", "pairs", "sources"]
 
@@ -92,6 +95,21 @@ class Objective(Protocol):
 
 
 @runtime_checkable
+class Signed(Protocol):
+    """What an objective may have besides: random signs in place of drawn labels (``--fisher
+    signs``)."""
+
+    def signed(self, outputs: Tensor, batch: Batch, signs: Signs) -> Tensor:
+        """Numbers ``[N]`` whose gradients in the outputs have mean zero over the signs, and as
+        their covariance the Hessian of the loss: over each target's own outputs, and zero between
+        targets. For a softmax see :func:`raycurv.mathematics.loss.signs.signed_softmax`.
+
+        ``signs(k)`` gives 1 or -1, float32 ``[N, k]`` (``[N, T, k]`` when per token). ``batch`` is
+        as it is for ``sample``: it may have no labels.
+        """
+
+
+@runtime_checkable
 class Judging(Protocol):
     """What an objective may have besides: a way to count what the model gets right."""
 
@@ -118,6 +136,12 @@ class TokenLabels(Objective):
         self._targets(outputs, batch)
         drawn = draw_categorical(outputs.flatten(0, 1), uniform(1).flatten())
         return drawn.view(outputs.shape[:2])
+
+    def signed(self, outputs: Tensor, batch: Batch, signs: Signs) -> Tensor:
+        _, counts = self._targets(outputs, batch)
+        logits = outputs if outputs.dtype == torch.float64 else outputs.float()
+        found = signed_softmax(logits, signs(logits.shape[2]))
+        return torch.where(counts, found, 0.0).sum(dim=1)
 
     def correct(self, outputs: Tensor, batch: Batch) -> Tensor:
         labels, counts = self._targets(outputs, batch)
@@ -204,6 +228,11 @@ class Classification(Objective):
 
     def sample(self, outputs: Tensor, batch: Batch, uniform: Uniform) -> Tensor:
         return draw_categorical(self._logits(outputs, batch), uniform(1)[:, 0])
+
+    def signed(self, outputs: Tensor, batch: Batch, signs: Signs) -> Tensor:
+        logits = self._logits(outputs, batch)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return signed_softmax(logits, signs(logits.shape[1]))
 
     def correct(self, outputs: Tensor, batch: Batch) -> Tensor:
         logits = self._logits(outputs, batch)
@@ -315,6 +344,11 @@ class Regression(Objective):
         noise = torch.special.ndtri(uniform(f.shape[1]))
         drawn: Tensor = (f.double() + noise).reshape(outputs.shape)
         return drawn
+
+    def signed(self, outputs: Tensor, batch: Batch, signs: Signs) -> Tensor:
+        f = self._numbers(outputs, batch)
+        f = f if f.dtype == torch.float64 else f.float()
+        return (signs(f.shape[1]) * f).sum(dim=1)
 
     def _numbers(self, outputs: Tensor, batch: Batch) -> Tensor:
         """The outputs as ``[N, D]``."""

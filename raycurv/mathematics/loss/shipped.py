@@ -19,6 +19,7 @@ from raycurv.mathematics.loss.objective import (
     Reads,
     Regression,
     Seq2SeqLM,
+    Signed,
     TokenClassification,
 )
 from raycurv.mathematics.loss.preference import Preference
@@ -171,6 +172,17 @@ class _Completed:
         self.measurement = method("measurement") if hasattr(own, "measurement") else self.loss
         if isinstance(own, Judging):
             self.correct = method("correct")
+        if isinstance(own, Signed) and _newer(type(own), "signed", "loss"):
+            self.signed = method("signed")
+
+
+def _newer(kind: type, method: str, other: str) -> bool:
+    """Whether a class does not have a method from a base whose other method it replaces."""
+    place = {
+        name: next((n for n, base in enumerate(kind.__mro__) if name in vars(base)), -1)
+        for name in (method, other)
+    }
+    return place[method] <= place[other]
 
 
 def _telling(name: str, method: Callable[..., Tensor]) -> Callable[..., Tensor]:
