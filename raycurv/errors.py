@@ -71,7 +71,8 @@ def in_words(error: Exception) -> str:
 def user_errors(
     where: str, expected: str, remedy: str, *kinds: type[Exception], got: str = "{kind}: {error}"
 ) -> Iterator[None]:
-    """What libraries raise in the body becomes a :class:`UserError`; what is one stays as it is.
+    """What libraries raise in the body becomes a :class:`UserError`; what is one stays as it is, as
+    does what says that there is no memory.
 
     Args:
         kinds: of exceptions that a mistake of the caller's explains.
@@ -82,6 +83,8 @@ def user_errors(
     except RaycurvError:
         raise
     except kinds as error:
+        if says_no_memory(error):
+            raise
         text = got.format(kind=type(error).__name__, error=in_words(error))
         raise UserError(where, expected, text, remedy) from error
 
@@ -99,11 +102,16 @@ def users_code(where: str, expected: str, remedy: str) -> Iterator[None]:
         raise
     except Exception as error:
         line = _line_of(error)
-        if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)) or line is None:
+        if says_no_memory(error) or line is None:
             raise
         raise UserError(
             where, expected, f"{type(error).__name__}: {error}{line}".rstrip("."), remedy
         ) from error
+
+
+def says_no_memory(error: Exception) -> bool:
+    """Whether an exception says that there is no memory, of a GPU or of the CPU."""
+    return isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)) is not None
 
 
 _PACKAGE = str(Path(__file__).parent)

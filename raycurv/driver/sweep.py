@@ -70,6 +70,7 @@ class Sweep:
 
     Args:
         target: of the passes, where a run may choose it.
+        there: the pass that makes what enters the groups; by default hidden states alone.
 
     Attributes:
         streams: those that go forward; one that is taken away does not.
@@ -84,13 +85,17 @@ class Sweep:
         manifest: Manifest,
         streams: Mapping[str, Feed],
         target: Target | None = None,
+        there: Pass | None = None,
     ) -> None:
         self._workers, self._manifest, self.streams = workers, manifest, dict(streams)
+        self._there = there or loss_pass()
         self._spool: Spool | None = None
         if self.last > 0:
             units = [[workers.cuts[stage].stop for stage in group] for group in workers.groups]
             plans = [plan_mark(feed.plan) for feed in streams.values()]
             said = [_FORMAT, manifest.settings, manifest.fingerprints, units, plans, target]
+            if there is not None:
+                said.append(there.name)  # whose directions it names
             text = json.dumps(said, sort_keys=True).encode()
             mark = hashlib.blake2b(text, digest_size=16).hexdigest()
             store = spool_store(workers.store, workers.settings.spool_dir)
@@ -190,7 +195,7 @@ class Sweep:
                 given = ends.load(0)
                 break
             except LostSpool as lost:
-                self._remake(lost, _forward_task(name, feed))
+                self._remake(lost, self._forward_task(name, feed))
         self._workers.load(group)
         meet(group, given)
 
@@ -202,7 +207,7 @@ class Sweep:
 
     def _forward(self, group: int, name: str, feed: Feed) -> None:
         assert self._spool is not None
-        task = _forward_task(name, feed)
+        task = self._forward_task(name, feed)
         while True:
             missing = self._missing(name, "hidden", group + 1, feed)
             if not missing:
@@ -260,13 +265,12 @@ class Sweep:
         start = boundary
         while start > 0 and not self._spool.has(task.stream, "hidden", start, m):
             start -= 1
-        forward = _forward_task(task.stream, task.feed)
+        forward = self._forward_task(task.stream, task.feed)
         for group in range(start, boundary):
             self._take(group, forward, _Forward(self._spool, task.stream, group), [m])
 
-
-def _forward_task(stream: str, feed: Feed) -> Task:
-    return Task(stream, feed, loss_pass(), loss_pass(), carries=False)
+    def _forward_task(self, stream: str, feed: Feed) -> Task:
+        return Task(stream, feed, self._there, self._there, carries=False)
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,8 @@ class Captured:
             call after call (then ``None``).
         live: input factor -> numbers ``[R]`` of the rows that count, among ``N·T``, where products
             of all rows shall be of these alone; no entry for products of all.
+        products: of a product of the curvature, whose draws are directions: block -> what the
+            microbatch adds to it, ``[O, I]``. There is nothing else then.
     """
 
     batch: Batch
@@ -58,6 +60,7 @@ class Captured:
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     positions: Callable[[Block], Tensor | None] = lambda block: None
     live: Mapping[str, Tensor] = field(default_factory=dict)
+    products: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def of_fit(draws: Sequence[Captured]) -> Sequence[Captured]:

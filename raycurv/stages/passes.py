@@ -17,6 +17,8 @@ from torch import Tensor
 
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Captured
+from raycurv.mathematics.exact.head import QUADRATIC, Matrix
+from raycurv.mathematics.exact.product_sums import ProductSums
 from raycurv.mathematics.loss.differentiation import RESULTS, Target
 from raycurv.mathematics.sums import Combine, Results, Sums
 from raycurv.stages.dealing import runs
@@ -42,6 +44,42 @@ class Gatherer(ABC):
         """Write what was gathered under a name, added up over replicas, to where results go."""
 
 
+class Directions(ABC):
+    """The vectors that a pass multiplies the curvature by: a dataclass, frozen, picklable.
+
+    Attributes:
+        count: how many there are (Q).
+    """
+
+    count: int
+
+    @abstractmethod
+    def open(
+        self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device
+    ) -> Mapping[str, Tensor]:
+        """The part ``[Q, O, I]`` of a stage with these blocks, by block; one that has none is zero
+        there. Called again where a stage is built again, and then has to give the same."""
+
+
+@dataclass(frozen=True)
+class ProductGatherer(Gatherer):
+    """Gathers the products of a pass; the result of a block is a
+    :class:`~raycurv.mathematics.exact.product_sums.ProductSum`.
+
+    Attributes:
+        directions: how many vectors are multiplied.
+    """
+
+    directions: int
+
+    name = "products"
+
+    def open(
+        self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device
+    ) -> ProductSums:
+        return ProductSums(blocks, self.directions, dtype, device)
+
+
 @dataclass(frozen=True)
 class Pass:
     """One run of all microbatches through all stages. Frozen, picklable.
@@ -49,8 +87,12 @@ class Pass:
     Attributes:
         name: for the names of its commits.
         draws: how many sets of drawn labels, or of signs.
-        gatherers: what is gathered; none for a pass whose losses, or gradients, alone are wanted.
+        gatherers: what is gathered; none for a pass whose losses, or gradients, alone are wanted,
+            and one of products.
         signs: signs are drawn in place of labels.
+        directions: of products.
+        matrix: that they are multiplied by.
+        goes_back: whether gradients go back, where something is differentiated at all.
     """
 
     name: str
@@ -58,16 +100,19 @@ class Pass:
     draws: int = 1
     gatherers: tuple[Gatherer, ...] = ()
     signs: bool = False
+    directions: Directions | None = None
+    matrix: Matrix = "ggn"
+    goes_back: bool = True
 
     @property
     def differentiates(self) -> bool:
         """Whether gradients go back through the stages."""
-        return self.target != "nothing"
+        return self.target != "nothing" and self.goes_back
 
     @property
     def results(self) -> dict[str, Combine]:
         """How stages combine everything that they find of each example."""
-        found: dict[str, Combine] = dict(RESULTS)
+        found: dict[str, Combine] = {**RESULTS, QUADRATIC: "last"}
         for gatherer in self.gatherers:
             found |= gatherer.results
         return found
@@ -75,6 +120,12 @@ class Pass:
     def replay(self) -> Pass:
         """The same pass for microbatches whose contributions are there: only gradients go back."""
         return replace(self, name="replay", gatherers=())
+
+    def forwards(self) -> Pass:
+        """The pass that makes what enters each group of stages: forward, and nothing gathered."""
+        if self.directions is None:
+            return loss_pass()
+        return replace(self, gatherers=(), goes_back=False)
 
 
 def loss_pass(name: str = "losses") -> Pass:
@@ -110,6 +161,15 @@ class Gathered:
         for sums in self._sums.values():
             found |= sums.add(draws, counts)
         return found
+
+    def add_products(self, directions: Iterator[Captured], counts: bool) -> None:
+        """Add a microbatch's products, made one direction after the other."""
+        for sums in self._sums.values():
+            assert isinstance(sums, ProductSums) and len(self._sums) == 1, "products go to one sum"
+            sums.add(directions, counts)
+        # What goes back is made with them, whoever takes them.
+        for _ in directions:
+            pass
 
     def result(self, name: str) -> Any:
         """What was gathered under a name."""

@@ -8,7 +8,7 @@ states, and what goes with them; gradients come back for those of floating point
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -44,6 +44,7 @@ from raycurv.models.patched import repatch
 from raycurv.stages.heap import RESIDENT, give_back, give_back_at_once
 from raycurv.stages.independence import Again, check_independence, check_objective
 from raycurv.stages.passes import Gathered, Pass
+from raycurv.stages.products import Products
 from raycurv.stages.seen import Seen
 
 
@@ -155,6 +156,7 @@ class Stage:
         self._random = False
         self._open: dict[int, _Open] = {}
         self._pass: Pass | None = None
+        self._products: Products | None = None
         self._gathered: Gathered | None = None
         self._seen = Seen()
         self._last = -1
@@ -217,8 +219,15 @@ class Stage:
         self._open.clear()
         self._pass = work
         # What the pass before gathered is written by now: the two need not be held at once.
-        self._gathered = None
+        self._gathered = self._products = None
         give_back(collect=False)
+        if work.directions is not None:
+            # Hooks would see other tensors than those of the model's forward.
+            self._capture.close()
+            self._products = Products(
+                work, self._segment, self.blocks, self._objective, self.spec.seed,
+                self.spec.dtype, self._device, self._slice_positions,
+            )  # fmt: skip
         self._gathered = Gathered(work, self.blocks, self.spec.dtype, self._device)
         self._seen, self._last = Seen(), -1
         # A commit may be of other stages: each takes what is its own from the files of all.
@@ -242,12 +251,17 @@ class Stage:
     def abort(self) -> tuple[int, ...]:
         """Drop the microbatches under way, which will come again; gives those in the sums."""
         self._open.clear()
+        if self._products is not None:
+            self._products.abort()
         self._last = -1
         return tuple(self._seen)
 
     def forward(self, batch: Batch, hidden: Hidden | None) -> Hidden:
         """Hidden states after this stage's last layer; the graph stays for ``backward``."""
         assert self._pass is not None
+        if self._products is not None:
+            with self._checkpoints:
+                return self._products.forward(batch, hidden)
         differentiates = self._pass.differentiates
         batch = batch.to(self._device)
         if differentiates:
@@ -281,12 +295,16 @@ class Stage:
         """
         assert self._pass is not None
         left = self.forward(batch, hidden)
-        opened = self._open.get(batch.index)
         if not self._segment.last:
-            if opened is None:
+            if not self._pass.differentiates:
                 return left, {}
             assert gradients is not None, "only the model's last stage starts from the loss"
             return self.backward(batch.index, gradients)
+        if self._products is not None:
+            cotangents, of_head, results = self._products.ends(batch)
+            back, gathered = self._backward_products(batch.index, cotangents, of_head)
+            return back, results | gathered
+        opened = self._open.get(batch.index)
         batch = batch.to(self._device)
         record = Record(batch) if opened is None else opened.record
         work, objective = self._pass, self._measures()
@@ -332,6 +350,8 @@ class Stage:
         assert self._gathered is not None and self._pass is not None
         # Additions happen in one order, or float sums would depend on chance.
         assert index > self._last, f"microbatch {index} comes after {self._last}"
+        if self._products is not None:
+            return self._backward_products(index, gradients)
         opened, target = self._open.pop(index), self._pass.target
         record, draws = opened.record, []
         entered = [] if opened.entered is None else _differentiable(opened.entered)
@@ -363,6 +383,17 @@ class Stage:
         self._last = index
         leaving = tuple(map(torch.stack, back)) if opened.entered is not None else None
         return leaving, {name: tensor.cpu() for name, tensor in results.items()}
+
+    def _backward_products(
+        self, index: int, cotangents: Hidden, of_head: Sequence[Mapping[str, Tensor]] = ()
+    ) -> tuple[Hidden | None, Results]:
+        assert self._gathered is not None and self._products is not None
+        with self._checkpoints:
+            products, leaving = self._products.backward(index, cotangents, of_head)
+            self._gathered.add_products(products, index not in self._seen)
+        self._seen.add(index)
+        self._last = index
+        return leaving(), {}
 
     def commit(self, store: Store, name: str) -> None:
         """Write all sums so far, and which microbatches they contain, into one file, atomically."""
@@ -396,6 +427,9 @@ class Stage:
     def finish(self) -> None:
         """End the pass, and forget its sums."""
         self._open.clear()
+        if self._products is not None:
+            self._products = None
+            self._capture = Capture(self._segment.module, self.blocks)
         self._pass = self._gathered = None
 
     @contextmanager

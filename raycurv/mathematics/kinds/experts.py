@@ -228,12 +228,13 @@ def experts_forward(
             a row for each of the routing), and what they made, ``[S, O]``; gives what goes on.
     """
     (first, _), (last, _) = _parameters_of(module)
-    routing = Routing(top_k_index, len(module.get_parameter(first)))
+    # Not always parameters: a product of the curvature puts others in their place.
+    routing = Routing(top_k_index, len(getattr(module, first)))
 
     def multiplied(name: str, x: Tensor, rows: Tensor) -> Tensor:
         y = routing.multiply(
-            rows, module.get_parameter(name), bool(module.is_transposed),
-            module.get_parameter(f"{name}_bias") if module.has_bias else None,
+            rows, getattr(module, name), bool(module.is_transposed),
+            getattr(module, f"{name}_bias") if module.has_bias else None,
         )  # fmt: skip
         return y if noted is None else noted(name, x, y, routing)
 
@@ -390,10 +391,19 @@ class _Rows:
 
 class _Taken(torch.autograd.Function):
     # Hidden states by row: as an index, but its backward adds up in one order on every device.
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, routing: Routing) -> Tensor:
-        ctx.routing = routing
+    def forward(hidden: Tensor, routing: Routing) -> Tensor:
         return hidden.index_select(0, routing.tokens)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.routing = inputs[1]
+
+    @staticmethod
+    def jvp(ctx: Any, moved: Tensor, _: None) -> Tensor:
+        return moved.index_select(0, ctx.routing.tokens)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:

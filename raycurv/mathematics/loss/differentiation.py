@@ -25,8 +25,8 @@ from raycurv.mathematics.sums import Combine, Results
 
 # What a pass differentiates: labels drawn from the model (or signs in their place), the data's own
 # labels, the drawn ones and then the data's own, the measurement of a query, or nothing (only the
-# loss is wanted).
-Target = Literal["sampled", "labels", "both", "measurement", "nothing"]
+# loss is wanted). A product of the curvature is of another kind, see mathematics/exact/head.py.
+Target = Literal["sampled", "labels", "both", "measurement", "nothing", "product"]
 Head = Callable[[Tensor, int], Tensor]
 
 # Of each example: loss of its own labels, summed over its tokens; labels that were drawn here; how
@@ -53,7 +53,7 @@ class LossGradients:
 
 
 @dataclass(frozen=True)
-class _Slice:
+class Slice:
     """A part of a microbatch that head and objective see at once.
 
     Attributes:
@@ -67,6 +67,13 @@ class _Slice:
     batch: Batch
     places: Tensor
     drawn: list[Tensor] | None
+
+    def counted(
+        self, numbers: Callable[..., Tensor], objective: Objective, seed: int, draw: int
+    ) -> Callable[[int], Tensor]:
+        """What a counter gives of a draw for these positions, as an objective takes it."""
+        of_tokens = partial(numbers, seed, id_keys(self.batch.ids), self.places, draw)
+        return of_tokens if objective.per_token else lambda k: of_tokens(k)[:, 0]
 
 
 def differentiate(
@@ -117,16 +124,8 @@ def differentiate(
     loss: Tensor | None = None
     correct: Tensor | None = None
     drawn: list[list[Tensor]] = [[] for _ in range(samples)]
-    keys = id_keys(batch.ids)
     what = "measurement" if target == "measurement" else "loss"
-
-    def counted(
-        numbers: Callable[..., Tensor], places: Tensor, draw: int
-    ) -> Callable[[int], Tensor]:
-        of_tokens = partial(numbers, seed, keys, places, draw)
-        return of_tokens if objective.per_token else lambda k: of_tokens(k)[:, 0]
-
-    for part in _slices(objective, hidden, batch, slice_positions):
+    for part in slices(objective, hidden, batch, slice_positions):
         own = part.batch
         leaf = hidden[part.at].detach().requires_grad_(count > 0)
         outputs = head(leaf, own.start)
@@ -143,16 +142,18 @@ def differentiate(
                 value = measure(outputs, own)
             elif signs:
                 assert isinstance(objective, Signed)
-                value = objective.signed(outputs, own, counted(signs_of, part.places, draw))
+                value = objective.signed(
+                    outputs, own, part.counted(signs_of, objective, seed, draw)
+                )
             else:
                 if part.drawn is not None:
                     y = part.drawn[draw]
                 else:
-                    uniform = counted(uniforms, part.places, draw)
+                    uniform = part.counted(uniforms, objective, seed, draw)
                     y = objective.sample(outputs.detach(), own, uniform)
                     drawn[draw].append(y)
                 value = objective.loss(outputs, replace(own, labels=y))
-            _check_shape(value, batch, what)
+            check_loss_shape(value, batch, what)
             values[draw] += value.detach().double()
             _check_finite(values[draw], batch, what)
             begin_draw(draw)
@@ -175,13 +176,15 @@ def _labelled(objective: Objective, batch: Batch) -> bool:
     return objective.per_token or batch.labels is not None
 
 
-def _slices(
+def slices(
     objective: Objective, hidden: Tensor, batch: Batch, slice_positions: int
-) -> Iterator[_Slice]:
+) -> Iterator[Slice]:
+    """The parts of a microbatch's hidden states that head and objective see at once; UserError for
+    states that have no axis of positions."""
     drawn = None if batch.drawn is None else list(batch.drawn)
     if not objective.per_token:
         place = torch.zeros(1, dtype=torch.int64, device=hidden.device)
-        yield _Slice((slice(None),), batch, place, drawn)
+        yield Slice((slice(None),), batch, place, drawn)
         return
     if hidden.ndim < 3 or batch.mask is None:
         raise UserError(
@@ -204,7 +207,7 @@ def _slices(
     ahead = None if drawn is None else [_ahead(y, shift) for y in drawn]
     for start in range(0, hidden.shape[1], slice_positions):
         part = slice(start, min(start + slice_positions, hidden.shape[1]))
-        yield _Slice(
+        yield Slice(
             (slice(None), part),
             replace(batch, labels=labels_NT[:, part], loss_mask=counts_NT[:, part], start=start),
             # Positions of the targets, behind those that predict them.
@@ -250,7 +253,7 @@ def _ahead(values_NT: Tensor, shift: int) -> Tensor:
     return moved
 
 
-def _check_shape(value: Any, batch: Batch, what: str) -> None:
+def check_loss_shape(value: Any, batch: Batch, what: str) -> None:
     """Refuse what an objective gives if it is not one number an example."""
     if isinstance(value, Tensor) and value.shape == (batch.size,):
         return
