@@ -20,7 +20,6 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.func import vjp
 
 from raycurv.batch import Batch, Hidden
 from raycurv.errors import says_no_memory, user_errors
@@ -28,7 +27,7 @@ from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Captured
 from raycurv.mathematics.exact.head import QUADRATIC, HeadProduct
 from raycurv.mathematics.exact.parameters import BlockParameters
-from raycurv.mathematics.exact.tangents import Rules, changed, forward_tangents
+from raycurv.mathematics.exact.tangents import Rules, forward_tangents, second
 from raycurv.mathematics.loss.objective import Objective
 from raycurv.mathematics.sums import Results
 from raycurv.models.model import Segment
@@ -264,25 +263,30 @@ class Products:
             yield {name: g for name, g in zip(names, own, strict=True) if g is not None}
 
     def _hessian(
-        self, opened: _Open, cotangents: Sequence[Tensor], back: list[list[Tensor]]
+        self, opened: _Open, cotangents: Sequence[Tensor], leaving: list[list[Tensor]]
     ) -> Iterator[dict[str, Tensor]]:
-        """How ``Jᵀ ḡ`` changes along every direction; adds what goes back to ``back``."""
+        """How ``Jᵀ ḡ`` changes along every direction; adds what goes back to ``leaving``."""
         call = self._call(opened.batch, opened.entered)
         floats = tuple(t.detach() for t in opened.entered or () if t.is_floating_point())
         own, tangents = self._parameters.own, self._tangents
         if not tangents:
             tangents = {n: p.new_zeros((self._count, *p.shape)) for n, p in own.items()}
-        base = tuple(c[0] for c in cotangents)
-        changes = tuple(c[1:] for c in cotangents)
-        primal, moved = changed(
-            lambda p, x, g: vjp(call, p, x)[1](g),
-            (own, floats, base),
-            (tangents, opened.moved, changes),
-        )
-        back.append(list(primal[1]))
         for q in range(self._count):
-            back.append([t[q] for t in moved[1]])
-            yield {name: t[q] for name, t in moved[0].items()}
+
+            def back(outputs: tuple[Tensor, ...], moved: tuple[Tensor, ...], q: int = q) -> Tensor:
+                of = zip(cotangents, outputs, moved, strict=True)
+                return torch.stack(
+                    [(c[0] * dy).sum() + (c[1 + q] * y).sum() for c, y, dy in of]
+                ).sum()
+
+            found = second(
+                call, own, floats, {name: d[q] for name, d in tangents.items()},
+                [d[q] for d in opened.moved], back,
+            )  # fmt: skip
+            if q == 0:
+                leaving.append(list(found.gradients))
+            leaving.append(list(found.inputs))
+            yield found.parameters
 
 
 def _own(entered: Hidden | None) -> Hidden | None:

@@ -15,16 +15,16 @@ Axis letters: Q directions, N examples, T positions, V outputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.func import grad
 
 from raycurv.batch import Batch
 from raycurv.errors import user_errors
-from raycurv.mathematics.exact.tangents import Rules, changed, forward_tangents
+from raycurv.mathematics.exact.tangents import Rules, forward_tangents, second
 from raycurv.mathematics.loss.differentiation import Slice, check_loss_shape, slices
 from raycurv.mathematics.loss.objective import Objective
 
@@ -169,40 +169,36 @@ class HeadProduct:
                 self.head(parameters, hidden[part.at], part.batch.start), part, 0
             ) if part.batch.labels is None else part.batch  # fmt: skip
 
-            def loss(
-                p: Mapping[str, Tensor], x: Tensor, part: Slice = part, own: Batch = labelled
-            ) -> Tensor:
-                return self.objective.loss(self.head(p, x, part.batch.start), own).sum()
+            def call(
+                p: Mapping[str, Tensor], x: Sequence[Tensor], part: Slice = part
+            ) -> tuple[Tensor, ...]:
+                return (self.head(p, x[0], part.batch.start),)
 
-            there = (slice(None), *part.at)
-            gradients, changes = changed(
-                grad(loss, argnums=(0, 1)), (dict(parameters), hidden[part.at]),
-                (dict(tangents), moved[there]),
-            )  # fmt: skip
-            found.hidden[0][part.at] = gradients[1]
-            found.hidden[1:][there] = changes[1]
+            def back(
+                outputs: tuple[Tensor, ...], moved: tuple[Tensor, ...], own: Batch = labelled
+            ) -> Tensor:
+                # The loss's own tangent, which not every loss has itself.
+                with _twice():
+                    return (self._slope(outputs[0], own) * moved[0]).sum()
+
             for q, own in enumerate(found.parameters):
-                for name, change in changes[0].items():
-                    own[name] = own[name] + change[q] if name in own else change[q]
+                made = second(
+                    call, parameters, (hidden[part.at],),
+                    {name: d[q] for name, d in tangents.items()}, (moved[q][part.at],),
+                    back,
+                )  # fmt: skip
+                (found.hidden[1 + q][part.at],) = made.inputs
+                (found.hidden[0][part.at],) = made.gradients
+                for name, change in made.parameters.items():
+                    own[name] = own[name] + change if name in own else change
         return found
 
     def _curved(self, outputs: Tensor, part: Slice, u: Tensor) -> Tensor:
         """``R u_q``, by going back twice through the loss alone."""
         z = outputs.detach().requires_grad_()
         labelled = self._labelled(z, part, 0) if part.batch.labels is None else part.batch
-        with (
-            torch.enable_grad(),
-            user_errors(
-                "the objective",
-                "a loss that autograd differentiates twice with respect to the outputs",
-                "Make it of operations that have second derivatives, or give --matrix fisher, "
-                "which needs the first alone.",
-                RuntimeError,
-            ),
-        ):
-            value = self.objective.loss(z, labelled)
-            check_loss_shape(value, part.batch, "loss")
-            (g,) = torch.autograd.grad(value.sum(), z, create_graph=True, materialize_grads=True)
+        with torch.enable_grad(), _twice():
+            g = self._slope(z, labelled)
             if not g.requires_grad:
                 return torch.zeros_like(u)
             found = [
@@ -216,15 +212,30 @@ class HeadProduct:
         z = outputs.detach().requires_grad_()
         labelled = part.batch if self.matrix == "empirical" else self._labelled(z, part, draw)
         with torch.enable_grad():
-            value = self.objective.loss(z, labelled)
-            check_loss_shape(value, part.batch, "loss")
-            return torch.autograd.grad(value.sum(), z, materialize_grads=True)[0]
+            return self._slope(z, labelled).detach()
+
+    def _slope(self, outputs: Tensor, labelled: Batch) -> Tensor:
+        """The loss's gradient with respect to the outputs, which can be differentiated again."""
+        value = self.objective.loss(outputs, labelled)
+        check_loss_shape(value, labelled, "loss")
+        (g,) = torch.autograd.grad(value.sum(), outputs, create_graph=True, materialize_grads=True)
+        return g
 
     def _labelled(self, outputs: Tensor, part: Slice, draw: int) -> Batch:
         """The slice with labels of a draw."""
         uniform = part.uniform(self.objective, self.seed, draw)
         drawn = self.objective.sample(outputs.detach(), part.batch, uniform)
         return replace(part.batch, labels=drawn)
+
+
+def _twice() -> AbstractContextManager[None]:
+    return user_errors(
+        "the objective",
+        "a loss that autograd differentiates twice with respect to the outputs",
+        "Make it of operations that have second derivatives, or give --matrix fisher, which needs "
+        "the first alone.",
+        RuntimeError,
+    )
 
 
 def _by_example(values: Tensor, batch: Batch) -> Tensor:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -91,10 +92,11 @@ def forward_tangents(
 
             outputs: tuple[Tensor, ...] = vmap(tangent)(parameter_tangents, tuple(input_tangents))
         else:
-            each = [
-                _dual(call, parameters, inputs, parameter_tangents, input_tangents, q)
-                for q in range(directions)
-            ]
+            each = []
+            for q in range(directions):
+                dp = {name: d[q] for name, d in parameter_tangents.items()}
+                dx = [d[q] for d in input_tangents]
+                each.append(_dual(call, parameters, inputs, dp, dx)[1])
             outputs = tuple(map(torch.stack, zip(*each, strict=True)))
     if not torch.equal(generator, torch.get_rng_state()):
         raise UserError(
@@ -106,37 +108,65 @@ def forward_tangents(
     return outputs
 
 
-def changed(function: Callable[..., Any], at: tuple[Any, ...], moved: tuple[Any, ...]) -> Any:
-    """What a function makes of its arguments, and how that changes along directions.
+@dataclass(frozen=True)
+class Second:
+    """What goes back from a part of the network along one direction.
+
+    Attributes:
+        parameters: how the gradient with respect to each parameter changes along the direction.
+        inputs: the same of what entered.
+        gradients: with respect to what entered, the gradient itself.
+    """
+
+    parameters: dict[str, Tensor]
+    inputs: tuple[Tensor, ...]
+    gradients: tuple[Tensor, ...]
+
+
+def second(
+    call: Call,
+    parameters: Tensors,
+    inputs: Sequence[Tensor],
+    parameter_tangents: Tensors,
+    input_tangents: Sequence[Tensor],
+    back: Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], Tensor],
+) -> Second:
+    """Second derivatives along one direction, by going back through its tangents.
+
+    ``∂/∂θ (ḡᵀ ẏ + cᵀ y)`` is how ``Jᵀ ḡ`` changes along the direction, where c is how ḡ does; and
+    ``∂/∂ẋ`` of it is ``Jᵀ ḡ`` (reverse over forward; Griewank & Walther 2008, section 5.3).
 
     Args:
-        function: of plain operations, which has a second derivative if it holds a first.
-        at: its arguments, tensors in dicts and tuples.
-        moved: of each the tangents, ``[Q, ...]``.
-
-    Returns:
-        its results, and their tangents ``[Q, ...]``.
+        parameter_tangents, input_tangents: of the direction, shaped as what they are of.
+        back: outputs and their tangents to the number that is differentiated.
     """
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        primal = function(*at)
-        tangents = vmap(lambda moved: jvp(function, at, moved)[1])(moved)
-    return primal, tangents
+    leaves = {n: p.detach().requires_grad_() for n, p in parameters.items()}
+    entered = [x.detach().requires_grad_() for x in inputs]
+    moved = [d.detach().requires_grad_() for d in input_tangents]
+    wanted = [*leaves.values(), *entered, *moved]
+    found: Sequence[Tensor] = [torch.zeros_like(x) for x in wanted]
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        value = back(*_dual(call, leaves, entered, parameter_tangents, moved))
+    if value.requires_grad:
+        found = torch.autograd.grad(value, wanted, materialize_grads=True)
+    own, states = len(leaves), len(leaves) + len(entered)
+    by_name = dict(zip(leaves, found, strict=False))
+    return Second(by_name, tuple(found[own:states]), tuple(found[states:]))
 
 
 def _dual(
-    call: Call, parameters: Tensors, inputs: Sequence[Tensor], dp: Tensors, dx: Any, q: int
-) -> tuple[Tensor, ...]:
+    call: Call, parameters: Tensors, inputs: Sequence[Tensor], dp: Tensors, dx: Sequence[Tensor]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Outputs, and their tangents along one direction."""
+    # torch annotates neither of the two.
+    make: Any = forward_ad.make_dual
+    unpack: Any = forward_ad.unpack_dual
     with forward_ad.dual_level():
-        # torch annotates neither of the two.
-        make: Any = forward_ad.make_dual
-        unpack: Any = forward_ad.unpack_dual
-        moved = {n: make(p, dp[n][q]) if n in dp else p for n, p in parameters.items()}
-        entered = [make(x, d[q]) for x, d in zip(inputs, dx, strict=True)]
-        found = []
-        for y in call(moved, entered):
-            primal, tangent = unpack(y)
-            found.append(torch.zeros_like(primal) if tangent is None else tangent)
-        return tuple(found)
+        moved = {n: make(p, dp[n]) if n in dp else p for n, p in parameters.items()}
+        found = call(moved, [make(x, d) for x, d in zip(inputs, dx, strict=True)])
+        pairs = [unpack(y) for y in found]
+    tangents = (torch.zeros_like(y) if dy is None else dy for y, dy in pairs)
+    return tuple(y for y, _ in pairs), tuple(tangents)
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
