@@ -23,7 +23,6 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import jvp, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from raycurv.errors import UserError
@@ -57,7 +56,7 @@ class Rules(TorchFunctionMode):
         if func is F.linear:
             return _linear(*args, **kwargs)
         if func is F.scaled_dot_product_attention and self._directions is not None:
-            return _attention(self._directions, *args, **kwargs)
+            return _attention(*args, **kwargs, directions=self._directions)
         return func(*args, **kwargs)
 
 
@@ -145,13 +144,44 @@ def second(
     moved = [d.detach().requires_grad_() for d in input_tangents]
     wanted = [*leaves.values(), *entered, *moved]
     found: Sequence[Tensor] = [torch.zeros_like(x) for x in wanted]
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    with torch.enable_grad(), _Plain():
         value = back(*_dual(call, leaves, entered, parameter_tangents, moved))
     if value.requires_grad:
         found = torch.autograd.grad(value, wanted, materialize_grads=True)
     own, states = len(leaves), len(leaves) + len(entered)
     by_name = dict(zip(leaves, found, strict=False))
     return Second(by_name, tuple(found[own:states]), tuple(found[states:]))
+
+
+class _Plain(TorchFunctionMode):
+    """While it is entered, softmax and its like are made of plain operations: torch's own forward
+    derivative of these cannot be gone back through."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        made = _PLAIN.get(func)
+        return func(*args, **(kwargs or {})) if made is None else made(*args, **(kwargs or {}))
+
+
+def _softmax(input: Tensor, dim: Any = None, *more: Any, **named: Any) -> Tensor:
+    return _log_softmax(input, dim, *more, **named).exp()
+
+
+def _log_softmax(input: Tensor, dim: Any = None, *more: Any, **named: Any) -> Tensor:
+    assert dim is not None, "which axis"
+    # Third comes a dtype of some of them, and of torch.nn.functional's a level of the stack.
+    dtype = next((x for x in (*more, named.get("dtype")) if isinstance(x, torch.dtype)), None)
+    x = input if dtype is None else input.to(dtype)
+    return x - _logsumexp(x, dim, keepdim=True)
+
+
+def _logsumexp(input: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
+    with torch.no_grad():
+        # All -inf gives -inf, as it should.
+        most = input.amax(dim, keepdim=True).nan_to_num(neginf=0.0)
+    found = (input - most).exp().sum(dim, keepdim=True).log() + most
+    return found if keepdim else found.squeeze(dim)
 
 
 def _dual(
@@ -249,7 +279,6 @@ class _Rows(torch.autograd.Function):
 
 
 def _attention(
-    directions: int,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -258,7 +287,10 @@ def _attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    *,
+    directions: int | None = None,
 ) -> Tensor:
+    """As torch's; for so many tangents, or of plain operations."""
     assert not dropout_p, "a model in eval mode has no dropout"
     if enable_gqa and query.shape[-3] != key.shape[-3]:
         each = query.shape[-3] // key.shape[-3]
@@ -269,6 +301,9 @@ def _attention(
         attn_mask = ones.tril()
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = query.new_zeros(attn_mask.shape).masked_fill(~attn_mask, -math.inf)
+    if directions is None:
+        scores = (query * scale) @ key.transpose(-1, -2)
+        return _softmax(scores if attn_mask is None else scores + attn_mask, -1) @ value
     found: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]
         query, key, value, attn_mask, scale, directions
     )
@@ -327,3 +362,11 @@ class _Attention(torch.autograd.Function):
                 parts.append(weighted @ v - weighted.sum(dim=-1, keepdim=True) * o[..., at, :])
             made.append(parts[0] if len(parts) == 1 else parts[0] + parts[1])
         return torch.cat(made, dim=-2)
+
+
+_PLAIN: dict[Any, Callable[..., Tensor]] = {
+    **dict.fromkeys((F.softmax, torch.softmax, Tensor.softmax), _softmax),
+    **dict.fromkeys((F.log_softmax, torch.log_softmax, Tensor.log_softmax), _log_softmax),
+    **dict.fromkeys((torch.logsumexp, Tensor.logsumexp), _logsumexp),
+    F.scaled_dot_product_attention: _attention,
+}
