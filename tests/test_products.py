@@ -15,7 +15,7 @@ from networks import CASES, LLAMA_4, MIXTURE_3, Case
 from torch import Tensor
 
 from raycurv.driver.corpus import stored_corpus
-from raycurv.driver.products import Multiplier
+from raycurv.driver.multiplier import Multiplier
 from raycurv.driver.workers import Workers
 from raycurv.jobs.fitted import GivenAgain, fitted_blocks, open_fitted
 from raycurv.jobs.influence.influence_settings import InfluenceSettings

@@ -44,7 +44,7 @@ from raycurv.models.patched import repatch
 from raycurv.stages.heap import RESIDENT, give_back, give_back_at_once
 from raycurv.stages.independence import Again, check_independence, check_objective
 from raycurv.stages.passes import Gathered, Pass
-from raycurv.stages.products import Products
+from raycurv.stages.product_stage import Products
 from raycurv.stages.seen import Seen
 
 
