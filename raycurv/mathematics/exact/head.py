@@ -26,6 +26,7 @@ from raycurv.batch import Batch
 from raycurv.errors import user_errors
 from raycurv.mathematics.exact.tangents import Rules, forward_tangents, second
 from raycurv.mathematics.loss.differentiation import Slice, check_loss_shape, slices
+from raycurv.mathematics.loss.draws import uniforms
 from raycurv.mathematics.loss.objective import Objective
 
 # (parameters, a slice of hidden states, its first position) -> outputs.
@@ -223,7 +224,7 @@ class HeadProduct:
 
     def _labelled(self, outputs: Tensor, part: Slice, draw: int) -> Batch:
         """The slice with labels of a draw."""
-        uniform = part.uniform(self.objective, self.seed, draw)
+        uniform = part.counted(uniforms, self.objective, self.seed, draw)
         drawn = self.objective.sample(outputs.detach(), part.batch, uniform)
         return replace(part.batch, labels=drawn)
 
