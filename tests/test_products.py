@@ -70,7 +70,7 @@ def multiplied(
     corpus = stored_corpus(fitted.store, "data")
     assert corpus is not None
     kept = Kept(Drawn.count)
-    work = Pass("products", "product", draws, (kept,), Drawn(), matrix)
+    work = Pass("products", "product", draws, (kept,), directions=Drawn(), matrix=matrix)
     with closing(
         Workers(
             settings, fitted.network, fitted.objective, blocks,
