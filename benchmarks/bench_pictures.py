@@ -70,5 +70,36 @@ def lds_picture(figures: Figures, path: Path) -> None:
     pyplot.close(figure)
 
 
+def steps_picture(figures: Figures, path: Path) -> None:
+    """Cosine to the solution and relative residual by step, a column a task."""
+    figure, plots = pyplot.subplots(
+        2, len(figures), figsize=(0.6 + 2.9 * len(figures), 5.2), layout="constrained",
+        sharex=True, sharey="row", squeeze=False,
+    )  # fmt: skip
+    for column, (name, curves) in zip(plots.T, figures.items(), strict=True):
+        dampings = list(dict.fromkeys(title.rpartition(", ")[2] for title in curves))
+        for title, curve in curves.items():
+            how, _, damping = title.rpartition(", ")
+            style = {"color": f"C{dampings.index(damping)}", "lw": 1.6,
+                     "ls": "--" if how == "plain" else "-"}  # fmt: skip
+            for plot, measure in zip(column, ("cosine", "residual"), strict=True):
+                steps = np.arange(1, len(curve[measure]) + 1)
+                plot.plot(steps, curve[measure], label=f"{how}, damping {damping}", **style)
+        column[0].set_title(name, fontsize=11)
+        column[0].set_ylim(0, 1.02)
+        column[1].set_yscale("log")
+        column[1].set_ylim(1e-4, 3)
+        column[1].set_xlabel("products")
+        for plot in column:
+            plot.grid(True, alpha=0.3)
+            plot.tick_params(labelsize=8)
+    plots[0, 0].set_ylabel("cosine to the exact solution")
+    plots[1, 0].set_ylabel("relative residual, median")
+    lines, names = plots[0, 0].get_legend_handles_labels()
+    figure.legend(lines, names, fontsize=9, ncols=4, loc="outside lower center")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
 # Part -> the pictures that are made of its figures: name, how.
 PICTURES = {"speed": ("speed", speed_picture), "accuracy": ("lds", lds_picture)}

@@ -1,8 +1,8 @@
 """What the accuracy of influence scores is measured on: small data and networks, one recipe each.
 
-scikit-learn's diabetes (regression) and breast cancer (two classes), networks of one hidden layer
-or none, and bytes of Python source with the Llama-shaped model of byte_model.py. Tabular columns
-and numbers to predict are standardised by the training examples.
+scikit-learn's diabetes (regression), breast cancer (two classes) and digits (ten), networks of one
+hidden layer or none, and bytes of Python source with the Llama-shaped model of byte_model.py.
+Tabular columns and numbers to predict are standardised by the training examples.
 
 The objective of every task, of which influence functions speak:
 
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from byte_model import Shape, llama_config, read_sequences
-from sklearn.datasets import load_breast_cancer, load_diabetes
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
@@ -164,6 +164,31 @@ def tabular_task(name: str, hidden: Sequence[int], decay: float, seed: int = 0) 
         damping=f"abs:{decay:g}",
         # One draw of a confident classifier is nearly always its own answer.
         draws=16,
+    )
+
+
+def digits_task(hidden: Sequence[int], decay: float, queries: int, seed: int = 0) -> Task:
+    """Images of 8 x 8 in ten classes: four fifths to train on, of the rest some ask.
+
+    Args:
+        hidden, decay, seed: as above; pixels are all of one unit, so they are centred alone.
+        queries: how many.
+    """
+    pixels, y = load_digits(return_X_y=True)
+    order = np.random.default_rng(seed).permutation(len(pixels))
+    first, rest = order[: len(pixels) * 4 // 5], order[len(pixels) * 4 // 5 :][:queries]
+    inputs = torch.tensor(pixels / 8 - (pixels / 8).mean(), dtype=torch.float32)
+    targets = torch.tensor(y, dtype=torch.int64)
+    return Task(
+        title="digits",
+        objective="classification",
+        make=perceptron([64, *hidden, 10]),
+        losses=cross_entropies,
+        recipe=Recipe(steps=300, rate=0.02, decay=decay),
+        train=Examples(inputs[first], targets[first]),
+        queries=Examples(inputs[rest], targets[rest]),
+        damping=f"abs:{decay:g}",
+        draws=4,
     )
 
 
