@@ -181,8 +181,10 @@ class EkfacInverse:
 
 def damped(matrix_PP: Tensor, inverse: EkfacInverse, damping: Mapping[str, float]) -> Tensor:
     """``G + λ``, each block's own λ on its part of the diagonal; of the blocks of ``damping``."""
-    added = [torch.full((inverse.bases[n][1].numel(),), lam) for n, lam in damping.items()]
-    return matrix_PP + torch.diag(torch.cat(added).double())
+    added = [
+        torch.full_like(inverse.bases[name][1].flatten(), lam) for name, lam in damping.items()
+    ]
+    return matrix_PP + torch.diag(torch.cat(added))
 
 
 def conjugate_gradients(

@@ -455,7 +455,7 @@ def leave_one_out(bench: Bench) -> Judged:
         rows.append(
             [said, f"{figures[said]:.4f}", f"{float(by_query.median()):.3f}", f"{scale:.3f}"]
         )
-    target = f"leave-one-out, logistic regression: refined (10 steps) at least {LEAVE_ONE_OUT}"
+    target = f"leave-one-out, logistic regression: refined (10 products) at least {LEAVE_ONE_OUT}"
     header = ["breast cancer, λ = 0.03", "Pearson, all pairs", "median of a query's", "scale"]
     lines = ["## Leave-one-out, logistic regression", "", *table(header, rows), ""]
     return lines, {target: figures["10 products"] >= LEAVE_ONE_OUT}, figures

@@ -15,14 +15,25 @@ from torch import Tensor, nn
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 from attribution import Attribution, Method
+from byte_model import Shape
 from counterfactual import Mislabelled
 from datamodel import GroundTruth, draw_subsets, spearman
+from dense_gauss_newton import DenseGaussNewton
 from exact_labels import ExactRegression, ExactTwoClasses
 from leave_one_out import removal_rises, solve
 from numerics import Plain, Raycurv, Stream, sums_of
+from refinement import EKFAC, Design, Refinement, cosine, method
 from response import bregman, respond
 from retraining import gradient_norms, retrain
-from tasks import Examples, Recipe, Task, cross_entropies, perceptron, squared_errors
+from tasks import (
+    Examples,
+    Recipe,
+    Task,
+    byte_task,
+    cross_entropies,
+    perceptron,
+    squared_errors,
+)
 
 from raycurv.batch import Batch
 
@@ -291,3 +302,86 @@ def test_wrong_labels_are_counted_as_they_are_found() -> None:
     assert wrong.separation(order) == pytest.approx(roc_auc_score(wrong.wrong_N, order))
     assert wrong.found(wrong.wrong_N.double(), 0.25) == 1.0
     assert wrong.found(-wrong.wrong_N.double(), 0.25) == 0.0
+
+
+# The dense Gauss-Newton matrix
+
+
+def linear_layers(network: nn.Module) -> list[str]:
+    """Names of those that a fit has blocks of."""
+    found = (name for name, m in network.named_modules() if isinstance(m, nn.Linear))
+    return [name for name in found if name != "lm_head"]
+
+
+@pytest.mark.parametrize("numbers", [False, True])
+def test_the_dense_matrix_is_the_hessian_where_outputs_are_linear(numbers: bool) -> None:
+    task = small_task((), numbers)
+    network = task.make(0).double()
+    dense = DenseGaussNewton(task, network, ["0"])
+
+    def mean_loss(theta_P: Tensor) -> Tensor:
+        weight = theta_P.view(-1, 4)
+        outputs = task.train.inputs.double() @ weight[:, :3].T + weight[:, 3]
+        return task.losses(outputs, task.train.double().targets).mean()
+
+    want_PP = torch.autograd.functional.hessian(mean_loss, dense.theta_P)
+    assert (dense.matrix() - want_PP).abs().max() < 1e-14
+    slope_P = dense.gradients(task.train).mean(dim=0)
+    assert (slope_P - torch.func.grad(mean_loss)(dense.theta_P)).abs().max() < 1e-14
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_the_dense_matrix_and_its_products_are_of_one_network(text: bool) -> None:
+    task = byte_task(Shape(8, 8, 1, 2, 1), 6, 2, 8, 1) if text else small_task((4,), False)
+    network = task.make(0)
+    dense = DenseGaussNewton(task, network, linear_layers(network))
+    generator = torch.Generator().manual_seed(0)
+    v_QP = torch.randn(2, len(dense.theta_P), dtype=torch.float64, generator=generator)
+    matrix_PP, products_QP = dense.matrix(), dense.products(v_QP)
+    # transformers norms hidden states in float32.
+    allowed = 1e-6 if text else 1e-13
+    assert (v_QP @ matrix_PP - products_QP).abs().max() < allowed * products_QP.abs().max()
+    # The control: other weights have another matrix.
+    other = DenseGaussNewton(task, task.make(1), linear_layers(network)).products(v_QP)
+    assert (other - products_QP).abs().max() > 0.1 * products_QP.abs().max()
+
+
+def test_refined_solutions_are_those_of_the_damped_matrix(tmp_path: Path) -> None:
+    task = small_task((4,), numbers=False)
+    attribution = Attribution(task, task.make(0), tmp_path, {"dtype": "float64"})
+    refinement = Refinement.of(attribution)
+    inverse, matrix_PP = refinement.inverse, refinement.matrix_PP
+    # Unrefined, the scores are raycurv's own.
+    found_QN = refinement.scores(refinement.unrefined(EKFAC, "0.1"))
+    want_QN = attribution.scores(method(EKFAC), "0.1")
+    # A network of float32 that is read as float64; bases and Λ as a fit stores them.
+    assert (found_QN - want_QN).abs().max() < 1e-6 * want_QN.abs().max()
+    iterates_KQP, exact_QP, system_PP = refinement.whole("0.1")
+    left_QP = refinement.queries_QP - exact_QP @ system_PP
+    assert left_QP.abs().max() < 1e-12 * refinement.queries_QP.abs().max()
+    assert (iterates_KQP[-1] - exact_QP).abs().max() < 1e-6 * exact_QP.abs().max()
+    # The first is EK-FAC's solution, at another scale; the exact one is not.
+    unrefined_QP = refinement.unrefined(EKFAC, "0.1")
+    assert cosine(iterates_KQP[0], unrefined_QP) == pytest.approx(1, abs=1e-9)
+    assert cosine(exact_QP, unrefined_QP) < 0.999
+    # Blocks alone: the same with what is between the blocks struck out.
+    lone_QP = refinement.blocks("0.1")[1]
+    for at, lam in zip(inverse.slices.values(), inverse.damping("0.1").values(), strict=True):
+        lone_PP = matrix_PP[at, at] + lam * torch.eye(at.stop - at.start, dtype=torch.float64)
+        want_QP = torch.linalg.solve(lone_PP, refinement.queries_QP[:, at].T).T
+        assert (lone_QP[:, at] - want_QP).abs().max() < 1e-9 * want_QP.abs().max()
+    assert (lone_QP - exact_QP).abs().max() > 1e-2 * exact_QP.abs().max()
+
+
+def test_losses_that_are_kept_are_of_the_same_training(tmp_path: Path) -> None:
+    task = small_task((4,), numbers=True)
+    task = replace(task, recipe=replace(task.recipe, steps=3))
+    first = Design(task, 4, 2).truth(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    again = Design(task, 4, 2).truth(tmp_path)
+    assert torch.equal(first.losses_RSQ, again.losses_RSQ)
+    assert len(list(tmp_path.iterdir())) == 2
+    # Of another recipe nothing is kept.
+    other = Design(replace(task, recipe=replace(task.recipe, steps=4)), 4, 2).truth(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4
+    assert not torch.equal(first.losses_RSQ, other.losses_RSQ)
