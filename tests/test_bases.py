@@ -94,24 +94,22 @@ def test_factors_and_their_product_are_what_the_basis_says(fits, case: Case, bas
 
 
 @pytest.mark.parametrize("rows", [True, False])
-@pytest.mark.parametrize("basis", ["shampoo", "kronecker"])
 def test_through_rows_or_through_gradients_the_factors_are_the_same(
-    fits, basis: str, rows: bool, monkeypatch: pytest.MonkeyPatch
+    fits, rows: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gradient_factors, "through_rows", lambda *shape: rows)
     monkeypatch.setattr(gradient_factors, "CHUNK", 50)  # some examples at a time
-    for case in (LLAMA, MLP):
-        run = fits.run(case, **settings(basis, method="kfac", commit_seconds=1e6 + rows))
-        plain = fits.run(case, **settings(basis, method="kfac"))
-        for name in run.block_names():
-            assert worst(run.curvature(name).dense(), plain.curvature(name).dense()) < EXACT
+    how = settings("kronecker", method="kfac")
+    run, plain = fits.run(LLAMA, commit_seconds=1e6 + rows, **how), fits.run(LLAMA, **how)
+    for name in run.block_names():
+        assert worst(run.curvature(name).dense(), plain.curvature(name).dense()) < EXACT
 
 
-@pytest.mark.parametrize("case", [MLP, MIXER], ids=lambda case: case.name)
-def test_the_sum_of_corrected_eigenvalues_is_the_same_in_every_basis(fits, case: Case) -> None:
-    truth, plain = fits.truth(case), fits.run(case)
+def test_the_sum_of_corrected_eigenvalues_is_the_same_in_every_basis(fits) -> None:
+    """Where several blocks read one tensor, which share A in ``kfac`` alone."""
+    truth, plain = fits.truth(MIXER), fits.run(MIXER)
     for basis in BASES[1:]:
-        run = fits.run(case, **settings(basis))
+        run = fits.run(MIXER, **settings(basis))
         for row, before in zip(run.blocks().to_pylist(), plain.blocks().to_pylist(), strict=True):
             found, name = run.curvature(row["block"]), row["block"]
             assert abs(row["trace"] - before["trace"]) < EXACT * before["trace"]
@@ -138,7 +136,7 @@ def test_of_two_classes_and_one_layer_weighted_kfac_is_the_fisher(fits) -> None:
 
 def test_power_iteration_comes_to_the_nearest_kronecker_product(fits) -> None:
     case, truth = REGRESSION, fits.truth(REGRESSION)
-    run = fits.run(case, basis="kronecker", basis_passes=40, method="kfac")
+    run = fits.run(case, basis="kronecker", basis_passes=24, method="kfac")
     few = {b: fits.run(case, **settings(b, method="kfac")) for b in ("shampoo", "kfac")}
     for name in run.block_names():
         want, block = truth.fisher(name), run.curvature(name).block
@@ -167,16 +165,17 @@ def test_a_power_iteration_does_not_depend_on_how_its_passes_run(fits, how: Any)
         assert worst(one.dense(), other.dense()) < EXACT
 
 
-@pytest.mark.parametrize("microbatch", [4, 8, 12])
+@pytest.mark.parametrize("microbatch", [5, 12])
 def test_a_stopped_power_iteration_goes_on_where_it_stopped(
     fits, tmp_path: Path, microbatch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each of the passes has three microbatches."""
+    """Each of the passes, and the one of Λ, has three microbatches."""
+    plain = fits.run(MLP, **settings("kronecker"))
 
     def fit() -> raycurv.Run:
         return raycurv.fit(
             MLP.network, list(MLP.data), tmp_path / "run", objective=MLP.objective, quiet=True,
-            address="none", dtype="float64", batch_tokens=4, keep_sums=True, commit_seconds=1e-9,
+            address="none", dtype="float64", batch_tokens=4, commit_seconds=1e-9,
             **settings("kronecker"),
         )  # fmt: skip
 
@@ -191,11 +190,15 @@ def test_a_stopped_power_iteration_goes_on_where_it_stopped(
     monkeypatch.setattr(Stage, "backward", failing)
     with pytest.raises(KeyboardInterrupt):
         fit()
-    run, plain = fit(), fits.run(MLP, **settings("kronecker"))
-    assert len(seen) < 1.5 * 3 * (PASSES + 1)
-    for name in run.block_names():
-        assert torch.equal(run.curvature(name).dense(), plain.curvature(name).dense())
-    assert not (tmp_path / "run" / "work").exists()
+    run = fit()
+    assert len(seen) <= 3 * (PASSES + 1) + 1  # the one that was stopped is done again
+    lost = tmp_path / "run" / "eigen" / "0.input.safetensors"
+    for damage in (lambda: None, lost.unlink):  # one factor takes the steps of both sides
+        damage()
+        fit()
+        for name in run.block_names():
+            assert torch.equal(run.curvature(name).dense(), plain.curvature(name).dense())
+        assert not any((tmp_path / "run" / name).exists() for name in ("work", "factors"))
 
 
 def test_sums_of_gradients_are_merged_and_runs_extended(fits) -> None:
@@ -219,6 +222,8 @@ def test_sums_of_gradients_are_merged_and_runs_extended(fits) -> None:
     assert (
         worst(more.curvature("0").input_basis.dense(), part.curvature("0").input_basis.dense()) == 0
     )
+    with pytest.raises(UserError, match="--basis was 'weighted' and is now 'kfac'"):
+        raycurv.fit(case.network, list(case.data), merged.path, objective=case.objective, **own)
     with pytest.raises(UserError, match="weighted theirs"):
         fit(merge=[part.path, part.path], **settings("kronecker"))
     with pytest.raises(UserError, match="Give --basis kronecker --basis-passes 4"):

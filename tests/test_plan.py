@@ -16,6 +16,7 @@ from commands import Outcome, run_here, save_llama, texts, write_rows
 from raycurv.batch import Batch
 from raycurv.errors import UserError
 from raycurv.jobs import check
+from raycurv.mathematics.bases import BASES
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Capture, Record
 from raycurv.mathematics.choice import choose_blocks
@@ -212,6 +213,26 @@ def test_sizes_of_experts_are_those_worked_out_by_hand(name: str, tmp_path: Path
     assert covariances.held(stages[0], recipe, data) == {"sums of A and G": found.factors}
     # Of experts that are alike one is looked at.
     assert len(stages[0].blocks) == 3
+
+
+@pytest.mark.parametrize("length", [16, 4096])
+def test_factors_of_gradients_take_what_their_passes_do(small: Outline, length: int) -> None:
+    mine = job(small, basis=BASES["kronecker"], basis_passes=3)
+    data = DataShape.uniform(8, length, 4096)
+    phases = [phase.name for phase in plan_fit(mine, data).phases]
+    assert phases.count("power iteration: A and G") == 2
+    first, power, _, *_ = costs_of(mine.recipe)
+    assert isinstance(first, PassCost) and isinstance(power, PassCost)
+    (stage,) = mine.stages
+    # A few rows are multiplied with each other; of many the gradient is formed.
+    want = 0.0
+    for b in stage.blocks:
+        o, i = b.d_out, b.d_in
+        rows = 2 * length**2 * (i + o) + length * (i * i + o * o)
+        want += 2 * stage.count(b) * (rows if length == 16 else o * i * (length + o + i))
+    assert first.flops(stage, mine.recipe, data) == pytest.approx(8 * want)
+    before = power.held(stage, mine.recipe, data)["A and G of the step before"]
+    assert before == sizes(mine.stages, mine.recipe).factors
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -15,6 +15,7 @@ import torch
 from raycurv.files.artifacts import eigen_file, factor_file, read_factor, write_factor
 from raycurv.files.store import Store
 from raycurv.files.tensorfile import is_complete
+from raycurv.files.together import together
 from raycurv.mathematics.bases import Basis
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.factors import FactorSum, FactorSums, factors_of
@@ -145,6 +146,10 @@ class PowerIterationCost(CovarianceCost):
     def read(self, group: Group, recipe: Recipe) -> int:
         return factor_sum_bytes(group, recipe)
 
+    def written(self, group: Group, recipe: Recipe, data: DataShape) -> int:
+        # Beside those of the step before, which go then.
+        return 2 * factor_sum_bytes(group, recipe)
+
     def files(self, group: Group, recipe: Recipe, data: DataShape) -> int:
         return 0
 
@@ -241,6 +246,10 @@ class PowerIterations(Covariances):
 
     def columns(self, group: int) -> frozenset[str]:
         return frozenset()
+
+    def passed(self, group: int) -> None:
+        store, names = self.fit.store, factors_of(self.fit.blocks_of(group))
+        together(store.delete, [factor_file(name, self._from) for name in names])
 
 
 def undecomposed(fit: Fit, group: int) -> list[str]:

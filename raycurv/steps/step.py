@@ -225,3 +225,6 @@ class PassStep(Step):
 
     def keep(self, group: int, names: Sequence[str]) -> None:
         """Take what it wants from the files of a finished pass's rows."""
+
+    def passed(self, group: int) -> None:
+        """Delete what no one needs after a finished pass that it has led."""

@@ -77,8 +77,9 @@ class FitLoop:
         stages, groups = len(workers.cuts), workers.groups
         padding = fit.corpus.padding(workers.settings.batch_tokens)
         resident = "" if len(groups) == 1 else f", {len(groups[0])} resident at a time"
+        basis = f" (--basis {fit.recipe.basis})" if fit.recipe.basis.own else ""
         workers.reporter.say(
-            f"{fit.method} of {len(workers.blocks)} blocks in {stages} "
+            f"{fit.method}{basis} of {len(workers.blocks)} blocks in {stages} "
             f"stage{'s' if stages > 1 else ''}{resident}; {len(fit.corpus):,} examples, "
             f"{fit.corpus.tokens:,} tokens, {padding:.1%} padding"
         )
@@ -175,6 +176,7 @@ class FitLoop:
         for step, taken in columns.items():
             if taken:
                 step.keep(group, names)
+        leader.passed(group)
 
     def _riders(self, group: int, leader: PassStep) -> list[PassStep]:
         found = []
