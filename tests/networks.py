@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import raycurv
+from raycurv.batch import Batch
+
 VOCAB = 23
 
 
@@ -461,6 +464,26 @@ def _encoder(head: str, kind: str = "Bert", **more: Any) -> Callable[[], nn.Modu
         return shaken(getattr(transformers, f"{kind}For{head}")(config))
 
     return make
+
+
+class Once(raycurv.Classification):
+    """Cross-entropy whose gradient is a function of its own, without a derivative."""
+
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return _Once.apply(outputs, super().loss(outputs, batch))  # type: ignore[no-any-return]
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, outputs: Tensor, loss: Tensor) -> Tensor:
+        ctx.save_for_backward(outputs)
+        return loss.detach()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (outputs,) = ctx.saved_tensors
+        return outputs * gradients[0][:, None], None
 
 
 # Lengths that differ, one token among them: an example without any loss term.

@@ -201,6 +201,10 @@ class HeadProduct:
         with torch.enable_grad(), _twice():
             g = self._slope(z, labelled)
             if not g.requires_grad:
+                # Linear in the outputs, or autograd takes its gradient for constant.
+                moved = (z.detach() * 1.01 + 0.01).requires_grad_()
+                if not torch.allclose(g, self._slope(moved, labelled)):
+                    raise RuntimeError("its gradient changes with the outputs, but has no graph")
                 return torch.zeros_like(u)
             found = [
                 torch.autograd.grad(g, z, one, retain_graph=True, materialize_grads=True)[0]

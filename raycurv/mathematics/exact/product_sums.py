@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from raycurv.errors import RaycurvError
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Captured
 from raycurv.mathematics.sums import SHARED, Results, RunningSum, Sums
@@ -67,3 +68,33 @@ class ProductSums(Sums):
     def result(self, name: str) -> ProductSum:
         where = f"block {name}, its product"
         return ProductSum(self._totals[name].value(where), self.counts[SHARED][0])
+
+
+# How far vᵀGv by tangents may be from vᵀ(Gv) by cotangents, relative: rounding gives far less, a
+# wrong derivative of an operation far more.
+_AGREE = {torch.float64: 1e-5, torch.float32: 1e-2}
+
+
+def check_quadratic(quadratic_Q: Tensor, dots_Q: Tensor, dtype: torch.dtype) -> None:
+    """Hold ``vᵀCv``, as tangents give it, against ``vᵀ(Cv)``, which cotangents have come back for.
+
+    Args:
+        quadratic_Q: a mean over examples, float64.
+        dots_Q: dot products of the vectors with their products, over all blocks, float64.
+        dtype: of the model's computation.
+
+    Raises:
+        RaycurvError: they differ: forward and backward derivative of an operation of the model are
+            not of one function.
+    """
+    scale = torch.maximum(quadratic_Q.abs(), dots_Q.abs()).clamp_min(1e-300)
+    apart = float(((quadratic_Q - dots_Q).abs() / scale).max())
+    if not apart <= _AGREE.get(dtype, 0.2):
+        q = int(((quadratic_Q - dots_Q).abs() / scale).argmax())
+        raise RaycurvError(
+            f"direction {q + 1} of {len(dots_Q)}",
+            f"vᵀCv by tangents and by cotangents to agree within {_AGREE.get(dtype, 0.2):g}",
+            f"{float(quadratic_Q[q]):.6g} and {float(dots_Q[q]):.6g}",
+            "An operation of the model has a forward derivative that its backward does not belong "
+            "to: leave the blocks before it out, or write it with other operations of torch's.",
+        )

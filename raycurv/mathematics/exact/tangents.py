@@ -154,8 +154,8 @@ def second(
 
 
 class _Plain(TorchFunctionMode):
-    """While it is entered, softmax and its like are made of plain operations: torch's own forward
-    derivative of these cannot be gone back through."""
+    """While it is entered, softmax, norms and their like are made of plain operations: torch's own
+    forward derivatives of these cannot be gone back through, or give another number (LOG.md)."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -364,9 +364,50 @@ class _Attention(torch.autograd.Function):
         return torch.cat(made, dim=-2)
 
 
+def _layer_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None,
+    bias: Tensor | None = None, eps: float = 1e-5, *rest: Any,
+) -> Tensor:  # fmt: skip
+    axes = tuple(range(-len(normalized_shape), 0))
+    apart = input - input.mean(axes, keepdim=True)
+    y = apart * (apart.square().mean(axes, keepdim=True) + eps).rsqrt()
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+def _group_norm(
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    parts = input.unflatten(1, (num_groups, -1))
+    y = _layer_norm(parts, parts.shape[2:], eps=eps).view_as(input)
+    along = (-1, *[1] * (input.ndim - 2))
+    y = y if weight is None else y * weight.view(along)
+    return y if bias is None else y + bias.view(along)
+
+
+def _instance_norm(
+    input: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None,
+    weight: Tensor | None = None, bias: Tensor | None = None, use_input_stats: bool = True,
+    momentum: float = 0.1, eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    if not use_input_stats:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, eps=eps)
+    return _group_norm(input, input.shape[1], weight, bias, eps)
+
+
+def _glu(input: Tensor, dim: int = -1) -> Tensor:
+    a, b = input.chunk(2, dim)
+    return a * b.sigmoid()
+
+
 _PLAIN: dict[Any, Callable[..., Tensor]] = {
     **dict.fromkeys((F.softmax, torch.softmax, Tensor.softmax), _softmax),
     **dict.fromkeys((F.log_softmax, torch.log_softmax, Tensor.log_softmax), _log_softmax),
     **dict.fromkeys((torch.logsumexp, Tensor.logsumexp), _logsumexp),
+    **dict.fromkeys((F.layer_norm, torch.layer_norm), _layer_norm),
+    F.group_norm: _group_norm,
+    F.instance_norm: _instance_norm,
+    F.glu: _glu,
     F.scaled_dot_product_attention: _attention,
 }

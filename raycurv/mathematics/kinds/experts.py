@@ -238,7 +238,9 @@ def experts_forward(
         )  # fmt: skip
         return y if noted is None else noted(name, x, y, routing)
 
-    taken = _Taken.apply(hidden_states, routing)  # type: ignore[no-untyped-call]
+    taken = _Taken.apply(  # type: ignore[no-untyped-call]
+        hidden_states, routing.tokens, routing
+    )
     y = multiplied(first, hidden_states, taken)
     y = cast(Any, module)._apply_gate(y) if module.has_gate else cast(Any, module).act_fn(y)
     y = multiplied(last, y, y)
@@ -394,20 +396,22 @@ class _Taken(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(hidden: Tensor, routing: Routing) -> Tensor:
-        return hidden.index_select(0, routing.tokens)
+    def forward(hidden: Tensor, tokens: Tensor, routing: Routing) -> Tensor:
+        return hidden.index_select(0, tokens)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.routing = inputs[1]
+        _, tokens, ctx.routing = inputs
+        ctx.save_for_forward(tokens)
 
     @staticmethod
-    def jvp(ctx: Any, moved: Tensor, _: None) -> Tensor:
-        return moved.index_select(0, ctx.routing.tokens)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.routing.summed(gradients[0]), None, None
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return ctx.routing.summed(gradients[0]), None
+    def jvp(ctx: Any, moved: Tensor, *_: None) -> Tensor:
+        (tokens,) = ctx.saved_tensors
+        return moved.index_select(0, tokens)
 
 
 def _is_decorated(cls: type) -> bool:
