@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -14,10 +15,13 @@ from dense import worst
 from networks import LLAMA, MLP, REGRESSION, Case
 from results import assert_close, changed
 from test_ihvp import fit_settings
+from test_scores import by_id
 from torch import Tensor
 
 import raycurv
+from raycurv.jobs.influence.removals import Removals
 from raycurv.mathematics.evidence import Density, Evidence
+from raycurv.mathematics.influence.rank_agreement import agreement, mean_ranks
 from raycurv.reporting import wording
 
 # Eigenvalues of a bin count as equal.
@@ -173,10 +177,10 @@ def test_what_was_chosen_is_read_wherever_the_scores_are(fits, tmp_path: Path) -
     (file, *_) = sorted(Path(scores.path, "scores").glob("*.parquet"))
     assert pq.read_schema(file).metadata[b"raycurv.damping"] == f'"{value}"'.encode()
     shown, what = wording.damping(value, said)
-    assert shown == wording.number(float(value[4:])) and "evidence of 9 examples" in what
+    assert shown == wording.number(float(value[4:])) and "evidence of the fit's 9 examples" in what
     page = tmp_path / "report.html"
     raycurv.report(scores, page)
-    assert shown in page.read_text() and "Laplace evidence" in page.read_text()
+    assert shown in page.read_text() and "by the evidence of" in page.read_text()
     with pytest.raises(raycurv.UserError, match=r"whose damping was chosen.*damping 0\.1"):
         fits.scores(MLP).damping()
 
@@ -198,7 +202,7 @@ def test_stages_and_a_second_run_choose_the_same(fits, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fit", "words"),
     [
-        ({"method": "identity", "fisher": "empirical"}, "a fit with curvature.*never damped"),
+        ({"method": "identity", "fisher": "empirical"}, "a fit with eigenvalues.*never damped"),
         ({}, "weights that are not all zero"),
     ],
     ids=["no curvature", "no weights"],
@@ -227,3 +231,134 @@ def test_a_word_is_refused_where_nothing_chooses(fits, tmp_path: Path) -> None:
         fits.run(MLP).prune(tmp_path, damping="evidence", quiet=True, address="none")
     with pytest.raises(raycurv.UserError, match="--damping: expected a number"):
         fits.scores(MLP, damping="evidenc")
+
+
+# Removals that were tried
+
+
+@pytest.fixture(scope="module")
+def removals() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randperm(9, generator=generator)[:4].tolist() for _ in range(12)]
+
+
+def rows_of(removed: list[list[int]], measured_SQ: Tensor) -> list[dict[str, Any]]:
+    """The table of removals, of the queries in another order than theirs."""
+    ids = [row["id"] for row in reversed(MLP.queries)]
+    return [
+        {
+            "removed": [f"row {n}" for n in one],
+            "query_ids": ids,
+            "measured": values.flip(0).tolist(),
+        }
+        for one, values in zip(removed, measured_SQ, strict=True)
+    ]
+
+
+def stop(*_: Any) -> None:
+    raise InterruptedError
+
+
+def foretold(scores: Any, removed: list[list[int]]) -> Tensor:
+    """``[S, Q]``: sums of scores over each removal."""
+    matrix = by_id(scores, MLP)
+    return torch.stack([matrix[:, one].sum(dim=1) for one in removed])
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> float:
+    """Spearman's, of columns without ties."""
+    ranks = [x.argsort().argsort().double().numpy() for x in (a, b)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+@pytest.mark.parametrize(
+    ("rank", "stages"),
+    [("full", {}), ("2", {"stages": 2, "schedule": "swept", "query_memory": "1KB"})],
+    ids=["whole", "truncated, swept, a query a pass"],
+)
+def test_the_damping_that_foretells_removals_is_found(
+    fits, removals, rank: str, stages: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def at(damping: str) -> Tensor:
+        return foretold(fits.scores(MLP, damping=damping, rank=rank), removals)
+
+    noise = torch.randn(12, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    clean = at("3")
+    told = clean + 0.05 * clean.std(dim=0) * noise
+    # What was tried twice counts as its mean.
+    table = rows_of(removals, told + noise) + rows_of(removals[:4], (told - noise)[:4])
+    table[4:12] = rows_of(removals[4:], told[4:])
+    args = (list(MLP.queries), list(MLP.data))
+    run, how = fits.run(MLP), {"quiet": True, "address": "none", "rank": rank, **stages}
+    how |= {"damping": "heldout", "removals": table, "out": fits.place()}
+    with monkeypatch.context() as patch:
+        patch.setattr(Removals, "agreements", stop)
+        with pytest.raises(InterruptedError):
+            run.influence(*args, **how)
+    scores = run.influence(*args, **how)  # goes on
+    found = {row["damping"]: row for row in scores.damping().to_pylist()}
+    for damping, row in found.items():
+        each = [rank_correlation(a, b) for a, b in zip(at(damping).T, told.T, strict=True)]
+        assert row["agreement"] == pytest.approx(np.mean(each), abs=1e-12), damping
+    said = scores.manifest.facts["damping"]
+    best = max(found.values(), key=lambda row: row["agreement"])
+    assert said["value"] == best["damping"] and said["agreement"] == best["agreement"]
+    assert found["3"]["agreement"] > 0.95 > found["0.001"]["agreement"]
+    assert "12 removals" in said["why"] and wording.damping(said["value"], said)[0].endswith("Λ")
+    again = fits.scores(MLP, damping=said["value"], rank=rank)
+    assert worst(by_id(scores, MLP), by_id(again, MLP)) < (1e-10 if stages else 1e-300)
+    assert {path.name for path in Path(scores.path).iterdir()} == {"run.json", "scores", "tables"}
+
+
+def test_an_agreement_and_its_error_are_by_the_book() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 3, 15, generator=generator, dtype=torch.float64)
+
+    def mean(kept: list[int]) -> float:
+        pairs = zip(a[:, kept], b[:, kept], strict=True)
+        return float(np.mean([rank_correlation(x, y) for x, y in pairs]))
+
+    every = list(range(15))
+    without = np.array([mean([s for s in every if s != left]) for left in every])
+    error = math.sqrt(14 / 15 * ((without - without.mean()) ** 2).sum())
+    assert agreement(a, b) == pytest.approx((mean(every), error))
+    assert mean_ranks(torch.tensor([3.0, 1.0, 3.0, 7.0])).tolist() == [1.5, 0.0, 1.5, 3.0]
+    # What never changes foretells nothing.
+    assert agreement(torch.zeros(3, 15), b)[0] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda rows: rows[:4], "at least 5 retrainings, each without other examples, got 4"),
+        (lambda rows: rows[:1] * 9, "got 1"),
+        (lambda rows: [*rows, rows[0] | {"removed": ["nobody"]}], "row 12, removed.*'nobody'"),
+        (lambda rows: [*rows, rows[0] | {"removed": []}], "row 12, removed.*got none"),
+        (lambda rows: [r | {"removed": "row 1"} for r in rows], "row 0: expected removed: a list"),
+        (lambda rows: [*rows, rows[0] | {"query_ids": ["row 9"]}], "row 12, query_ids.*'row 9'"),
+        (lambda rows: [*rows, rows[0] | {"measured": [1.0]}], "of every query"),
+        (lambda rows: [*rows, rows[0] | {"measured": [1.0, math.nan, 0.0]}], "finite measurements"),
+        (lambda rows: [{"removed": r["removed"]} for r in rows], "columns removed, query_ids"),
+        (lambda rows: None, "--removals: expected removals that were tried"),
+    ],
+)  # fmt: skip
+def test_removals_that_say_too_little_are_refused(
+    fits, removals, change: Any, words: str, tmp_path: Path
+) -> None:
+    table = change(rows_of(removals, torch.randn(12, 3)))
+    args = (list(MLP.queries), list(MLP.data), tmp_path)
+    with pytest.raises(raycurv.UserError, match=words):
+        fits.run(MLP).influence(
+            *args, damping="heldout", removals=table, quiet=True, address="none"
+        )
+
+
+def test_removals_are_of_no_use_to_a_fisher_of_rows_or_another_damping(fits, removals) -> None:
+    table = rows_of(removals, torch.randn(12, 3))
+    args, how = (list(MLP.queries), list(MLP.data)), {"quiet": True, "address": "none"}
+    with pytest.raises(raycurv.UserError, match=r"--damping heldout.*mfac.*by evidence"):
+        fits.run(MLP, method="mfac", rows=4).influence(
+            *args, fits.place(), damping="heldout", removals=table, **how
+        )
+    with pytest.raises(raycurv.UserError, match="none without"):
+        fits.run(MLP).influence(*args, fits.place(), removals=table, **how)

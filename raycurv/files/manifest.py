@@ -50,7 +50,7 @@ _OURS = (
 _PREPARED = tuple(f"work/{name}/" for name in ("queries", "train", "candidates", "layout", "spool"))
 
 # Fingerprints of what need not be given: where it is not any more, something else is meant.
-_NOT_ALWAYS = ("tokenizer", "candidates")
+_NOT_ALWAYS = ("tokenizer", "candidates", "removals")
 # Fingerprints that earlier versions did not write down of every job.
 _LATER = ("model", "config")
 # Of names on the hub that may mean another commit some day, by their flags: which they meant.

@@ -86,6 +86,7 @@ GRADIENTS = _schema(
     """
 )
 EVIDENCE = _schema("damping float64, log_evidence float64, effective_parameters float64")
+AGREEMENT = _schema("damping string, agreement float64, standard_error float64")
 TIMELINE = _schema(
     """
     phase string, actor string, operation string, microbatch int32, start time, end time,

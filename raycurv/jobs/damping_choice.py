@@ -10,8 +10,7 @@ own ratio of parameters to squared norm, which foretold retraining less well (se
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,12 +21,13 @@ from raycurv.driver.workers import Workers, in_order
 from raycurv.errors import UserError
 from raycurv.files.curvature_files import CurvatureFiles
 from raycurv.files.manifest import Manifest
-from raycurv.files.tables import EVIDENCE, footer, read_directory, write_table
+from raycurv.files.tables import AGREEMENT, EVIDENCE, footer, read_directory, write_table
 from raycurv.jobs.fitted import Fitted
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.curvature import CHOSEN, Damping
 from raycurv.mathematics.evidence import Density, Evidence
 from raycurv.mathematics.loss.shipped import shipped_name
+from raycurv.mathematics.methods import open_method
 from raycurv.models.model import Model
 from raycurv.stages.pool import Need
 
@@ -36,8 +36,8 @@ CURVE = "tables/damping"
 
 def choose_damping(
     text: str, workers: Workers, fitted: Fitted, manifest: Manifest, joint: bool
-) -> Damping:
-    """The damping that a setting gives, or chooses: then it is a fact of the run, and said.
+) -> Damping | None:
+    """The damping that a setting gives or chooses; ``None`` where removals have still to choose it.
 
     Args:
         text: of the setting.
@@ -52,33 +52,93 @@ def choose_damping(
     if text not in CHOSEN:
         return Damping.parse(text)
     if "damping" not in manifest.facts:
-        evidence = _evidence(workers, fitted, joint)
-        # Of so many digits the number can be given again, as it is written everywhere.
-        chosen = Damping(float(f"{evidence.best():.6g}"), absolute=True)
-        curve = evidence.curve(chosen.value)
-        columns: dict[str, Any] = {
-            "damping": curve,
-            "log_evidence": [evidence.log_evidence(lam) for lam in curve],
-            "effective_parameters": [evidence.density.effective(lam) for lam in curve],
-        }
-        table, notes = pa.table(columns, schema=EVIDENCE), footer({"run": fitted.store.root})
-        write_table(workers.store, f"{CURVE}/part-00000.parquet", table, notes)
-        manifest.facts["damping"] = {
-            "chosen_by": text,
-            "value": str(chosen),
-            "log_evidence": evidence.log_evidence(chosen.value),
-            "effective_parameters": evidence.density.effective(chosen.value),
-            "examples": evidence.examples,
-            "weights_sq_norm": evidence.squared_norm,
-            "noise_precision": evidence.precision(chosen.value),
-        }
-        manifest.write(workers.store)
-    said = manifest.facts["damping"]
-    workers.reporter.say(
-        f"damping {said['value']}, by the evidence of the fit's {said['examples']:,} examples: "
-        f"they determine {said['effective_parameters']:,.1f} parameters"
-    )
-    return Damping.parse(said["value"])
+        method = open_method(fitted.settings["method"])
+        if not method.curved or (method.ranked and text == "heldout"):
+            raise UserError(
+                f"--damping {text}", "a fit with eigenvalues Λ", f"one with --method {method}",
+                "Leave it out: the identity is never damped." if not method.curved else
+                "Choose by evidence, or give a number.",
+            )  # fmt: skip
+        if text == "heldout":
+            return None
+        _record_evidence(workers, fitted, manifest, joint)
+    _say(workers, manifest)
+    return Damping.parse(used_damping(manifest))
+
+
+def _record_evidence(workers: Workers, fitted: Fitted, manifest: Manifest, joint: bool) -> None:
+    evidence = _evidence(workers, fitted, joint)
+    # Of so many digits the number can be given again, as it is written everywhere.
+    chosen = Damping(float(f"{evidence.best():.6g}"), absolute=True)
+    curve = evidence.curve(chosen.value)
+    columns = {
+        "damping": curve,
+        "log_evidence": [evidence.log_evidence(lam) for lam in curve],
+        "effective_parameters": [evidence.density.effective(lam) for lam in curve],
+    }
+    parameters = evidence.density.effective(chosen.value)
+    why = f"the evidence of the fit's {evidence.examples:,} examples, which determine "
+    facts: dict[str, str | float] = {
+        "why": f"{why}{parameters:,.1f} parameters",
+        "log_evidence": evidence.log_evidence(chosen.value),
+        "effective_parameters": parameters,
+        "examples": evidence.examples,
+        "weights_sq_norm": evidence.squared_norm,
+        "noise_precision": evidence.precision(chosen.value),
+    }
+    _record(workers, manifest, "evidence", chosen, facts, pa.table(columns, schema=EVIDENCE))
+
+
+def record_heldout(
+    workers: Workers,
+    manifest: Manifest,
+    found: Mapping[Damping, tuple[float, float]],
+    removals: int,
+) -> Damping:
+    """The damping whose scores agree best with removals, the largest of several; recorded.
+
+    Args:
+        found: agreement and standard error of each damping.
+        removals: how many there were.
+    """
+    chosen = max(found, key=lambda one: (found[one][0], one.value))
+    columns = {
+        "damping": [str(one) for one in found],
+        "agreement": [mean for mean, _ in found.values()],
+        "standard_error": [error for _, error in found.values()],
+    }
+    (mean, error), (usual, _) = found[chosen], found[Damping()]
+    why = f"{removals:,} removals that were tried, with which its scores agree by {mean:.3f} "
+    facts: dict[str, str | float] = {
+        "why": f"{why}(± {error:.3f}), those of the usual damping by {usual:.3f}",
+        "agreement": mean,
+        "standard_error": error,
+        "usual_agreement": usual,
+        "removals": removals,
+    }
+    _record(workers, manifest, "heldout", chosen, facts, pa.table(columns, schema=AGREEMENT))
+    _say(workers, manifest)
+    return chosen
+
+
+def _record(
+    workers: Workers,
+    manifest: Manifest,
+    word: str,
+    chosen: Damping,
+    facts: Mapping[str, str | float],
+    curve: pa.Table,
+) -> None:
+    """Write down what a word has chosen, and from what."""
+    notes = footer({"damping": word})
+    write_table(workers.store, f"{CURVE}/part-00000.parquet", curve, notes)
+    manifest.facts["damping"] = {"chosen_by": word, "value": str(chosen), **facts}
+    manifest.write(workers.store)
+
+
+def _say(workers: Workers, manifest: Manifest) -> None:
+    why = manifest.facts["damping"].get("why", "")
+    workers.reporter.say(f"damping {used_damping(manifest)}, by {why}")
 
 
 def used_damping(manifest: Manifest) -> str:
@@ -90,11 +150,6 @@ def _evidence(workers: Workers, fitted: Fitted, joint: bool) -> Evidence:
     """What the evidence of a damping of a fit is made of."""
     curvature = CurvatureFiles.of(fitted.store, fitted.manifest)
     method, blocks = curvature.method, workers.blocks
-    if not method.curved:
-        raise UserError(
-            "--damping evidence", "a fit with curvature", f"one with --method {method}",
-            "Leave it out: the identity is never damped.",
-        )  # fmt: skip
     groups = [blocks] if method.ranked and joint else [(block,) for block in blocks]
     arguments = [(curvature, fitted.network, some) for some in groups]
     needs = [_need(some) for some in groups]

@@ -40,6 +40,7 @@ class Inputs:
         queries: a table or rows.
         train: a table or rows.
         candidates: a table or rows of pairs of a query and a training example.
+        removals: a table or rows of what retraining without some examples did.
         objective: its name, or itself.
         fit_objective: for a job that follows a fit, that fit's objective.
         snapshots: what settings name of the hub, at its commit: where it lies on this machine.
@@ -53,6 +54,7 @@ class Inputs:
     queries: Source | None = None
     train: Source | None = None
     candidates: Source | None = None
+    removals: Source | None = None
     objective: str | Objective | None = None
     fit_objective: str | Objective | None = None
     snapshots: Mapping[str, Snapshot] = field(default_factory=dict)

@@ -34,7 +34,7 @@ from raycurv.mathematics.tiles import tile_ranges
 
 SpectralFunction = Callable[[Tensor], Tensor]
 # Words that choose a damping from a fit, where a job takes them.
-CHOSEN = ("evidence",)
+CHOSEN = ("evidence", "heldout")
 
 
 @dataclass(frozen=True)

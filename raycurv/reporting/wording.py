@@ -96,17 +96,13 @@ def damping(text: str, chosen: Mapping[str, Any] = MappingProxyType({})) -> tupl
     """What is added to eigenvalues before they are inverted, and what it was chosen by, if it
     was."""
     found = Damping.parse(text)
-    if chosen:
-        return number(found.value), (
-            f"is added to the eigenvalues of every block: of the largest Laplace evidence of "
-            f"{chosen['examples']:,} examples, which determine "
-            f"{number(chosen['effective_parameters'])} parameters"
-        )
+    why = f", by {chosen.get('why', '')}" if chosen else ""
     if found.value == 0:
         return "none", "eigenvalues are inverted as they are"
     if found.absolute:
-        return short(found.value), "is added to the eigenvalues of every block"
-    return f"{found.value:g} {_TIMES} mean Λ", "of each block is added to its eigenvalues"
+        shown = number(found.value) if chosen else short(found.value)
+        return shown, f"is added to the eigenvalues of every block{why}"
+    return f"{found.value:g} {_TIMES} mean Λ", f"of each block is added to its eigenvalues{why}"
 
 
 def rank(text: str) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from raycurv.files.artifacts import read_bases, read_products, write_products
 from raycurv.files.curvature_files import CurvatureFiles
 from raycurv.files.row_files import open_rows
 from raycurv.files.store import Store
+from raycurv.jobs.influence.removals import named
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.curvature import Damping
 from raycurv.mathematics.influence.ihvp import (
@@ -53,6 +54,8 @@ class ProductsGatherer(Gatherer):
     """Gathers IHVPs of queries into ``ihvp/`` of a store of their own.
 
     Attributes:
+        damping: of every block; of several each query has a product for each (see
+            :func:`raycurv.jobs.influence.removals.named`).
         rank: to truncate to; ``None`` for whole.
         seed: of the test matrices.
         scored: rows of the examples that alone the products are for; ``None`` when they are
@@ -64,7 +67,7 @@ class ProductsGatherer(Gatherer):
     queries: tuple[str, ...]
     out: Store
     curvature: CurvatureFiles
-    damping: Damping
+    damping: Damping | tuple[Damping, ...]
     rank: int | None
     seed: int
     scored: int | None = None
@@ -83,10 +86,13 @@ class ProductsGatherer(Gatherer):
         )  # fmt: skip
 
     def write(self, name: str, result: BlockProducts, blocks: Mapping[str, Block]) -> None:
+        names = self.queries
+        if not isinstance(self.damping, Damping):
+            names = named(self.queries, self.damping)
         if self.held is None:
-            write_products(self.out, name, result, self.queries)
+            write_products(self.out, name, result, names)
         else:
-            check_products(name, result, self.queries)
+            check_products(name, result, names)
             self.held[name] = result
 
 

@@ -85,8 +85,14 @@ class InfluenceSettings(Execution, Reading, Capturing, Predicting):
     """Where scores go: an absolute path, or a URI that pyarrow.fs understands."""
     damping: Identity[DampingChoice] = "0.1"
     """What is added to eigenvalues: this factor times each block's mean eigenvalue, or the same
-    number for all as `abs:1e-6`, or for all the number that `evidence` chooses: the one of the
-    largest Laplace evidence of the fit's examples and the trained weights."""
+    number for all as `abs:1e-6`. Or a word that chooses: `evidence` the number for all of the
+    largest Laplace evidence of the fit's examples and the trained weights; `heldout` the factor
+    whose scores foretell best what --removals did."""
+    removals: Annotated[str, INPUT, Checked(places)] = ""
+    """What retraining did, for `--damping heldout`: a table with a row for each retraining, of the
+    columns `removed` (ids of the training examples that it was without), `query_ids` and `measured`
+    (what was then measured of each of these queries: the loss, where no --objective says
+    otherwise)."""
     rank: Identity[Rank] = "32"
     """Rank that IHVPs are truncated to, or `full`."""
     query_memory: Size = "2GiB"
@@ -127,6 +133,17 @@ class InfluenceSettings(Execution, Reading, Capturing, Predicting):
             raise UserError(
                 "--candidates", "training examples (--train)", "none", "Give --train as well."
             )
+        if (self.damping == "heldout") != bool(self.removals):
+            given = self.removals or "none"
+            raise UserError(
+                "--removals", "removals that were tried with --damping heldout, and none without",
+                f"{given} with --damping {self.damping}", "Give both, or neither.",
+            )  # fmt: skip
+        if self.removals and not self.train:
+            raise UserError(
+                "--removals", "training examples (--train), whose removal it is", "none",
+                "Give --train as well.",
+            )  # fmt: skip
         if self.candidates_check and not self.candidates:
             raise UserError(
                 "--candidates-check", "candidates to look at", "none",

@@ -49,7 +49,7 @@ from raycurv.files.row_files import open_inverses
 from raycurv.files.store import Store
 from raycurv.files.tables import ROWS, footer, lengths_schema, read_rows, write_tables
 from raycurv.files.tensorfile import is_complete
-from raycurv.jobs.damping_choice import choose_damping, used_damping
+from raycurv.jobs.damping_choice import choose_damping, record_heldout, used_damping
 from raycurv.jobs.drafts import recipe_of
 from raycurv.jobs.fitted import Fitted, GivenAgain, columns_given, fitted_blocks, open_fitted
 from raycurv.jobs.influence.candidates import (
@@ -64,6 +64,7 @@ from raycurv.jobs.influence.candidates import (
 )
 from raycurv.jobs.influence.gatherers import GradientsGatherer, ProductsGatherer, ScoreGatherer
 from raycurv.jobs.influence.influence_settings import InfluenceSettings
+from raycurv.jobs.influence.removals import GRID, Removals, named, read_removals
 from raycurv.jobs.influence.score_rows import ScoreRows
 from raycurv.jobs.inputs import Inputs
 from raycurv.jobs.loss_check import check_loss
@@ -162,6 +163,9 @@ def _score(shell: Shell[InfluenceSettings]) -> None:
         prints["train"] = fingerprint(train)
     if chosen is not None:
         prints["candidates"] = candidates_print(chosen)
+    tried = shell.inputs.or_named("removals", settings) if settings.removals else None
+    if tried is not None:
+        prints["removals"] = fingerprint(tried)
     prints |= shell.tokenizer_print()
     places: dict[str, Any] = {"run": fitted.store.root} | shell.notes_of(fitted.network)
     places |= recorded_data(settings, shell.inputs, fitted.network)
@@ -212,11 +216,16 @@ def _score(shell: Shell[InfluenceSettings]) -> None:
             )  # fmt: skip
         joint = settings.inverse != "block"
         damping = choose_damping(settings.damping, workers, fitted, manifest, joint)
+        removals = None
+        if tried is not None and damping is None:
+            assert training is not None
+            removals = read_removals(tried, asked, training)
         if settings.check_causality:
             check_loss(workers, manifest, fitted)
         job = _Influence(
-            settings, workers, manifest, asked, training, curvature, damping, candidates
-        )
+            settings, workers, manifest, asked, training, curvature, damping or Damping(),
+            candidates, removals,
+        )  # fmt: skip
         job.run()
     shell.end(job.said())
 
@@ -354,6 +363,7 @@ class _Asked:
         ids: their names, in order.
         place: where their IHVPs lie.
         label: which pass it is, for the progress, where there are several.
+        dampings: under each of which they are scored; empty for the job's own.
     """
 
     numbers: Sequence[int]
@@ -361,11 +371,18 @@ class _Asked:
     ids: tuple[str, ...]
     place: Store
     label: str
+    dampings: tuple[Damping, ...] = ()
 
     @property
     def checks(self) -> bool:
-        """Whether they are a sample that is scored on all examples, to measure candidates."""
+        """Whether they are a sample whose scores are no results, but measure candidates or
+        dampings."""
         return not isinstance(self.numbers, range)
+
+    @property
+    def products(self) -> tuple[str, ...]:
+        """What each IHVP is called."""
+        return named(self.ids, self.dampings) if self.dampings else self.ids
 
 
 @dataclass
@@ -380,6 +397,7 @@ class _Influence:
     curvature: CurvatureFiles
     damping: Damping
     candidates: Candidates | None = None
+    removals: Removals | None = None
     held: dict[str, BlockProducts] = field(default_factory=dict)
     """Products that stay in memory, of the queries and stages under way; by block."""
     own: dict[str, Array] = field(default_factory=dict)
@@ -406,6 +424,8 @@ class _Influence:
         return said
 
     def run(self) -> None:
+        if self.removals is not None:
+            self._choose(self.removals)
         passes, examples = self._passes(), 0 if self.train is None else len(self.train)
         self.manifest.facts |= {
             "queries_scored": len(self.queries), "examples": examples, "passes": len(passes),
@@ -424,22 +444,48 @@ class _Influence:
         for name in self._finished.keys() - {asked.span for asked in passes}:
             del self._finished[name]
         self._sweep_leftovers(passes)
-        for asked in passes:
-            if asked.span in self._finished:
-                continue
-            files = self._products(asked, score=self.train is not None)
-            self._note_unreached(asked)
-            self._finished[asked.span] = self._sizes([*files, *self._lengths(asked)])
-            self.manifest.write(self.store)
-            self.store.delete_directory(f"work/candidates/{asked.span}")
-            if not self.settings.ihvp:
-                self.store.delete_directory(f"work/pass-{asked.span}")
+        self._take(passes)
         self._measure([asked for asked in passes if asked.checks])
         if self.settings.ihvp:
             self._collect_products([asked for asked in passes if not asked.checks])
         self.store.delete_directory("work")
         self.manifest.complete.append("scores")
         self.manifest.write(self.store)
+
+    def _take(self, passes: Sequence[_Asked]) -> None:
+        """Run those of some passes that are not finished."""
+        for asked in passes:
+            if asked.span in self._finished:
+                continue
+            files = self._products(asked, score=self.train is not None)
+            if not asked.dampings:
+                self._note_unreached(asked)
+            self._finished[asked.span] = self._sizes([*files, *self._lengths(asked)])
+            self.manifest.write(self.store)
+            self.store.delete_directory(f"work/candidates/{asked.span}")
+            if asked.dampings or not self.settings.ihvp:
+                self.store.delete_directory(f"work/pass-{asked.span}")
+
+    def _choose(self, removals: Removals) -> None:
+        """Take the damping whose scores foretell the removals best, and record how well each
+        does."""
+        assert self.train is not None
+        size, passes = max(1, self._fitting() // len(GRID)), []
+        for at in range(0, len(removals.queries), size):
+            some = removals.queries[at : at + size]
+            span = f"{_CHECK}-damping-{at:06d}-{at + len(some):06d}"
+            passes.append(
+                replace(self._asked(some, span, ", to choose the damping"), dampings=GRID)
+            )
+        self._sweep_leftovers(passes)
+        self._take(passes)
+        files = [name for asked in passes for name in self._finished[asked.span]]
+        found = removals.agreements(self.store, files, self.queries, self.train)
+        self.damping = record_heldout(self.workers, self.manifest, found, len(removals))
+        for asked in passes:
+            del self._finished[asked.span]
+        self.manifest.write(self.store)
+        self.store.delete_directory(_CHECK)
 
     @cached_property
     def _unreached(self) -> tuple[str, ...]:
@@ -520,8 +566,8 @@ class _Influence:
             sizes[name] = size
         return sizes
 
-    def _passes(self) -> list[_Asked]:
-        """Queries by pass: as many as keep every stage's products within ``--query-memory``."""
+    def _fitting(self) -> int:
+        """How many IHVPs keep every stage's within ``--query-memory``, one at least."""
         # Those of a ranked method start as whole gradients.
         rank = None if self.curvature.method.ranked else self.settings.rank_number()
         item = 8 if self.workers.dtype == torch.float64 else 4
@@ -530,7 +576,11 @@ class _Influence:
             for blocks in self.workers.by_stage
         )
         memory = parse_bytes("--query-memory", self.settings.query_memory)
-        size = max(1, memory // (largest * item))
+        return max(1, memory // (largest * item))
+
+    def _passes(self) -> list[_Asked]:
+        """Queries by pass: as many as fit together."""
+        size = self._fitting()
         # What is finished stays; the rest is dealt out anew, for stages or memory may have changed.
         numbered = [name for name in sorted(self._finished) if not name.startswith(_CHECK)]
         finished = [tuple(map(int, name.split("-"))) for name in numbered]
@@ -564,6 +614,10 @@ class _Influence:
         """The training examples that go through the model for some queries, and the pairs that are
         written; all where these are ``None``."""
         assert self.train is not None
+        if asked.dampings:
+            assert self.removals is not None
+            union = self.removals.union
+            return self.train.among(union, self.store, f"work/candidates/{asked.span}"), None
         if self.candidates is None or not isinstance(asked.numbers, range):
             return self.train, None
         union, pairs = self.candidates.of_pass(asked.numbers)
@@ -607,21 +661,22 @@ class _Influence:
         if ranked and self._without_products(asked.place, self.workers.blocks):
             self._rank_products(asked)
         train = None
-        if self.train is not None and not settings.ihvp:
+        if self.train is not None and (asked.dampings or not settings.ihvp):
             train, _ = self._scored_by(asked)
         # What files say beside the products is read at the end.
         holds = train is not None and self.workers.in_process and rank is None
         holds = holds and not (ranked or self._unreached)
+        beside = ("squares",) * bool(self._unreached) + ("own",) * settings.self_influence
         gatherer = ProductsGatherer(
             asked.ids,
             asked.place,
             self.curvature,
-            self.damping,
+            asked.dampings or self.damping,
             rank,
             settings.seed,
             scored=None if train is None else train.tokens,
             held=self.held if holds else None,
-            beside=("squares",) * bool(self._unreached) + ("own",) * settings.self_influence,
+            beside=() if asked.dampings else beside,
         )
         return self._sweep(asked, gatherer, asked.label, score)
 
@@ -671,7 +726,8 @@ class _Influence:
                 self._query(sweep, group, work, place, label)
             if score:
                 files = self._score(sweep, group, asked)
-                self._note_own(group, place)
+                if not asked.dampings:
+                    self._note_own(group, place)
             self.held.clear()
             sweep.descend(group)
         sweep.end()
@@ -716,7 +772,7 @@ class _Influence:
             self.curvature,
             self.damping,
             asked.place,
-            len(asked.ids),
+            len(asked.products),
             settings.per_block,
             settings.per_token,
             settings.self_influence and (pairs is not None or asked.numbers[0] == 0),
@@ -727,7 +783,7 @@ class _Influence:
         rows = ScoreRows(
             self.store,
             f"part-{asked.span}",
-            asked.ids,
+            asked.products,
             train,
             settings,
             self.workers.dtype == torch.float64,

@@ -272,7 +272,7 @@ class QueryProducts(QueryGradients):
     Args:
         curvatures: block name -> its curvature.
         queries: all queries of this pass, in their order.
-        damping: of every block.
+        damping: of every block; of several each query has a product for each, one after the other.
         rank: to truncate to; ``None`` for whole products.
         seed: of the test matrices.
         dtype: of the model's computation.
@@ -285,7 +285,7 @@ class QueryProducts(QueryGradients):
         self,
         curvatures: Mapping[str, BlockCurvature],
         queries: Sequence[str],
-        damping: Damping,
+        damping: Damping | Sequence[Damping],
         rank: int | None,
         seed: int,
         dtype: torch.dtype,
@@ -293,13 +293,19 @@ class QueryProducts(QueryGradients):
         scored: int | None = None,
         beside: Sequence[str] = (),
     ) -> None:
-        self._rank, self._seed, self._scored, self._count = rank, seed, scored, len(queries)
-        preconditioner = Preconditioner.of(curvatures, damping, working_dtype(dtype), device)
+        dampings = [damping] if isinstance(damping, Damping) else damping
+        slots = [query for query in queries for _ in dampings]
+        self._rank, self._seed, self._scored, self._count = rank, seed, scored, len(slots)
+        preconditioner = Preconditioner.of(curvatures, dampings[0], working_dtype(dtype), device)
         self._inverse = preconditioner.inverse
+        # Of the others it is made when it is needed: each is as large as all weights.
+        self._others = dampings[1:]
+        self._curvatures = curvatures if self._others else {}
         self.bases = preconditioner.bases
-        super().__init__(preconditioner.blocks, queries, dtype, device, preconditioner.bases)
+        super().__init__(preconditioner.blocks, slots, dtype, device, preconditioner.bases)
+        self._place = {query: len(dampings) * i for i, query in enumerate(queries)}
         for name in self.names:
-            held = {key: PlainSum((len(queries),), torch.float64, device) for key in beside}
+            held = {key: PlainSum((len(slots),), torch.float64, device) for key in beside}
             self.sums |= {f"{name}#{key}": one for key, one in held.items()}
             numbers = {key: one.part for key, one in held.items()}
             self.products[name] = replace(self.products[name], **numbers)
@@ -320,7 +326,24 @@ class QueryProducts(QueryGradients):
         where: list[int],
         ids: Sequence[str],
     ) -> None:
-        inverse = self._inverse[block.name]
+        for number, other in enumerate(self._others, start=1):
+            inverse = self._curvatures[block.name].inverted(
+                other, working_dtype(self.dtype), self.device
+            )
+            here = [place + number for place in where]
+            self._put_damped(block, m_NOI.clone(), inverse, columns, here, ids)
+        self._put_damped(block, m_NOI, self._inverse[block.name], columns, where, ids)
+
+    def _put_damped(
+        self,
+        block: Block,
+        m_NOI: Tensor,
+        inverse: Tensor,
+        columns: Tensor | None,
+        where: list[int],
+        ids: Sequence[str],
+    ) -> None:
+        """Make the products under one damping."""
         inverse = inverse if columns is None else inverse[:, columns]
         products = self.products[block.name]
         if products.squares is not None:
