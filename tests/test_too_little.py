@@ -92,7 +92,7 @@ def test_a_full_disk_leaves_every_finished_artefact_whole(
     disk = small_disk(130)
     flags = {"out": disk / "run"}
     job = lambda: raycurv.fit(classifier, LONG, flags["out"], **FIT, **SWEPT)  # noqa: E731
-    sizes = itertools.count(190, 60)
+    sizes = itertools.count(250, 120)
     failures = 0
     while True:
         try:
@@ -124,7 +124,7 @@ how = {"quiet": True, "address": "none", "batch_tokens": 32, "force": True}
 def job(model, out):
     run = raycurv.fit(model, rows, out, **settings, **how)
     swept = {k: v for k, v in settings.items() if k in ("schedule", "stages")}
-    run.influence(rows[:2], rows, out + "-scores", rank=4, **how, **swept)
+    run.influence(rows[:1], rows, out + "-scores", rank=1, **how, **swept)
     return run
 
 
@@ -147,7 +147,7 @@ def capped(folder: Path, megabytes: float, **settings: Any) -> subprocess.Comple
     chosen = {
         "dtype": "bfloat16",
         "store_dtype": "bfloat16",
-        "max_factor_dim": 128,
+        "max_factor_dim": 64,
         "fisher": "empirical",
     } | settings
     return subprocess.run(

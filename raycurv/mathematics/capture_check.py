@@ -364,4 +364,5 @@ class _Sides:
 
 
 def _square(values: Tensor) -> float:
-    return float(values.square().sum(dtype=torch.float64))
+    # Along rows in their own dtype: torch reduces float32 into float64 at a tenth of the speed.
+    return float(values.square().sum(-1).sum(dtype=torch.float64))
