@@ -87,6 +87,12 @@ GRADIENTS = _schema(
 )
 EVIDENCE = _schema("damping float64, log_evidence float64, effective_parameters float64")
 AGREEMENT = _schema("damping string, agreement float64, standard_error float64")
+SOLVER = _schema(
+    """
+    query_id string, block string, step int32, residual float64, energy float64, cosine float64,
+    curvature float64, outcome string
+    """
+)
 TIMELINE = _schema(
     """
     phase string, actor string, operation string, microbatch int32, start time, end time,

@@ -21,7 +21,7 @@ from raycurv.files.artifacts import read_products, write_products
 from raycurv.files.row_files import open_rows
 from raycurv.files.store import Store
 from raycurv.mathematics.blocks import Block
-from raycurv.mathematics.influence.ihvp import BlockProducts, kept_rank, truncated
+from raycurv.mathematics.influence.ihvp import truncated_products
 from raycurv.mathematics.rank.rank_inverse import RankInverse, RankInverses, check_residual
 from raycurv.stages.pool import Need
 
@@ -115,19 +115,7 @@ def apply_inverse(
             product = here.apply(rows_MN, part.flatten(1), projection)
             result[:, outputs] = product.view(part.shape).to(result.dtype)
         seen = (projection, rows.project(result, inverse))
-    kept = kept_rank(job.rank, block.d_out, block.d_in)
     own = torch.stack([(v.double() * r).sum() for v, r in zip(values, result, strict=True)])
-    if kept is None:
-        products = BlockProducts(full=result, own=own)
-    else:
-        each = [
-            truncated(result[i : i + 1], kept, job.seed, queries[i : i + 1], block.name)
-            for i in range(len(queries))
-        ]
-        products = BlockProducts(
-            left=torch.cat([u for u, _ in each]).transpose(1, 2),
-            right=torch.cat([w for _, w in each]),
-            own=own,
-        )
+    products = truncated_products(result, job.rank, job.seed, queries, block, own=own)
     write_products(job.out, block.name, products, queries)
     return seen

@@ -24,6 +24,9 @@ from raycurv.planning.plan import Phase, Plan
 from raycurv.planning.shapes import DataShape, Recipe, StageShape
 
 QUERIES, SCORES = "queries: IHVPs", "scores"
+# Bytes of a number of a direction in a pass of products: its tangent, and the product's running sum
+# with its wider master.
+VECTOR = 16
 # Bytes of a score with its two ids (dictionary-coded) in Parquet.
 _SCORE = 6
 

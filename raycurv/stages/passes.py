@@ -68,16 +68,19 @@ class ProductGatherer(Gatherer):
 
     Attributes:
         directions: how many vectors are multiplied.
+        own: block -> the directions whose products are gathered of it, where these are not all of
+            all blocks.
     """
 
     directions: int
+    own: Mapping[str, range] | None = None
 
     name = "products"
 
     def open(
         self, blocks: tuple[Block, ...], dtype: torch.dtype, device: torch.device
     ) -> ProductSums:
-        return ProductSums(blocks, self.directions, dtype, device)
+        return ProductSums(blocks, self.directions, dtype, device, self.own)
 
 
 @dataclass(frozen=True)

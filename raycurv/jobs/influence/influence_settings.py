@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -24,6 +24,7 @@ from raycurv.driver.settings import (
     InputPath,
     ModelPath,
     Place,
+    Positive,
     Predicting,
     Rank,
     Reading,
@@ -31,11 +32,17 @@ from raycurv.driver.settings import (
     Seed,
     Size,
     columns_of,
+    flag_of,
     places,
     rank_number,
     selected,
 )
 from raycurv.errors import UserError
+
+# Of a solver that iterates; see docs/refinement.md for what they were measured on.
+SOLVER_DEFAULTS: dict[str, Any] = {
+    "steps": 10, "tolerance": 1e-3, "matrix": "ggn", "coupling": "model",
+}  # fmt: skip
 
 
 def _candidates(flag: str, text: str) -> None:
@@ -83,16 +90,35 @@ class InfluenceSettings(Execution, Reading, Capturing, Predicting):
     loss training examples have in any case."""
     out: Required[Place] = ""
     """Where scores go: an absolute path, or a URI that pyarrow.fs understands."""
-    damping: Identity[DampingChoice] = "0.1"
+    damping: Identity[DampingChoice | None] = None
     """What is added to eigenvalues: this factor times each block's mean eigenvalue, or the same
     number for all as `abs:1e-6`. Or a word that chooses: `evidence` the number for all of the
     largest Laplace evidence of the fit's examples and the trained weights; `heldout` the factor
-    whose scores foretell best what --removals did."""
+    whose scores foretell best what --removals did.
+    Default: 0.1, and 3 with --solver cg, whose answers fit retraining worse with less."""
     removals: Annotated[str, INPUT, Checked(places)] = ""
     """What retraining did, for `--damping heldout`: a table with a row for each retraining, of the
     columns `removed` (ids of the training examples that it was without), `query_ids` and `measured`
     (what was then measured of each of these queries: the loss, where no --objective says
     otherwise)."""
+    solver: Identity[Literal["ekfac", "cg"]] = "ekfac"
+    """How IHVPs are made: of the fit's curvature alone (`ekfac`, whatever the fit's --method), or
+    by conjugate gradients with exact products of the fit's examples (`cg`), which that curvature
+    preconditions. Each step is a pass over these examples."""
+    steps: Identity[Count | None] = None
+    """With --solver cg: steps at most. Default: 10."""
+    tolerance: Identity[Positive | None] = None
+    """With --solver cg: a query stops at this relative residual. Default: 1e-3."""
+    matrix: Identity[Literal["ggn", "hessian", "fisher"] | None] = None
+    """With --solver cg, what the products are of: the Gauss-Newton matrix, the Hessian of the loss,
+    which may have negative curvature (refused when it is met), or the Fisher of drawn labels.
+    Default: ggn."""
+    coupling: Identity[Literal["model", "blocks"] | None] = None
+    """With --solver cg, what is solved: one system of the whole `model`, or one of each block alone
+    (`blocks`), for which a pass has a direction for each query and block. Default: model."""
+    product_examples: Identity[Count | None] = None
+    """With --solver cg: products of a seeded sample of so many of the fit's examples. Default: all
+    of them."""
     rank: Identity[Rank] = "32"
     """Rank that IHVPs are truncated to, or `full`."""
     query_memory: Size = "2GiB"
@@ -127,6 +153,7 @@ class InfluenceSettings(Execution, Reading, Capturing, Predicting):
                 "Give --queries: where self-influence alone is wanted, a file of one example.",
             )  # fmt: skip
         super().check()
+        self._check_solver()
         if not self.train and not self.ihvp:
             raise UserError("--train", "training examples", "nothing", "Give --train, or --ihvp.")
         if self.candidates and not self.train:
@@ -149,6 +176,34 @@ class InfluenceSettings(Execution, Reading, Capturing, Predicting):
                 "--candidates-check", "candidates to look at", "none",
                 "Give --candidates, or leave it out.",
             )  # fmt: skip
+
+    def _check_solver(self) -> None:
+        if self.solver == "ekfac":
+            for name in (*SOLVER_DEFAULTS, "product_examples"):
+                if getattr(self, name) is not None:
+                    raise UserError(
+                        flag_of(name), "a solver that iterates", "--solver ekfac",
+                        "Give --solver cg, or leave it out.",
+                    )  # fmt: skip
+        elif self.damping == "heldout":
+            raise UserError(
+                "--damping heldout", "a damping that is chosen for the solver",
+                "one that is chosen by scores of --solver ekfac",
+                "Give a number (3 is the default of --solver cg).",
+            )  # fmt: skip
+        elif self.self_influence:
+            raise UserError(
+                "--self", "self-influence under the fit's own curvature", "--solver cg, which does "
+                "not solve for every training example",
+                "Leave --self out, or score it by --solver ekfac into another directory.",
+            )  # fmt: skip
+
+    def resolved(self) -> InfluenceSettings:
+        """With the defaults that depend on the solver."""
+        solves = self.solver != "ekfac"
+        usual = {"damping": "3" if solves else "0.1"} | (SOLVER_DEFAULTS if solves else {})
+        missing = {name: value for name, value in usual.items() if getattr(self, name) is None}
+        return replace(super().resolved(), **missing)
 
     def select(self, name: str, source: Any) -> Any:
         """See :meth:`Reading.select`; queries have a split of their own, and may have columns."""

@@ -64,6 +64,7 @@ from raycurv.jobs.influence.candidates import (
 )
 from raycurv.jobs.influence.gatherers import GradientsGatherer, ProductsGatherer, ScoreGatherer
 from raycurv.jobs.influence.influence_settings import InfluenceSettings
+from raycurv.jobs.influence.refinement import TABLE, Refinement
 from raycurv.jobs.influence.removals import GRID, Removals, named, read_removals
 from raycurv.jobs.influence.score_rows import ScoreRows
 from raycurv.jobs.inputs import Inputs
@@ -80,6 +81,7 @@ from raycurv.mathematics.loss.objective import Objective
 from raycurv.mathematics.loss.shipped import open_measurement, open_objective
 from raycurv.mathematics.rank.rank_inverse import RankInverses
 from raycurv.models.model import Model
+from raycurv.planning.influence_plan import VECTOR
 from raycurv.progress.reporter import Reporter
 from raycurv.stages.passes import Pass
 
@@ -215,7 +217,12 @@ def _score(shell: Shell[InfluenceSettings]) -> None:
                 "Leave --inverse out: the other methods have each block's own inverse.",
             )  # fmt: skip
         joint = settings.inverse != "block"
+        assert settings.damping is not None
         damping = choose_damping(settings.damping, workers, fitted, manifest, joint)
+        refinement = None
+        if settings.solver != "ekfac":
+            assert damping is not None, "chosen by the scores of another solver"
+            refinement = Refinement.of(settings, workers, manifest, fitted, curvature, damping)
         removals = None
         if tried is not None and damping is None:
             assert training is not None
@@ -224,7 +231,7 @@ def _score(shell: Shell[InfluenceSettings]) -> None:
             check_loss(workers, manifest, fitted)
         job = _Influence(
             settings, workers, manifest, asked, training, curvature, damping or Damping(),
-            candidates, removals,
+            candidates, removals, refinement,
         )  # fmt: skip
         job.run()
     shell.end(job.said())
@@ -398,6 +405,7 @@ class _Influence:
     damping: Damping
     candidates: Candidates | None = None
     removals: Removals | None = None
+    refinement: Refinement | None = None
     held: dict[str, BlockProducts] = field(default_factory=dict)
     """Products that stay in memory, of the queries and stages under way; by block."""
     own: dict[str, Array] = field(default_factory=dict)
@@ -415,6 +423,8 @@ class _Influence:
             said = f"scored {len(self.queries):,} queries against {len(self.train):,} examples"
         if self.candidates is not None:
             said = self._said_of_candidates(self.candidates)
+        if self.refinement is not None:
+            said += f"; {self.refinement.said()}"
         shares = _shares(self.manifest)
         if shares:
             said += (
@@ -445,6 +455,8 @@ class _Influence:
             del self._finished[name]
         self._sweep_leftovers(passes)
         self._take(passes)
+        if self.refinement is not None:
+            self.manifest.facts["solver"] = self.refinement.facts()
         self._measure([asked for asked in passes if asked.checks])
         if self.settings.ihvp:
             self._collect_products([asked for asked in passes if not asked.checks])
@@ -460,7 +472,8 @@ class _Influence:
             files = self._products(asked, score=self.train is not None)
             if not asked.dampings:
                 self._note_unreached(asked)
-            self._finished[asked.span] = self._sizes([*files, *self._lengths(asked)])
+            solved = [] if self.refinement is None else self.refinement.tables(asked.span)
+            self._finished[asked.span] = self._sizes([*files, *self._lengths(asked), *solved])
             self.manifest.write(self.store)
             self.store.delete_directory(f"work/candidates/{asked.span}")
             if asked.dampings or not self.settings.ihvp:
@@ -568,9 +581,10 @@ class _Influence:
 
     def _fitting(self) -> int:
         """How many IHVPs keep every stage's within ``--query-memory``, one at least."""
-        # Those of a ranked method start as whole gradients.
-        rank = None if self.curvature.method.ranked else self.settings.rank_number()
+        # Those that no stage makes alone start as whole gradients.
+        rank = None if self._apart else self.settings.rank_number()
         item = 8 if self.workers.dtype == torch.float64 else 4
+        item = item if self.refinement is None else VECTOR
         largest = max(
             sum(product_elements(rank, b.d_out, b.d_in) for b in blocks)
             for blocks in self.workers.by_stage
@@ -657,15 +671,14 @@ class _Influence:
         """The IHVPs of some queries, and with ``score`` the training examples' scores on them;
         gives the files of these."""
         settings, rank = self.settings, self.settings.rank_number()
-        ranked = self.curvature.method.ranked
-        if ranked and self._without_products(asked.place, self.workers.blocks):
-            self._rank_products(asked)
+        if self._apart and self._without_products(asked.place, self.workers.blocks):
+            self._products_apart(asked)
         train = None
         if self.train is not None and (asked.dampings or not settings.ihvp):
             train, _ = self._scored_by(asked)
         # What files say beside the products is read at the end.
         holds = train is not None and self.workers.in_process and rank is None
-        holds = holds and not (ranked or self._unreached)
+        holds = holds and not (self._apart or self._unreached)
         beside = ("squares",) * bool(self._unreached) + ("own",) * settings.self_influence
         gatherer = ProductsGatherer(
             asked.ids,
@@ -680,11 +693,23 @@ class _Influence:
         )
         return self._sweep(asked, gatherer, asked.label, score)
 
-    def _rank_products(self, asked: _Asked) -> None:
-        """The IHVPs of a ranked method, which no stage can make alone."""
+    @property
+    def _apart(self) -> bool:
+        """Whether IHVPs are made of gradients in files: of a ranked method, and by a solver."""
+        return self.curvature.method.ranked or self.refinement is not None
+
+    def _products_apart(self, asked: _Asked) -> None:
+        """The IHVPs that no stage can make alone."""
         gradients = asked.place.inside("gradients")
         gatherer = GradientsGatherer(asked.ids, gradients)
         self._sweep(asked, gatherer, f"{asked.label}, gradients", score=False)
+        if self.refinement is None:
+            self._rank_products(asked, gradients)
+        else:
+            self.refinement.make(asked.span, asked.label, asked.ids, gradients, asked.place)
+        asked.place.delete_directory("gradients")
+
+    def _rank_products(self, asked: _Asked, gradients: Store) -> None:
         job = RankProducts(
             gradients,
             asked.place,
@@ -696,7 +721,6 @@ class _Influence:
         residual = job.make(self.workers.blocks, self._inverses, self.workers)
         facts = self.manifest.facts
         facts["residual"] = max(residual, facts.get("residual", 0.0))
-        asked.place.delete_directory("gradients")
 
     def _sweep(
         self,
@@ -799,6 +823,10 @@ class _Influence:
 
     def _sweep_leftovers(self, passes: Sequence[_Asked]) -> None:
         """Files that no commit speaks of were written by a run that then died: forget them."""
+        spans = tuple(f"{TABLE}/{asked.span}-" for asked in passes)
+        for name in self.store.names(TABLE):
+            if not name.startswith(spans):
+                self.store.delete(name)
         if self.train is None:
             return
         known = {name for files in self._finished.values() for name in files}

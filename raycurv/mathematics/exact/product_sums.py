@@ -7,7 +7,7 @@ Axis letters: Q directions, O outputs, I inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,12 +44,25 @@ class ProductSums(Sums):
         directions: Q.
         dtype: of the model's computation.
         device: where the sums live.
+        own: block -> the directions whose products are gathered of it, and nothing of other blocks;
+            by default all of all.
     """
 
     def __init__(
-        self, blocks: Iterable[Block], directions: int, dtype: torch.dtype, device: torch.device
+        self,
+        blocks: Sequence[Block],
+        directions: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        own: Mapping[str, range] | None = None,
     ) -> None:
-        shapes = {block.name: (directions, block.d_out, block.d_in) for block in blocks}
+        asked = {block.name: range(directions) for block in blocks} if own is None else own
+        self._own = {block.name: asked[block.name] for block in blocks if block.name in asked}
+        shapes = {
+            block.name: (len(self._own[block.name]), block.d_out, block.d_in)
+            for block in blocks
+            if block.name in self._own
+        }
         super().__init__(shapes, dtype, device)
         self._totals = {name: RunningSum(shape, dtype, device) for name, shape in shapes.items()}
         self.sums |= self._totals
@@ -59,8 +72,10 @@ class ProductSums(Sums):
         examples = 0
         for q, captured in enumerate(draws):
             examples = captured.batch.size
-            for name, product in captured.products.items() if counts else ():
-                self._totals[name].add(product[None], slice(q, q + 1))
+            for name, own in self._own.items() if counts else ():
+                if q in own:
+                    at = q - own.start
+                    self._totals[name].add(captured.products[name][None], slice(at, at + 1))
         if counts:
             self.count(SHARED, examples)
         return {}

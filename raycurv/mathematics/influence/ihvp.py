@@ -197,6 +197,27 @@ def truncated(
     )
 
 
+def truncated_products(
+    whole_QOI: Tensor,
+    rank: int | None,
+    seed: int,
+    queries: Sequence[str],
+    block: Block,
+    **numbers: Tensor,
+) -> BlockProducts:
+    """IHVPs that were made whole, in the weights' own axes, as others are kept: truncated to a
+    rank, one after the other; ``numbers`` are kept beside them."""
+    kept = kept_rank(rank, block.d_out, block.d_in)
+    if kept is None:
+        return BlockProducts(full=whole_QOI, **numbers)
+    each = [
+        truncated(whole_QOI[i : i + 1], kept, seed, queries[i : i + 1], block.name)
+        for i in range(len(queries))
+    ]
+    left = torch.cat([u for u, _ in each]).transpose(1, 2)
+    return BlockProducts(left=left, right=torch.cat([w for _, w in each]), **numbers)
+
+
 class QueryGradients(Sums):
     """Gathers the gradients of queries, whole and in the weights' own axes.
 

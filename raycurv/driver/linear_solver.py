@@ -1,0 +1,132 @@
+"""Conjugate gradients through the stages: a pass over the examples an iteration.
+
+    progress/NUMBER    the scalars of every query after an iteration: it is done when they are there
+
+Between iterations, nothing is held but these; vectors lie in files, see
+:mod:`raycurv.driver.iterates`. A run that is stopped goes on with the iteration that it was at, and
+within this one with the last commit of its pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+from torch import Tensor
+
+from raycurv.driver.iterates import Iteration, IterationGatherer, System, read_grams
+from raycurv.driver.multiplier import Multiplier
+from raycurv.errors import UserError
+from raycurv.files.tensorfile import open_tensors, write_tensors
+from raycurv.mathematics.exact.conjugate_gradients import (
+    OUTCOMES,
+    Progress,
+    curvature_along,
+    iteration,
+)
+from raycurv.stages.passes import Pass
+
+_NEGATIVE = OUTCOMES.index("negative curvature")
+# Is shown every iteration, when its scalars are there.
+Shown = Callable[[int, Progress], None]
+
+
+@dataclass(frozen=True)
+class LinearSolver:
+    """Solves a system by conjugate gradients, all right-hand sides at once.
+
+    Attributes:
+        multiplier: of the examples that C is a mean over.
+        system: that is solved.
+        queries: names of the right-hand sides, for messages.
+        work: a pass of products without directions and gatherer: its matrix is C, and its name
+            tells this system from all others of the run.
+        coupled: whether the blocks are one system, or each has its own scalars.
+        steps: iterations at most.
+        tolerance: relative residual at which a right-hand side stops.
+    """
+
+    multiplier: Multiplier
+    system: System
+    queries: Sequence[str]
+    work: Pass
+    coupled: bool
+    steps: int
+    tolerance: float
+
+    def solve(self, label: str, shown: Shown = lambda number, progress: None) -> list[Progress]:
+        """Iterate until every right-hand side has stopped; gives the scalars of all iterations.
+
+        What was done before is not done again. Answers then lie with the system,
+        :meth:`answered` reads them block by block.
+
+        Args:
+            label: of the phases, for a person.
+
+        Raises:
+            UserError: C + λ has negative curvature, where it may be indefinite, or before the first
+                step.
+            NumericalError: a product or a dot product is not finite.
+        """
+        history = self._history()
+        while not history or history[-1].running:
+            number, before = len(history) + 1, history[-1] if history else None
+            current = Iteration.after(self.system, number, before)
+            work = replace(
+                self.work,
+                name=f"{self.work.name}-{number:04d}",
+                directions=current,
+                gatherers=(IterationGatherer.of(current),),
+            )
+            self.multiplier.multiply(work, label)
+            grams = read_grams(self.system, number)
+            found = iteration(
+                grams.sum(dim=0) if self.coupled else grams, before, self.tolerance, self.steps
+            )
+            self._check(found, grams, before)
+            tensors = {one.name: getattr(found, one.name) for one in fields(Progress)}
+            write_tensors(self.system.place, _file(number), tensors, {}, finite=False)
+            self.multiplier.workers.store.delete_directory(f"work/{work.name}")
+            self.system.place.delete_directory(f"{number - 1:04d}")
+            history.append(found)
+            shown(number, found)
+        return history
+
+    def answered(self, history: Sequence[Progress]) -> Iteration:
+        """What comes after the last iteration, whose ``iterate(curvature).x`` is a block's answer
+        ``[Q, O, I]``."""
+        return Iteration.after(self.system, len(history) + 1, history[-1])
+
+    def _history(self) -> list[Progress]:
+        place, found = self.system.place, list[Progress]()
+        while place.exists(name := _file(len(found) + 1)):
+            found.append(Progress(**open_tensors(place, name).read_all()))
+        return found
+
+    def _check(self, found: Progress, grams: Tensor, before: Progress | None) -> None:
+        """Refuse negative curvature where it is no matter of rounding, or leaves nothing."""
+        new = found.outcome == _NEGATIVE
+        if before is not None:
+            new &= before.outcome != _NEGATIVE
+        if self.work.matrix != "hessian":
+            new &= found.steps == 0
+        if not new.any():
+            return
+        shares = curvature_along(grams, found.beta)
+        query = int(new.nonzero()[0, -1])
+        lowest = int(shares[:, query].argmin() if self.coupled else new[:, query].nonzero()[0, 0])
+        bend = found.curvature[query] if self.coupled else found.curvature[lowest, query]
+        block = list(self.system.own)[lowest]
+        number = int(found.steps.max()) + 1
+        safe = "a matrix whose curvature is never negative: --matrix ggn"
+        raise UserError(
+            f"query {self.queries[query]!r}, step {number} of conjugate gradients",
+            f"positive curvature along its direction ({self.work.matrix} + λ)",
+            f"{float(bend):.3g}, most of which comes from the block {block}",
+            f"Give {safe if self.work.matrix == 'hessian' else '--dtype float64'}, or a larger "
+            "--damping.",
+        )
+
+
+def _file(number: int) -> str:
+    return f"progress/{number:04d}.safetensors"
