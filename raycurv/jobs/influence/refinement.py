@@ -213,7 +213,8 @@ class Refinement:
 
     def _show(self, number: int, progress: Progress) -> None:
         residual, running = progress.residual.flatten(), progress.outcomes.count("running")
-        said = f"step {number} of at most {self.settings.steps}: relative residual {_spread(residual.tolist())}"
+        said = f"step {number} of at most {self.settings.steps}: relative residual "
+        said += _spread(residual.tolist())
         if number > 1:
             said += f", cosine to the step before {_spread(progress.cosine.flatten().tolist())}"
         self.workers.reporter.say(f"{said}; {running:,} of {len(residual):,} go on")
