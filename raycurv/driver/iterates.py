@@ -161,17 +161,19 @@ class IterationGatherer(ProductGatherer):
         curvature = system.curvature.open_spectral(blocks[name], {}, device)
         before = iteration.iterate(curvature, device)
         u = system.preconditioned(curvature, before.r)
-        w = torch.zeros_like(u)
+        w, lam = torch.zeros_like(u), system.lam(curvature)
         if not curvature.is_zero:
-            w = (result.mean + system.lam(curvature) * u).to(u)
+            w = (result.mean + lam * u).to(u)
         vectors: dict[str, Any] = {"u": u, "w": w, "gram": before.gram(u, w)}
         vectors |= {key: getattr(before, key) for key in "xrps"}
-        write_tensors(system.place, state_file(iteration.number, name), vectors, {"block": name})
+        notes = {"block": name, "damping": repr(lam)}
+        write_tensors(system.place, state_file(iteration.number, name), vectors, notes)
 
 
-def read_grams(system: System, iteration: int) -> Tensor:
+def read_grams(system: System, iteration: int) -> tuple[Tensor, Tensor]:
     """The dot products of an iteration's vectors, of every block of the system in their order:
-    ``[B, Q, 6, 6]``."""
-    files = (open_tensors(system.place, state_file(iteration, name)) for name in system.own)
-    shape = (system.queries, 6, 6)
-    return torch.stack([file.numbers("gram", shape) for file in files])
+    ``[B, Q, 6, 6]``; and λ of every block ``[B]``."""
+    files = [open_tensors(system.place, state_file(iteration, name)) for name in system.own]
+    grams = [file.numbers("gram", (system.queries, 6, 6)) for file in files]
+    lams = torch.tensor([file.noted("damping") for file in files], dtype=torch.float64)
+    return torch.stack(grams), lams

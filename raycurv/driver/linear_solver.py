@@ -23,7 +23,9 @@ from raycurv.mathematics.exact.conjugate_gradients import (
     Progress,
     curvature_along,
     iteration,
+    squared_lengths,
 )
+from raycurv.mathematics.exact.product_sums import check_quadratic
 from raycurv.stages.passes import Pass
 
 _NEGATIVE = OUTCOMES.index("negative curvature")
@@ -78,11 +80,16 @@ class LinearSolver:
                 directions=current,
                 gatherers=(IterationGatherer.of(current),),
             )
-            self.multiplier.multiply(work, label)
-            grams = read_grams(self.system, number)
-            found = iteration(
-                grams.sum(dim=0) if self.coupled else grams, before, self.tolerance, self.steps
-            )
+            quadratic = self.multiplier.multiply(work, label)
+            grams, lams = read_grams(self.system, number)
+            together = grams.sum(dim=0) if self.coupled else grams
+            if quadratic is not None:
+                # With λ: along a direction where C is zero both are no more than rounding.
+                squares = lams[:, None] * squared_lengths(grams)
+                with_lam = quadratic + (squares.sum(0) if self.coupled else squares.flatten())
+                bends = curvature_along(together, 0 * squared_lengths(together)).flatten()
+                check_quadratic(with_lam, bends, self.multiplier.workers.dtype)
+            found = iteration(together, before, self.tolerance, self.steps)
             self._check(found, grams, before)
             tensors = {one.name: getattr(found, one.name) for one in fields(Progress)}
             write_tensors(self.system.place, _file(number), tensors, {}, finite=False)

@@ -186,6 +186,12 @@ def curvature_along(gram: Tensor, beta: Tensor) -> Tensor:
     return _dot(gram, _combined(beta, _U, _P), _combined(beta, _W, _S))
 
 
+def squared_lengths(gram: Tensor) -> Tensor:
+    """``uᵀu`` of the vectors that an iteration multiplies ``[...Q]``; its :func:`curvature_along`
+    without β is ``uᵀAu``."""
+    return gram[..., _U, _U]
+
+
 def ritz_values(alphas: Sequence[Tensor], betas: Sequence[Tensor]) -> Tensor:
     """Approximate eigenvalues of ``M⁻¹ A``, as K iterations of queries have found them.
 
