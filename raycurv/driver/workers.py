@@ -132,7 +132,7 @@ class Workers:
         self.resident: int | None = None
         self.check_capture = check_capture
         self.agreement: Agreement | None = None
-        self._said_agreement = self._said_random = self._said_plain = False
+        self._said_agreement = self._said_random = self._said_plain = self._said_apart = False
         self.meets: Callable[[int], None] = lambda group: None
         # What all stages have in common.
         self._spec = StageSpec(
@@ -226,6 +226,12 @@ class Workers:
                 "the model's forward takes random numbers, though it is in evaluation mode "
                 "(F.dropout without training=self.training?): every pass sees others, and so does "
                 "the next run"
+            )
+        if proof.apart and not self._said_apart:
+            self._said_apart = True
+            self.reporter.say(
+                "directions go through the model one after the other, which takes longer: its code "
+                f"does not bear several at once ({proof.apart})"
             )
         if proof.plain_checkpoints and not self._said_plain:
             self._said_plain = True

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from raycurv.batch import Batch, Hidden
-from raycurv.errors import says_no_memory, user_errors
+from raycurv.errors import in_words, says_no_memory, user_errors
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Captured
 from raycurv.mathematics.exact.head import QUADRATIC, HeadProduct
@@ -69,6 +69,10 @@ class Products:
         device: where it computes.
         slice_positions: of a microbatch and its last hidden states, positions of logits at once.
 
+    Attributes:
+        apart: why directions go forward one after the other (the words of the error that the
+            model's code raises otherwise); empty while all go at once.
+
     Raises:
         UserError: a block whose weight is no parameter.
     """
@@ -93,8 +97,7 @@ class Products:
         vectors = work.directions.open(blocks, dtype, device)
         moved = {name: v.to(device, dtype) for name, v in vectors.items()}
         self._tangents = self._parameters.tangents(moved)
-        # Whether all directions go forward at once: not through every model's own code.
-        self._together = True
+        self.apart = ""
         self._open: dict[int, _Open] = {}
 
     def forward(self, batch: Batch, hidden: Hidden | None) -> Hidden:
@@ -227,13 +230,13 @@ class Products:
     def _tried(self, find: Callable[[bool], T]) -> T:
         """What a function finds of all directions at once; of models whose code does not bear that,
         from then on of one after the other."""
-        if self._together:
+        if not self.apart:
             try:
                 return find(True)
             except RuntimeError as error:
                 if says_no_memory(error):
                     raise
-                self._together = False
+                self.apart = in_words(error)
         with user_errors(
             "the model",
             "operations that have forward derivatives",

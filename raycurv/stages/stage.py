@@ -102,11 +102,13 @@ class Proof:
         plain_checkpoints: whether checkpoints of the model (``use_reentrant=True``) are called
             plainly.
         random: whether a forward takes random numbers (of torch's, on the CPU).
+        apart: of a product, why its directions go forward one after the other; empty otherwise.
     """
 
     agreement: Agreement | None
     plain_checkpoints: bool
     random: bool
+    apart: str = ""
 
 
 # Among a commit's tensors: the microbatches that its sums contain.
@@ -422,7 +424,8 @@ class Stage:
 
     def proof(self) -> Proof:
         """How well captured gradients agreed with autograd's so far."""
-        return Proof(self._agreement, self._checkpoints.met, self._random)
+        apart = "" if self._products is None else self._products.apart
+        return Proof(self._agreement, self._checkpoints.met, self._random, apart)
 
     def finish(self) -> None:
         """End the pass, and forget its sums."""
