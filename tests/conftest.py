@@ -97,13 +97,13 @@ class Fits:
         if not case.checkpoint:
             return case.network
         folder = self._folder / f"model-{case.name.replace(' ', '-')}"
-        return str(self._once(("model", case.name), lambda: save_checkpoint(case, folder)))
+        return str(self.once(("model", case.name), lambda: save_checkpoint(case, folder)))
 
     def run(self, case: Case, **settings: Any) -> raycurv.Run:
         """The case's run with these settings on top of its own."""
         chosen = self._settings(case, settings)
         key = ("run", case.name, *sorted(chosen.items()))
-        return self._once(
+        return self.once(
             key,
             lambda: raycurv.fit(
                 self.source(case), list(case.data), self.place(), objective=case.objective,
@@ -118,7 +118,7 @@ class Fits:
         chosen = {"address": "none", "rank": "full"} | settings
         key = ("scores", case.name, *sorted((fit or {}).items()), None, *sorted(chosen.items()))
         run = self.run(case, **(fit or {}))
-        return self._once(
+        return self.once(
             key,
             lambda: run.influence(
                 list(case.queries), list(case.data), self.place(), quiet=True, **chosen
@@ -127,7 +127,7 @@ class Fits:
 
     def truth(self, case: Case) -> Truth:
         """The dense truth of the case, from plain autograd."""
-        return self._once(("truth", case.name), lambda: Truth(case))
+        return self.once(("truth", case.name), lambda: Truth(case))
 
     def place(self) -> str:
         """A directory that nothing was written to yet."""
@@ -144,7 +144,8 @@ class Fits:
         }
         return own | dict(case.settings) | settings
 
-    def _once(self, key: Any, make: Any) -> Any:
+    def once(self, key: Any, make: Any) -> Any:
+        """What is made for a key, when it is first asked for."""
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]

@@ -221,7 +221,7 @@ def test_products_in_float32_are_those_of_float64(fits: Fits) -> None:
 def test_products_do_not_depend_on_stages_replicas_schedule_or_batches(
     fits: Fits, matrix: str, how: dict[str, Any]
 ) -> None:
-    blocks, want, _ = fits._once(("products", matrix), lambda: multiplied(fits, MIXTURE_3, matrix))
+    blocks, want, _ = fits.once(("products", matrix), lambda: multiplied(fits, MIXTURE_3, matrix))
     _, found, _ = multiplied(fits, MIXTURE_3, matrix, **how)
     assert worst(flat(found, blocks), flat(want, blocks)) < IN_FLOAT32
 

@@ -397,7 +397,7 @@ def same_saliencies(a: Pruned, b: Pruned) -> bool:
 @pytest.mark.parametrize("how", HOW)
 def test_a_pruning_does_not_depend_on_how_it_is_run(how: str, fits: Fits, tmp_path: Path) -> None:
     run = fits.run(MLP)
-    alone = fits._once("pruned", lambda: run.prune(fits.place(), **HERE, measure="blocks"))
+    alone = fits.once("pruned", lambda: run.prune(fits.place(), **HERE, measure="blocks"))
     found = run.prune(tmp_path / "a", **HERE, measure="blocks", **HOW[how])
     assert same_weights(found, alone) and same_saliencies(found, alone)
     assert found.predicted == alone.predicted
