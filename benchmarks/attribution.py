@@ -32,12 +32,14 @@ class Method:
         fit: settings of the fit.
         rank: that IHVPs are truncated to.
         exact: whether the Fisher is that of exact_labels.py.
+        solver: settings of the scoring that say how IHVPs are made.
     """
 
     title: str
     fit: Mapping[str, Any]
     rank: str = "full"
     exact: bool = False
+    solver: Mapping[str, Any] = field(default_factory=dict)
 
 
 def methods(ranks: Sequence[int], rows: int) -> list[Method]:
@@ -91,6 +93,7 @@ class Attribution:
             self.task.queries.rows("query"), self.task.train.rows("example"),
             self.place / f"scores-{self._count}", quiet=True, address="none", batch_tokens=BATCH,
             damping=damping or self.task.damping, rank=method.rank, self_influence=itself,
+            **method.solver,
         )  # fmt: skip
 
     def run(self, method: Method) -> raycurv.Run:

@@ -364,6 +364,14 @@ def test_refined_solutions_are_those_of_the_damped_matrix(tmp_path: Path) -> Non
     unrefined_QP = refinement.unrefined(EKFAC, "0.1")
     assert cosine(iterates_KQP[0], unrefined_QP) == pytest.approx(1, abs=1e-9)
     assert cosine(exact_QP, unrefined_QP) < 0.999
+    # raycurv's own solver stops at a residual of 1e-3.
+    for solution, way_QP in (
+        ("whole model", exact_QP),
+        ("blocks alone", refinement.blocks("0.1")[1]),
+    ):
+        own_QN = refinement.own_scores((solution, "0.1", 20))
+        assert (own_QN - refinement.scores(way_QP)).abs().max() < 1e-2 * own_QN.abs().max()
+        assert (own_QN - found_QN).abs().max() > 0.1 * own_QN.abs().max()
     # Blocks alone: the same with what is between the blocks struck out.
     lone_QP = refinement.blocks("0.1")[1]
     for at, lam in zip(inverse.slices.values(), inverse.damping("0.1").values(), strict=True):
