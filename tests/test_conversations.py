@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -271,6 +272,24 @@ def test_a_text_with_a_label_may_be_a_conversation(tmp_path: Path) -> None:
 
 
 # Bad input
+
+
+def test_a_template_that_comes_to_no_end_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The sandbox bounds one loop, and not loops in loops.
+    loops = "{% for i in range(99999) %}{% for j in range(N) %}{% endfor %}{% endfor %}"
+    monkeypatch.setattr("raycurv.data.chat_template.MOST_SECONDS", 0.3)
+    for n, ends in ((2, True), (99999, False)):
+        template = loops.replace("N", str(n)) + QWEN3.template
+        folder = tokenizer_of(tmp_path / str(n), QWEN3, chat=template)
+        if ends:
+            assert len(read([{"messages": ONCE}], folder)) == 1
+            continue
+        with pytest.raises(UserError, match=r"chat template of .*in 0\.3 seconds.*its loops"):
+            read([{"messages": ONCE}], folder)
+    assert signal.getsignal(signal.SIGVTALRM) == signal.SIG_DFL
+    assert signal.getitimer(signal.ITIMER_VIRTUAL)[0] == 0
 
 
 THINKING = [TWICE[0], TWICE[1], TWICE[2] | {"reasoning_content": "Look."}, *TWICE[3:]]

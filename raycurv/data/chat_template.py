@@ -10,7 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
@@ -24,6 +27,8 @@ from raycurv.errors import UserError
 DATE = date(2024, 7, 26)
 _CLOCK = "strftime_now"
 _FORMAT = re.compile(_CLOCK + r"\s*\(\s*(\"[^\"\n]*\"|'[^'\n]*')\s*\)")
+# What a conversation may take of a processor, in seconds; templates in use take milliseconds.
+MOST_SECONDS = 60.0
 _MARKED = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -64,22 +69,47 @@ class ChatTemplate:
             prompt: whether the beginning of an assistant's turn follows them.
 
         Raises:
-            UserError: the tokenizer has no template.
+            UserError: the tokenizer has no template, or one that comes to no end.
             Exception: whatever the template raises of these messages.
         """
         from transformers.utils.chat_template_utils import render_jinja_template
 
         self.used = True
         template = self._of(bool(tools))
-        (text,), marks = render_jinja_template(
-            conversations=[list(messages)],
-            tools=None if tools is None else list(tools),
-            chat_template=_dated(template),
-            return_assistant_tokens_mask=self.marks(tools),
-            add_generation_prompt=prompt,
-            **self.tokenizer.special_tokens_map,
-        )
+        with self._within(MOST_SECONDS):
+            (text,), marks = render_jinja_template(
+                conversations=[list(messages)],
+                tools=None if tools is None else list(tools),
+                chat_template=_dated(template),
+                return_assistant_tokens_mask=self.marks(tools),
+                add_generation_prompt=prompt,
+                **self.tokenizer.special_tokens_map,
+            )
         return Rendered(text, tuple(map(tuple, marks[0])) if marks else ())
+
+    @contextmanager
+    def _within(self, seconds: float) -> Iterator[None]:
+        """Ends a body that takes more of the processor with a UserError: in a program's main thread,
+        to which signals come."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def end(*_: Any) -> None:
+            raise UserError(
+                f"the chat template of {self.directory}",
+                f"one that writes a conversation in {seconds:g} seconds", "more",
+                "Look at its loops: it may come to no end. Or give the rows as `input_ids` with a "
+                "`loss_mask`.",
+            )  # fmt: skip
+
+        before = signal.signal(signal.SIGVTALRM, end)
+        left = signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_VIRTUAL, *left)
+            signal.signal(signal.SIGVTALRM, before or signal.SIG_DFL)
 
     def marks(self, tools: Sequence[Any] | None) -> bool:
         """Whether the template for such tools, or for none, marks what the assistant generates."""
