@@ -515,6 +515,16 @@ def test_a_fit_has_a_page_of_its_own(made: Made) -> None:
     assert f"page: {said['page']}" in done.out
     page = Path(said["page"]).read_text()
     assert "EK-FAC" in page and "model.layers.0.mlp.up_proj" in page and 'id="queries"' not in page
+    # Examples have their texts, and not those that another tokenizer would make of their tokens.
+    assert "the dog ran" in page and "a mat and a sea" in page and HOSTILE not in page
+    file = made.folder / "model" / "tokenizer.json"
+    original = file.read_text()
+    file.write_text(original.replace('prefix_space": false', 'prefix_space": true', 1))
+    try:
+        page = Path(raycurv.report(made.fitted, made.folder / "fit.html")).read_text()
+    finally:
+        file.write_text(original)
+    assert "Texts of the examples are not shown" in page and "the dog ran" not in page
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -536,6 +546,8 @@ def test_every_method_has_a_page(method: str, tmp_path: Path) -> None:
     page = Path(raycurv.report(scores, tmp_path / "page.html")).read_text()
     assert 'id="queries"' in page and wording.method({"method": method, "rows": 6})[0] in page
     assert ("Eigenvalues" in page) == (method != "identity")
+    page = Path(raycurv.report(fitted, tmp_path / "fit.html")).read_text()
+    assert "not shown" not in page  # numbers have no texts to miss
 
 
 # What is refused, or told

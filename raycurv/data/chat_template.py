@@ -89,8 +89,8 @@ class ChatTemplate:
 
     @contextmanager
     def _within(self, seconds: float) -> Iterator[None]:
-        """Ends a body that takes more of the processor with a UserError: in a program's main thread,
-        to which signals come."""
+        """Ends a body that takes more of the processor with a UserError: in the main thread of a
+        program, to which signals come."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

@@ -186,13 +186,8 @@ class Corpus:
             directory: below that store; what lies there whole is these examples.
         """
 
-        def chosen() -> Iterator[Example]:
-            for part, some in itertools.groupby(numbers.tolist(), lambda n: n // PART):
-                held = self._part(part)
-                yield from (held[n - part * PART] for n in some)
-
         return stored_corpus(store, directory) or store_corpus(
-            store, directory, (one.numbered(n) for n, one in enumerate(chosen())),
+            store, directory, (one.numbered(n) for n, one in enumerate(self.some(numbers))),
             f"--{self.name}", lambda: self.tokenizer, needs_loss=False, shift=self.shift,
             each=1 if self.positions is None else int(self.positions.min()),
         )  # fmt: skip
@@ -201,6 +196,12 @@ class Corpus:
         """All examples in order, a part of them in memory at a time."""
         for part in range(parts_of(len(self))):
             yield from self._part(part)
+
+    def some(self, numbers: Array) -> Iterator[Example]:
+        """The examples of ascending numbers, of which a part is in memory at a time."""
+        for part, mine in itertools.groupby(numbers.tolist(), lambda n: n // PART):
+            held = self._part(part)
+            yield from (held[n - part * PART] for n in mine)
 
     def _part(self, part: int) -> list[Example]:
         name = part_file(self.directory, part)

@@ -9,8 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from raycurv.errors import UserError
+from raycurv.data.tokenizer import FILES, LazyTokenizer
+from raycurv.driver.corpus import corpus_of_run
+from raycurv.errors import RaycurvError, UserError
+from raycurv.files.store import open_store
 from raycurv.mathematics.influence.scores import TOKEN_SCORES
 from raycurv.reporting.charts import Array
 from raycurv.reporting.page import Cell, Passage, Query, Section, Table
@@ -18,6 +23,7 @@ from raycurv.reporting.passages import coloured, plain
 from raycurv.reporting.ranking import RankedQuery, Ranking
 from raycurv.reporting.spectra import layer_of, roles
 from raycurv.reporting.wording import percent, visible
+from raycurv.run import Run
 from raycurv.scored import Scores
 
 _LINE = 160
@@ -45,6 +51,25 @@ class Texts:
             what = "queries" if name == "queries" else "training examples"
             return cls(lacking=f"Texts of the {what} are not shown, see --{name}: {error}")
         return cls({id: text for id, text in zip(wanted, texts, strict=True) if text is not None})
+
+    @classmethod
+    def of_fit(cls, run: Run, ids: Sequence[str]) -> Texts:
+        """Those of some examples of a fit, as the tokens in its directory spell them: without their
+        source, and for want of other runs' examples of those that it was fitted on itself."""
+        facts = run.manifest.facts
+        tokenizer = LazyTokenizer(str(facts.get("tokenizer_directory", facts["model"])))
+        try:
+            corpus = corpus_of_run(open_store(run, "report"))
+            places = pc.index_in(pa.array(ids, pa.large_string()), value_set=corpus.ids)
+            found = corpus.some(np.unique(places.drop_null().to_numpy()))
+            tokens = {one.id: one.input_ids for one in found if one.input_ids is not None}
+            files = tokenizer.files()
+            if tokens and (not files or corpus.tokenizer.get(FILES, files) != files):
+                got = "another one by now" if files else "none in its model's directory"
+                raise UserError("their tokenizer", f"that of {run.path}", got, "")
+            return cls({id: tokenizer.decode(own[:_LINE].tolist()) for id, own in tokens.items()})
+        except RaycurvError as error:
+            return cls(lacking=f"Texts of the examples are not shown: {error}")
 
     def line(self, id: str) -> str:
         """The beginning of a text, in one line; empty where it is not known."""

@@ -116,13 +116,15 @@ class _Maker:
     def _of_fit(self, run: Run) -> Page:
         fit = run.manifest
         examples = ExampleNumbers.of(run, {})
-        sections, notes = self._fit_sections(run, examples, {}, {})
+        texts = Texts.of_fit(run, [examples.ids[n] for n in examples.extremes])
+        lines = {id: texts.line(id) for id in texts.by_id}
+        sections, notes = self._fit_sections(run, examples, {}, lines)
         count = len(run.block_names())
         return Page(
             title=f"Curvature of {_leaf(fit.facts['model'])}",
             kicker=f"raycurv report: {fit.settings['method']} of {count:,} blocks",
             facts=_fit_facts(fit),
-            notes=notes,
+            notes=[*[texts.lacking] * bool(texts.lacking), *notes],
             sections=[
                 *sections,
                 time_section([("Fit", open_store(run, "report"), fit)], self.pictures),
