@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from raycurv.jobs.fit.fit_settings import FitSettings
     from raycurv.jobs.influence.influence_settings import InfluenceSettings
     from raycurv.jobs.prune.prune_settings import PruneSettings
+    from raycurv.jobs.spectrum.spectrum_settings import SpectrumSettings
     from raycurv.mathematics.curvature import BlockCurvature, Damping
     from raycurv.mathematics.gradient_statistics import GradientStatistics
     from raycurv.mathematics.loss.multi_label import MultiLabel
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from raycurv.mathematics.loss.preference import Preference
     from raycurv.mathematics.rank.rank_curvature import RankCurvature
     from raycurv.mathematics.rank.rank_fisher import RankFisher
+    from raycurv.measured import Spectrum, spectrum
     from raycurv.planned import Planned, plan
     from raycurv.pruned import Pruned, open_pruned
     from raycurv.reporting.report_settings import ReportSettings
@@ -62,8 +64,9 @@ __all__ = [
     "Evaluation", "FitSettings", "GradientStatistics", "InfluenceSettings", "MaskedLM",
     "MultiLabel", "NumericalError", "Objective", "Planned", "Preference", "Products",
     "PruneSettings", "Pruned", "RankCurvature", "RankFisher", "RaycurvError", "Regression",
-    "ReportSettings", "Run", "Scores", "Seq2SeqLM", "TokenClassification", "UserError", "evaluate",
-    "fit", "open_pruned", "open_scores", "plan", "report",
+    "ReportSettings", "Run", "Scores", "Seq2SeqLM", "Spectrum", "SpectrumSettings",
+    "TokenClassification", "UserError", "evaluate", "fit", "open_pruned", "open_scores", "plan",
+    "report", "spectrum",
 ]  # fmt: skip
 
 # Which module has which names.
@@ -74,6 +77,7 @@ _MODULES = {
     "jobs.fit.fit_settings": ("FitSettings",),
     "jobs.influence.influence_settings": ("InfluenceSettings",),
     "jobs.prune.prune_settings": ("PruneSettings",),
+    "jobs.spectrum.spectrum_settings": ("SpectrumSettings",),
     "mathematics.curvature": ("BlockCurvature", "Damping"),
     "mathematics.gradient_statistics": ("GradientStatistics",),
     "mathematics.loss.multi_label": ("MultiLabel",),
@@ -89,6 +93,7 @@ _MODULES = {
     "mathematics.loss.preference": ("Preference",),
     "mathematics.rank.rank_curvature": ("RankCurvature",),
     "mathematics.rank.rank_fisher": ("RankFisher",),
+    "measured": ("Spectrum", "spectrum"),
     "planned": ("Planned", "plan"),
     "pruned": ("Pruned", "open_pruned"),
     "reporting.report_settings": ("ReportSettings",),

@@ -173,6 +173,7 @@ FREE = {
     },
     "prune": {"out", "adapter", "objective"},
     "evaluate": {"out", "adapter", "tokenizer", "check_causality", *TAKEN},
+    "spectrum": {"out", "adapter", "tokenizer", "check_causality", "at_once", "picture", *TAKEN},
 }  # fmt: skip
 
 
@@ -185,7 +186,7 @@ def test_a_result_depends_on_every_setting_but_how_it_is_run(name: str) -> None:
     assert not how & identity(settings()).keys()
     # Where inputs lie is recorded, and not compared.
     lie = identity(settings()).keys() - identity(settings(), inputs=False).keys()
-    lies = {"model", "data", "run", "queries", "train", "candidates", "removals"}
+    lies = {"model", "data", "run", "queries", "train", "candidates", "removals", "direction"}
     assert lie == every & lies
 
 

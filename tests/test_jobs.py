@@ -142,6 +142,11 @@ HELP = {
         "--max-examples": "None", "--seed": "0", "--dtype": "float32", "--max-length": "None",
         "--long": "error", "--stages": "None", "--schedule": "pipelined", "--batch-tokens": "4096",
     },
+    "spectrum.py": {
+        "--run": "", "--model": "", "--data": "", "--out": "", "--matrix": "ggn", "--blocks": "",
+        "--traces": "xtrace", "--probes": "8", "--steps": "16", "--columns": "4", "--pairs": "5",
+        "--at-once": "8", "--direction": "", "--diagonal": "", "--eigenvectors": "",
+    },
     "prune.py": {
         "--run": "", "--out": "", "--sparsity": "None", "--structure": "unstructured",
         "--saliency": "obs", "--scope": "global", "--no-update": "", "--damping": "0.1",

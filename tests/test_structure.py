@@ -22,7 +22,8 @@ FILES = {
 ORDER = (
     "batch", "errors", "summary_html", "names", "named_objects", "jsonfile", "hub", "mathematics",
     "models", "data", "files", "stages", "links", "onray", "planning", "progress", "driver",
-    "steps", "jobs", "planned", "pruned", "scored", "run", "evaluation", "reporting", "__main__",
+    "steps", "jobs", "planned", "pruned", "scored", "run", "evaluation", "reporting", "measured",
+    "__main__",
 )  # fmt: skip
 # Mathematics and plans: functions of tensors and numbers, without files, clusters or libraries of
 # models.

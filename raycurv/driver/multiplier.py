@@ -19,7 +19,7 @@ from raycurv.driver.workers import Workers
 from raycurv.files.manifest import Manifest
 from raycurv.files.store import Store
 from raycurv.files.tensorfile import open_tensors, write_tensors
-from raycurv.mathematics.exact.head import QUADRATIC
+from raycurv.mathematics.exact.head import QUADRATIC, REACH
 from raycurv.mathematics.sums import Results
 from raycurv.stages.passes import Pass
 
@@ -51,11 +51,15 @@ class Multiplier:
         Returns:
             ``v_qᵀ C v_q``, a mean over examples, ``[Q]`` float64; ``None`` of the Hessian.
         """
-        assert work.directions is not None, "products have directions"
+        return self.found(work, label).get(QUADRATIC)
+
+    def found(self, work: Pass, label: str) -> Results:
+        """As :meth:`multiply`; gives the means over examples of all that it finds of them, and of
+        :data:`~raycurv.mathematics.exact.head.REACH` the largest."""
         store, last = self.workers.store, len(self.workers.groups) - 1
         streams = {self.stream: self.feed}
         sweep = Sweep(self.workers, self.manifest, streams, work.target, work.forwards())
-        sink, names = _Quadratics(store, work.directions.count), list[str]()
+        sink, names = _Means(store), list[str]()
         sweep.forward()
         for group in range(last, -1, -1):
             own = sink if group == last else Sink()
@@ -65,35 +69,46 @@ class Multiplier:
                 names = found if group == last else names
             sweep.descend(group)
         sweep.end()
-        return sink.mean(names) if work.matrix != "hessian" else None
+        return sink.of(names)
 
 
-class _Quadratics(Sink):
-    """Adds up ``u_qᵀ R u_q`` over examples."""
+class _Means(Sink):
+    """Adds up numbers of the examples, by their names."""
 
-    def __init__(self, store: Store, count: int) -> None:
-        self._store, self._count = store, count
+    def __init__(self, store: Store) -> None:
+        self._store = store
         self.forget()
 
     def forget(self) -> None:
-        self._sum, self._examples = torch.zeros(self._count, dtype=torch.float64), 0
+        self._sums, self._examples = dict[str, Tensor](), 0
 
     def take(self, members: Sequence[int], results: Results) -> None:
         self._examples += len(members)
-        if QUADRATIC in results:
-            self._sum += results[QUADRATIC].sum(dim=0)
+        self._join({
+            name: values.amax(dim=0) if name == REACH else values.sum(dim=0, dtype=torch.float64)
+            for name, values in results.items()
+        })  # fmt: skip
 
     def commit(self, name: str) -> list[str]:
         if not self._examples:
             return []
-        file = f"{name}-{QUADRATIC}.safetensors"
+        file = f"{name}-means.safetensors"
         examples = torch.tensor(self._examples)
-        write_tensors(self._store, file, {"sum": self._sum, "examples": examples}, {})
+        write_tensors(self._store, file, self._sums | {"examples": examples}, {})
         self.forget()
         return [file]
 
-    def mean(self, names: Sequence[str]) -> Tensor:
-        """Over the examples of all files."""
-        files = [open_tensors(self._store, name) for name in names]
-        total = torch.stack([file.read("sum") for file in files]).sum(dim=0)
-        return total / sum(int(file.read("examples")) for file in files)
+    def of(self, names: Sequence[str]) -> Results:
+        """Of the examples of all files."""
+        for name in names:
+            file = open_tensors(self._store, name).read_all()
+            self._examples += int(file.pop("examples"))
+            self._join(file)
+        means = {n: s if n == REACH else s / self._examples for n, s in self._sums.items()}
+        self.forget()
+        return means
+
+    def _join(self, more: Results) -> None:
+        for name, value in more.items():
+            mine = self._sums.get(name, torch.zeros_like(value))
+            self._sums[name] = value.maximum(mine) if name == REACH else mine + value

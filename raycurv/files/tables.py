@@ -110,6 +110,16 @@ PRUNED = _schema(
     """
 )
 HEADS = _schema("block string, head int32, start int32, stop int32, saliency float32, keep bool")
+TRACES = _schema(
+    """
+    block string, weights int64, trace float64, standard_error float64, low float64, high float64,
+    fitted float64
+    """
+)
+EIGENVALUES = _schema("end string, index int32, eigenvalue float64, residual float64")
+DENSITY = _schema("eigenvalue float64, density float64, standard_error float64")
+SIZES = _schema("examples int64, eigenvalue float64, residual float64")
+DIRECTION = _schema("block string, sq_norm float64, curvature float64")
 
 
 # What every table of examples has.

@@ -43,6 +43,8 @@ def check_plan(
         if asked is not None:
             return drafts.influence(asked, trained, changes)
         assert trained is not None
+        if drafts.recipe.directions:
+            return drafts.products(trained, changes)
         return drafts.fit(trained, changes)
 
     settings = drafts.settings

@@ -31,6 +31,7 @@ from raycurv.planning.fit_plan import plan_fit
 from raycurv.planning.influence_plan import plan_influence
 from raycurv.planning.job import Job
 from raycurv.planning.plan import Plan
+from raycurv.planning.product_plan import plan_products
 from raycurv.planning.rates import Rates
 from raycurv.planning.shapes import DataShape, Recipe, stage_shapes
 from raycurv.planning.supply import Supply, existing_parent, free_disk, resident
@@ -86,6 +87,11 @@ class Drafts:
         job = replace(job, recipe=replace(job.recipe, gradients=False, own=False))
         return plan_influence(job, asked, trained, self._costs())
 
+    def products(self, data: ShapeOf, changes: Mapping[str, Any]) -> Plan:
+        """The plan of a job of products."""
+        shape = data(changes.get("batch_tokens", self.settings.batch_tokens))
+        return plan_products(self.job(shape, changes), shape)
+
     def _costs(self) -> list[StepCost]:
         return costs_of(self.recipe)
 
@@ -105,6 +111,8 @@ class Drafts:
         self.outline.check_cuts(self.blocks, cuts)
         traced = self.traced(data)
         stages = stage_shapes(self.outline, cuts, traced, self.recipe.dtype, data.rows)
+        if "at_once" in changes:
+            numbers["directions"] = changes["at_once"]
         recipe = replace(self.recipe, **numbers)
         seconds = settings.commit_seconds or COMMIT_SECONDS
         return Job(stages, recipe, place, self.base, self.rates, seconds, self.spool_apart)
@@ -141,6 +149,12 @@ class Drafts:
     def now(self) -> dict[str, Any]:
         """The settings that advice may change."""
         settings = self.settings
+        if self.recipe.directions:
+            return {
+                "stages": settings.stage_count(self.outline.units),
+                "schedule": settings.schedule,
+                "at_once": self.recipe.directions,
+            }
         store = next(name for name, dtype in DTYPES.items() if dtype == self.recipe.store_dtype)
         return {
             "stages": settings.stage_count(self.outline.units),

@@ -8,7 +8,7 @@ from Python must be given again, and is compared with what is on record.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -26,7 +26,7 @@ from raycurv.jobs.inputs import Inputs
 from raycurv.jobs.on_hub import of_record, on_record
 from raycurv.jobs.recorded import read_run
 from raycurv.mathematics.blocks import Block
-from raycurv.mathematics.choice import frozen_parameters, trained_part
+from raycurv.mathematics.choice import Globs, frozen_parameters, trained_part
 from raycurv.mathematics.kinds.catalogue import FREE, describe
 from raycurv.mathematics.loss.objective import Objective
 from raycurv.mathematics.loss.shipped import is_shipped
@@ -278,6 +278,17 @@ def fitted_blocks(store: Store, network: Model) -> tuple[Block, ...]:
                 "Fit again into another directory.",
             )  # fmt: skip
     return blocks
+
+
+def chosen_blocks(blocks: Sequence[Block], patterns: Sequence[str]) -> tuple[Block, ...]:
+    """Those of a fit's blocks that ``--blocks`` names; UserError where these are none."""
+    globs, names = Globs.of(patterns), [b.name for b in blocks]
+    known = f"There are {', '.join(names[:5])}, …"
+    globs.refuse_strangers(names, "a glob that matches a block of the fit", known)
+    chosen = tuple(b for b in blocks if globs.take(b.name))
+    if not chosen:
+        raise UserError("--blocks", "at least one block of the fit", "none", "Widen the globs.")
+    return chosen
 
 
 def _as_described(block: Block, weight_alone: bool) -> Block:

@@ -39,6 +39,7 @@ class Inputs:
         data: a table or rows; or examples that are stored already.
         queries: a table or rows.
         train: a table or rows.
+        direction: a callable that makes the model behind a step.
         candidates: a table or rows of pairs of a query and a training example.
         removals: a table or rows of what retraining without some examples did.
         objective: its name, or itself.
@@ -53,6 +54,7 @@ class Inputs:
     data: Source | Corpus | None = None
     queries: Source | None = None
     train: Source | None = None
+    direction: ModelSource | None = None
     candidates: Source | None = None
     removals: Source | None = None
     objective: str | Objective | None = None

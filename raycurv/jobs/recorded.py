@@ -17,6 +17,7 @@ _WRITTEN: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "influence": ("scores", {"files": dict[str, dict[str, int]]}, ("fit", "queries")),
     "prune": ("tables", {"files": dict[str, int], "sparsity": float}, ("fit",)),
     "evaluate": ("tables", {"examples": int, "tokens": int, "targets": int}, ("model", "data")),
+    "spectrum": ("tables", {"spectrum": dict[str, Any]}, ("model",)),
 }
 # Fingerprints of data, and what they may say that was taken of it.
 _SELECTED, _TAKEN = ("data", "queries", "train"), {"split": str, "columns": dict[str, str]}

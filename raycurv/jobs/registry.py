@@ -76,6 +76,11 @@ JOBS = {
             "jobs.evaluate.evaluate_settings:EvaluateSettings", "jobs.evaluate.evaluating:evaluate",
         ),
         Job(
+            "spectrum", "traces, eigenvalues and density of curvature, and the loss along a step",
+            "jobs.spectrum.spectrum_settings:SpectrumSettings",
+            "reporting.spectrum_picture:measure_and_draw",
+        ),
+        Job(
             "show-data", "what the first examples of data become, and which tokens carry the loss",
             "jobs.show_data.show_data_settings:ShowDataSettings",
             "jobs.show_data.showing:show_data", leaves=False,

@@ -97,7 +97,12 @@ def advise(fits: Fits, now: Mapping[str, Any], bounds: Bounds) -> list[dict[str,
     if now.get("schedule") != "swept":
         fewest = fewest_stages(fits, stages, bounds.units)
         found += [] if fewest is None else [{"stages": fewest}]
+    # Of products, which have no factors, the number of vectors takes their place.
+    at_once = now.get("at_once")
     halved = [{"max_factor_dim": dim} for dim in _halvings(bounds.widest, _NARROWEST)]
+    if at_once is not None:
+        fewer = _most(lambda count: fits({"at_once": count}), at_once)
+        halved = [{"at_once": max(1, fewer)}]
     found += first(halved)
     swept = {"schedule": "swept", "stages": bounds.units}
     if now.get("schedule") != "swept" or stages < bounds.units:
@@ -130,6 +135,15 @@ def fewest_stages(fits: Fits, fewer: int, units: int) -> int | None:
             return high
         low = high
     return None
+
+
+def _most(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest number up to a limit that fits, of which every smaller one does; 0 if none."""
+    low, high = 0, limit + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def _halvings(most: int, least: int) -> list[int]:

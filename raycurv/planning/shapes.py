@@ -115,6 +115,8 @@ class Recipe:
         rows: gradients that make a rank-m Fisher.
         basis: which factors the eigenbases are of.
         basis_passes: passes that sum up factors, the first for A and G.
+        directions: vectors that a pass multiplies by; 0 where there are no products.
+        vectors: that such a job has in files at most.
     """
 
     method: str = "ekfac"
@@ -134,6 +136,8 @@ class Recipe:
     rows: int = 0
     basis: Basis = BASES["kfac"]
     basis_passes: int = 1
+    directions: int = 0
+    vectors: int = 0
 
     @property
     def computed(self) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Captured
-from raycurv.mathematics.exact.head import QUADRATIC, Matrix
+from raycurv.mathematics.exact.head import QUADRATIC, REACH, SLOPE, Matrix
 from raycurv.mathematics.exact.product_sums import ProductSums
 from raycurv.mathematics.loss.differentiation import RESULTS, Target
 from raycurv.mathematics.sums import Combine, Results, Sums
@@ -96,6 +96,7 @@ class Pass:
         directions: of products.
         matrix: that they are multiplied by.
         goes_back: whether gradients go back, where something is differentiated at all.
+        along: whether a pass of products finds losses, too, and their slopes along directions.
     """
 
     name: str
@@ -106,6 +107,7 @@ class Pass:
     directions: Directions | None = None
     matrix: Matrix = "ggn"
     goes_back: bool = True
+    along: bool = False
 
     @property
     def differentiates(self) -> bool:
@@ -115,7 +117,7 @@ class Pass:
     @property
     def results(self) -> dict[str, Combine]:
         """How stages combine everything that they find of each example."""
-        found: dict[str, Combine] = {**RESULTS, QUADRATIC: "last"}
+        found: dict[str, Combine] = {**RESULTS, **dict.fromkeys((QUADRATIC, SLOPE, REACH), "last")}
         for gatherer in self.gatherers:
             found |= gatherer.results
         return found

@@ -25,7 +25,7 @@ from raycurv.batch import Batch, Hidden
 from raycurv.errors import in_words, says_no_memory, user_errors
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.capture import Captured
-from raycurv.mathematics.exact.head import QUADRATIC, HeadProduct
+from raycurv.mathematics.exact.head import HeadProduct
 from raycurv.mathematics.exact.parameters import BlockParameters
 from raycurv.mathematics.exact.tangents import Rules, forward_tangents, second
 from raycurv.mathematics.loss.objective import Objective
@@ -122,7 +122,7 @@ class Products:
         hidden, *others = opened.left
         head = HeadProduct(
             self._objective, self._head(opened.batch), self._work.matrix, self._work.draws,
-            self._seed, self._slice_positions(opened.batch, hidden),
+            self._seed, self._slice_positions(opened.batch, hidden), self._work.along,
         )  # fmt: skip
         found = self._tried(
             lambda together: head.ends(
@@ -132,7 +132,7 @@ class Products:
         )  # fmt: skip
         # The loss is a function of the hidden states alone, not of what goes with them.
         rest = [t.new_zeros((len(found.hidden), *t.shape)) for t in others]
-        results = {} if found.quadratic is None else {QUADRATIC: found.quadratic.cpu()}
+        results = {name: numbers.cpu() for name, numbers in found.results.items()}
         return (found.hidden, *rest), found.parameters, results
 
     def backward(

@@ -9,10 +9,9 @@ from raycurv.files.artifacts import gradient_file
 from raycurv.files.manifest import Manifest
 from raycurv.files.store import Store
 from raycurv.files.tensorfile import is_complete
-from raycurv.jobs.fitted import fit_command, fitted_blocks
+from raycurv.jobs.fitted import chosen_blocks, fit_command, fitted_blocks
 from raycurv.jobs.prune.prune_settings import PruneSettings
 from raycurv.mathematics.blocks import Block
-from raycurv.mathematics.choice import Globs
 from raycurv.mathematics.methods import open_method
 from raycurv.mathematics.pruning.structures import column_runs
 from raycurv.models.heads import head_widths
@@ -27,7 +26,7 @@ def blocks_to_prune(
     Raises:
         UserError: there are none, or one that cannot be pruned so.
     """
-    blocks = _chosen(fitted_blocks(fitted, network), settings.blocks)
+    blocks = chosen_blocks(fitted_blocks(fitted, network), settings.blocks)
     heads: dict[str, int] = {}
     if settings.structure == "heads":
         heads = head_widths(network, [b.name for b in blocks])
@@ -39,17 +38,6 @@ def blocks_to_prune(
         if pattern is not None:
             pattern.groups(block)
     return blocks, heads
-
-
-def _chosen(blocks: Sequence[Block], patterns: Sequence[str]) -> tuple[Block, ...]:
-    """The fit's blocks that ``--blocks`` names."""
-    globs, names = Globs.of(patterns), [b.name for b in blocks]
-    known = f"There are {', '.join(names[:5])}, …"
-    globs.refuse_strangers(names, "a glob that matches a block of the fit", known)
-    chosen = tuple(b for b in blocks if globs.take(b.name))
-    if not chosen:
-        raise UserError("--blocks", "at least one block of the fit", "none", "Widen the globs.")
-    return chosen
 
 
 def _readers_of_heads(blocks: Sequence[Block], heads: Mapping[str, int]) -> tuple[Block, ...]:

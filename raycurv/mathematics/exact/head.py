@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 
 from raycurv.batch import Batch
-from raycurv.errors import user_errors
+from raycurv.errors import UserError, user_errors
 from raycurv.mathematics.exact.tangents import Rules, forward_tangents, second
-from raycurv.mathematics.loss.differentiation import Slice, check_loss_shape, slices
+from raycurv.mathematics.loss.differentiation import LOSS, Slice, check_loss_shape, slices
 from raycurv.mathematics.loss.draws import uniforms
 from raycurv.mathematics.loss.objective import Objective
+from raycurv.mathematics.sums import Results
 
 # (parameters, a slice of hidden states, its first position) -> outputs.
 Head = Callable[[Mapping[str, Tensor], Tensor, int], Tensor]
@@ -36,6 +37,9 @@ Head = Callable[[Mapping[str, Tensor], Tensor, int], Tensor]
 Matrix = Literal["ggn", "hessian", "fisher", "empirical"]
 # Of each example: u_qᵀ R u_q for every direction, [N, Q] float64, whose mean is vᵀGv.
 QUADRATIC = "quadratic"
+# Besides, [N, Q] float64: gᵀu_q, g the loss's gradient for the data's labels; and the widest
+# max_c u_c − min_c u_c of the outputs of a target that counts.
+SLOPE, REACH = "slope", "reach"
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,12 @@ class Ends:
         hidden: cotangents of the hidden states, ``[Q, ...]``; of the Hessian ``[1 + Q, ...]``, the
             loss's gradient first.
         parameters: by direction the cotangents of the head's own parameters.
-        quadratic: see :data:`QUADRATIC`; ``None`` of the Hessian.
+        results: numbers of each example, see :data:`QUADRATIC`; none of the Hessian.
     """
 
     hidden: Tensor
     parameters: list[dict[str, Tensor]]
-    quadratic: Tensor | None
+    results: Results
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class HeadProduct:
         draws: of labels, for ``fisher``.
         seed: of the draws.
         slice_positions: positions at once, for a per-token objective.
+        along: whether there are also the loss, :data:`SLOPE` and :data:`REACH`.
     """
 
     objective: Objective
@@ -73,6 +78,7 @@ class HeadProduct:
     draws: int
     seed: int
     slice_positions: int
+    along: bool = False
 
     def ends(
         self,
@@ -100,10 +106,8 @@ class HeadProduct:
         count = len(moved)
         quadratic = torch.zeros(batch.size, count, dtype=torch.float64, device=hidden.device)
         found = Ends(
-            torch.zeros_like(moved),
-            [{} for _ in range(count)],
-            quadratic,
-        )
+            torch.zeros_like(moved), [{} for _ in range(count)], {QUADRATIC: quadratic}
+        )  # fmt: skip
         parts = list(slices(self.objective, hidden, batch, self.slice_positions))
 
         def outputs_of(part: Slice) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
@@ -141,6 +145,8 @@ class HeadProduct:
             else:
                 c = self._curved(outputs, part, u)
             quadratic.add_(_by_example(u * c, batch).sum(dim=2, dtype=torch.float64).T)
+            if self.along:
+                self._add_along(found.results, outputs, part, u, c)
             for q in range(count if outputs.requires_grad else 0):
                 back = torch.autograd.grad(
                     outputs, [entered, *leaves.values()], c[q],
@@ -164,7 +170,7 @@ class HeadProduct:
     ) -> Ends:
         """The loss's gradient, and how it changes along every direction."""
         count = len(moved)
-        found = Ends(hidden.new_zeros(1 + count, *hidden.shape), [{} for _ in range(count)], None)
+        found = Ends(hidden.new_zeros(1 + count, *hidden.shape), [{} for _ in range(count)], {})
         for part in slices(self.objective, hidden, batch, self.slice_positions):
             labelled = self._labelled(
                 self.head(parameters, hidden[part.at], part.batch.start), part, 0
@@ -211,6 +217,31 @@ class HeadProduct:
                 for one in u
             ]
         return torch.stack(found)
+
+    def _add_along(
+        self, results: Results, outputs: Tensor, part: Slice, u: Tensor, c: Tensor
+    ) -> None:
+        """Add a slice's part of the loss, of its slope along every direction, and of the reach."""
+        batch = part.batch
+        if batch.labels is None:
+            raise UserError(
+                f"example {batch.ids[0]!r}", "a label, whose loss the step changes", "none",
+                "Add a column `labels` to the data.",
+            )  # fmt: skip
+        z = outputs.detach().requires_grad_()
+        with torch.enable_grad():
+            value = self.objective.loss(z, batch)
+            check_loss_shape(value, batch, "loss")
+            (g,) = torch.autograd.grad(value.sum(), z, materialize_grads=True)
+        slope = _by_example(u * g, batch).sum(dim=2, dtype=torch.float64).T
+        low, high = torch.aminmax(u, dim=-1)
+        # Of what the loss does not depend on, the curvature is zero.
+        wide = torch.where((c != 0).any(dim=-1), high - low, 0.0)
+        reach = _by_example(wide, batch).amax(dim=2).T.double()
+        before = results.get(REACH, torch.zeros_like(reach))
+        results[LOSS] = results.get(LOSS, 0.0) + value.detach().double()
+        results[SLOPE] = results.get(SLOPE, 0.0) + slope
+        results[REACH] = reach.maximum(before)
 
     def _gradient(self, outputs: Tensor, part: Slice, draw: int) -> Tensor:
         """The loss's gradient with respect to the outputs, for labels of a draw or the data's."""

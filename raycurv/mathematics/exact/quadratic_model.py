@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -55,10 +54,9 @@ class AlongDirection:
         return self.radius > 1
 
 
-def softmax_radius(a_RV: Tensor) -> Tensor:
-    """ρ of each target ``[R]``, from the logits' change along v ``[R, V]``."""
-    low, high = torch.aminmax(a_RV, dim=-1)
-    return math.pi / (high - low)
+def softmax_radius(reach: float) -> float:
+    """ρ of the target whose outputs' changes along v reach furthest, ``max_c a_c − min_c a_c``."""
+    return math.pi / reach if reach > 0 else math.inf
 
 
 def largest_rate(largest_eigenvalue: float) -> float:
