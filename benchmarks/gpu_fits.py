@@ -159,12 +159,16 @@ def _numbers(model: str, settings: dict[str, Any], place: Place) -> dict[str, np
             shape = (curvature.block.d_out, curvature.block.d_in)
             v = torch.from_numpy(rng.normal(size=shape))
             found[f"F v, {name}"] = curvature.apply(v, lambda x: x).numpy()
-        scored = run.influence(
-            rows[:3], rows, f"{directory}/scores", rank="full", self_influence=True, **(how | own)
-        )
-        scores, queries, columns = scored.matrix()
-        found["scores"] = scores[np.argsort(queries)][:, np.argsort(columns)]
-        found["self-influence"] = scored.self_influence().sort_by("id")["score"].to_numpy()
+        ways: dict[str, dict[str, Any]] = {"scores": {"self_influence": True}}
+        if settings.get("method") != "mfac":
+            ways["refined scores"] = {"solver": "cg", "steps": 2}
+        for what, way in ways.items():
+            out = f"{directory}/{what}"
+            scored = run.influence(rows[:3], rows, out, rank="full", **(how | own | way))
+            scores, queries, columns = scored.matrix()
+            found[what] = scores[np.argsort(queries)][:, np.argsort(columns)]
+            if "self_influence" in way:
+                found["self-influence"] = scored.self_influence().sort_by("id")["score"].to_numpy()
     return found
 
 
