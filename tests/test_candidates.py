@@ -327,6 +327,27 @@ def test_mistakes_are_named(fits: Any, candidates: Any, said: str) -> None:
         )  # fmt: skip
 
 
+def test_an_index_that_memory_does_not_hold_is_refused(
+    fits: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    BM25([[1, 2, 2, 9], [3, 9]], [[1, 2], [3, 4]], 0.75, told.append)
+    assert told == [3 * 48]  # what a document repeats is one entry
+    place = "raycurv.jobs.influence.candidates"
+    monkeypatch.setattr(f"{place}.memory_here", lambda: (1050, "memory"))
+    monkeypatch.setattr(f"{place}.resident", lambda: 1000)
+
+    def scored(**how: Any) -> raycurv.Scores:
+        return fits.run(LLAMA).influence(
+            list(LLAMA.queries), list(LLAMA.data), fits.place(), quiet=True, address="none",
+            candidates=TOKENS, **how,
+        )  # fmt: skip
+
+    with pytest.raises(UserError, match=r"an index of at most 50.*rest of the memory.*--force"):
+        scored()
+    assert scored(force=True).table().num_rows
+
+
 def test_numbers_have_no_terms(fits: Any) -> None:
     with pytest.raises(UserError, match="examples of tokens, got numbers"):
         fits.scores(MLP, candidates="bm25:2")

@@ -23,6 +23,8 @@ from raycurv.driver.corpus import Corpus, in_parts
 from raycurv.errors import UserError
 from raycurv.files.store import Store
 from raycurv.files.tables import read_table, write_table
+from raycurv.planning.report import size
+from raycurv.planning.supply import memory_here, resident
 
 FLAG = "--candidates"
 TOP = 10
@@ -117,6 +119,7 @@ def choose_candidates(
     train: Corpus,
     tokenizer: LazyTokenizer | None,
     advance: Callable[[int], object] = lambda examples: None,
+    forced: bool = False,
 ) -> Candidates | None:
     """The candidates of all queries; ``None`` when they are all examples.
 
@@ -124,10 +127,11 @@ def choose_candidates(
         candidates: what ``--candidates`` says, or a table that it would name.
         tokenizer: that words are read with.
         advance: is told how many more training examples have been looked at.
+        forced: make an index that is larger than this machine's memory all the same.
 
     Raises:
-        UserError: it names ids that there are not; a query has no candidate; or there are no words
-            or tokens to match.
+        UserError: that index is; it names ids that there are not; a query has no candidate; or
+            there are no words or tokens to match.
     """
     matching = Matching.parse(FLAG, candidates) if isinstance(candidates, str) else None
     if matching is None:
@@ -136,7 +140,8 @@ def choose_candidates(
     elif matching.k >= len(train):
         return None
     else:
-        found = _matched(matching, queries, train, tokenizer, advance)
+        room = (lambda needed: None) if forced else _check_room
+        found = _matched(matching, queries, train, tokenizer, advance, room)
         lacking = f"no training example shares any of its {matching.over}"
         # A text without spaces between its words is a single one.
         by_tokens = f"match tokens ({FLAG} bm25:{matching.k},over=tokens), "
@@ -230,6 +235,7 @@ def _matched(
     train: Corpus,
     tokenizer: LazyTokenizer | None,
     advance: Callable[[int], object],
+    room: Callable[[int], None],
 ) -> Candidates:
     def documents() -> Iterator[Sequence[Hashable]]:
         for some in in_parts(_terms(train, matching, tokenizer)):
@@ -237,10 +243,23 @@ def _matched(
             advance(len(some))
 
     asked = list(_terms(queries, matching, tokenizer))
-    index = BM25(documents(), asked, matching.b)
+    index = BM25(documents(), asked, matching.b, room)
     best = [index.best(query, matching.k) for query in range(len(asked))]
     numbers = np.repeat(np.arange(len(best)), [len(found) for found in best])
     return Candidates(numbers, np.concatenate(best))
+
+
+def _check_room(needed: int) -> None:
+    """Refuse an index of so many bytes that this machine's memory does not hold."""
+    most, limit = memory_here()
+    free = max(0, most - resident())
+    if needed > free:
+        raise UserError(
+            f"{FLAG} bm25:K", f"an index of at most {size(free)}, the rest of the {limit}",
+            f"{size(needed)} at most, for all terms that the queries share with the examples",
+            f"Score fewer queries at a time, or a sample (--max-examples), give {FLAG} FILE, or "
+            "start it all the same with --force.",
+        )  # fmt: skip
 
 
 def _terms(

@@ -268,7 +268,8 @@ def _candidates(
     if network.tokenizer_dir is not None and has_tokenizer(network.tokenizer_dir):
         tokenizer = LazyTokenizer(network.tokenizer_dir, network.trust_remote_code)
     with shell.reporter.phase("candidates", len(training), "examples") as phase:
-        found = choose_candidates(chosen, asked, training, tokenizer, phase.advance)
+        forced = shell.settings.force
+        found = choose_candidates(chosen, asked, training, tokenizer, phase.advance, forced)
     if found is None:
         shell.reporter.say(
             f"--candidates: all {len(training):,} training examples are candidates of every query; "
