@@ -19,8 +19,8 @@ import numpy as np
 from raycurv.errors import UserError
 
 K1 = 1.5
-# What each of a document's different terms takes in memory, if some query has it, while bm25s makes its
-# index: 44 were measured of 4 million, beside what is held of the documents.
+# Memory of each different term of a document that some query has, while bm25s makes its index:
+# 44 were measured of 4 million, beside what is held of the documents.
 _INDEX_BYTES = 48
 _PREFIX = "bm25:"
 _SPELLING = "bm25:K, bm25:K,b=0.75 or bm25:K,over=tokens"
