@@ -29,9 +29,12 @@ from raycurv.mathematics.evidence import Density, Evidence
 from raycurv.mathematics.loss.shipped import shipped_name
 from raycurv.mathematics.methods import open_method
 from raycurv.models.model import Model
+from raycurv.stages.dealing import runs
 from raycurv.stages.pool import Need
 
 CURVE = "tables/damping"
+# Of a task.
+_ELEMENTS, _BLOCKS = 2.0**24, 64
 
 
 def choose_damping(
@@ -150,12 +153,16 @@ def _evidence(workers: Workers, fitted: Fitted, joint: bool) -> Evidence:
     """What the evidence of a damping of a fit is made of."""
     curvature = CurvatureFiles.of(fitted.store, fitted.manifest)
     method, blocks = curvature.method, workers.blocks
-    groups = [blocks] if method.ranked and joint else [(block,) for block in blocks]
-    arguments = [(curvature, fitted.network, some) for some in groups]
-    needs = [_need(some) for some in groups]
+    if method.ranked and joint:
+        tasks: list[list[Sequence[Block]]] = [[blocks]]
+    else:
+        # Small blocks share a task, which takes long to begin.
+        named = {block.name: [block] for block in blocks}
+        sizes = {block.name: block.d_out * block.d_in for block in blocks}
+        tasks = [[named[n] for n in run] for run in runs(tuple(named), sizes, _ELEMENTS, _BLOCKS)]
+    arguments = [(curvature, fitted.network, groups) for groups in tasks]
+    needs = [_need(groups) for groups in tasks]
     found = in_order(workers.run_tasks("evidence", _look, arguments, needs))
-    # Weights that no gradient reached are nothing that the data decided on.
-    reached = [one for one in found if len(one[0].bins)]
     losses = read_directory(fitted.store, "tables/examples")["loss"]
     if losses.null_count:
         raise UserError(
@@ -163,30 +170,35 @@ def _evidence(workers: Workers, fitted: Fitted, joint: bool) -> Evidence:
             f"{losses.null_count:,} without", "Give --damping as a number.",
         )  # fmt: skip
     return Evidence(
-        Density.joined([density for density, _ in reached]),
-        sum(norm for _, norm in reached),
+        Density.joined([density for density, _ in found]),
+        sum(norm for _, norm in found),
         curvature.examples,
         float(pc.sum(losses.cast("float64")).as_py()),
         _numbers(fitted) if shipped_name(fitted.objective) == "regression" else None,
     )
 
 
-def _need(blocks: Sequence[Block]) -> Need:
-    largest = max(block.d_out * block.d_in for block in blocks)
+def _need(groups: Sequence[Sequence[Block]]) -> Need:
+    blocks = [block for group in groups for block in group]
+    sizes = [block.d_out * block.d_in for block in blocks]
     # Λ as stored and in float64, its bins, and the weights likewise; of K-FAC both bases.
     bases = max(block.d_out**2 + block.d_in**2 for block in blocks)
-    return Need(48 * largest + 16 * bases, 40.0 * largest, blocks[0].name, len(blocks))
+    return Need(48 * max(sizes) + 16 * bases, 40.0 * sum(sizes), blocks[0].name, len(blocks))
 
 
 def _look(
-    curvature: CurvatureFiles, network: Model, blocks: Sequence[Block]
+    curvature: CurvatureFiles, network: Model, groups: Sequence[Sequence[Block]]
 ) -> tuple[Density, float]:
-    """The eigenvalues of one curvature of some blocks, and the squared norm of their weights."""
-    norm = sum(
-        float(torch.linalg.vector_norm(network.block_weight(b), dtype=torch.float64)) ** 2
-        for b in blocks
-    )
-    return Density.of(curvature.eigenvalues(blocks)), norm
+    """The eigenvalues of some curvatures, each of a group of blocks, and the squared norm of these
+    blocks' weights: of those that a gradient reached, for others the data decided nothing."""
+    found, norm = [Density.of(torch.zeros(0))], 0.0
+    for blocks in groups:
+        density = Density.of(curvature.eigenvalues(blocks))
+        if len(density.bins):
+            found.append(density)
+            weights = map(network.block_weight, blocks)
+            norm += sum(float(w.double().square().sum()) for w in weights)
+    return Density.joined(found), norm
 
 
 def _numbers(fitted: Fitted) -> int:
