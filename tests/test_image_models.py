@@ -135,6 +135,15 @@ def test_files_and_numbers_have_the_same_scores_in_a_command(
     assert np.abs(found[0]).min() > 0
     described = json.loads((tmp_path / "image-run/data/corpus.json").read_text())
     assert described["tokenizer"]["class"] == "ViTImageProcessorPil"
+    # What is finished is held to the processor, where there were images.
+    file = folder / "preprocessor_config.json"
+    for changes, refused in (({"note": 1}, False), ({"image_mean": [0.1, 0.2, 0.3]}, True)):
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+        for name in ("inputs", "image"):
+            given = ["--data", tmp_path / f"{name}.parquet", "--out", tmp_path / f"{name}-run"]
+            done = run_here("fit", ["--model", folder, *given, *how])
+            assert (done.code == 2) == (refused and name == "image"), done.err
+    assert "the image processor is another one (preprocessor_config.json changed)" in done.err
 
 
 def test_an_image_counts_as_so_many_tokens_as_its_model_has_places(tmp_path: Path) -> None:
