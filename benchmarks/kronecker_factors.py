@@ -18,7 +18,7 @@ import copy
 import datetime
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -61,17 +61,17 @@ class Settings:
     """Of the result file."""
     networks: int = 2
     """Networks of each task."""
-    labels: int = 8
+    labels: int = 4
     """Labels drawn for every target."""
-    damping: str = "0.1"
+    dampings: tuple[str, ...] = ("0.1", "1")
     """Of IHVPs, on both sides."""
-    passes: tuple[int, ...] = (2, 3, 4, 8)
+    passes: tuple[int, ...] = (2, 3, 8)
     """Of the power iteration."""
     lengths: tuple[int, ...] = (32, 128, 512)
     """Tokens of an example of the language model that is timed."""
-    tokens: int = 32768
+    tokens: int = 8192
     """Of all its examples."""
-    repeats: int = 3
+    repeats: int = 2
     """Fits that are timed, of which the fastest counts."""
     threads: int = 1
     """Threads of torch."""
@@ -99,25 +99,28 @@ def repeated(examples: Examples, times: int) -> Examples:
 
 
 @dataclass(frozen=True)
-class Found:
-    """Of one approximation of one block: its error, and the mean cosine of its IHVPs."""
+class Truth:
+    """The Fisher of a block: its rows, gradients ``v`` of queries, their IHVPs by damping."""
 
-    error: float
-    cosine: float
+    whole: RankCurvature
+    v_QOI: Tensor
+    solved: Mapping[Damping, Tensor]
 
 
-def judge(
-    found: BlockCurvature, truth: RankCurvature, v_QOI: Tensor, x_QOI: Tensor, damping: Damping
-) -> Found:
-    """An approximation beside the truth and the IHVPs ``x`` of ``v`` by it."""
+def judge(found: BlockCurvature, true: Truth) -> list[float]:
+    """Of an approximation: its error, and the mean cosine of its IHVPs at each damping."""
+    truth = true.whole
     rows = truth.rows_MOI.double()
     turned = found.output_basis.dense().T @ rows @ found.input_basis.dense()
     diagonal_OI, lam_OI = turned.square().mean(dim=0), found.eigenvalues.double()
     square = float(truth.eigenvalues.square().sum())
     off = square - 2 * float((lam_OI * diagonal_OI).sum()) + float(lam_OI.square().sum())
-    y_QOI = found.apply(v_QOI, found.inverse(damping))
-    cosines = torch.cosine_similarity(x_QOI.flatten(1), y_QOI.flatten(1).double(), dim=1)
-    return Found((max(off, 0.0) / square) ** 0.5, float(cosines.mean()))
+    figures = [(max(off, 0.0) / square) ** 0.5]
+    for damping, x_QOI in true.solved.items():
+        y_QOI = found.apply(true.v_QOI, found.inverse(damping))
+        cosines = torch.cosine_similarity(x_QOI.flatten(1), y_QOI.flatten(1).double(), dim=1)
+        figures.append(float(cosines.mean()))
+    return figures
 
 
 def ways(passes: tuple[int, ...]) -> Iterator[tuple[str, dict[str, object]]]:
@@ -130,8 +133,8 @@ def ways(passes: tuple[int, ...]) -> Iterator[tuple[str, dict[str, object]]]:
 
 def compare(task: Task, settings: Settings, place: Path) -> list[str]:
     """The table of one task."""
-    damping = Damping.parse(settings.damping)
-    found: dict[tuple[str, str], list[Found]] = {}
+    dampings = [Damping.parse(text) for text in settings.dampings]
+    found: dict[tuple[str, str], list[list[float]]] = {}
     for seed in range(settings.networks):
         network = retrain(task, torch.ones(1, len(task.train)), seed).module(0)
         many = replace(task, train=repeated(task.train, settings.labels))
@@ -143,44 +146,40 @@ def compare(task: Task, settings: Settings, place: Path) -> list[str]:
         asked = replace(task, train=task.queries)
         own = {"method": "mfac", "rows": len(task.queries), "fisher": "empirical"}
         queries = Attribution(asked, network, folder / "queries", {}).run(Method("v", own))
-        solved: dict[str, tuple[RankCurvature, Tensor, Tensor]] = {}
+        blocks: dict[str, Truth] = {}
         for name in truth.block_names():
             whole, v = truth.curvature(name), queries.curvature(name)
             assert isinstance(whole, RankCurvature) and isinstance(v, RankCurvature)
             v_QOI = v.rows_MOI.double()
-            solved[name] = whole, v_QOI, whole.apply(v_QOI, whole.inverse(damping))
+            solved = {d: whole.apply(v_QOI, whole.inverse(d)) for d in dampings}
+            blocks[name] = Truth(whole, v_QOI, solved)
         for title, basis in ways(settings.passes):
             for form, fit in (
                 ("K-FAC", fits.run(Method(title, {"method": "kfac", **basis}))),
                 ("EK-FAC", fits.run(Method(title, {"method": "ekfac", **basis}))),
                 ("one label", one.run(Method(title, {"method": "ekfac", **basis}))),
             ):
-                for name, (whole, v_QOI, x_QOI) in solved.items():
+                for name, true in blocks.items():
                     mine: Curvature = fit.curvature(name)
                     assert isinstance(mine, BlockCurvature)
-                    judged = judge(mine, whole, v_QOI, x_QOI, damping)
-                    found.setdefault((title, form), []).append(judged)
+                    found.setdefault((title, form), []).append(judge(mine, true))
     lines = []
     for title, _ in ways(settings.passes):
-        k, ek, one_label = (found[title, form] for form in ("K-FAC", "EK-FAC", "one label"))
-        figures = (
-            _mean([f.error for f in k]), _mean([f.error for f in ek]),
-            _mean([f.cosine for f in k]), _mean([f.cosine for f in ek]),
-            _mean([f.cosine for f in one_label]),
-        )  # fmt: skip
+        k, ek, one_label = (
+            torch.tensor(found[title, form]).mean(dim=0).tolist()
+            for form in ("K-FAC", "EK-FAC", "one label")
+        )
+        figures = (k[0], ek[0], *ek[1:], *k[1:], *one_label[1:])
         lines.append([title, *(f"{figure:.3f}" for figure in figures)])
     header = [
-        task.title, "error, K-FAC", "EK-FAC", "cosine, K-FAC", "EK-FAC", "EK-FAC of one label",
+        task.title, "error, K-FAC", "EK-FAC",
+        *(f"{form}, {d}" for form in ("EK-FAC", "K-FAC", "one label") for d in settings.dampings),
     ]  # fmt: skip
     return [
         f"## {task.title}", "",
-        f"{len(task.train)} examples, {len(solved)} blocks, {settings.networks} networks", "",
+        f"{len(task.train)} examples, {len(blocks)} blocks, {settings.networks} networks", "",
         *table(header, lines), "",
     ]  # fmt: skip
-
-
-def _mean(numbers: list[float]) -> float:
-    return sum(numbers) / len(numbers)
 
 
 def costs(settings: Settings, place: Path) -> list[str]:
@@ -238,9 +237,8 @@ def main(settings: Settings) -> None:
             f"- torch {torch.__version__}, Python {platform.python_version()}; {processor()}, "
             f"{settings.threads} thread(s), load {loads()}",
             f"- raycurv's source: {state}",
-            f"- F of {settings.labels} drawn labels a target; the last column's fits have one, "
-            "the others the same labels as F; IHVPs at "
-            f"{settings.damping} of a block's mean eigenvalue",
+            f"- F of {settings.labels} drawn labels a target; columns: errors of F̂, cosines of "
+            "IHVPs by damping; the last, of EK-FAC, with one label, the others those of F",
         ],
     )
 
