@@ -18,7 +18,9 @@ CLOSE = 1e-10
 def tables(folder: Path) -> dict[str, pa.Table]:
     """Every table below a directory without the times that it took, rows in one order."""
     found = {}
-    for name in ("tables/blocks", "tables/spectrum", "tables/examples", "scores", "self"):
+    for name in (
+        "tables/blocks", "tables/spectrum", "tables/examples", "tables/solver", "scores", "self"
+    ):  # fmt: skip
         files = sorted((folder / name).glob("*.parquet"))
         if files:
             table = pa.concat_tables([pq.read_table(f) for f in files])

@@ -14,10 +14,14 @@ from test_products import Jacobians
 from torch import Tensor
 
 import raycurv
+from raycurv import UserError
+from raycurv.files.store import Store
+from raycurv.files.tables import read_directory
 
 # A residual at which the solver stops, and how far from a dense solve that is at most.
 SOLVED: dict[str, Any] = {"solver": "cg", "steps": 400, "tolerance": 1e-10, "rank": "full"}
 EXACT = 1e-8
+TOLD = ("residual", "energy", "cosine")
 
 
 def answers(fits: Fits, case: Case, fit: Any = None, **settings: Any) -> dict[str, Tensor]:
@@ -26,6 +30,10 @@ def answers(fits: Fits, case: Case, fit: Any = None, **settings: Any) -> dict[st
     settings = {"address": "none", "batch_tokens": case.batch_tokens, **SOLVED} | settings
     products = run.ihvp(list(case.queries), fits.place(), quiet=True, **settings)
     return {name: products.block(name)[0] for name in run.block_names()}
+
+
+def f64(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def flat(found: Mapping[str, Tensor]) -> Tensor:
@@ -49,15 +57,17 @@ class Dense:
         self.matrix = jacobians.products()
         self.names = names
 
-    def solved(self, damping: str, coupled: bool = True) -> Tensor:
+    def damped(self, damping: str, coupled: bool = True) -> Tensor:
+        """``G + λ`` of the whole model, or of each block alone."""
         chosen = raycurv.Damping.parse(damping)
-        lams = torch.tensor(
-            [self.run.curvature(n).damping(chosen) for n in self.names], dtype=torch.float64
-        )
+        lams = f64([self.run.curvature(n).damping(chosen) for n in self.names])
         matrix = self.matrix
         if not coupled:
             matrix = torch.where(self.of[:, None] == self.of, matrix, 0.0)
-        return torch.linalg.solve(matrix + torch.diag(lams[self.of]), self.v.T).T
+        return matrix + torch.diag(lams[self.of])
+
+    def solved(self, damping: str, coupled: bool = True) -> Tensor:
+        return torch.linalg.solve(self.damped(damping, coupled), self.v.T).T
 
 
 @pytest.mark.parametrize("case", (MLP, REGRESSION), ids=lambda case: case.name)
@@ -74,8 +84,7 @@ def test_one_step_is_the_answer_of_the_fit_at_the_best_scale(fits: Fits) -> None
     dense = Dense(fits, MLP)
     found = flat(answers(fits, MLP, steps=1, damping="0.3"))
     of_fit = flat(answers(fits, MLP, steps=None, solver="ekfac", tolerance=None, damping="0.3"))
-    lams = [dense.run.curvature(n).damping(raycurv.Damping(0.3)) for n in dense.names]
-    matrix = dense.matrix + torch.diag(torch.tensor(lams, dtype=torch.float64)[dense.of])
+    matrix = dense.damped("0.3")
     best = (of_fit * dense.v).sum(1) / (of_fit * (of_fit @ matrix)).sum(1)
     assert worst(found, best[:, None] * of_fit) < EXACT
     assert worst(found, of_fit) > 0.01
@@ -98,3 +107,81 @@ def test_answers_do_not_depend_on_how_the_work_is_laid_out(
     want = answers(fits, MLP, **settings, coupling=layout.get("coupling", "model"))
     found = answers(fits, MLP, **settings, **layout)
     assert worst(flat(found), flat(want)) < 1e-9
+
+
+def test_scores_are_products_of_answers_and_gradients(fits: Fits) -> None:
+    scores = fits.scores(MLP, solver="cg", steps=3, damping="1", per_block=True)
+    found = flat(answers(fits, MLP, steps=3, tolerance=None, damping="1"))
+    dense, own = Dense(fits, MLP), fits.truth(MLP).own_gradients
+    rows = torch.stack([torch.cat([one[n].flatten() for n in dense.names]) for one in own])
+    table = scores.table().to_pydict()
+    asked, trained = ([row["id"] for row in rows] for rows in (MLP.queries, MLP.data))
+    want = (found @ rows.T)[
+        [asked.index(name) for name in table["query_id"]],
+        [trained.index(name) for name in table["train_id"]],
+    ]
+    assert worst(f64(table["score"]), want) < EXACT
+
+
+def test_what_every_step_found_is_told_and_recorded(fits: Fits) -> None:
+    dense, steps = Dense(fits, MLP), 4
+    scores = fits.scores(MLP, solver="cg", steps=steps, tolerance=1e-9, damping="1")
+    table = read_directory(Store(scores.path), "tables/solver").to_pydict()
+    assert table["query_id"] == [row["id"] for row in MLP.queries] * steps
+    assert table["outcome"][-3:] == ["stopped at steps"] * 3
+    x = flat(answers(fits, MLP, steps=steps, tolerance=1e-9, damping="1"))
+    before = flat(answers(fits, MLP, steps=steps - 1, tolerance=1e-9, damping="1"))
+    a = dense.damped("1")
+    last = {key: f64(values[-3:]) for key, values in table.items() if key in TOLD}
+    assert worst(last["residual"], (dense.v - x @ a).norm(dim=1) / dense.v.norm(dim=1)) < EXACT
+    assert worst(last["energy"], ((x @ a) * x).sum(1) / 2 - (x * dense.v).sum(1)) < EXACT
+    assert worst(last["cosine"], torch.cosine_similarity(x, before)) < EXACT
+    facts = scores.manifest.facts["solver"]
+    assert facts["largest_residual"] == max(table["residual"][-3:])
+    assert facts["outcomes"] == {"stopped at steps": 3} and facts["steps"] == steps
+    assert scores.manifest.settings["damping"] == "1"
+
+
+def test_products_may_be_of_a_seeded_sample_of_the_examples(fits: Fits) -> None:
+    few = answers(fits, MLP, steps=2, product_examples=4, seed=3)
+    same = answers(fits, MLP, steps=2, product_examples=4, seed=3, stages=2)
+    assert worst(flat(few), flat(same)) < EXACT
+    assert worst(flat(few), flat(answers(fits, MLP, steps=2))) > 1e-3
+    assert worst(flat(few), flat(answers(fits, MLP, steps=2, product_examples=4, seed=4))) > 1e-3
+    everything = answers(fits, MLP, steps=2, product_examples=len(MLP.data))
+    assert worst(flat(everything), flat(answers(fits, MLP, steps=2))) < EXACT
+
+
+def test_negative_curvature_is_refused_with_its_block(fits: Fits) -> None:
+    with pytest.raises(UserError) as refused:
+        answers(fits, MLP, matrix="hessian", damping="abs:1e-6")
+    said = str(refused.value)
+    assert "positive curvature" in said and "the block" in said and "--matrix ggn" in said
+    # With a large λ it is definite, and another matrix than the Gauss-Newton one.
+    hessian = flat(answers(fits, MLP, matrix="hessian", damping="abs:2", steps=5))
+    assert 1e-3 < worst(hessian, flat(answers(fits, MLP, damping="abs:2", steps=5))) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("said", "fit", "settings"),
+    [
+        ("--product-examples 10: expected at most the 9 examples", {}, {"product_examples": 10}),
+        ("--method mfac", {"method": "mfac", "rows": 4}, {}),
+        ("a damping that needs no eigenvalues", {"method": "identity"}, {"damping": "3"}),
+        ("--self", {}, {"self_influence": True}),
+        ("--damping heldout", {}, {"damping": "heldout"}),
+        ("--steps: expected a solver", {}, {"solver": "ekfac", "tolerance": None}),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_solved_is_refused_by_name(
+    fits: Fits, said: str, fit: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    with pytest.raises(UserError, match=said):
+        answers(fits, MLP, fit, **settings)
+
+
+@pytest.mark.parametrize("method", ("kfac", "diagonal", "identity"))
+def test_another_preconditioner_changes_the_way_and_not_the_answer(fits: Fits, method: str) -> None:
+    settings = {"damping": "abs:0.3", "batch_tokens": 9}
+    found = flat(answers(fits, MLP, {"method": method}, **settings))
+    assert worst(found, Dense(fits, MLP).solved("abs:0.3")) < EXACT

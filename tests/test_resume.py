@@ -391,6 +391,7 @@ CANDIDATES = {
     ],
     "candidates_check": 2,
 }
+SOLVER = {"solver": "cg", "steps": 2, "self_influence": False, "query_memory": 20_000}
 
 
 @pytest.mark.parametrize(
@@ -405,6 +406,8 @@ CANDIDATES = {
         (TOP, "a write", False, 300.0),
         (CANDIDATES, "a write", False, 1e-9),
         (CANDIDATES, "a deletion of a directory", False, 300.0),
+        (SOLVER, "a write", False, 1e-9),
+        (SOLVER, "a deletion of a directory", True, 300.0),
     ],
 )
 def test_scores_that_stopped_everywhere_end_as_if_they_had_not(
