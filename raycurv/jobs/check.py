@@ -65,7 +65,11 @@ def check_plan(
         drafts.now(),
         drafts.bounds(largest),
     )
-    flags = as_flags(drafts.now())
+    flags, said = as_flags(drafts.now()), as_sentence(options)
+    for option in options:
+        if "query_memory" in option:
+            many = drafts.queries_in(option["query_memory"], largest)
+            said += f" That is {many:,} queries at a time."
     raise UserError(
         f"the plan of this job ({flags})",
         "; ".join(f"at most {report.size(m.available)} of {m.what}" for m in missing),
@@ -74,7 +78,7 @@ def check_plan(
             f"{report.size(m.needed - m.available)} too much"
             for m in missing
         ),
-        f"{as_sentence(options)} Or start it all the same with --force.",
+        f"{said} Or start it all the same with --force.",
     )
 
 

@@ -28,12 +28,12 @@ from raycurv.planning.advice import Bounds
 from raycurv.planning.arrangement import Arrangement
 from raycurv.planning.cost import StepCost
 from raycurv.planning.fit_plan import plan_fit
-from raycurv.planning.influence_plan import plan_influence
+from raycurv.planning.influence_plan import plan_influence, queries_at_once, query_bytes
 from raycurv.planning.job import Job
 from raycurv.planning.plan import Plan
 from raycurv.planning.product_plan import plan_products
 from raycurv.planning.rates import Rates
-from raycurv.planning.shapes import DataShape, Recipe, stage_shapes
+from raycurv.planning.shapes import DataShape, Recipe, Solving, stage_shapes
 from raycurv.planning.supply import Supply, existing_parent, free_disk, resident
 from raycurv.planning.trace import Trace, trace
 from raycurv.stages.dealing import cut_stages
@@ -57,6 +57,7 @@ class Drafts:
         base: bytes of a process without a stage.
         rates: of a node; ``None`` for plans without times.
         spool_apart: the spool has a disk of its own.
+        multiplied: the examples that a solver's products are made of, if there is one.
     """
 
     outline: Outline
@@ -68,6 +69,7 @@ class Drafts:
     base: int = field(default_factory=resident)
     rates: Rates | None = None
     spool_apart: bool = False
+    multiplied: ShapeOf | None = None
     _traces: dict[tuple[int, int], Trace] = field(default_factory=dict)
 
     def fit(self, data: ShapeOf, changes: Mapping[str, Any]) -> Plan:
@@ -81,11 +83,12 @@ class Drafts:
         """The plan of a scoring."""
         tokens = changes.get("batch_tokens", self.settings.batch_tokens)
         asked, trained = queries(tokens), None if train is None else train(tokens)
-        largest = max((s for s in (asked, trained) if s is not None), key=lambda s: s.rows)
+        made = None if self.multiplied is None else self.multiplied(tokens)
+        largest = max((s for s in (asked, trained, made) if s is not None), key=lambda s: s.rows)
         job = self.job(largest, changes)
         # Of the fit alone.
         job = replace(job, recipe=replace(job.recipe, gradients=False, own=False))
-        return plan_influence(job, asked, trained, self._costs())
+        return plan_influence(job, asked, trained, self._costs(), made)
 
     def products(self, data: ShapeOf, changes: Mapping[str, Any]) -> Plan:
         """The plan of a job of products."""
@@ -98,7 +101,8 @@ class Drafts:
     def job(self, data: DataShape, changes: Mapping[str, Any]) -> Job:
         """The job with some settings changed."""
         execution = {k: v for k, v in changes.items() if hasattr(self.settings, k)}
-        numbers = {k: v for k, v in changes.items() if k in ("max_factor_dim", "store_dtype")}
+        own = ("max_factor_dim", "store_dtype", "query_memory")
+        numbers = {k: v for k, v in changes.items() if k in own}
         if "store_dtype" in numbers:
             numbers["store_dtype"] = DTYPES[numbers["store_dtype"]]
         settings = replace(self.settings, **execution)
@@ -144,7 +148,21 @@ class Drafts:
             min(widest, self.recipe.max_factor_dim or widest),
             tokens,
             data(tokens).longest,
+            self._fewer_queries(data(tokens)),
         )
+
+    def _fewer_queries(self, data: DataShape) -> list[int]:
+        """Bytes for half of the queries that a solver has at once, for a quarter, and so on."""
+        if self.recipe.solving is None:
+            return []
+        stages = self.job(data, {}).stages
+        each, most = query_bytes(stages, self.recipe), queries_at_once(stages, self.recipe)
+        return [each * (most >> power) for power in range(1, most.bit_length())]
+
+    def queries_in(self, memory: int, data: ShapeOf) -> int:
+        """How many queries a solver has at once with so many bytes for them."""
+        stages = self.job(data(self.settings.batch_tokens), {}).stages
+        return memory // query_bytes(stages, self.recipe)
 
     def now(self) -> dict[str, Any]:
         """The settings that advice may change."""
@@ -174,6 +192,12 @@ class Scoring(Protocol):
     def self_influence(self) -> bool: ...
     @property
     def ihvp(self) -> bool: ...
+    @property
+    def solver(self) -> str: ...
+    @property
+    def steps(self) -> int | None: ...
+    @property
+    def coupling(self) -> str | None: ...
 
 
 def recipe_of(fit: Mapping[str, Any], logits_chunk: int, scoring: Scoring | None = None) -> Recipe:
@@ -209,6 +233,9 @@ def recipe_of(fit: Mapping[str, Any], logits_chunk: int, scoring: Scoring | None
         query_memory=parse_bytes("--query-memory", scoring.query_memory),
         self_influence=scoring.self_influence,
         ihvp=scoring.ihvp,
+        solving=None
+        if scoring.solver == "ekfac"
+        else Solving(scoring.steps or 1, scoring.coupling != "blocks"),
     )
 
 

@@ -29,7 +29,7 @@ from raycurv.files.lock import hold
 from raycurv.files.manifest import COMMITS, Manifest, continue_or_refuse
 from raycurv.files.store import Store, open_store
 from raycurv.jobs.check import check_plan
-from raycurv.jobs.drafts import Drafts, arrangement_of
+from raycurv.jobs.drafts import Drafts, arrangement_of, of_lengths
 from raycurv.jobs.inputs import Inputs
 from raycurv.jobs.objectives import objective_for
 from raycurv.jobs.on_hub import brought
@@ -194,6 +194,7 @@ class Shell(Generic[S]):
         recipe: Recipe,
         data: Lengths | None,
         queries: Lengths | None = None,
+        products: Lengths | None = None,
     ) -> None:
         """Refuse what cannot fit on this machine's memory or disk, unless it is forced.
 
@@ -202,6 +203,7 @@ class Shell(Generic[S]):
             recipe: what decides sizes.
             data: tokens of every example, or of a scoring's training examples, if any.
             queries: tokens of every query of a scoring.
+            products: tokens of every example of a solver's products, if there is one.
 
         Raises:
             UserError: by how much it does not fit, and what would.
@@ -209,6 +211,7 @@ class Shell(Generic[S]):
         if not self.settings.force:
             arrangement = arrangement_of(self.settings)
             drafts = Drafts(network, blocks, self.settings, recipe, arrangement)
+            drafts.multiplied = None if products is None else of_lengths(products)
             check_plan(drafts, self.store, data, queries)
 
     @contextmanager

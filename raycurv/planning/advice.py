@@ -41,12 +41,14 @@ class Bounds:
         widest: columns of the widest factor, or of its tiles.
         batch_tokens: of a microbatch now.
         longest: tokens of the longest example: no microbatch is smaller.
+        query_memory: bytes of fewer queries at once, most first.
     """
 
     units: int
     widest: int
     batch_tokens: int
     longest: int
+    query_memory: Sequence[int] = ()
 
 
 def shortfalls(plan: Plan, supply: Supply, existing: int = 0) -> list[Shortfall]:
@@ -109,6 +111,7 @@ def advise(fits: Fits, now: Mapping[str, Any], bounds: Bounds) -> list[dict[str,
         found += first([swept])
     if now.get("store_dtype") == "float32":
         found += first([{"store_dtype": "bfloat16"}])
+    found += first([{"query_memory": size} for size in bounds.query_memory])
     batches = _halvings(bounds.batch_tokens, bounds.longest)
     found += first([{"batch_tokens": tokens} for tokens in batches])
     if not found:

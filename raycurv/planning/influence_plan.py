@@ -21,18 +21,25 @@ from raycurv.planning.moments import (
     weights_of,
 )
 from raycurv.planning.plan import Phase, Plan
+from raycurv.planning.product_plan import plan_products
 from raycurv.planning.shapes import DataShape, Recipe, StageShape
 
 QUERIES, SCORES = "queries: IHVPs", "scores"
 # Bytes of a number of a direction in a pass of products: its tangent, and the product's running sum
 # with its wider master.
 VECTOR = 16
+# Vectors that a solver keeps of each query: x, r, p, s, u and w.
+_VECTORS = 6
 # Bytes of a score with its two ids (dictionary-coded) in Parquet.
 _SCORE = 6
 
 
 def plan_influence(
-    job: Job, queries: DataShape, train: DataShape | None, costs: Sequence[StepCost]
+    job: Job,
+    queries: DataShape,
+    train: DataShape | None,
+    costs: Sequence[StepCost],
+    products: DataShape | None = None,
 ) -> Plan:
     """What a scoring takes; disk is that of its own directory, the fit's beside it.
 
@@ -43,6 +50,7 @@ def plan_influence(
         queries: the queries.
         train: the training examples; ``None`` where IHVPs alone are wanted.
         costs: of the fit's steps, whose files are read.
+        products: the examples that a solver's products are made of, if there is one.
     """
     recipe, stages, groups = job.recipe, job.stages, job.groups
     together = min(queries_at_once(stages, recipe), queries.examples)
@@ -59,7 +67,9 @@ def plan_influence(
 
     whole = queries.batch_examples * queries.batch_positions * max(s.vocabulary for s in stages)
     chunk = max(whole, recipe.logits_chunk) if recipe.whole_queries else recipe.logits_chunk
-    asked = replace(recipe, logits_chunk=chunk)
+    # What a solver begins with are whole gradients.
+    rank = recipe.rank if recipe.solving is None else None
+    asked = replace(recipe, logits_chunk=chunk, rank=rank)
     place = job.resident(lambda s: _query_moments(s, asked, queries, together), queries)
     model = 2 * sum(stage.forward_flops(queries) for stage in stages)
     other = sum(_query_flops(stage, recipe, queries) for stage in stages)
@@ -77,6 +87,8 @@ def plan_influence(
             seconds=job.seconds(model, other, stored),
         )
     ]
+    if products is not None and recipe.solving is not None:
+        phases.append(_products(job, products, together, passes, tokens + here + held))
     kept = held if recipe.ihvp else 0
     if train is not None:
         rows = _SCORE * queries.examples * train.examples
@@ -100,6 +112,34 @@ def plan_influence(
         )
         kept += rows
     return Plan("influence", tuple(phases), kept, spooled if job.spool_apart else 0)
+
+
+def _products(job: Job, data: DataShape, queries: int, passes: int, beside: int) -> Phase:
+    """The steps of a solver: a pass of products each, and its vectors on disk."""
+    recipe = job.recipe
+    assert recipe.solving is not None
+    elements = sum(stage.elements for stage in job.stages)
+    blocks = 1 if recipe.solving.coupled else sum(
+        stage.count(b) for stage in job.stages for b in stage.blocks
+    )  # fmt: skip
+    directions = queries * blocks
+    if blocks > 1:
+        largest = max(stage.elements for stage in job.stages)
+        directions = max(queries, min(directions, recipe.query_memory // (VECTOR * largest)))
+    vectors = recipe.computed * queries * elements
+    # On disk gradients and the vectors of two steps.
+    work = replace(recipe, directions=directions, vectors=(1 + 2 * _VECTORS) * queries)
+    one = plan_products(replace(job, recipe=work), data).phases[-1]
+    steps = recipe.solving.steps * passes * -(-queries * blocks // directions)
+    flops, stored = steps * one.flops, steps * (one.stored + 3 * _VECTORS * vectors)
+    return replace(
+        one,
+        disk=beside + one.disk,
+        moved=steps * one.moved,
+        stored=stored,
+        flops=flops,
+        seconds=job.seconds(flops, 0.0, stored),
+    )
 
 
 def _query_moments(
@@ -180,9 +220,17 @@ def products_bytes(stage: StageShape, recipe: Recipe, queries: int) -> int:
     return queries * one * recipe.computed
 
 
+def query_bytes(stages: Sequence[StageShape], recipe: Recipe) -> int:
+    """Bytes of one query's IHVPs in the stage that has most, of those that share its memory; with a
+    solver those of a direction."""
+    if recipe.solving is not None:
+        return VECTOR * max(stage.elements for stage in stages)
+    return max(products_bytes(stage, recipe, 1) for stage in stages)
+
+
 def queries_at_once(stages: Sequence[StageShape], recipe: Recipe) -> int:
     """How many queries' IHVPs fit the memory that is set aside for them, in every stage."""
-    largest = max(products_bytes(stage, recipe, 1) for stage in stages)
+    largest = query_bytes(stages, recipe)
     return max(1, recipe.query_memory // max(1, largest))
 
 

@@ -28,19 +28,22 @@ def plan_products(job: Job, data: DataShape) -> Plan:
     recipe, stages = job.recipe, job.stages
     # What goes back between stages is a gradient a direction.
     work = replace(job, recipe=replace(recipe, draws=recipe.directions))
+    one = replace(job, recipe=replace(recipe, draws=1, own=False))
     flops = sum(stage.forward_flops(data) for stage in stages)
     passed = work.resident(lambda s: _moments(s, recipe, data), data)
     loaded = job.resident(lambda s: loading(s, recipe), data)
     kept = 2 * TOKEN * data.tokens
     vectors = recipe.computed * recipe.vectors * sum(stage.elements for stage in stages)
     # A sweep spools hidden states with their tangents, and gradients.
-    spool = work.most_spooled(data) * (1 + recipe.directions)
+    spool = one.most_spooled(data) * (1 + recipe.directions)
     beside = 0 if job.spool_apart else spool
     phases = (
         Phase("loading", loaded.peak, loaded.node, loaded.gpu, kept),
         Phase(
             "products", passed.peak, passed.node, passed.gpu, kept + vectors + beside,
-            moved=work.moved(data, True), flops=flops * (2 + 2 * recipe.directions),
+            moved=work.moved(data, True), stored=2 * spool,
+            # A tangent takes two products of a layer, its own and the weight's; so does going back.
+            flops=flops * (2 + 4 * recipe.directions),
         ),
     )  # fmt: skip
     return Plan("spectrum", phases, kept, spool if job.spool_apart else 0)

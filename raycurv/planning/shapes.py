@@ -101,6 +101,19 @@ class DataShape:
 
 
 @dataclass(frozen=True)
+class Solving:
+    """What decides how much a solver of IHVPs takes.
+
+    Attributes:
+        steps: at most.
+        coupled: whether all blocks are one system; otherwise each is a direction of its own.
+    """
+
+    steps: int
+    coupled: bool
+
+
+@dataclass(frozen=True)
 class Recipe:
     """The settings that decide sizes; as in the jobs' settings.
 
@@ -117,6 +130,7 @@ class Recipe:
         basis_passes: passes that sum up factors, the first for A and G.
         directions: vectors that a pass multiplies by; 0 where there are no products.
         vectors: that such a job has in files at most.
+        solving: of IHVPs by a solver; ``None`` for those of the fit's curvature.
     """
 
     method: str = "ekfac"
@@ -138,6 +152,7 @@ class Recipe:
     basis_passes: int = 1
     directions: int = 0
     vectors: int = 0
+    solving: Solving | None = None
 
     @property
     def computed(self) -> int:

@@ -104,15 +104,15 @@ class Refinement:
         settings: InfluenceSettings,
         workers: Workers,
         manifest: Manifest,
-        fitted: Fitted,
+        examples: Corpus,
         curvature: CurvatureFiles,
         damping: Damping,
+        draws: int,
     ) -> Refinement:
         """The one that settings ask for.
 
         Raises:
-            UserError: the fit's curvature cannot precondition, or gives no damping; or the examples
-                are not there.
+            UserError: the fit's curvature cannot precondition, or gives no damping.
         """
         where = f"--solver {settings.solver}"
         if curvature.method.ranked:
@@ -127,11 +127,7 @@ class Refinement:
                 f"a multiple of them, of a fit with --method {curvature.method}",
                 "Give an absolute one, --damping abs:1e-3 say; or fit with --method ekfac.",
             )  # fmt: skip
-        corpus = examples_of_products(
-            workers.store, fitted, settings.product_examples, settings.seed
-        )
-        draws = int(fitted.settings.get("draws", 1))
-        return cls(settings, workers, manifest, corpus, curvature, damping, draws)
+        return cls(settings, workers, manifest, examples, curvature, damping, draws)
 
     @property
     def coupled(self) -> bool:

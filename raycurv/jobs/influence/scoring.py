@@ -64,7 +64,7 @@ from raycurv.jobs.influence.candidates import (
 )
 from raycurv.jobs.influence.gatherers import GradientsGatherer, ProductsGatherer, ScoreGatherer
 from raycurv.jobs.influence.influence_settings import InfluenceSettings
-from raycurv.jobs.influence.refinement import TABLE, Refinement
+from raycurv.jobs.influence.refinement import TABLE, Refinement, examples_of_products
 from raycurv.jobs.influence.removals import GRID, Removals, named, read_removals
 from raycurv.jobs.influence.score_rows import ScoreRows
 from raycurv.jobs.inputs import Inputs
@@ -193,6 +193,9 @@ def _score(shell: Shell[InfluenceSettings]) -> None:
     if measured.per_token and _measures_loss(measured):
         asked.check_targets("--queries")
     training = others[0] if others else None
+    multiplied = None
+    if settings.solver != "ekfac":
+        multiplied = examples_of_products(store, fitted, settings.product_examples, settings.seed)
     seed: int = fitted.settings["seed"]
     with shell.workers(
         fitted.network, fitted.objective, blocks, DTYPES[dtype], seed, named,
@@ -207,7 +210,10 @@ def _score(shell: Shell[InfluenceSettings]) -> None:
         widths = None if training is None else training.widths
         if widths is not None and candidates is not None and not settings.candidates_check:
             widths = widths[candidates.union]
-        shell.check_plan(fitted.network, blocks, recipe, widths, asked.widths)
+        shell.check_plan(
+            fitted.network, blocks, recipe, widths, asked.widths,
+            None if multiplied is None else multiplied.widths,
+        )  # fmt: skip
         if settings.check_causality:
             shell.check_causality(workers, objective, asked if training is None else training)
         curvature = CurvatureFiles.of(fitted.store, fitted.manifest)
@@ -220,9 +226,12 @@ def _score(shell: Shell[InfluenceSettings]) -> None:
         assert settings.damping is not None
         damping = choose_damping(settings.damping, workers, fitted, manifest, joint)
         refinement = None
-        if settings.solver != "ekfac":
+        if multiplied is not None:
             assert damping is not None, "chosen by the scores of another solver"
-            refinement = Refinement.of(settings, workers, manifest, fitted, curvature, damping)
+            draws = int(fitted.settings.get("draws", 1))
+            refinement = Refinement.of(
+                settings, workers, manifest, multiplied, curvature, damping, draws
+            )
         removals = None
         if tried is not None and damping is None:
             assert training is not None

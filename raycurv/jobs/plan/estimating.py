@@ -94,6 +94,9 @@ def plan(
     if settings.train_examples is not None:
         train = _uniform(settings.train_examples, tokens)
 
+    if drafts.recipe.solving is not None:
+        drafts.multiplied = data
+
     def both(changes: Mapping[str, Any]) -> tuple[Plan, Plan]:
         return drafts.fit(data, changes), drafts.influence(queries, train, changes)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -36,6 +36,12 @@ class PlanSettings(FitSettings):
     """Also score every training example against itself."""
     ihvp: bool = False
     """Also write the queries' IHVPs."""
+    solver: Literal["ekfac", "cg"] = "ekfac"
+    """How the scoring makes IHVPs, as --solver of influence, from all of the fit's examples."""
+    steps: Count = 10
+    """Steps of that solver."""
+    coupling: Literal["model", "blocks"] | None = None
+    """What it solves, as --coupling of influence."""
     nodes: Count | None = None
     """Machines that share the stages. Default: this one; with --memory, one for each stage."""
     memory: Size | None = None
