@@ -30,7 +30,7 @@ from raycurv.planning.cost import PassCost
 from raycurv.planning.job import Job
 from raycurv.planning.plan import Phase, Plan
 from raycurv.planning.rates import Rates
-from raycurv.planning.shapes import DataShape, Recipe, StageShape, stage_shapes
+from raycurv.planning.shapes import DataShape, Recipe, Solving, StageShape, stage_shapes
 from raycurv.planning.sizes import sizes
 from raycurv.planning.supply import Supply, memory_here
 from raycurv.planning.trace import trace
@@ -140,9 +140,11 @@ def plan_fit(job: Job, data: DataShape) -> Plan:
     return fit_plan.plan_fit(job, data, costs_of(job.recipe))
 
 
-def plan_influence(job: Job, queries: DataShape, train: DataShape) -> Plan:
+def plan_influence(
+    job: Job, queries: DataShape, train: DataShape, products: DataShape | None = None
+) -> Plan:
     return influence_plan.plan_influence(
-        job, queries, train, costs_of(replace(job.recipe, gradients=False))
+        job, queries, train, costs_of(replace(job.recipe, gradients=False)), products
     )
 
 
@@ -390,6 +392,26 @@ def test_queries_share_a_pass_as_far_as_memory_goes(small: Outline) -> None:
     assert little.phases[1].flops > 5 * much.phases[1].flops
 
 
+def test_a_solver_takes_a_pass_a_step_and_memory_for_each_query(small: Outline) -> None:
+    queries, plans = DataShape.uniform(8, 512, 4096), {}
+    for name, solving, memory in (
+        ("usual", Solving(10, True), 2**31), ("more steps", Solving(20, True), 2**31),
+        ("less memory", Solving(10, True), 2**28), ("blocks", Solving(10, False), 2**31),
+    ):  # fmt: skip
+        made = job(small, solving=solving, query_memory=memory)
+        plans[name] = plan_influence(made, queries, DATA, DATA)
+    assert [phase.name for phase in plans["usual"].phases][1] == "products"
+    flops = {name: plan.phases[1].flops for name, plan in plans.items()}
+    assert flops["more steps"] == 2 * flops["usual"] < flops["blocks"]
+    usual, less = (plans[name].phases[1] for name in ("usual", "less memory"))
+    elements = sum(stage.elements for stage in job(small).stages)
+    # Tangents, and sums with their masters; on disk two steps of six vectors, and the gradients.
+    assert usual.peak.bytes - less.peak.bytes > 16 * 4 * elements
+    assert usual.disk > 13 * 4 * 8 * elements
+    plain = plan_influence(job(small), queries, DATA)
+    assert len(plain.phases) == 2 and plain.phases[1] == plans["usual"].phases[2]
+
+
 def test_a_measurement_of_whole_outputs_takes_whole_logits_for_queries_alone(
     small: Outline,
 ) -> None:
@@ -434,6 +456,12 @@ def test_advice_names_the_fewest_stages_that_fit() -> None:
         "It would fit with at least --stages 6, or --max-factor-dim 512, "
         "or --schedule swept --stages 32."
     )
+
+
+def test_advice_names_as_many_queries_as_fit() -> None:
+    bounds = Bounds(1, 4096, 512, 512, query_memory=(400, 200, 100))
+    found = advise(lambda changes: changes.get("query_memory", 800) <= 250, {}, bounds)
+    assert found == [{"query_memory": 200}] and "--query-memory 200" in as_sentence(found)
 
 
 def test_no_advice_where_nothing_helps() -> None:
