@@ -88,7 +88,9 @@ def plan_influence(
         )
     ]
     if products is not None and recipe.solving is not None:
-        phases.append(_products(job, products, together, passes, tokens + here + held))
+        phase, spool = _products(job, products, together, passes, tokens + held)
+        phases.append(phase)
+        spooled = max(spooled, spool)
     kept = held if recipe.ihvp else 0
     if train is not None:
         rows = _SCORE * queries.examples * train.examples
@@ -114,8 +116,11 @@ def plan_influence(
     return Plan("influence", tuple(phases), kept, spooled if job.spool_apart else 0)
 
 
-def _products(job: Job, data: DataShape, queries: int, passes: int, beside: int) -> Phase:
-    """The steps of a solver: a pass of products each, and its vectors on disk."""
+def _products(
+    job: Job, data: DataShape, queries: int, passes: int, beside: int
+) -> tuple[Phase, int]:
+    """The steps of a solver, a pass of products each, and its vectors on disk; and its spool, on
+    a disk apart."""
     recipe = job.recipe
     assert recipe.solving is not None
     elements = sum(stage.elements for stage in job.stages)
@@ -129,10 +134,11 @@ def _products(job: Job, data: DataShape, queries: int, passes: int, beside: int)
     vectors = recipe.computed * queries * elements
     # On disk gradients and the vectors of two steps.
     work = replace(recipe, directions=directions, vectors=(1 + 2 * _VECTORS) * queries)
-    one = plan_products(replace(job, recipe=work), data).phases[-1]
+    of_pass = plan_products(replace(job, recipe=work), data)
+    one = of_pass.phases[-1]
     steps = recipe.solving.steps * passes * -(-queries * blocks // directions)
     flops, stored = steps * one.flops, steps * (one.stored + 3 * _VECTORS * vectors)
-    return replace(
+    phase = replace(
         one,
         disk=beside + one.disk,
         moved=steps * one.moved,
@@ -140,6 +146,7 @@ def _products(job: Job, data: DataShape, queries: int, passes: int, beside: int)
         flops=flops,
         seconds=job.seconds(flops, 0.0, stored),
     )
+    return phase, of_pass.spool
 
 
 def _query_moments(

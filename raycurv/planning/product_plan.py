@@ -67,6 +67,10 @@ def _moments(stage: StageShape, recipe: Recipe, data: DataShape) -> tuple[Moment
         passing["logits, tangents and cotangents"] = math.ceil((3 + 2 * q) * numbers * item)
     read = {"vectors as they are read": q * recipe.computed * stage.elements}
     written = {"a block's products in float64": q * (8 + recipe.computed) * stage.largest_block}
+    if recipe.solving is not None:
+        # Six as they are read, and as many one step on.
+        block = {"a solver's vectors of a block": 12 * q * recipe.computed * stage.largest_block}
+        read, written = read | block, written | block
     return (
         Moment("opening", held, read),
         Moment("products", held, passing, graphs=True),
