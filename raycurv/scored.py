@@ -85,7 +85,8 @@ class Scores:
 
     def _said(self) -> dict[str, str]:
         facts, settings = self.manifest.facts, self.manifest.settings
-        also = ("top_k", "per_block", "per_token", "self_influence", "ihvp")
+        iterates = ("solver", "steps") if settings["solver"] != "ekfac" else ()
+        also = (*iterates, "top_k", "per_block", "per_token", "self_influence", "ihvp")
         chosen = facts.get("candidates")
         return {
             "queries": f"{facts['queries_scored']:,}",

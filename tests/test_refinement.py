@@ -168,6 +168,7 @@ def test_negative_curvature_is_refused_with_its_block(fits: Fits) -> None:
         ("--product-examples 10: expected at most the 9 examples", {}, {"product_examples": 10}),
         ("--method mfac", {"method": "mfac", "rows": 4}, {}),
         ("a damping that needs no eigenvalues", {"method": "identity"}, {"damping": "3"}),
+        ("a damping above zero", {}, {"damping": "0"}),
         ("--self", {}, {"self_influence": True}),
         ("--damping heldout", {}, {"damping": "heldout"}),
         ("--steps: expected a solver", {}, {"solver": "ekfac", "tolerance": None}),

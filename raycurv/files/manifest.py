@@ -31,7 +31,7 @@ _FACTS: dict[str, Any] = {
     "coverage": dict[str, Any], "unreached_shares": dict[str, float],
     "files": dict[str, int | dict[str, int]], "steps": list[dict[str, Any]],
     "candidates": dict[str, int | dict[str, float | None]], "residual": float, "sparsity": float,
-    "damping": dict[str, str | float],
+    "damping": dict[str, str | float], "solver": dict[str, Any],
     "loss": float, "loss_per_target": float,
     "perplexity": float, "accuracy": float, "predicted": float | None, "measured": float | None,
     "correlation": float | None, "pruned_loss": float | None,

@@ -105,6 +105,14 @@ def damping(text: str, chosen: Mapping[str, Any] = MappingProxyType({})) -> tupl
     return f"{found.value:g} {_TIMES} mean Λ", f"of each block is added to its eigenvalues{why}"
 
 
+def solver(settings: Mapping[str, Any]) -> tuple[str, str]:
+    """How IHVPs were made that are not of the fit's curvature alone."""
+    matrices = {"ggn": "Gauss-Newton matrix", "hessian": "Hessian", "fisher": "Fisher"}
+    of = "the whole model" if settings["coupling"] == "model" else "each block alone"
+    steps = f"at most {settings['steps']} steps of conjugate gradients"
+    return settings["solver"], f"{steps} with the {matrices[settings['matrix']]} of {of}"
+
+
 def rank(text: str) -> tuple[str, str]:
     """How far the IHVPs of queries are truncated."""
     return (text, "nothing is truncated") if text == "full" else (text, "of each query and block")

@@ -337,6 +337,7 @@ def _score_facts(scores: Manifest) -> Facts:
             "" if kept is None else f"of each query the {kept:,} highest and lowest are kept",
         ),
         ("Damping", *wording.damping(used_damping(scores), said.get("damping", {}))),
+        *([("Solver", *wording.solver(settings))] if settings["solver"] != "ekfac" else []),
         ("Rank of IHVPs", *wording.rank(settings["rank"])),
     ]  # fmt: skip
 

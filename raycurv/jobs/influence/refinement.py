@@ -127,6 +127,12 @@ class Refinement:
                 f"a multiple of them, of a fit with --method {curvature.method}",
                 "Give an absolute one, --damping abs:1e-3 say; or fit with --method ekfac.",
             )  # fmt: skip
+        if damping.value == 0.0:
+            raise UserError(
+                f"{where} --damping {damping}", "a damping above zero",
+                "a system without one solution: there are directions that no example depends on",
+                "Leave --damping out, or give a small one.",
+            )  # fmt: skip
         return cls(settings, workers, manifest, examples, curvature, damping, draws)
 
     @property
@@ -231,10 +237,13 @@ class Refinement:
         """What was refined, in words."""
         facts, matrix = self.facts(), _MATRICES[self.settings.matrix or "ggn"]
         of = "the whole model" if self.coupled else "each block alone"
+        lost = facts["outcomes"].get("negative curvature", 0)
+        rounded = f"; {lost:,} stopped where rounding left no curvature" if lost else ""
         return (
             f"IHVPs by {facts['steps']} steps of conjugate gradients with {matrix} of {of} over "
             f"{facts['examples']:,} examples, damping {self.damping}: relative residual "
             f"{facts['median_residual']:.2g} at the median, {facts['largest_residual']:.2g} at most"
+            f"{rounded}"
         )
 
 
