@@ -29,7 +29,7 @@ from raycurv.mathematics.choice import choose_blocks
 CLOSE = 1e-9
 HERE: dict[str, Any] = {
     "address": "none", "dtype": "float64", "quiet": True, "objective": MLP.objective,
-    "batch_tokens": 100, "columns": 3, "steps": 3, "probes": 5, "pairs": 3,
+    "batch_tokens": 100, "columns": 3, "steps": 3, "probes": 5, "pairs": 3, "at_once": 100,
 }  # fmt: skip
 HOW: dict[str, dict[str, Any]] = {
     "small microbatches": {"batch_tokens": MLP.batch_tokens},
@@ -100,7 +100,7 @@ def test_eigenpairs_and_traces_are_those_of_the_dense_matrix(
 ) -> None:
     g = dense("ggn")
     # More random vectors than the matrix has ranks tell its trace without any error.
-    found = measured(tmp_path, steps=12, probes=30, pairs=4, eigenvectors=True, diagonal=True)
+    found = measured(tmp_path, steps=7, probes=20, pairs=4, eigenvectors=True, diagonal=True)
     values = torch.linalg.eigvalsh(g).flip(0)
     assert worst(ends(found)["top"].double(), values[:4]) < 1e-6
     assert found.numbers["largest"] == pytest.approx(float(values[0]), rel=1e-12)
@@ -199,7 +199,7 @@ def test_of_a_fit_its_own_traces_stand_beside_and_blocks_are_chosen(
 ) -> None:
     run, name = fits.run(MLP), list(blocks)[1]
     found = raycurv.spectrum(
-        MLP.network, out=tmp_path, run=run.path, blocks=[name], **HERE | {"steps": 9, "probes": 24},
+        MLP.network, out=tmp_path, run=run.path, blocks=[name], **HERE | {"steps": 8, "probes": 24},
     )  # fmt: skip
     start = sum(b.d_out * b.d_in for b in blocks.values() if b.name < name)
     stop = start + blocks[name].d_out * blocks[name].d_in
@@ -223,7 +223,7 @@ def test_the_hessian_has_both_ends(dense: Callable[[str], Tensor], tmp_path: Pat
 def test_the_largest_eigenvalue_is_told_for_fewer_examples(
     dense: Callable[[str], Tensor], tmp_path: Path
 ) -> None:
-    found = measured(tmp_path, steps=6, sizes=True, traces="none")
+    found = measured(tmp_path, steps=4, sizes=True, traces="none")
     table = found.sizes().to_pylist()
     assert [row["examples"] for row in table] == [2, 4, 9]
     assert table[-1]["eigenvalue"] == pytest.approx(

@@ -87,7 +87,9 @@ def _traces(axes: Any, store: Store) -> None:
     if np.isfinite(fitted).any():
         axes.plot(place, fitted, "x", color=SERIES[1], markersize=5, label="fitted (ΣΛ)")
     axes.legend(frameon=False, fontsize=8)
-    axes.set(ylabel="trace", ylim=(0, None))
+    axes.set_ylabel("trace")
+    if min(found["trace"]) >= 0:
+        axes.set_ylim(0, None)
     if len(place) <= _NAMED:
         axes.set_xticks(place, found["block"], rotation=60, ha="right", fontsize=7)
     else:

@@ -78,7 +78,7 @@ _OF_TRACES, _OF_LANCZOS, _OF_SAMPLES = 0, 1, 2
 # Points of the density, and its smoothing as a share of the width of the spectrum.
 _POINTS, _SMOOTHING = 512, 1 / 200
 # An eigenvalue's residual, as a share of the largest one, up to which it is called converged.
-CONVERGED = 1e-3
+CONVERGED = 1e-2
 
 Numbers = dict[str, Any]
 
@@ -282,6 +282,8 @@ class _Measurement:
         self.numbers |= {"trace": total, "trace_margin": margin}
         if len(fitted) == len(rows):
             self.numbers["fitted_trace"] = math.fsum(fitted.values())
+            assert self.subject.fitted is not None
+            self.numbers["fitted_examples"] = self.subject.fitted.manifest.facts["examples"]
 
     def _fitted_traces(self) -> dict[str, float]:
         """ΣΛ of the blocks of a fit that has curvature."""
@@ -454,7 +456,9 @@ def _sentence(found: Numbers, settings: SpectrumSettings) -> str:
     """What was found, in words."""
     said = []
     if "trace" in found:
-        of_fit = f"; fitted: {found['fitted_trace']:.4g}" if "fitted_trace" in found else ""
+        of_fit = ""
+        if "fitted_trace" in found:
+            of_fit = f"; ΣΛ of {found['fitted_examples']:,} examples {found['fitted_trace']:.4g}"
         said.append(f"trace {found['trace']:.4g} ± {found['trace_margin']:.2g} (95 %{of_fit})")
     if "largest" in found:
         said.append(
