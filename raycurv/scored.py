@@ -24,6 +24,7 @@ from raycurv.files.tables import (
     self_schema,
 )
 from raycurv.jobs.damping_choice import CURVE, used_damping
+from raycurv.jobs.influence.certificate import DIRECTORY as CERTIFICATES
 from raycurv.jobs.inputs import AnySource
 from raycurv.jobs.recorded import finished
 from raycurv.jobs.scored_data import ScoredData
@@ -130,6 +131,21 @@ class Scores:
                 "Score into another directory with --damping evidence.",
             )  # fmt: skip
         return read_directory(self._store, CURVE, needed=True)
+
+    def certificate(self) -> pa.Table:
+        """How far the answers of some queries are from those to the damped Gauss-Newton matrix
+        (``--certify``): a row for each query and block, and one without a block for all of it.
+        In sentences they are what a report says.
+
+        Raises:
+            UserError: none was made.
+        """
+        if "certificate" not in self.manifest.facts:
+            raise UserError(
+                self.path, "scores with a certificate", "none",
+                "Run the same influence command again, with --certify 4.",
+            )  # fmt: skip
+        return read_directory(self._store, CERTIFICATES, needed=True)
 
     @property
     def _double(self) -> bool:

@@ -93,6 +93,13 @@ SOLVER = _schema(
     curvature float64, outcome string
     """
 )
+CERTIFICATE = _schema(
+    """
+    query_id string, block string, residual float64, refined_residual float64, cosine float64,
+    share float64, refined_share float64, captured float64, steps int32, outcome string,
+    solver_residual float64, pearson float64, spearman float64, top_shared float64
+    """
+)
 TIMELINE = _schema(
     """
     phase string, actor string, operation string, microbatch int32, start time, end time,
@@ -153,6 +160,27 @@ def scores_schema(double: bool, more: Mapping[str, bool] | None = None) -> pa.Sc
     for name, is_list in (more or {}).items():
         columns += f", {name} {'[number]' if is_list else 'number'}"
     return _schema(columns, double)
+
+
+def score_matrix(
+    store: Store, names: Sequence[str], queries: pa.Array, examples: pa.Array
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The scores in some files ``[K, N]``, which have each of N examples on each of K queries.
+
+    Args:
+        names: of the files.
+        queries: ids of the rows.
+        examples: ids of the columns, likewise without one twice.
+    """
+    found = np.full((len(queries), len(examples)), np.nan)
+    for name in names:
+        table = read_table(store, name)
+        rows = pc.index_in(table["query_id"], value_set=queries.cast(pa.string())).to_numpy()
+        ids = table["train_id"].cast(pa.large_string())
+        columns = pc.index_in(ids, value_set=examples.cast(pa.large_string())).to_numpy()
+        found[rows, columns] = table["score"].to_numpy()
+    assert not np.isnan(found).any(), "a pair that was not scored"
+    return found
 
 
 def self_schema(double: bool) -> pa.Schema:

@@ -22,7 +22,7 @@ from raycurv.data.tokenizer import LazyTokenizer
 from raycurv.driver.corpus import Corpus, in_parts
 from raycurv.errors import UserError
 from raycurv.files.store import Store
-from raycurv.files.tables import read_table, write_table
+from raycurv.files.tables import read_table, score_matrix, write_table
 from raycurv.planning.report import size
 from raycurv.planning.supply import memory_here, resident
 
@@ -311,13 +311,7 @@ def measure(
         names: of the files.
         asked: numbers of the queries that they are of.
     """
-    scores_QN = np.full((len(asked), len(train)), np.nan)
-    for name in names:
-        table = read_table(store, name)
-        q = pc.index_in(table["query_id"], value_set=queries.named(asked)).to_numpy()
-        n = pc.index_in(table["train_id"].cast(pa.large_string()), value_set=train.ids).to_numpy()
-        scores_QN[q, n] = table["score"].to_numpy()
-    assert not np.isnan(scores_QN).any(), "a pair that was not scored"
+    scores_QN = score_matrix(store, names, queries.named(asked), train.ids)
     recalls, shares = [], []
     for query, scores_N in zip(asked, scores_QN, strict=True):
         mine = np.zeros(len(train), bool)

@@ -119,6 +119,17 @@ class InfluenceSettings(Execution, Reading, Capturing, Predicting):
     product_examples: Identity[Count | None] = None
     """With --solver cg: products of a seeded sample of so many of the fit's examples. Default: all
     of them."""
+    certify: FromZero = 0
+    """Measure on so many queries (a seeded sample; 4 say much) how far their answers are from those
+    to the damped Gauss-Newton matrix, by exact products: see tables/certificate, and the last
+    lines. It costs --certify-steps passes of so many products; 0, none."""
+    certify_steps: Count | None = None
+    """With --certify: steps of conjugate gradients at most. Default: --steps, or 10."""
+    certify_examples: Count | None = None
+    """With --certify: products of a seeded sample of so many examples. Default: all of them."""
+    certify_on: Literal["fit", "train"] | None = None
+    """With --certify, whose products: those of the `fit`'s examples, or of --train. Default: of
+    --train where these are as many as the fit's or more, and with --solver cg the fit's."""
     rank: Identity[Rank] = "32"
     """Rank that IHVPs are truncated to, or `full`."""
     query_memory: Size = "2GiB"
@@ -154,6 +165,7 @@ class InfluenceSettings(Execution, Reading, Capturing, Predicting):
             )  # fmt: skip
         super().check()
         self._check_solver()
+        self._check_certificate()
         if not self.train and not self.ihvp:
             raise UserError("--train", "training examples", "nothing", "Give --train, or --ihvp.")
         if self.candidates and not self.train:
@@ -197,6 +209,24 @@ class InfluenceSettings(Execution, Reading, Capturing, Predicting):
                 "not solve for every training example",
                 "Leave --self out, or score it by --solver ekfac into another directory.",
             )  # fmt: skip
+
+    def _check_certificate(self) -> None:
+        if not self.certify:
+            for name in ("certify_steps", "certify_examples", "certify_on"):
+                if getattr(self, name) is not None:
+                    raise UserError(
+                        flag_of(name), "a certificate", "none",
+                        "Give --certify 4, or leave it out.",
+                    )  # fmt: skip
+        elif self.coupling == "blocks":
+            raise UserError(
+                "--certify", "answers to the system of the whole model", "--coupling blocks",
+                "Leave one of the two out; tables/solver has the residuals of single blocks.",
+            )  # fmt: skip
+        elif self.certify_on == "train" and not self.train:
+            raise UserError(
+                "--certify-on train", "training examples (--train)", "none", "Give --train as well."
+            )
 
     def resolved(self) -> InfluenceSettings:
         """With the defaults that depend on the solver."""

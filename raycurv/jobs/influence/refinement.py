@@ -48,18 +48,8 @@ from raycurv.stages.pool import Need
 TABLE = "tables/solver"
 
 
-def examples_of_products(store: Store, fitted: Fitted, wanted: int | None, seed: int) -> Corpus:
-    """The examples that products are a mean over: those of the fit, or a seeded sample of them.
-
-    Args:
-        store: of the results, for a sample.
-        fitted: the fit.
-        wanted: how many; ``None`` for all.
-        seed: of the sample.
-
-    Raises:
-        UserError: they are not there, or fewer than are wanted.
-    """
+def fitted_examples(fitted: Fitted) -> Corpus:
+    """The examples of a fit; UserError where they are not all there."""
     found, count = stored_corpus(fitted.store, "data"), int(fitted.manifest.facts["examples"])
     if found is None or len(found) != count:
         there = 0 if found is None else len(found)
@@ -69,15 +59,39 @@ def examples_of_products(store: Store, fitted: Fitted, wanted: int | None, seed:
             "Run the fit again, which makes what is missing; of a fit that extends another one, "
             "fit all of the data into one directory.",
         )  # fmt: skip
+    return found
+
+
+def examples_of_products(
+    corpus: Corpus,
+    wanted: int | None,
+    seed: int,
+    store: Store,
+    flag: str = "--product-examples",
+    directory: str = "work/products",
+) -> Corpus:
+    """The examples that products are a mean over: all of a corpus, or a seeded sample.
+
+    Args:
+        corpus: of them.
+        wanted: how many; ``None`` for all.
+        seed: of the sample.
+        store: of the results, for the sample.
+        flag: that says how many, for messages.
+        directory: of the sample.
+
+    Raises:
+        UserError: there are fewer than are wanted.
+    """
     if wanted is None:
-        return found
-    if wanted > count:
+        return corpus
+    if wanted > len(corpus):
         raise UserError(
-            f"--product-examples {wanted}", f"at most the {count:,} examples of the fit",
+            f"{flag} {wanted}", f"at most the {len(corpus):,} examples that there are",
             f"{wanted:,}", "Leave it out to take all of them.",
         )  # fmt: skip
-    chosen = np.sort(np.random.default_rng(seed).choice(count, wanted, replace=False))
-    return found.among(chosen, store, "work/products")
+    chosen = np.sort(np.random.default_rng(seed).choice(len(corpus), wanted, replace=False))
+    return corpus.among(chosen, store, directory)
 
 
 @dataclass(frozen=True)
@@ -88,6 +102,7 @@ class Refinement:
         examples: that products are a mean over.
         curvature: of the fit, which preconditions.
         draws: of labels, for products of the Fisher.
+        table: where the residuals go.
     """
 
     settings: InfluenceSettings
@@ -97,6 +112,7 @@ class Refinement:
     curvature: CurvatureFiles
     damping: Damping
     draws: int
+    table: str = TABLE
 
     @classmethod
     def of(
@@ -108,8 +124,13 @@ class Refinement:
         curvature: CurvatureFiles,
         damping: Damping,
         draws: int,
+        table: str = TABLE,
     ) -> Refinement:
         """The one that settings ask for.
+
+        Args:
+            examples: that products are a mean over.
+            table: where the residuals go.
 
         Raises:
             UserError: the fit's curvature cannot precondition, or gives no damping.
@@ -133,7 +154,7 @@ class Refinement:
                 "a system without one solution: there are directions that no example depends on",
                 "Leave --damping out, or give a small one.",
             )  # fmt: skip
-        return cls(settings, workers, manifest, examples, curvature, damping, draws)
+        return cls(settings, workers, manifest, examples, curvature, damping, draws, table)
 
     @property
     def coupled(self) -> bool:
@@ -151,12 +172,14 @@ class Refinement:
             out: where IHVPs go, and where the solver works meanwhile.
         """
         for part in self._parts(span, len(ids), out):
-            self._solve(part, f"{TABLE}/{span}-{_name(part)}.parquet", label, ids, gradients, out)
+            table = f"{self.table}/{span}-{_name(part)}.parquet"
+            self._solve(part, table, label, ids, gradients, out)
         out.delete_directory("solver")
 
     def tables(self, span: str) -> list[str]:
         """The files of the table that are about some queries."""
-        return [n for n in self.workers.store.names(TABLE) if n.startswith(f"{TABLE}/{span}-")]
+        names = self.workers.store.names(self.table)
+        return [name for name in names if name.startswith(f"{self.table}/{span}-")]
 
     def _parts(self, span: str, queries: int, out: Store) -> list[range]:
         """Blocks, by their places, that are solved together, of those that are not done yet."""
@@ -191,7 +214,7 @@ class Refinement:
         }
         place = out.inside(f"solver/{_name(part)}")
         system = System(gradients, place, self.curvature, self.damping, own)
-        name = f"solver-{table.removeprefix(TABLE).removesuffix('.parquet').strip('/')}"
+        name = f"solver-{table.removeprefix(self.table).removesuffix('.parquet').strip('/')}"
         work = Pass(name, "product", self.draws, matrix=settings.matrix or "ggn")
         feed = self.workers.feed(self.examples)
         solver = LinearSolver(
@@ -223,7 +246,7 @@ class Refinement:
 
     def facts(self) -> dict[str, Any]:
         """What ``run.json`` says of the solver."""
-        last = last_steps(read_directory(self.workers.store, TABLE, SOLVER))
+        last = last_steps(read_directory(self.workers.store, self.table, SOLVER))
         residual = np.array(last["residual"])
         return {
             "examples": len(self.examples),
@@ -235,7 +258,7 @@ class Refinement:
 
     def said(self) -> str:
         """What was refined, in words."""
-        facts, matrix = self.facts(), _MATRICES[self.settings.matrix or "ggn"]
+        facts, matrix = self.facts(), MATRICES[self.settings.matrix or "ggn"]
         of = "the whole model" if self.coupled else "each block alone"
         lost = facts["outcomes"].get("negative curvature", 0)
         rounded = f"; {lost:,} stopped where rounding left no curvature" if lost else ""
@@ -247,7 +270,7 @@ class Refinement:
         )
 
 
-_MATRICES = {"ggn": "the Gauss-Newton matrix", "hessian": "the Hessian", "fisher": "the Fisher"}
+MATRICES = {"ggn": "the Gauss-Newton matrix", "hessian": "the Hessian", "fisher": "the Fisher"}
 
 
 def _name(part: range) -> str:

@@ -23,7 +23,7 @@ from raycurv.data.sources import Source, open_parts
 from raycurv.driver.corpus import Corpus
 from raycurv.errors import UserError
 from raycurv.files.store import Store
-from raycurv.files.tables import read_table
+from raycurv.files.tables import score_matrix
 from raycurv.mathematics.curvature import Damping
 from raycurv.mathematics.influence.rank_agreement import agreement
 
@@ -66,13 +66,7 @@ class Removals:
         """
         ids = pa.array(named(queries.named(self.queries).to_pylist(), GRID))
         examples = train.named(self.union)
-        scores_KU = np.full((len(ids), len(examples)), np.nan)
-        for name in files:
-            table = read_table(store, name)
-            q = pc.index_in(table["query_id"], value_set=ids).to_numpy()
-            n = pc.index_in(table["train_id"], value_set=examples).to_numpy()
-            scores_KU[q, n] = table["score"].to_numpy()
-        assert not np.isnan(scores_KU).any(), "a pair that was not scored"
+        scores_KU = score_matrix(store, files, ids, examples)
         predicted_KS = torch.from_numpy(scores_KU) @ self.removed_SU.double().T
         predicted_QGS = predicted_KS.view(-1, len(GRID), len(self))
         return {

@@ -5,7 +5,8 @@
                                  self/            with --self
 
 With ``--candidates`` a pass goes over what its queries ask for alone (candidates.py), and with
-``--candidates-check`` one more over all examples, to check/.
+``--candidates-check`` one more over all examples, to check/. With ``--certify`` some queries are
+answered once more, by exact products (certificate.py).
 
 Queries that do not fit together take several passes over the training examples; the products of a
 finished query pass are files, so a restart does not make them again. Only where all is one process
@@ -47,7 +48,7 @@ from raycurv.files.lock import hold
 from raycurv.files.manifest import Manifest
 from raycurv.files.row_files import open_inverses
 from raycurv.files.store import Store
-from raycurv.files.tables import ROWS, footer, lengths_schema, read_rows, write_tables
+from raycurv.files.tables import ROWS, footer, lengths_schema, read_rows, score_matrix, write_tables
 from raycurv.files.tensorfile import is_complete
 from raycurv.jobs.damping_choice import choose_damping, record_heldout, used_damping
 from raycurv.jobs.drafts import recipe_of
@@ -62,9 +63,25 @@ from raycurv.jobs.influence.candidates import (
     store_candidates,
     stored_candidates,
 )
+from raycurv.jobs.influence.certificate import (
+    COMPARED,
+    DIRECTORY,
+    SOLVED,
+    Certifier,
+    are_trained,
+    asked_for,
+    certificate_words,
+    check_certified,
+    solving,
+)
 from raycurv.jobs.influence.gatherers import GradientsGatherer, ProductsGatherer, ScoreGatherer
 from raycurv.jobs.influence.influence_settings import InfluenceSettings
-from raycurv.jobs.influence.refinement import TABLE, Refinement, examples_of_products
+from raycurv.jobs.influence.refinement import (
+    TABLE,
+    Refinement,
+    examples_of_products,
+    fitted_examples,
+)
 from raycurv.jobs.influence.removals import GRID, Removals, named, read_removals
 from raycurv.jobs.influence.score_rows import ScoreRows
 from raycurv.jobs.inputs import Inputs
@@ -112,13 +129,13 @@ def influence_and_tell(
     """As :func:`influence`; gives the store, and where there are any: under ``unreached`` how many
     queries have a part of their gradient in blocks that nothing of the fit reached, and the largest
     such part; under ``candidates`` how many they were, and what they hold; under ``damping`` what
-    was chosen."""
+    was chosen; under ``certificate`` how far answers are from exact ones."""
     store = influence(settings, reporter=reporter)
     manifest = read_run(store)
     found: dict[str, Any] = {}
     if manifest is not None and (shares := _shares(manifest)):
         found["unreached"] = {"queries": len(shares), "largest_share": max(shares.values())}
-    for name in ("candidates", "damping"):
+    for name in ("candidates", "damping", "certificate"):
         if manifest is not None and name in manifest.facts:
             found[name] = manifest.facts[name]
     return store, found
@@ -178,10 +195,10 @@ def _score(shell: Shell[InfluenceSettings]) -> None:
     for sentence in _read_otherwise(fitted.manifest, settings, prints):
         shell.reporter.say(sentence)
     products = blocks if settings.ihvp else ()
-    unchecked = _lacks_check(manifest, settings)
-    lost = {"lost": "candidates are still to be measured"} if unchecked else {}
+    unchecked = " and ".join(_lacking(manifest, settings))
+    lost = {"lost": f"{unchecked} is still to be made"} if unchecked else {}
     if shell.is_complete(
-        "scores", lambda: _forget_damaged(store, manifest, products, unchecked), **lost
+        "scores", lambda: _forget_damaged(store, manifest, products, bool(unchecked)), **lost
     ):
         return
     corpora = _Corpora(store, fitted, settings, objective)
@@ -195,7 +212,9 @@ def _score(shell: Shell[InfluenceSettings]) -> None:
     training = others[0] if others else None
     multiplied = None
     if settings.solver != "ekfac":
-        multiplied = examples_of_products(store, fitted, settings.product_examples, settings.seed)
+        multiplied = examples_of_products(
+            fitted_examples(fitted), settings.product_examples, settings.seed, store
+        )
     seed: int = fitted.settings["seed"]
     with shell.workers(
         fitted.network, fitted.objective, blocks, DTYPES[dtype], seed, named,
@@ -232,6 +251,9 @@ def _score(shell: Shell[InfluenceSettings]) -> None:
             refinement = Refinement.of(
                 settings, workers, manifest, multiplied, curvature, damping, draws
             )
+        certifier = None
+        if settings.certify:
+            certifier = _certifier(settings, workers, manifest, fitted, curvature, training)
         removals = None
         if tried is not None and damping is None:
             assert training is not None
@@ -240,10 +262,31 @@ def _score(shell: Shell[InfluenceSettings]) -> None:
             check_loss(workers, manifest, fitted)
         job = _Influence(
             settings, workers, manifest, asked, training, curvature, damping or Damping(),
-            candidates, removals, refinement,
+            candidates, removals, refinement, certifier,
         )  # fmt: skip
         job.run()
+    if settings.certify:
+        for sentence in certificate_words(manifest.facts["certificate"]):
+            shell.reporter.say(sentence)
     shell.end(job.said())
+
+
+def _certifier(
+    settings: InfluenceSettings, workers: Workers, manifest: Manifest, fitted: Fitted,
+    curvature: CurvatureFiles, train: Corpus | None,
+) -> Certifier:  # fmt: skip
+    """What makes the certificate that is asked for; its damping is still to be said."""
+    check_certified(curvature.method)
+    how, trained = solving(settings), are_trained(settings, train, fitted)
+    of = train if trained and train is not None else fitted_examples(fitted)
+    multiplied = examples_of_products(
+        of, how.product_examples, how.seed, workers.store, "--certify-examples", "work/certified"
+    )
+    draws = int(fitted.settings.get("draws", 1))
+    refinement = Refinement.of(
+        how, workers, manifest, multiplied, curvature, Damping(), draws, SOLVED
+    )
+    return Certifier(refinement, trained)
 
 
 def _read_otherwise(
@@ -289,11 +332,15 @@ def _candidates(
     return found
 
 
-def _lacks_check(manifest: Manifest, settings: InfluenceSettings) -> bool:
-    """Whether finished scores of candidates lack the measurement that is asked for."""
+def _lacking(manifest: Manifest, settings: InfluenceSettings) -> Iterator[str]:
+    """What finished scores lack of the measurements that are asked for."""
     there: dict[str, Any] | None = manifest.facts.get("candidates")
     wanted = min(settings.candidates_check, manifest.facts.get("queries_scored", 0))
-    return bool(wanted and there and there.get("check", {}).get("queries") != wanted)
+    if wanted and there and there.get("check", {}).get("queries") != wanted:
+        yield "the measurement of candidates"
+    asked = manifest.facts.get("certificate", {}).get("asked")
+    if settings.certify and asked != asked_for(settings):
+        yield "the certificate"
 
 
 def _forget_damaged(
@@ -381,6 +428,8 @@ class _Asked:
         place: where their IHVPs lie.
         label: which pass it is, for the progress, where there are several.
         dampings: under each of which they are scored; empty for the job's own.
+        names: what their IHVPs are called, where there are several of each.
+        examples: numbers of the training examples that alone they are scored on.
     """
 
     numbers: Sequence[int]
@@ -389,17 +438,18 @@ class _Asked:
     place: Store
     label: str
     dampings: tuple[Damping, ...] = ()
+    names: tuple[str, ...] = ()
+    examples: Array | None = None
 
     @property
     def checks(self) -> bool:
-        """Whether they are a sample whose scores are no results, but measure candidates or
-        dampings."""
+        """Whether they are a sample whose scores are no results, but measure something."""
         return not isinstance(self.numbers, range)
 
     @property
     def products(self) -> tuple[str, ...]:
         """What each IHVP is called."""
-        return named(self.ids, self.dampings) if self.dampings else self.ids
+        return self.names or self.ids
 
 
 @dataclass
@@ -416,6 +466,7 @@ class _Influence:
     candidates: Candidates | None = None
     removals: Removals | None = None
     refinement: Refinement | None = None
+    certifier: Certifier | None = None
     held: dict[str, BlockProducts] = field(default_factory=dict)
     """Products that stay in memory, of the queries and stages under way; by block."""
     own: dict[str, Array] = field(default_factory=dict)
@@ -446,7 +497,10 @@ class _Influence:
     def run(self) -> None:
         if self.removals is not None:
             self._choose(self.removals)
+        if self.certifier is not None:
+            self.certifier = self.certifier.damped(self.damping)
         passes, examples = self._passes(), 0 if self.train is None else len(self.train)
+        certified = self._certified()
         self.manifest.facts |= {
             "queries_scored": len(self.queries), "examples": examples, "passes": len(passes),
         }  # fmt: skip
@@ -461,15 +515,20 @@ class _Influence:
             f"{over} training examples, rank {self.settings.rank}, damping {self.damping}"
         )
         # Another sample that was measured before.
-        for name in self._finished.keys() - {asked.span for asked in passes}:
+        for name in self._finished.keys() - {asked.span for asked in [*passes, *certified]}:
             del self._finished[name]
-        self._sweep_leftovers(passes)
+        self._sweep_leftovers([*passes, *certified])
         self._take(passes)
         if self.refinement is not None:
             self.manifest.facts["solver"] = self.refinement.facts()
         self._measure([asked for asked in passes if asked.checks])
         if self.settings.ihvp:
             self._collect_products([asked for asked in passes if not asked.checks])
+        self.manifest.facts.pop("certificate", None)
+        if self.certifier is not None:
+            self._take(certified)
+            facts = self.certifier.facts(self._compared) | {"asked": asked_for(self.settings)}
+            self.manifest.facts["certificate"] = facts
         self.store.delete_directory("work")
         self.manifest.complete.append("scores")
         self.manifest.write(self.store)
@@ -479,27 +538,30 @@ class _Influence:
         for asked in passes:
             if asked.span in self._finished:
                 continue
-            files = self._products(asked, score=self.train is not None)
-            if not asked.dampings:
-                self._note_unreached(asked)
+            if asked.names and not asked.dampings:
+                files = self._certify(asked)
+            else:
+                files = self._products(asked, score=self.train is not None)
+                if not asked.dampings:
+                    self._note_unreached(asked)
             solved = [] if self.refinement is None else self.refinement.tables(asked.span)
             self._finished[asked.span] = self._sizes([*files, *self._lengths(asked), *solved])
             self.manifest.write(self.store)
             self.store.delete_directory(f"work/candidates/{asked.span}")
-            if asked.dampings or not self.settings.ihvp:
+            if asked.names or not self.settings.ihvp:
                 self.store.delete_directory(f"work/pass-{asked.span}")
 
     def _choose(self, removals: Removals) -> None:
         """Take the damping whose scores foretell the removals best, and record how well each
         does."""
         assert self.train is not None
-        size, passes = max(1, self._fitting() // len(GRID)), []
+        size, passes = max(1, self._fitting(False) // len(GRID)), []
         for at in range(0, len(removals.queries), size):
             some = removals.queries[at : at + size]
             span = f"{_CHECK}-damping-{at:06d}-{at + len(some):06d}"
-            passes.append(
-                replace(self._asked(some, span, ", to choose the damping"), dampings=GRID)
-            )
+            asked = self._asked(some, span, ", to choose the damping")
+            names = named(asked.ids, GRID)
+            passes.append(replace(asked, dampings=GRID, names=names, examples=removals.union))
         self._sweep_leftovers(passes)
         self._take(passes)
         files = [name for asked in passes for name in self._finished[asked.span]]
@@ -589,12 +651,16 @@ class _Influence:
             sizes[name] = size
         return sizes
 
-    def _fitting(self) -> int:
-        """How many IHVPs keep every stage's within ``--query-memory``, one at least."""
+    def _fitting(self, multiplied: bool) -> int:
+        """How many IHVPs keep every stage's within ``--query-memory``, one at least.
+
+        Args:
+            multiplied: they are of a solver, whose products are as large again.
+        """
         # Those that no stage makes alone start as whole gradients.
-        rank = None if self._apart else self.settings.rank_number()
+        rank = None if multiplied or self.curvature.method.ranked else self.settings.rank_number()
         item = 8 if self.workers.dtype == torch.float64 else 4
-        item = item if self.refinement is None else VECTOR
+        item = VECTOR if multiplied else item
         largest = max(
             sum(product_elements(rank, b.d_out, b.d_in) for b in blocks)
             for blocks in self.workers.by_stage
@@ -604,7 +670,7 @@ class _Influence:
 
     def _passes(self) -> list[_Asked]:
         """Queries by pass: as many as fit together."""
-        size = self._fitting()
+        size = self._fitting(self.refinement is not None)
         # What is finished stays; the rest is dealt out anew, for stages or memory may have changed.
         numbered = [name for name in sorted(self._finished) if not name.startswith(_CHECK)]
         finished = [tuple(map(int, name.split("-"))) for name in numbered]
@@ -622,13 +688,69 @@ class _Influence:
         ]  # fmt: skip
         checked = min(self.settings.candidates_check, len(self.queries))
         if self.candidates is not None and checked:
-            draw = np.random.default_rng(self.settings.seed)
-            sample = np.sort(draw.choice(len(self.queries), checked, replace=False)).tolist()
-            for i in range(0, checked, size):
-                some = sample[i : i + size]
-                span = f"{_CHECK}-{checked:06d}-{i:06d}-{i + len(some):06d}"
-                passes.append(self._asked(some, span, ", to measure candidates"))
+            name, label = f"{_CHECK}-{checked:06d}", ", to measure candidates"
+            passes += self._of_sample(checked, size, name, label)
         return passes
+
+    def _of_sample(self, count: int, size: int, name: str, label: str) -> list[_Asked]:
+        """A seeded sample of the queries, at most so many together."""
+        draw = np.random.default_rng(self.settings.seed)
+        sample = np.sort(draw.choice(len(self.queries), count, replace=False)).tolist()
+        parts = [sample[i : i + size] for i in range(0, count, size)]
+        return [
+            self._asked(some, f"{name}-{n * size:06d}-{n * size + len(some):06d}", label)
+            for n, some in enumerate(parts)
+        ]
+
+    def _certified(self) -> list[_Asked]:
+        """The queries whose answers get a certificate: each has two."""
+        if self.certifier is None:
+            return []
+        count = min(self.settings.certify, len(self.queries))
+        name = f"{_CHECK}-certificate-{count:06d}-{self.certifier.mark}"
+        size = max(1, self._fitting(True) // 2)
+        drawn = None
+        if self.train is not None:
+            draw = np.random.default_rng(self.settings.seed)
+            drawn = np.sort(draw.choice(len(self.train), self._compared, replace=False))
+        return [
+            replace(one, names=(*one.ids, *(f"{id} @ refined" for id in one.ids)), examples=drawn)
+            for one in self._of_sample(count, size, name, ", certificate")
+        ]
+
+    @property
+    def _compared(self) -> int:
+        """How many training examples are scored by both answers of a certificate."""
+        return 0 if self.train is None else min(COMPARED, len(self.train))
+
+    def _certify(self, asked: _Asked) -> list[str]:
+        """Make the certificate of some queries; gives its file."""
+        assert self.certifier is not None
+        gradients, fit, refined = map(asked.place.inside, ("gradients", "fit", "refined"))
+        plain = GradientsGatherer(asked.ids, gradients)
+        self._sweep(asked, plain, f"{asked.label}, gradients", score=False)
+        rank, seed = self.settings.rank_number(), self.settings.seed
+        own = ProductsGatherer(asked.ids, fit, self.curvature, self.damping, rank, seed)
+        self._sweep(asked, own, asked.label, score=False)
+        refinement, blocks = self.certifier.refinement, self.workers.blocks
+        if self._without_products(refined, blocks):
+            refinement.make(asked.span, asked.label, asked.ids, gradients, refined)
+        missing = [b.name for b in blocks if not is_complete(asked.place, ihvp_file(b.name))]
+        both = [((fit, refined), asked.place, name) for name in missing]
+        in_order(self.workers.run_tasks("IHVPs", join_products, both))
+        self.certifier.residuals(
+            asked.span, f"products{asked.label}", gradients, asked.place, len(asked.ids)
+        )
+        files, scores_KN = [], None
+        if asked.examples is not None:
+            assert self.train is not None
+            files = self._sweep(asked, replace(own, out=asked.place), asked.label, score=True)
+            names, examples = pa.array(asked.names), self.train.named(asked.examples)
+            scores_KN = score_matrix(self.store, files, names, examples)
+        table = self.certifier.write(asked.span, asked.ids, asked.place, scores_KN)
+        for name in files:
+            self.store.delete(name)
+        return [table]
 
     def _asked(self, numbers: Sequence[int], span: str, label: str) -> _Asked:
         ids = tuple(self.queries.named(numbers).to_pylist())
@@ -638,10 +760,9 @@ class _Influence:
         """The training examples that go through the model for some queries, and the pairs that are
         written; all where these are ``None``."""
         assert self.train is not None
-        if asked.dampings:
-            assert self.removals is not None
-            union = self.removals.union
-            return self.train.among(union, self.store, f"work/candidates/{asked.span}"), None
+        if asked.examples is not None:
+            place = f"work/candidates/{asked.span}"
+            return self.train.among(asked.examples, self.store, place), None
         if self.candidates is None or not isinstance(asked.numbers, range):
             return self.train, None
         union, pairs = self.candidates.of_pass(asked.numbers)
@@ -760,7 +881,7 @@ class _Influence:
                 self._query(sweep, group, work, place, label)
             if score:
                 files = self._score(sweep, group, asked)
-                if not asked.dampings:
+                if not asked.checks:
                     self._note_own(group, place)
             self.held.clear()
             sweep.descend(group)
@@ -834,7 +955,8 @@ class _Influence:
     def _sweep_leftovers(self, passes: Sequence[_Asked]) -> None:
         """Files that no commit speaks of were written by a run that then died: forget them."""
         spans = tuple(f"{TABLE}/{asked.span}-" for asked in passes)
-        for name in self.store.names(TABLE):
+        spans += tuple(f"{DIRECTORY}/{asked.span}." for asked in passes)
+        for name in (*self.store.names(TABLE), *self.store.names(DIRECTORY)):
             if not name.startswith(spans):
                 self.store.delete(name)
         if self.train is None:

@@ -32,10 +32,16 @@ def agreement(predicted_QS: Tensor, measured_QS: Tensor) -> tuple[float, float]:
 
 
 def _mean(a_QS: Tensor, b_QS: Tensor) -> float:
-    a, b = mean_ranks(a_QS), mean_ranks(b_QS)
-    a, b = a - a.mean(dim=1, keepdim=True), b - b.mean(dim=1, keepdim=True)
+    return float(correlation(mean_ranks(a_QS), mean_ranks(b_QS)).mean())
+
+
+def correlation(a_QS: Tensor, b_QS: Tensor) -> Tensor:
+    """Pearson's correlation of each row, ``[Q]``, of their :func:`mean_ranks` Spearman's; 0 where
+    one side never changes."""
+    a, b = a_QS - a_QS.mean(dim=1, keepdim=True), b_QS - b_QS.mean(dim=1, keepdim=True)
     norms = torch.linalg.vector_norm(a, dim=1) * torch.linalg.vector_norm(b, dim=1)
-    return float(((a * b).sum(dim=1) / norms.clamp_min(1e-300)).mean())
+    found: Tensor = (a * b).sum(dim=1) / norms.clamp_min(1e-300)
+    return found
 
 
 def mean_ranks(values: Tensor) -> Tensor:
