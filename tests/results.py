@@ -19,7 +19,8 @@ def tables(folder: Path) -> dict[str, pa.Table]:
     """Every table below a directory without the times that it took, rows in one order."""
     found = {}
     for name in (
-        "tables/blocks", "tables/spectrum", "tables/examples", "tables/solver", "scores", "self"
+        "tables/blocks", "tables/spectrum", "tables/examples", "tables/solver",
+        "tables/certificate", "scores", "self",
     ):  # fmt: skip
         files = sorted((folder / name).glob("*.parquet"))
         if files:

@@ -169,7 +169,8 @@ FREE = {
     },
     "influence": {
         "out", "adapter", "tokenizer", "query_memory", "fit_objective", "check_capture",
-        "check_causality", "candidates_check", "queries_split", "queries_columns", *TAKEN,
+        "check_causality", "candidates_check", "certify", "certify_steps", "certify_examples",
+        "certify_on", "queries_split", "queries_columns", *TAKEN,
     },
     "prune": {"out", "adapter", "objective"},
     "evaluate": {"out", "adapter", "tokenizer", "check_causality", *TAKEN},

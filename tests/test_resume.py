@@ -394,6 +394,9 @@ CANDIDATES = {
 SOLVER = {"solver": "cg", "steps": 2, "self_influence": False, "query_memory": 20_000}
 
 
+CERTIFIED = {"certify": 2, "certify_steps": 2, "query_memory": 20_000}
+
+
 @pytest.mark.parametrize(
     ("how", "point", "after", "commit_seconds"),
     [
@@ -408,6 +411,7 @@ SOLVER = {"solver": "cg", "steps": 2, "self_influence": False, "query_memory": 2
         (CANDIDATES, "a deletion of a directory", False, 300.0),
         (SOLVER, "a write", False, 1e-9),
         (SOLVER, "a deletion of a directory", True, 300.0),
+        (CERTIFIED, "a write", False, 1e-9),
     ],
 )
 def test_scores_that_stopped_everywhere_end_as_if_they_had_not(
