@@ -15,6 +15,7 @@ from raycurv.files.manifest import NAME, Manifest
 from raycurv.files.single_file import check_single_file, write_single_file
 from raycurv.files.store import Store, open_store
 from raycurv.jobs.damping_choice import used_damping
+from raycurv.jobs.influence.certificate import certificate_words
 from raycurv.jobs.recorded import is_of_fit, read_run
 from raycurv.mathematics.influence.scores import TOKEN_SCORES
 from raycurv.progress.streams import printable, results
@@ -359,6 +360,8 @@ def _score_notes(of: Scores) -> list[str]:
             f"Queries were scored on candidates alone, {chosen.get('pairs', 0):,} pairs: of other "
             f"examples nothing is known; {held}"
         )
+    if certificate := scores.facts.get("certificate"):
+        said.append(". ".join(one[0].upper() + one[1:] for one in certificate_words(certificate)))
     if shares:
         said.append(
             f"{len(shares):,} queries have up to {max(shares.values()):.1%} of their squared "

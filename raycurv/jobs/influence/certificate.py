@@ -208,6 +208,7 @@ class Certifier:
                 _row(query, None, whole, (q,))
                 | {"captured": _number(whole.captured[q]), "steps": last["step"]}
                 | {"outcome": last["outcome"], "solver_residual": last["residual"]}
+                | {"step_cosine": last["cosine"]}
                 | {key: _number(values[q]) for key, values in agreed.items()}
             )
             for b, name in enumerate(names):
@@ -251,7 +252,7 @@ class Certifier:
             "converged": whole["outcome"].to_pylist().count("ok"),
         }
         for name in (
-            "residual", "refined_residual", "solver_residual", "cosine", "captured", "pearson",
+            "residual", "refined_residual", "solver_residual", "step_cosine", "cosine", "captured", "pearson",
             "spearman", "top_shared",
         ):  # fmt: skip
             values = np.array(whole[name].drop_null(), np.float64)
@@ -329,9 +330,12 @@ def certificate_words(facts: Mapping[str, Any]) -> list[str]:
         f"gradients ({left})"
     ]
     if not known:
+        turned = ""
+        if "step_cosine" in facts:
+            turned = f" (cosine to the step before {_range(facts, 'step_cosine', 4)})"
         said.append(
-            f"of these {count - facts['converged']:,} of {count:,} had not converged: what follows "
-            "is beside where they stopped (--certify-steps for more)"
+            f"of these {count - facts['converged']:,} of {count:,} had not converged{turned}: what "
+            "follows is beside where they stopped; --certify-steps goes on"
         )
     closeness = f"the answers of {name} point {_word(facts['cosine'][0])} way: cosine "
     closeness += f"{_range(facts, 'cosine')}"
@@ -359,7 +363,8 @@ def certificate_words(facts: Mapping[str, Any]) -> list[str]:
         )
     advice = "near to this matrix is not yet right about retraining: "
     if facts["solver"] == "ekfac":
-        advice += "--solver cg, whose damping is 3, foretold that best (docs/trust.md)"
+        advice += "--solver cg, with its damping of 3 or "
+        advice += "--damping evidence, foretold that best (docs/trust.md)"
     else:
         advice += "exact answers foretold that worse below a damping of 2 (docs/trust.md)"
     return [*said, advice]
@@ -372,7 +377,7 @@ def _word(cosine: float) -> str:
     return "another"
 
 
-def _range(facts: Mapping[str, Any], name: str) -> str:
+def _range(facts: Mapping[str, Any], name: str, digits: int = 2) -> str:
     """The median of a number over queries, and where it goes from and to."""
-    middle, low, high = (f"{value:.2g}" for value in facts[name])
+    middle, low, high = (f"{value:.{digits}g}" for value in facts[name])
     return middle if low == high else f"{middle} ({low} to {high})"

@@ -46,7 +46,7 @@ from raycurv.files.tables import (
 from raycurv.files.tensorfile import is_complete
 from raycurv.jobs.drafts import recipe_of
 from raycurv.jobs.fitted import Fitted, GivenAgain, chosen_blocks, fitted_blocks, open_fitted
-from raycurv.jobs.influence.refinement import examples_of_products
+from raycurv.jobs.influence.refinement import examples_of_products, fitted_examples
 from raycurv.jobs.inputs import Inputs
 from raycurv.jobs.losses import Losses
 from raycurv.jobs.recorded import fit_prints
@@ -208,7 +208,7 @@ def _examples(
             masks=masks, read_as=read_as,
         )  # fmt: skip
     everything = most is None or most >= int(fitted.manifest.facts["examples"])
-    return examples_of_products(store, fitted, None if everything else most, seed)
+    return examples_of_products(fitted_examples(fitted), None if everything else most, seed, store)
 
 
 def _sample(count: int, most: int, seed: int) -> np.ndarray[Any, Any]:
