@@ -97,7 +97,8 @@ CERTIFICATE = _schema(
     """
     query_id string, block string, residual float64, refined_residual float64, cosine float64,
     share float64, refined_share float64, captured float64, steps int32, outcome string,
-    solver_residual float64, step_cosine float64, pearson float64, spearman float64, top_shared float64
+    solver_residual float64, step_cosine float64, pearson float64, spearman float64,
+    top_shared float64
     """
 )
 TIMELINE = _schema(

@@ -77,6 +77,12 @@ def are_trained(settings: InfluenceSettings, train: Corpus | None, fitted: Fitte
     return len(train) >= int(fitted.manifest.facts["examples"])
 
 
+def both_named(ids: Sequence[str]) -> tuple[str, ...]:
+    """What both answers of some queries are called: those of the fit's curvature, then the refined
+    ones."""
+    return tuple(f"{side}: {one}" for side in ("fit", "refined") for one in ids)
+
+
 def check_certified(method: Method) -> None:
     """Refuse, with a UserError, a fit whose answers are of no damped curvature a block."""
     if method.ranked or not method.curved:
@@ -252,8 +258,8 @@ class Certifier:
             "converged": whole["outcome"].to_pylist().count("ok"),
         }
         for name in (
-            "residual", "refined_residual", "solver_residual", "step_cosine", "cosine", "captured", "pearson",
-            "spearman", "top_shared",
+            "residual", "refined_residual", "solver_residual", "step_cosine", "cosine", "captured",
+            "pearson", "spearman", "top_shared",
         ):  # fmt: skip
             values = np.array(whole[name].drop_null(), np.float64)
             if len(values):
@@ -337,6 +343,8 @@ def certificate_words(facts: Mapping[str, Any]) -> list[str]:
             f"of these {count - facts['converged']:,} of {count:,} had not converged{turned}: what "
             "follows is beside where they stopped; --certify-steps goes on"
         )
+    if "cosine" not in facts:
+        return [*said, "their gradients, or their answers, are zero: there is nothing to compare"]
     closeness = f"the answers of {name} point {_word(facts['cosine'][0])} way: cosine "
     closeness += f"{_range(facts, 'cosine')}"
     if "captured" in facts:

@@ -70,6 +70,7 @@ from raycurv.jobs.influence.certificate import (
     Certifier,
     are_trained,
     asked_for,
+    both_named,
     certificate_words,
     check_certified,
     solving,
@@ -280,8 +281,9 @@ def _certifier(
     how, trained = solving(settings), are_trained(settings, train, fitted)
     of = train if trained and train is not None else fitted_examples(fitted)
     multiplied = examples_of_products(
-        of, how.product_examples, how.seed, workers.store, "--certify-examples", "work/certified"
-    )
+        of, how.product_examples, how.seed, workers.store, "--certify-examples",
+        f"work/certified-{'train' if trained else 'fit'}-{how.product_examples}",
+    )  # fmt: skip
     draws = int(fitted.settings.get("draws", 1))
     refinement = Refinement.of(
         how, workers, manifest, multiplied, curvature, Damping(), draws, SOLVED
@@ -714,7 +716,7 @@ class _Influence:
             draw = np.random.default_rng(self.settings.seed)
             drawn = np.sort(draw.choice(len(self.train), self._compared, replace=False))
         return [
-            replace(one, names=(*one.ids, *(f"{id} @ refined" for id in one.ids)), examples=drawn)
+            replace(one, names=both_named(one.ids), examples=drawn)
             for one in self._of_sample(count, size, name, ", certificate")
         ]
 
