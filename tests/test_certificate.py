@@ -110,7 +110,7 @@ def test_where_the_fit_is_exact_so_are_its_answers(fits: Fits) -> None:
         assert worst(column(table, name), torch.ones(2)) < EXACT
     assert column(table, "residual").max() < 1e-6  # labels are of float32 at most
     words = " ".join(certificate_words(scores.manifest.facts["certificate"]))
-    assert "almost the same way: cosine 1;" in words and "not converged" not in words
+    assert "almost the same direction: cosine 1;" in words and "not converged" not in words
 
 
 def test_a_fit_on_too_little_is_seen_to_be_one(fits: Fits) -> None:

@@ -49,6 +49,7 @@ SOLVED = "work/certificate"
 COMPARED = 512
 # Of a block with less of the answer than this, nothing is said.
 _LEAST_SHARE = 0.01
+_DIRECTIONS = ((0.95, "almost the same"), (0.8, "much the same"), (0.5, "partly the same"))
 
 Array = np.ndarray[Any, Any]
 
@@ -345,8 +346,8 @@ def certificate_words(facts: Mapping[str, Any]) -> list[str]:
         )
     if "cosine" not in facts:
         return [*said, "their gradients, or their answers, are zero: there is nothing to compare"]
-    closeness = f"the answers of {name} point {_word(facts['cosine'][0])} way: cosine "
-    closeness += f"{_range(facts, 'cosine')}"
+    closeness = f"the answers of {name} point in {_direction(facts['cosine'][0])} direction: "
+    closeness += f"cosine {_range(facts, 'cosine')}"
     if "captured" in facts:
         closeness += (
             f"; of a query's influence on itself they have {'' if known else 'at most '}"
@@ -369,17 +370,18 @@ def certificate_words(facts: Mapping[str, Any]) -> list[str]:
             f"lowest cosine of a block: {weakest['block']}, {weakest['cosine']:.2g}, with "
             f"{weakest['share']:.0%} of the refined answers"
         )
-    advice = "near to this matrix is not yet right about retraining: "
+    advice = "how near answers are to this matrix's is not how well scores foretell retraining: "
     if facts["solver"] == "ekfac":
-        advice += "--solver cg, with its damping of 3 or "
-        advice += "--damping evidence, foretold that best (docs/trust.md)"
+        advice += "--solver cg, with its damping of 3 or --damping evidence, has done that better"
     else:
-        advice += "exact answers foretold that worse below a damping of 2 (docs/trust.md)"
-    return [*said, advice]
+        advice += (
+            "with a damping below 2, but for the evidence's, exact answers have done that worse"
+        )
+    return [*said, f"{advice} (docs/trust.md)"]
 
 
-def _word(cosine: float) -> str:
-    for least, word in ((0.95, "almost the same"), (0.8, "much the same"), (0.5, "partly that")):
+def _direction(cosine: float) -> str:
+    for least, word in _DIRECTIONS:
         if cosine >= least:
             return word
     return "another"
