@@ -389,5 +389,5 @@ def _direction(cosine: float) -> str:
 
 def _range(facts: Mapping[str, Any], name: str, digits: int = 2) -> str:
     """The median of a number over queries, and where it goes from and to."""
-    middle, low, high = (f"{value:.{digits}g}" for value in facts[name])
+    middle, low, high = (f"{float(f'{value:.{digits}g}'):,g}" for value in facts[name])
     return middle if low == high else f"{middle} ({low} to {high})"
