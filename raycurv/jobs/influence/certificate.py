@@ -296,7 +296,7 @@ def _agreements(scores_KN: Array | None, queries: int) -> dict[str, Tensor]:
         best = scores_KN.argsort(axis=1, kind="stable")[:, -TOP:]
         pairs = zip(best[:queries], best[queries:], strict=True)
         shared = [len(np.intersect1d(first, second)) / TOP for first, second in pairs]
-        found["top_shared"] = torch.tensor(shared)
+        found["top_shared"] = torch.tensor(shared, dtype=torch.float64)
     return found
 
 
@@ -339,7 +339,7 @@ def certificate_words(facts: Mapping[str, Any]) -> list[str]:
     if not known:
         turned = ""
         if "step_cosine" in facts:
-            turned = f" (cosine to the step before {_range(facts, 'step_cosine', 4)})"
+            turned = f" (cosine to the step before {_range(facts, 'step_cosine', 3)})"
         said.append(
             f"of these {count - facts['converged']:,} of {count:,} had not converged{turned}: what "
             "follows is beside where they stopped; --certify-steps goes on"
