@@ -188,6 +188,7 @@ def test_a_certificate_is_added_to_finished_scores_which_stay(fits: Fits) -> Non
         ("--method identity", {"method": "identity"}, {}),
         ("--coupling blocks", {}, {"solver": "cg", "coupling": "blocks"}),
         ("--certify-steps: expected a certificate", {}, {"certify": 0}),
+        ("a damping above zero", {}, {"damping": "0"}),
         ("--certify-examples 10: expected at most the 9", {}, {"certify_examples": 10}),
     ],
 )  # fmt: skip

@@ -159,7 +159,12 @@ class Certifier:
     trained: bool
 
     def damped(self, damping: Damping) -> Certifier:
-        """The same for answers of a damping."""
+        """The same for answers of a damping; UserError of none."""
+        if damping.value == 0.0:
+            raise UserError(
+                "--certify", "a damping above zero, for the system to have one answer", "0",
+                "Give a small one to another --out, or leave --certify out.",
+            )  # fmt: skip
         return replace(self, refinement=replace(self.refinement, damping=damping))
 
     @property
