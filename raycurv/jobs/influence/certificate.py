@@ -210,7 +210,8 @@ class Certifier:
         names = [block.name for block in refinement.workers.blocks]
         files = [open_tensors(answers, _gram_file(name)) for name in names]
         grams = torch.stack([file.numbers("gram", (len(ids), 5, 5)) for file in files])
-        whole, parts = Closeness.of(grams.sum(dim=0)), Closeness.of(grams)
+        together = grams.sum(dim=0)
+        whole, parts = Closeness.of(together), Closeness.of(grams, together)
         solved = {row["query_id"]: row for row in self._solved(span)}
         agreed = _agreements(scores_KN, len(ids))
         rows: list[dict[str, Any]] = []

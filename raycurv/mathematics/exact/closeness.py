@@ -1,6 +1,6 @@
 """How far two answers x and y to ``A x = v`` are from solving it, and from one another.
 
-    residual   ‖v − A x‖ / ‖v‖              of a block ‖v_b − (A x)_b‖ / ‖v_b‖
+    residual   ‖v − A x‖ / ‖v‖              of a block ‖v_b − (A x)_b‖ / ‖v‖: squares add up
     cosine     xᵀy / (‖x‖ ‖y‖)              of a block likewise, of x_b and y_b
     attained   (vᵀx)² / xᵀAx  ≤  vᵀA⁻¹v     and by the exact answer all of it
     captured   attained by x / the larger of what x and y attain
@@ -62,13 +62,15 @@ class Closeness:
     captured: Tensor
 
     @classmethod
-    def of(cls, gram: Tensor) -> Closeness:
-        """From the Gram matrices of :func:`answers_gram`, ``[...Q, 5, 5]``."""
+    def of(cls, gram: Tensor, whole: Tensor | None = None) -> Closeness:
+        """From the Gram matrices of :func:`answers_gram`, ``[...Q, 5, 5]``; of parts, with those of
+        the ``whole`` ``[Q, 5, 5]``, whose v residuals are relative to."""
+        norm = (gram if whole is None else whole)[..., _V, _V].sqrt()
         norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
         x, y = _attained(gram, _X, _R), _attained(gram, _Y, _S)
         return cls(
-            norms[..., _R] / norms[..., _V],
-            norms[..., _S] / norms[..., _V],
+            norms[..., _R] / norm,
+            norms[..., _S] / norm,
             gram[..., _X, _Y] / (norms[..., _X] * norms[..., _Y]),
             gram[..., _X, _X],
             gram[..., _Y, _Y],
