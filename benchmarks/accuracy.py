@@ -186,7 +186,8 @@ def sweep(bench: Bench, task: Task, truth: GroundTruth) -> list[str]:
     for damping in (*(f"abs:{decay * k:g}" for k in (0.01, 0.1, 1, 10, 100)), "0.01", "0.1", "1"):
         rows.append([f"damping {damping}", *truth.lds(bench.scores(task, ekfac, damping)).cells()])
     for labels, fit in {
-        "1 drawn label": {"draws": 1},
+        "1 drawn label": {"fisher": "sampled", "draws": 1},
+        "1 set of signs": {"fisher": "signs", "draws": 1},
         "all labels, exactly": {},
         "the data's labels": {"fisher": "empirical"},
     }.items():

@@ -101,7 +101,8 @@ class Attribution:
         named = f"{method.fit} {method.exact}"
         if named not in self._runs:
             told = method.fit.keys() | self.settings.keys()
-            draws = {} if method.exact or told & {"fisher", "draws"} else {"draws": self.task.draws}
+            draws = {"fisher": "sampled", "draws": self.task.draws}
+            draws = {} if method.exact or told & {"fisher", "draws"} else draws
             objective = EXACT[self.task.objective]() if method.exact else self.task.objective
             self._runs[named] = raycurv.fit(
                 lambda: copy.deepcopy(self.network), self.task.train.rows("example"),

@@ -359,6 +359,7 @@ def text_labels(text: Bytes, examples: int) -> list[str]:
     for name, settings in {
         "1 draw": {"fisher": "sampled"},
         "4 draws": {"fisher": "sampled", "draws": 4},
+        "1 set of signs": {"fisher": "signs"},
         "the data's labels": {},
     }.items():
         made = Scores.of(name, text.scores(text.fit(examples, **settings)), many)
@@ -376,9 +377,10 @@ def exact_labels(place: Path) -> list[str]:
         attribution = Attribution(task, network, place / name)
         exact = attribution.scores(Method("all", {"method": "ekfac"}, exact=True)).numpy()
         for title, settings in {
-            "1 draw": {"draws": 1},
-            "16 draws": {"draws": 16},
-            "256 draws": {"draws": 256},
+            "1 draw": {"fisher": "sampled", "draws": 1},
+            "16 draws": {"fisher": "sampled", "draws": 16},
+            "256 draws": {"fisher": "sampled", "draws": 256},
+            "1 set of signs": {"fisher": "signs", "draws": 1},
             "the data's labels": {"fisher": "empirical"},
         }.items():
             scores_QN = attribution.scores(Method(title, {"method": "ekfac", **settings})).numpy()

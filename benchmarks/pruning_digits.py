@@ -35,8 +35,8 @@ SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
 DAMPINGS = ("abs:1e-5", "abs:1e-4", "abs:1e-3", "abs:1e-2")
 WEIGHT_DECAY = 1e-3
 FITS: Mapping[str, Mapping[str, Any]] = {
-    "diagonal": {"method": "diagonal", "draws": 8},
-    "ekfac": {"method": "ekfac", "draws": 8},
+    "diagonal": {"method": "diagonal", "fisher": "sampled", "draws": 8},
+    "ekfac": {"method": "ekfac", "fisher": "sampled", "draws": 8},
     "mfac": {"method": "mfac", "rows": 1024, "fisher": "empirical"},
 }
 

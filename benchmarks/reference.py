@@ -53,6 +53,7 @@ LAYERS = 2  # of the demo's width, so that kernels take the same paths as at wor
 FITS: dict[str, dict[str, Any]] = {
     "ekfac": {"gradients": True, "keep_sums": True},
     "empirical": {"fisher": "empirical"},
+    "signs": {"fisher": "signs", "draws": 2},
     "kfac": {"method": "kfac"},
     "diagonal": {"method": "diagonal"},
     "identity": {"method": "identity"},
@@ -138,7 +139,7 @@ def make_all(folder: Path) -> None:
     fitted, later, queries = rows[:16], rows[16:], rows[14:18]
     save_model(folder / "model", rows)
     plain = {"address": "none", "quiet": True}
-    fit = plain | {"dtype": "float64", "batch_tokens": 400, "seed": 3}
+    fit = plain | {"fisher": "sampled", "dtype": "float64", "batch_tokens": 400, "seed": 3}
     runs: dict[str, raycurv.Run] = {}
     for name, own in FITS.items():
         with _told(name):

@@ -35,6 +35,7 @@ EXACT_FIT: dict[str, Any] = {
     "objective": "classification",
     "address": "none",
     "dtype": "float64",
+    "fisher": "sampled",  # whose labels later passes read
     "batch_tokens": 4,
     "quiet": True,
 }

@@ -139,6 +139,7 @@ class Fits:
             "adapter": tuple(f"{folder}/{adapter}" for adapter in case.adapters),
             "address": "none",
             "dtype": "float64",
+            "fisher": "sampled",
             "keep_sums": True,
             "batch_tokens": case.batch_tokens,
         }

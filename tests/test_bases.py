@@ -191,7 +191,7 @@ def test_a_stopped_power_iteration_goes_on_where_it_stopped(
         return raycurv.fit(
             MLP.network, list(MLP.data), tmp_path / "run", objective=MLP.objective, quiet=True,
             address="none", dtype="float64", batch_tokens=4, commit_seconds=1e-9,
-            **settings("kronecker"),
+            fisher="sampled", **settings("kronecker"),
         )  # fmt: skip
 
     seen, backward = [], Stage.backward
@@ -219,6 +219,7 @@ def test_a_stopped_power_iteration_goes_on_where_it_stopped(
 def test_sums_of_gradients_are_merged_and_runs_extended(fits) -> None:
     case, (first, rest) = MLP, (MLP.data[:4], MLP.data[4:])
     own = {"address": "none", "dtype": "float64", "keep_sums": True, "quiet": True}
+    own |= {"fisher": "sampled"}
 
     def fit(data: Any = None, **more: Any) -> raycurv.Run:
         return raycurv.fit(

@@ -329,7 +329,7 @@ def test_labels_that_were_drawn_otherwise_are_counted(fits, tmp_path: Path) -> N
     # As another kernel would: the labels of the other seed, under the same name.
     other = raycurv.fit(
         MLP.network, list(rest.data), tmp_path / "rest", objective="classification", seed=5,
-        dtype="float64", keep_sums=True, address="none", quiet=True,
+        dtype="float64", fisher="sampled", keep_sums=True, address="none", quiet=True,
     )  # fmt: skip
     with rewritten(tmp_path / "rest") as said:
         said["settings"]["seed"] = 0
@@ -567,7 +567,7 @@ MISTAKES: dict[str, tuple[list[str], tuple[str, ...]]] = {
     ),
     "runs of other blocks and labels": (
         ["--subtract", "@ab", "@empirical"],
-        ("--fisher 'empirical' against 'sampled'", "--blocks ['0', '2'] against []"),
+        ("--fisher 'empirical' against 'signs'", "--blocks ['0', '2'] against []"),
     ),
     "other settings than the run's": (
         ["--extend", "@double", "--data", "@new.parquet", "--draws", "2"],

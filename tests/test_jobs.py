@@ -120,7 +120,7 @@ def test_the_last_line_of_output_is_json(made: Made) -> None:
 
 HELP = {
     "fit.py": {
-        "--model": "", "--data": "", "--out": "", "--method": "ekfac", "--fisher": "sampled",
+        "--model": "", "--data": "", "--out": "", "--method": "ekfac", "--fisher": "None",
         "--draws": "1", "--objective": "None", "--blocks": "", "--max-factor-dim": "None",
         "--max-examples": "None", "--max-length": "None", "--long": "error", "--seed": "0",
         "--dtype": "float32", "--store-dtype": "None", "--logits-chunk": "16777216",
@@ -274,7 +274,7 @@ def test_tables_say_what_was_fitted(made: Made) -> None:
 
 def test_the_run_directory_is_laid_out_as_the_contract_says(made: Made) -> None:
     assert {path.name for path in made.run.iterdir()} == {
-        "run.json", "blocks.json", "data", "labels", "eigen", "corrected", "tables",
+        "run.json", "blocks.json", "data", "eigen", "corrected", "tables",
     }  # fmt: skip
     said = json.loads((made.run / "run.json").read_text())
     assert {"schema", "job", "settings", "fingerprints", "complete", "versions"} <= said.keys()

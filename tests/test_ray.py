@@ -53,6 +53,7 @@ CLOSE = 1e-10
 FIT: dict[str, Any] = {
     "objective": "classification",
     "dtype": "float64",
+    "fisher": "sampled",  # labels are compared
     "batch_tokens": 4,
     "quiet": True,
 }

@@ -300,9 +300,6 @@ HALVES = (slice(0, 5), slice(5, 9))
 
 
 def test_an_objective_without_signs_for_its_own_loss_is_named(fits, tmp_path: Path) -> None:
-    class Plain:
-        loss, sample = Own.loss, Own.sample
-
     for objective in (Plain(), Tempered()):
         assert not isinstance(open_objective(objective), Signed)
         with pytest.raises(UserError, match=f"(?s)--fisher signs.*{type(objective).__name__}"):
@@ -334,3 +331,49 @@ def test_an_objective_of_ones_own_has_signs(fits, tmp_path: Path) -> None:
             MLP.network, list(MLP.data), tmp_path / "run", objective=Own(),
             **how | {"fisher": "sampled"},
         )  # fmt: skip
+
+
+# The default
+
+
+def test_signs_are_the_default_and_a_run_keeps_what_it_was_begun_with(tmp_path: Path) -> None:
+    def fit(place: str, rows: Any = MLP.data, **how: Any) -> tuple[str, list[float]]:
+        run = raycurv.fit(
+            MLP.network, list(rows), tmp_path / place, address="none", quiet=True,
+            **{"objective": MLP.objective, "keep_sums": True} | how,
+        )  # fmt: skip
+        return run.manifest.settings["fisher"], run.blocks()["trace"].to_pylist()
+
+    labels, by_signs = (fit(name, fisher=name) for name in ("sampled", "signs"))
+    assert fit("new") == by_signs and by_signs[1] != labels[1]
+    # An objective that has none, and one whose labels are its own.
+    for name, objective in {"plain": Plain(), "own labels": Labels()}.items():
+        assert fit(name, objective=objective)[0] == "sampled"
+    # What was begun with labels, as older versions did, goes on with them: finished, or half done.
+    before = {p: p.read_bytes() for p in (tmp_path / "sampled").rglob("*.safetensors")}
+    shutil.rmtree(tmp_path / "sampled" / "corrected")
+    assert fit("sampled") == labels
+    assert all(p.read_bytes() == content for p, content in before.items())
+    more = [row | {"id": f"more {n}"} for n, row in enumerate(MLP.data)]
+    assert fit("extended", more, extend=tmp_path / "sampled")[0] == "sampled"
+    assert fit("extended signs", more, extend=tmp_path / "signs")[0] == "signs"
+    for begun, now in (("sampled", "signs"), ("signs", "sampled"), ("signs", "empirical")):
+        with pytest.raises(UserError, match=f"--fisher was '{begun}' and is now '{now}'"):
+            fit(begun, fisher=now)
+    fit("empirical", fisher="empirical")
+    with pytest.raises(UserError, match="--fisher was 'empirical' and is now 'signs'"):
+        fit("empirical")
+
+
+class Plain:
+    """Without signs."""
+
+    loss, sample = Own.loss, raycurv.Classification.sample
+    _logits = raycurv.Classification._logits
+
+
+class Labels(raycurv.Classification):
+    """Draws labels of its own."""
+
+    def sample(self, outputs: Tensor, batch: Batch, uniform: Any) -> Tensor:
+        return super().sample(outputs, batch, uniform)

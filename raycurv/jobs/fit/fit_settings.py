@@ -72,10 +72,11 @@ class FitSettings(Execution, Reading, Adapting, Capturing, Predicting):
     rows: Identity[Count | None] = None
     """How many gradients make the Fisher of `--method mfac`, each of its share of the examples;
     a stage holds so many copies of its weights. Default: 64."""
-    fisher: Identity[Literal["sampled", "signs", "empirical"]] = "sampled"
-    """Labels drawn from the model (the true Fisher); random signs in their place, whose gradients
-    have the same second moment and far less noise (not of an objective of your own without the
-    method `signed`); or the data's own labels."""
+    fisher: Identity[Literal["sampled", "signs", "empirical"] | None] = None
+    """The true Fisher by labels drawn from the model, or by random `signs` in their place, whose
+    gradients have the same second moment and less noise; or by the data's own labels. Default:
+    `signs`; `sampled` of an objective of your own without the method `signed`, and of a run that
+    was begun so."""
     draws: Identity[Count] = 1
     """How many labels, or sets of signs, are drawn for every target."""
     objective: Identity[str | None] = None

@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, replace
+from typing import Any, Literal
 
 from raycurv.data.sources import Source, fingerprint
 from raycurv.data.uri import shown
@@ -30,7 +30,7 @@ from raycurv.driver.workers import check_address
 from raycurv.errors import UserError
 from raycurv.files.artifacts import BLOCKS_FILE, check_names, read_blocks
 from raycurv.files.manifest import Manifest
-from raycurv.files.store import Store
+from raycurv.files.store import Store, open_store
 from raycurv.files.tables import footer
 from raycurv.jobs.drafts import recipe_of
 from raycurv.jobs.fit.combined import open_examples
@@ -39,11 +39,12 @@ from raycurv.jobs.fit.parents import open_parents
 from raycurv.jobs.fit.phases import FitLoop
 from raycurv.jobs.fitted import read_fit
 from raycurv.jobs.inputs import Inputs
+from raycurv.jobs.recorded import read_run
 from raycurv.jobs.shell import Shell, open_shell
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.choice import choose_blocks
 from raycurv.mathematics.coverage import coverage
-from raycurv.mathematics.loss.objective import Signed
+from raycurv.mathematics.loss.objective import Objective, Signed
 from raycurv.mathematics.loss.shipped import open_objective
 from raycurv.mathematics.methods import open_method
 from raycurv.mathematics.tiles import decomposable
@@ -82,6 +83,8 @@ def _fit(shell: Shell[FitSettings]) -> None:
     settings = shell.settings
     data = inputs.source("data", settings)
     opened = open_objective(objective)
+    if settings.fisher is None:
+        shell.settings = settings = replace(settings, fisher=_fisher(shell, opened))
     if settings.fisher == "signs" and not isinstance(opened, Signed):
         raise UserError(
             "--fisher signs", "an objective with a method `signed` for its loss",
@@ -166,6 +169,23 @@ def _blocks(settings: FitSettings, network: Model, store: Store) -> tuple[Block,
         return now
     begun = {(block.name, block.d_in) for block in read_blocks(store)}
     return before if begun == {(block.name, block.d_in) for block in before} else now
+
+
+def _fisher(shell: Shell[FitSettings], objective: Objective) -> Literal["sampled", "signs"]:
+    """What a fit draws where nobody says: signs, if the objective has them; but labels where the
+    run in its directory draws them, as versions did that knew no signs, or one that it starts from.
+    """
+    if not isinstance(objective, Signed):
+        return "sampled"
+    given = shell.settings
+    flags = {"extend": (given.extend,), "merge": given.merge, "subtract": given.subtract}
+    parents = [open_store(one, f"--{flag}") for flag, runs in flags.items() for one in runs if one]
+    for store in (shell.store, *parents):
+        there = read_run(store)
+        if there is not None and there.settings.get("fisher") == "sampled":
+            shell.reporter.say(f"labels are drawn, as for {store.root}: --fisher sampled")
+            return "sampled"
+    return "signs"
 
 
 def fit_and_tell(settings: FitSettings, reporter: Reporter) -> tuple[Store, dict[str, Any]]:

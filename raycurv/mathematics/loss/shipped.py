@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 from torch import Tensor
@@ -172,17 +172,17 @@ class _Completed:
         self.measurement = method("measurement") if hasattr(own, "measurement") else self.loss
         if isinstance(own, Judging):
             self.correct = method("correct")
-        if isinstance(own, Signed) and _newer(type(own), "signed", "loss"):
+        if isinstance(own, Signed) and _is_of_its_own(type(own), "signed", ("loss", "sample")):
             self.signed = method("signed")
 
 
-def _newer(kind: type, method: str, other: str) -> bool:
-    """Whether a class does not have a method from a base whose other method it replaces."""
-    place = {
-        name: next((n for n, base in enumerate(kind.__mro__) if name in vars(base)), -1)
-        for name in (method, other)
-    }
-    return place[method] <= place[other]
+def _is_of_its_own(kind: type, method: str, others: Sequence[str]) -> bool:
+    """Whether a class has a method from no base of which it replaces one of the other methods."""
+
+    def place(name: str) -> int:
+        return next((n for n, base in enumerate(kind.__mro__) if name in vars(base)), -1)
+
+    return place(method) <= min(map(place, others))
 
 
 def _telling(name: str, method: Callable[..., Tensor]) -> Callable[..., Tensor]:
