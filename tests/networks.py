@@ -285,7 +285,7 @@ class TiedEnds(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.embed, self.norm = nn.Embedding(VOCAB, width), nn.LayerNorm(width)
+        self.embed, self.norm = nn.Embedding(VOCAB, width, padding_idx=4), nn.LayerNorm(width)
         self.head = nn.Linear(width, VOCAB)
         self.head.weight = self.embed.weight
         self.mixer = Mixer(width)

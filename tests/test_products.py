@@ -14,6 +14,7 @@ from dense import Truth, matrix_of, worst
 from networks import CASES, EVERY, MIXTURE_3, Case, Once
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 from raycurv.driver.corpus import stored_corpus
 from raycurv.driver.multiplier import Multiplier
@@ -25,6 +26,7 @@ from raycurv.jobs.inputs import Inputs
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.exact.parameters import BlockParameters
 from raycurv.mathematics.exact.product_sums import check_quadratic
+from raycurv.mathematics.exact.tangents import second
 from raycurv.progress.reporter import Reporter
 from raycurv.stages.passes import Directions, Pass, ProductGatherer
 from raycurv.stages.product_stage import Products
@@ -243,3 +245,26 @@ def test_what_the_model_computes_one_direction_at_a_time_is_the_same(
 def test_a_loss_without_a_second_derivative_is_refused_by_name(fits: Fits) -> None:
     with pytest.raises(UserError, match=r"differentiates twice.*--matrix fisher"):
         multiplied(fits, named("mlp")[0], loss=Once())
+
+
+def test_padding_that_sees_nothing_leaves_second_derivatives_alone() -> None:
+    """As that behind a sliding window, which is where the mask leaves a row none of the keys."""
+    q, d, c = torch.randn(3, 1, 4, 2, dtype=torch.float64, generator=torch.Generator()).unbind()
+    mask = torch.ones(4, 4, dtype=torch.bool).tril()
+    mask[2] = False
+    seen = mask.any(dim=1)
+
+    def attended(q: Tensor, rows: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q[:, rows], q, q, mask[rows])
+
+    found = second(
+        lambda parameters, inputs: (attended(inputs[0], torch.ones(4, dtype=torch.bool)),),
+        {}, (q,), {}, (d,), lambda y, moved: (moved[0] * c).sum(),
+    )  # fmt: skip
+    leaf = q.clone().requires_grad_()
+    with sdpa_kernel(SDPBackend.MATH):
+        value = (attended(leaf, seen) * c[:, seen]).sum()
+    (g,) = torch.autograd.grad(value, leaf, create_graph=True)
+    (want,) = torch.autograd.grad((g * d).sum(), leaf)
+    assert worst(found.gradients[0], g.detach()) < EXACT
+    assert worst(found.inputs[0], want) < EXACT

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import Fits
 from dense import worst
-from networks import MLP, REGRESSION, Case
+from networks import LLAMA, MLP, REGRESSION, Case
 from test_products import Jacobians
 from torch import Tensor
 
@@ -121,6 +121,13 @@ def test_scores_are_products_of_answers_and_gradients(fits: Fits) -> None:
         [trained.index(name) for name in table["train_id"]],
     ]
     assert worst(f64(table["score"]), want) < EXACT
+
+
+def test_candidates_are_measured_by_scores_of_the_solver(fits: Fits) -> None:
+    how = {"solver": "cg", "steps": 1, "candidates": "bm25:3,over=tokens", "candidates_check": 2}
+    scores = fits.scores(LLAMA, **how)
+    checked = scores.manifest.facts["candidates"]["check"]
+    assert checked["queries"] == 2 and 0 < checked["recall"] <= 1
 
 
 def test_what_every_step_found_is_told_and_recorded(fits: Fits) -> None:

@@ -294,6 +294,37 @@ def test_the_loss_along_a_step_is_that_of_the_dense_model(
         assert abs(found["predicted"] - after) < 0.1 * abs(after - loss)
 
 
+def test_a_small_step_is_not_rounded_to_what_the_model_is_stored_in(tmp_path: Path) -> None:
+    step = str(tmp_path / "step.safetensors")
+    save_file({n: torch.full_like(t, 1e-4) for n, t in MLP.network().state_dict().items()}, step)
+    networks = (lambda: MLP.network().bfloat16(), lambda: MLP.network().bfloat16().float())
+    short, wide = (
+        raycurv.spectrum(
+            network, list(MLP.data), tmp_path / str(n), direction=step,
+            **HERE | {"traces": "none", "steps": 0},
+        ).numbers["along"]
+        for n, network in enumerate(networks)
+    )  # fmt: skip
+    assert short["measured"] == pytest.approx(wide["measured"], rel=1e-12)
+    assert short["measured"] - short["loss"] == pytest.approx(short["slope"], rel=0.01)
+
+
+def test_residuals_are_no_smaller_than_the_dtype_of_the_products_tells(
+    dense: Callable[[str], Tensor], tmp_path: Path
+) -> None:
+    numbers = measured(tmp_path, dtype="bfloat16", steps=8, traces="none").numbers
+    error = abs(numbers["largest"] - float(torch.linalg.eigvalsh(dense("ggn"))[-1]))
+    assert 1e-6 < error < 2 * numbers["largest_residual"]
+
+
+def test_a_hessian_is_of_the_data_s_own_labels(tmp_path: Path) -> None:
+    rows = [{"id": row["id"], "inputs": row["inputs"]} for row in MLP.data]
+    how = HERE | {"traces": "none", "steps": 1}
+    raycurv.spectrum(MLP.network, rows, tmp_path / "ggn", **how)
+    with pytest.raises(UserError, match="expected a label"):
+        raycurv.spectrum(MLP.network, rows, tmp_path / "out", **how, matrix="hessian")
+
+
 def test_a_step_beyond_the_blocks_is_refused(tmp_path: Path) -> None:
     step = str(tmp_path / "step.safetensors")
     save_file({"0.weight": torch.ones(6, 5), "2.weight": torch.ones(4, 6)}, step)

@@ -107,4 +107,5 @@ def repatch(module: nn.Module, units: range, before: Model, after: Model) -> Non
         if patch is not None and gone is not None and patch.mark == gone.mark:
             continue
         matrix = base.block_weight(block) if patch is None else patch.read()
-        base.stored(block).put(module.get_submodule(holders[0]), matrix)
+        wide = patch is not None and patch.wide
+        base.stored(block).put(module.get_submodule(holders[0]), matrix, wide)

@@ -28,11 +28,13 @@ class Patch:
         read: gives the matrix ``[O, I]`` (the bias its last column), in the dtype in which the
             model stores the block; picklable.
         mark: tells this weight from every other one, such as a checksum of all its bytes.
+        wide: whether the matrix is float64 instead, for a model that is run and never saved.
     """
 
     block: Block
     read: Callable[[], Tensor]
     mark: str
+    wide: bool = False
 
     @classmethod
     def of(cls, block: Block, matrix_OI: Tensor) -> Patch:
@@ -100,11 +102,12 @@ class StoredWeight:
             return columns[0].contiguous()
         return torch.cat([c.reshape(self.block.d_out, -1).to(self.dtype) for c in columns], dim=1)
 
-    def parts(self, matrix: Tensor) -> dict[Place, Tensor]:
-        """A matrix ``[O, I]`` as the block's parts of the stored tensors; UserError for one of
-        another shape or dtype, or that is not finite."""
+    def parts(self, matrix: Tensor, wide: bool = False) -> dict[Place, Tensor]:
+        """A matrix ``[O, I]`` as the block's parts of the stored tensors, or in float64 where it is
+        ``wide``; UserError for one of another shape or dtype, or that is not finite."""
         where = f"the new weight of block {self.block.name}"
-        wanted = ((self.block.d_out, self.block.d_in), self.dtype)
+        dtypes = (torch.float64,) * len(self.dtypes) if wide else self.dtypes
+        wanted = ((self.block.d_out, self.block.d_in), reduce(torch.promote_types, dtypes))
         if (tuple(matrix.shape), matrix.dtype) != wanted:
             raise UserError(
                 where,
@@ -114,14 +117,14 @@ class StoredWeight:
             )
         check_finite(matrix, where)
         rows = (matrix[:, : self.block.d_in - self.block.bias], matrix[:, -1])
-        pairs = zip(self.places, rows, self.dtypes, strict=False)
+        pairs = zip(self.places, rows, dtypes, strict=False)
         return {place: part.to(dtype) for place, part, dtype in pairs}
 
-    def put(self, module: nn.Module, matrix: Tensor) -> None:
+    def put(self, module: nn.Module, matrix: Tensor, wide: bool = False) -> None:
         """Copy a matrix ``[O, I]`` into the module that holds the block, cast as a loaded one is;
         UserError as from :meth:`parts`, or for what overflows the module's dtype."""
         names = kind_of_block(self.block).parameters(self.block)
-        parts = self.parts(matrix).values()
+        parts = self.parts(matrix, wide).values()
         with torch.no_grad():
             for name, view, part in zip(names, _views(self.block), parts, strict=False):
                 held = view(module.get_parameter(name))

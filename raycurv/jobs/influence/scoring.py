@@ -775,7 +775,7 @@ class _Influence:
         if not passes:
             return
         assert self.train is not None and self.candidates is not None
-        files = [name for asked in passes for name in self._finished[asked.span]]
+        files = [n for a in passes for n in self._finished[a.span] if n.startswith(f"{_CHECK}/")]
         sample = [number for asked in passes for number in asked.numbers]
         held = measure(self.store, files, self.candidates, sample, self.queries, self.train)
         self.manifest.facts["candidates"]["check"] = asdict(held)

@@ -302,7 +302,9 @@ class _Measurement:
         found = run_lanczos(products, start, settings.steps)
         krylov = found.krylov
         ends: tuple[End, ...] = ("top", "bottom")
-        pairs = {end: _pairs(found, end, max(1, settings.pairs), products.dtype) for end in ends}
+        pairs = {
+            end: _pairs(found, end, max(1, settings.pairs), self.workers.dtype) for end in ends
+        }
         rows = [
             {"end": end, "index": index, "eigenvalue": value, "residual": residual}
             for end in ends
@@ -350,7 +352,7 @@ class _Measurement:
             corpus = self.corpus.among(numbers, self.store, f"work/part-{share}")
             products = self._products(corpus, f"part-{share}-")
             part_found = run_lanczos(products, start, settings.steps)
-            value, residual = _pairs(part_found, "top", 1, products.dtype)[0]
+            value, residual = _pairs(part_found, "top", 1, self.workers.dtype)[0]
             rows.append({"examples": part, "eigenvalue": value, "residual": residual})
         facts = self.numbers
         rows.append({

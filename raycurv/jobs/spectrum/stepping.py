@@ -84,15 +84,15 @@ def stepped(network: Model, blocks: Sequence[Block], step: Vectors, mark: str) -
     return Patched(
         network,
         [
-            Patch(block, partial(_weight, network, step, block), f"{mark} {block.name}")
+            Patch(block, partial(_weight, network, step, block), f"{mark} {block.name}", wide=True)
             for block in blocks
         ],
     )
 
 
 def _weight(network: Model, step: Vectors, block: Block) -> Tensor:
-    own = network.block_weight(block)
-    return (own.double() + step.read(block, torch.float64)[0]).to(own.dtype)
+    # In the dtype that the model is stored in, a small step would be rounded away.
+    return network.block_weight(block).double() + step.read(block, torch.float64)[0]
 
 
 def _tensors(place: str, flag: str) -> dict[str, Tensor]:

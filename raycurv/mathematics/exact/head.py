@@ -172,9 +172,6 @@ class HeadProduct:
         count = len(moved)
         found = Ends(hidden.new_zeros(1 + count, *hidden.shape), [{} for _ in range(count)], {})
         for part in slices(self.objective, hidden, batch, self.slice_positions):
-            labelled = self._labelled(
-                self.head(parameters, hidden[part.at], part.batch.start), part, 0
-            ) if part.batch.labels is None else part.batch  # fmt: skip
 
             def call(
                 p: Mapping[str, Tensor], x: Sequence[Tensor], part: Slice = part
@@ -182,7 +179,7 @@ class HeadProduct:
                 return (self.head(p, x[0], part.batch.start),)
 
             def back(
-                outputs: tuple[Tensor, ...], moved: tuple[Tensor, ...], own: Batch = labelled
+                outputs: tuple[Tensor, ...], moved: tuple[Tensor, ...], own: Batch = part.batch
             ) -> Tensor:
                 # The loss's own tangent, which not every loss has itself.
                 with _twice():

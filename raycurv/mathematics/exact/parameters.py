@@ -100,12 +100,6 @@ class BlockParameters:
                 held.copy_(columns.reshape(held.shape))
                 if bias:
                     kind.part(block, found[bias[0]][q]).copy_(matrix[:, -1])
-        for name, of_all in found.items():
-            holder = self._module.get_submodule(name.rpartition(".")[0])
-            padding = getattr(holder, "padding_idx", None)
-            if isinstance(holder, nn.Embedding) and padding is not None:
-                # torch gives this row no gradient, so nothing may depend on it either.
-                of_all[:, padding] = 0.0
         return found
 
     def matrices(self, gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor]:

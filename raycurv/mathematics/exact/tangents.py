@@ -38,7 +38,7 @@ _SCORES = 2**26
 
 class Rules(TorchFunctionMode):
     """While it is entered, linear layers are computed by :class:`_Linear`; with ``directions``,
-    attention by :class:`_Attention`.
+    attention by :class:`_Attention`, and embeddings have no tangent at their ``padding_idx``.
 
     Args:
         directions: how many tangents a forward has; ``None`` for a forward that autograd goes back
@@ -57,6 +57,8 @@ class Rules(TorchFunctionMode):
             return _linear(*args, **kwargs)
         if func is F.scaled_dot_product_attention and self._directions is not None:
             return _attention(*args, **kwargs, directions=self._directions)
+        if func is F.embedding and self._directions is not None:
+            return _embedding(*args, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -303,7 +305,12 @@ def _attention(
         attn_mask = query.new_zeros(attn_mask.shape).masked_fill(~attn_mask, -math.inf)
     if directions is None:
         scores = (query * scale) @ key.transpose(-1, -2)
-        return _softmax(scores if attn_mask is None else scores + attn_mask, -1) @ value
+        if attn_mask is None:
+            return _softmax(scores, -1) @ value
+        # A row that sees nothing, as of padding behind a sliding window, gives nothing.
+        blind = (attn_mask == -math.inf).all(dim=-1, keepdim=True)
+        seen = scores + attn_mask.masked_fill(blind, 0.0)
+        return _softmax(seen, -1).masked_fill(blind, 0.0) @ value
     found: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]
         query, key, value, attn_mask, scale, directions
     )
@@ -396,6 +403,16 @@ def _instance_norm(
     return _group_norm(input, input.shape[1], weight, bias, eps)
 
 
+def _embedding(
+    input: Tensor, weight: Tensor, padding_idx: int | None = None, *rest: Any, **named: Any
+) -> Tensor:
+    y = F.embedding(input, weight, padding_idx, *rest, **named)
+    if padding_idx is None:
+        return y
+    # torch gives this row no gradient where it is looked up, so nothing may move with it there.
+    return torch.where((input == padding_idx % len(weight))[..., None], y.detach(), y)
+
+
 def _glu(input: Tensor, dim: int = -1) -> Tensor:
     a, b = input.chunk(2, dim)
     return a * b.sigmoid()
@@ -408,6 +425,7 @@ _PLAIN: dict[Any, Callable[..., Tensor]] = {
     **dict.fromkeys((F.layer_norm, torch.layer_norm), _layer_norm),
     F.group_norm: _group_norm,
     F.instance_norm: _instance_norm,
+    F.embedding: _embedding,
     F.glu: _glu,
     F.scaled_dot_product_attention: _attention,
 }
