@@ -149,6 +149,14 @@ def test_what_every_step_found_is_told_and_recorded(fits: Fits) -> None:
     assert scores.manifest.settings["damping"] == "1"
 
 
+def test_no_residual_is_told_that_the_dtype_cannot_tell(fits: Fits) -> None:
+    scores = fits.scores(
+        MLP, solver="cg", steps=20, tolerance=1e-9, damping="100", dtype="bfloat16"
+    )
+    residuals = read_directory(Store(scores.path), "tables/solver").to_pydict()["residual"]
+    assert min(residuals) == torch.finfo(torch.bfloat16).eps
+
+
 def test_products_may_be_of_a_seeded_sample_of_the_examples(fits: Fits) -> None:
     few = answers(fits, MLP, steps=2, product_examples=4, seed=3)
     same = answers(fits, MLP, steps=2, product_examples=4, seed=3, stages=2)

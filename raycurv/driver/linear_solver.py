@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
+import torch
 from torch import Tensor
 
 from raycurv.driver.iterates import Iteration, IterationGatherer, System, read_grams
@@ -45,7 +46,8 @@ class LinearSolver:
             tells this system from all others of the run.
         coupled: whether the blocks are one system, or each has its own scalars.
         steps: iterations at most.
-        tolerance: relative residual at which a right-hand side stops.
+        tolerance: relative residual at which a right-hand side stops; never taken, or told, as less
+            than what the dtype of the model's computation can tell.
     """
 
     multiplier: Multiplier
@@ -89,7 +91,11 @@ class LinearSolver:
                 with_lam = quadratic + (squares.sum(0) if self.coupled else squares.flatten())
                 bends = curvature_along(together, 0 * squared_lengths(together)).flatten()
                 check_quadratic(with_lam, bends, self.multiplier.workers.dtype)
-            found = iteration(together, before, self.tolerance, self.steps)
+            # Recurrences go on below what products of this dtype can tell.
+            least = torch.finfo(self.multiplier.workers.dtype).eps
+            found = iteration(together, before, max(self.tolerance, least), self.steps)
+            told = torch.where(found.norm > 0, found.residual.clamp_min(least), found.residual)
+            found = replace(found, residual=told)
             self._check(found, grams, before)
             tensors = {one.name: getattr(found, one.name) for one in fields(Progress)}
             write_tensors(self.system.place, _file(number), tensors, {}, finite=False)
