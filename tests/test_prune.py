@@ -474,7 +474,8 @@ def test_steps_are_prunings_and_fits_in_turn(method: str, fits: Fits, tmp_path: 
     for step in range(1, steps + 1):
         run = raycurv.fit(
             case.network, list(MLP.data), tmp_path / f"run {step}", "classification",
-            dtype="float64", batch_tokens=MLP.batch_tokens, method=method, **more, **HERE,
+            dtype="float64", batch_tokens=MLP.batch_tokens, method=method, fisher="sampled", **more,
+            **HERE,
         )  # fmt: skip
         last = run.prune(
             tmp_path / f"pruned {step}", **HERE, measure="none",

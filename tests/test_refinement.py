@@ -10,7 +10,7 @@ import torch
 from conftest import Fits
 from dense import worst
 from networks import LLAMA, MLP, REGRESSION, Case
-from test_products import Jacobians
+from test_exact_products import Jacobians
 from torch import Tensor
 
 import raycurv

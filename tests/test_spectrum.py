@@ -15,7 +15,7 @@ from conftest import Fits
 from dense import worst
 from networks import MLP
 from safetensors.torch import load_file, save_file
-from test_products import Jacobians
+from test_exact_products import Jacobians
 from torch import Tensor
 
 import raycurv

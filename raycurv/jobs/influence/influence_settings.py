@@ -128,8 +128,8 @@ class InfluenceSettings(Execution, Reading, Capturing, Predicting):
     certify_examples: Count | None = None
     """With --certify: products of a seeded sample of so many examples. Default: all of them."""
     certify_on: Literal["fit", "train"] | None = None
-    """With --certify, whose products: those of the `fit`'s examples, or of --train. Default: of
-    --train where these are as many as the fit's or more, and with --solver cg the fit's."""
+    """With --certify, whose products: those of the examples of the `fit`, or of `train`. Default:
+    `train` where these are as many as the fit's or more, and with a solver `fit`."""
     rank: Identity[Rank] = "32"
     """Rank that IHVPs are truncated to, or `full`."""
     query_memory: Size = "2GiB"
