@@ -129,7 +129,7 @@ HELP = {
         "--keep-sums": "",
     },
     "influence.py": {
-        "--run": "", "--queries": "", "--train": "", "--out": "", "--damping": "0.1",
+        "--run": "", "--queries": "", "--train": "", "--out": "", "--damping": "None",
         "--objective": "None",
         "--rank": "32", "--query-memory": "2GiB", "--top-k": "None", "--per-block": "",
         "--per-token": "", "--self": "", "--ihvp": "", "--seed": "0", "--max-examples": "None",
@@ -149,7 +149,7 @@ HELP = {
     },
     "prune.py": {
         "--run": "", "--out": "", "--sparsity": "None", "--structure": "unstructured",
-        "--saliency": "obs", "--scope": "global", "--no-update": "", "--damping": "0.1",
+        "--saliency": "obs", "--scope": "global", "--no-update": "", "--damping": "None",
         "--inverse": "None", "--first-order": "", "--steps": "1", "--blocks": "",
         "--tolerance": "0.0001", "--iterations": "300", "--measure": "total",
         "--measure-examples": "512", "--seed": "0", "--stages": "None",
