@@ -149,7 +149,7 @@ HELP = {
     },
     "prune.py": {
         "--run": "", "--out": "", "--sparsity": "None", "--structure": "unstructured",
-        "--saliency": "obs", "--scope": "global", "--no-update": "", "--damping": "None",
+        "--saliency": "obs", "--scope": "global", "--no-update": "", "--damping": "0.1",
         "--inverse": "None", "--first-order": "", "--steps": "1", "--blocks": "",
         "--tolerance": "0.0001", "--iterations": "300", "--measure": "total",
         "--measure-examples": "512", "--seed": "0", "--stages": "None",
