@@ -53,6 +53,20 @@ def test_microbatches_of_a_window_stand_together(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+def test_a_plan_of_some_examples_is_a_plan_of_their_own_in_every_window(seed: int) -> None:
+    lengths, batch_tokens, window, _ = random_plan(seed)
+    rng = np.random.default_rng(seed)
+    some = rng.permutation(len(lengths))[: len(lengths) // 3]
+    plan = plan_microbatches(lengths, batch_tokens, window, some)
+    want = []
+    for first in range(0, len(lengths), window):
+        here = sorted(n for n in some.tolist() if first <= n < first + window)
+        alone = plan_microbatches([lengths[n] for n in here], batch_tokens, window)
+        want += [tuple(here[n] for n in members) for members in alone]
+    assert list(plan) == want
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_no_microbatch_could_take_the_next_example(seed: int) -> None:
     lengths, batch_tokens, window, plan = random_plan(seed)
     for members, following in pairwise(plan):

@@ -397,11 +397,13 @@ def test_a_solver_takes_a_pass_a_step_and_memory_for_each_query(small: Outline) 
     for name, solving, memory in (
         ("usual", Solving(10, True), 2**31), ("more steps", Solving(20, True), 2**31),
         ("less memory", Solving(10, True), 2**28), ("blocks", Solving(10, False), 2**31),
+        ("a quarter", Solving(10, True, DATA.examples // 4), 2**31),
     ):  # fmt: skip
         made = job(small, solving=solving, query_memory=memory)
         plans[name] = plan_influence(made, queries, DATA, DATA)
     assert [phase.name for phase in plans["usual"].phases][1] == "products"
     flops = {name: plan.phases[1].flops for name, plan in plans.items()}
+    assert flops["a quarter"] == flops["usual"] / 4
     assert flops["more steps"] == 2 * flops["usual"] < flops["blocks"]
     usual, less = (plans[name].phases[1] for name in ("usual", "less memory"))
     elements = sum(stage.elements for stage in job(small).stages)

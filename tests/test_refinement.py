@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import Fits
@@ -15,12 +18,14 @@ from torch import Tensor
 
 import raycurv
 from raycurv import UserError
+from raycurv.driver import linear_solver
 from raycurv.files.store import Store
 from raycurv.files.tables import read_directory
 
 # A residual at which the solver stops, and how far from a dense solve that is at most.
 SOLVED: dict[str, Any] = {"solver": "cg", "steps": 400, "tolerance": 1e-10, "rank": "full"}
 EXACT = 1e-8
+DESCENT: dict[str, Any] = {"solver": "astra", "tolerance": None, "damping": "100"}
 TOLD = ("residual", "energy", "cosine")
 
 
@@ -187,6 +192,11 @@ def test_negative_curvature_is_refused_with_its_block(fits: Fits) -> None:
         ("--self", {}, {"self_influence": True}),
         ("--damping heldout", {}, {"damping": "heldout"}),
         ("--steps: expected a solver", {}, {"solver": "ekfac", "tolerance": None}),
+        ("--minibatch: expected --solver astra", {}, {"minibatch": 4}),
+        ("--tolerance: expected --solver cg", {}, {"solver": "astra"}),
+        ("--coupling blocks", {}, {**DESCENT, "coupling": "blocks"}),
+        ("--matrix hessian", {}, {**DESCENT, "matrix": "hessian"}),
+        ("--certify: expected a run", {}, {**DESCENT, "certify": 2}),
     ],
 )  # fmt: skip
 def test_what_cannot_be_solved_is_refused_by_name(
@@ -201,3 +211,88 @@ def test_another_preconditioner_changes_the_way_and_not_the_answer(fits: Fits, m
     settings = {"damping": "abs:0.3", "batch_tokens": 9}
     found = flat(answers(fits, MLP, {"method": method}, **settings))
     assert worst(found, Dense(fits, MLP).solved("abs:0.3")) < EXACT
+
+
+# Descent on minibatches
+
+NUMBERS = {"steps": 7, "minibatch": 4, "rate": 0.7, "seed": 5}
+
+
+def test_descent_on_all_examples_comes_to_the_dense_solution(fits: Fits) -> None:
+    want, settings = Dense(fits, MLP).solved("100"), DESCENT | {"batch_tokens": 9}
+    found = answers(fits, MLP, **settings, steps=14, rate=0.95)
+    assert worst(flat(found), want) < EXACT
+    # Half of what is stable, as no rate is said.
+    slow = flat(answers(fits, MLP, **settings, steps=8))
+    assert EXACT < worst(slow, want) < 0.02
+
+
+def by_hand(fits: Fits, steps: int, minibatch: int, rate: float, seed: int) -> Tensor:
+    """Descent on the dense matrices of minibatches."""
+    dense, truth = Dense(fits, MLP), copy(fits.truth(MLP))
+    damping, count = raycurv.Damping.parse(DESCENT["damping"]), len(MLP.data)
+    whole, parts = dense.damped(DESCENT["damping"]) - dense.matrix, -(-count // minibatch)
+    curvatures = [dense.run.curvature(name) for name in dense.names]
+
+    def preconditioned(x: Tensor) -> Tensor:
+        blocks = x.split(torch.bincount(dense.of).tolist(), dim=1)
+        return torch.cat([
+            c.apply(b.view(len(b), c.block.d_out, -1), c.inverse(damping)).flatten(1)
+            for c, b in zip(curvatures, blocks, strict=True)
+        ], dim=1)  # fmt: skip
+
+    iterates, blocks = [rate * preconditioned(dense.v)], {c.block.name: c.block for c in curvatures}
+    for step in range(steps):
+        order = np.random.default_rng([seed, step // parts]).permutation(count)
+        chosen = np.array_split(order, parts)[step % parts]
+        truth.case = replace(MLP, data=tuple(MLP.data[n] for n in chosen))
+        jacobians = Jacobians(truth, blocks)
+        jacobians.vector = x = iterates[-1]
+        product = jacobians.products() + x @ whole
+        iterates.append(x - rate * preconditioned(product - dense.v))
+    return torch.stack(iterates[(steps + 1) // 2 :]).mean(0)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    ({}, {"stages": 2}, {"stages": 3, "schedule": "swept"}, {"stages": 2, "replicas": 2}),
+    ids=str,
+)
+def test_descent_is_that_on_the_dense_matrices_of_its_minibatches(
+    fits: Fits, layout: dict[str, Any]
+) -> None:
+    found = flat(answers(fits, MLP, **DESCENT, **NUMBERS, **layout))
+    assert worst(found, fits.once("descent by hand", lambda: by_hand(fits, **NUMBERS))) < 1e-9
+    if not layout:
+        assert worst(found, by_hand(fits, **NUMBERS | {"seed": 6})) > 1e-4
+
+
+def test_descent_goes_on_where_it_was_stopped(fits: Fits, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, out, step = fits.run(MLP), fits.place(), linear_solver.descent_step
+    numbers = DESCENT | {"steps": 4, "minibatch": 4, "batch_tokens": 9}
+    settings = {"address": "none", "rank": "full", "quiet": True} | numbers
+    calls = []
+
+    def stopped(*given: Any) -> Any:
+        calls.append(given)
+        if len(calls) == 3:
+            raise RuntimeError("stopped")
+        return step(*given)
+
+    monkeypatch.setattr(linear_solver, "descent_step", stopped)
+    with pytest.raises(RuntimeError, match="stopped"):
+        run.ihvp(list(MLP.queries), out, **settings)
+    products = run.ihvp(list(MLP.queries), out, **settings)
+    assert len(calls) == 3 + 2
+    want = answers(fits, MLP, **numbers)
+    assert all(torch.equal(products.block(name)[0], want[name]) for name in want)
+
+
+def test_descent_that_diverges_is_told_and_scores_nothing(fits: Fits) -> None:
+    run, out = fits.run(MLP), fits.place()
+    settings = {"address": "none", "quiet": True, **DESCENT, "steps": 9, "rate": 2.4}
+    for _ in range(2):
+        with pytest.raises(UserError, match="it has diverged"):
+            run.ihvp(list(MLP.queries), out, **settings)
+    table = read_directory(Store(out), "tables/solver").to_pydict()
+    assert "diverged" in table["outcome"] and max(table["energy"]) > 0

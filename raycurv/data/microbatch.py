@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -66,7 +67,12 @@ class Microbatches:
         return Microbatches(self._order[kept], np.unique(left))
 
 
-def plan_microbatches(lengths: Lengths, batch_tokens: int, window: int = 1024) -> Microbatches:
+def plan_microbatches(
+    lengths: Lengths,
+    batch_tokens: int,
+    window: int = 1024,
+    numbers: np.ndarray | None = None,
+) -> Microbatches:
     """Which examples go through the stages together.
 
     Within each window of consecutive examples those of like length share a microbatch, longest
@@ -78,9 +84,10 @@ def plan_microbatches(lengths: Lengths, batch_tokens: int, window: int = 1024) -
         batch_tokens: N * T_max of a microbatch, padding included. A single example that is longer
             gets a microbatch of its own.
         window: how many consecutive examples are sorted together.
+        numbers: which examples; by default every number from 0 to ``len(lengths) - 1``.
 
     Returns:
-        The example numbers of each microbatch; every number from 0 to ``len(lengths) - 1`` once.
+        The example numbers of each microbatch; every one once.
 
     Raises:
         UserError: ``batch_tokens`` or ``window`` is below 1.
@@ -89,19 +96,20 @@ def plan_microbatches(lengths: Lengths, batch_tokens: int, window: int = 1024) -
         if value < 1:
             raise UserError(flag, "a number from 1 on", str(value), "Leave it out for the default.")
     tokens = np.asarray(lengths)
-    order = np.empty(len(tokens), np.int64)
+    order = np.arange(len(tokens)) if numbers is None else np.sort(numbers)
+    edges = np.searchsorted(order, np.arange(0, len(tokens) + window, window)).tolist()
     starts: list[np.ndarray] = []
-    for first in range(0, len(tokens), window):
-        here = tokens[first : first + window].astype(np.int64)
+    for first, last in pairwise(edges):
+        here = tokens[order[first:last]].astype(np.int64)
         longest_first = np.argsort(-here, kind="stable")
-        order[first : first + len(here)] = first + longest_first
+        order[first:last] = order[first:last][longest_first]
         sorted_ = here[longest_first].tolist()
         begins, at = [], 0
         while at < len(sorted_):
             begins.append(first + at)
             at += max(1, batch_tokens // max(1, sorted_[at]))
         starts.append(np.array(begins, np.int64))
-    return Microbatches(order, np.concatenate([*starts, np.array([len(tokens)], np.int64)]))
+    return Microbatches(order, np.concatenate([*starts, np.array([len(order)], np.int64)]))
 
 
 def padding_share(lengths: Lengths, plan: Microbatches) -> float:

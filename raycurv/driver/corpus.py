@@ -151,9 +151,9 @@ class Corpus:
         """Positions that every example takes in a microbatch of its own."""
         return self.lengths if self.positions is None else self.positions
 
-    def plan(self, batch_tokens: int) -> Microbatches:
-        """Example numbers of every microbatch."""
-        return plan_microbatches(self.widths, batch_tokens, WINDOW)
+    def plan(self, batch_tokens: int, numbers: np.ndarray[Any, Any] | None = None) -> Microbatches:
+        """Example numbers of every microbatch, of all examples or of some."""
+        return plan_microbatches(self.widths, batch_tokens, WINDOW, numbers)
 
     def padding(self, batch_tokens: int) -> float:
         """Share of a plan's positions that are padding."""

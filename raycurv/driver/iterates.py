@@ -1,10 +1,11 @@
-"""The vectors of conjugate gradients, which stay with the stages: files, directions and products.
+"""The vectors of solvers, which stay with the stages: files, directions and products.
 
     NUMBER/BLOCK    x, r, p, s before iteration NUMBER; u = M⁻¹ r, w = (C + λ) u   [Q, O, I] each
                     gram [Q, 6, 6], their dot products
+                    of descent: x, mean; w = (C + λ) x; gram [Q, 3, 3], of x, v and w
 
-A pass of products is an iteration: its directions are u, which stages make of the files of the
-iteration before and the few numbers of its step, and its gatherer writes the next files of the
+A pass of products is an iteration: its directions are u (or x), which stages make of the files of
+the iteration before and the few numbers of its step, and its gatherer writes the next files of the
 products. So a pass that is begun again, by whichever stages, does the same again.
 
 Axis letters: Q right-hand sides, O outputs, I inputs, D directions of a pass.
@@ -12,9 +13,9 @@ Axis letters: Q right-hand sides, O outputs, I inputs, D directions of a pass.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,10 +27,13 @@ from raycurv.files.tensorfile import open_tensors, write_tensors
 from raycurv.mathematics.blocks import Block
 from raycurv.mathematics.curvature import BlockCurvature, Damping
 from raycurv.mathematics.exact.conjugate_gradients import Iterate, Progress
+from raycurv.mathematics.exact.preconditioned_descent import averaged, descended, descent_gram
 from raycurv.mathematics.exact.product_sums import ProductSum
 from raycurv.stages.passes import Directions, ProductGatherer
 
 _CPU = torch.device("cpu")
+# Of a block, by their names in its file.
+Vectors: TypeAlias = "dict[str, Tensor]"
 
 
 @dataclass(frozen=True)
@@ -81,9 +85,12 @@ def state_file(iteration: int, block: str) -> str:
 
 @dataclass(frozen=True)
 class Iteration(Directions):
-    """One iteration, as it travels to the stages.
+    """One iteration, as it travels to the stages; this one is of conjugate gradients.
 
     Attributes:
+        keys: of the vectors in its files, but for what it multiplies.
+        multiplied: where in the Gram matrix the direction and its product stand.
+        size: of the Gram matrix.
         system: that is solved.
         number: from 1 on.
         count: D.
@@ -94,6 +101,9 @@ class Iteration(Directions):
     number: int
     count: int
     step: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    keys: ClassVar[tuple[str, ...]] = ("x", "r", "p", "s")
+    multiplied: ClassVar[tuple[int, int]] = (2, 5)
+    size: ClassVar[int] = 6
 
     @classmethod
     def after(cls, system: System, number: int, before: Progress | None) -> Iteration:
@@ -114,30 +124,88 @@ class Iteration(Directions):
         mine = [block for block in blocks if block.name in system.own]
         found = {}
         for name, curvature in system.curvature.open_stage(mine, device).items():
-            r = self.iterate(curvature, device).r
-            u, own = system.preconditioned(curvature, r).to(dtype), system.own[name]
+            before = self.iterate(curvature, device)
+            u, own = self.direction(curvature, before).to(dtype), system.own[name]
             found[name] = u
             if len(own) < self.count:
                 found[name] = u.new_zeros(self.count, *u.shape[1:])
                 found[name][own.start : own.stop] = u
         return found
 
-    def iterate(self, curvature: BlockCurvature, device: torch.device = _CPU) -> Iterate:
-        """The vectors of a block before this iteration.
+    def iterate(self, curvature: BlockCurvature, device: torch.device = _CPU) -> Vectors:
+        """The vectors of a block before this iteration, by :attr:`keys`.
 
         Raises:
             DamagedFile: they are not what was written.
         """
-        block, system = curvature.block, self.system
         if self.number == 1:
-            products, _ = read_products(system.right, block.name, (block.d_out, block.d_in))
-            v = products.dense().to(device)
-            return Iterate.zero(torch.zeros_like(v) if curvature.is_zero else v)
+            return vars(Iterate.zero(self._right(curvature, device)))
+        x, r, p, s, u, w = self._read(curvature, device, *self.keys, "u", "w")
+        return vars(Iterate(x, r, p, s).advanced(u, w, *self.step[curvature.block.name]))
+
+    def direction(self, curvature: BlockCurvature, before: Vectors) -> Tensor:
+        """What of a block is multiplied, ``[Q, O, I]``."""
+        return self.system.preconditioned(curvature, before["r"])
+
+    def left(self, curvature: BlockCurvature, before: Vectors, u: Tensor, w: Tensor) -> Vectors:
+        """What a block's file holds once its direction u has been multiplied."""
+        return {"u": u, "w": w, "gram": Iterate(**before).gram(u, w)} | before
+
+    def answer(self, curvature: BlockCurvature) -> Tensor:
+        """x of a block, ``[Q, O, I]``, if this iteration is not taken any more."""
+        return self.iterate(curvature)["x"]
+
+    def _right(self, curvature: BlockCurvature, device: torch.device) -> Tensor:
+        block = curvature.block
+        products, _ = read_products(self.system.right, block.name, (block.d_out, block.d_in))
+        v = products.dense().to(device)
+        return torch.zeros_like(v) if curvature.is_zero else v
+
+    def _read(
+        self, curvature: BlockCurvature, device: torch.device, *keys: str
+    ) -> Iterator[Tensor]:
+        block, system = curvature.block, self.system
         file = open_tensors(system.place, state_file(self.number - 1, block.name))
         file.belongs("block", block.name)
         shape = (system.queries, block.d_out, block.d_in)
-        x, r, p, s, u, w = (file.numbers(key, shape).to(device) for key in "xrpsuw")
-        return Iterate(x, r, p, s).advanced(u, w, *self.step[block.name])
+        return (file.numbers(key, shape).to(device) for key in keys)
+
+
+@dataclass(frozen=True)
+class Descent(Iteration):
+    """A step of descent on a minibatch, from x = 0, whose first step needs no product.
+
+    Attributes:
+        rate: of the first step, ``[Q]``.
+        start: the first iterate of those whose mean is the answer.
+    """
+
+    rate: Tensor = field(kw_only=True)
+    start: int = field(kw_only=True)
+    keys: ClassVar[tuple[str, ...]] = ("x", "mean")
+    multiplied: ClassVar[tuple[int, int]] = (0, 2)
+    size: ClassVar[int] = 3
+
+    def iterate(self, curvature: BlockCurvature, device: torch.device = _CPU) -> Vectors:
+        v = self._right(curvature, device)
+        rate, x = self.rate, torch.zeros_like(v)
+        mean = w = x
+        if self.number > 1:
+            x, mean, w = self._read(curvature, device, *self.keys, "w")
+            rate, _ = self.step[curvature.block.name]
+        x = descended(x, v, w, rate, lambda r: self.system.preconditioned(curvature, r))
+        behind = self.number - self.start
+        return {"x": x, "mean": averaged(mean, x, behind) if behind > 0 else x}
+
+    def direction(self, curvature: BlockCurvature, before: Vectors) -> Tensor:
+        return before["x"]
+
+    def left(self, curvature: BlockCurvature, before: Vectors, u: Tensor, w: Tensor) -> Vectors:
+        v = self._right(curvature, u.device)
+        return {"w": w, "gram": descent_gram(u, v, w)} | before
+
+    def answer(self, curvature: BlockCurvature) -> Tensor:
+        return self.iterate(curvature)["mean"]
 
 
 @dataclass(frozen=True)
@@ -160,20 +228,20 @@ class IterationGatherer(ProductGatherer):
         device = result.total.device
         curvature = system.curvature.open_spectral(blocks[name], {}, device)
         before = iteration.iterate(curvature, device)
-        u = system.preconditioned(curvature, before.r)
+        u = iteration.direction(curvature, before)
         w, lam = torch.zeros_like(u), system.lam(curvature)
         if not curvature.is_zero:
             w = (result.mean + lam * u).to(u)
-        vectors: dict[str, Any] = {"u": u, "w": w, "gram": before.gram(u, w)}
-        vectors |= {key: getattr(before, key) for key in "xrps"}
+        vectors = iteration.left(curvature, before, u, w)
         notes = {"block": name, "damping": repr(lam)}
         write_tensors(system.place, state_file(iteration.number, name), vectors, notes)
 
 
-def read_grams(system: System, iteration: int) -> tuple[Tensor, Tensor]:
+def read_grams(iteration: Iteration) -> tuple[Tensor, Tensor]:
     """The dot products of an iteration's vectors, of every block of the system in their order:
-    ``[B, Q, 6, 6]``; and λ of every block ``[B]``."""
-    files = [open_tensors(system.place, state_file(iteration, name)) for name in system.own]
-    grams = [file.numbers("gram", (system.queries, 6, 6)) for file in files]
+    ``[B, Q, V, V]``; and λ of every block ``[B]``."""
+    system, size = iteration.system, iteration.size
+    files = [open_tensors(system.place, state_file(iteration.number, name)) for name in system.own]
+    grams = [file.numbers("gram", (system.queries, size, size)) for file in files]
     lams = torch.tensor([file.noted("damping") for file in files], dtype=torch.float64)
     return torch.stack(grams), lams

@@ -1,4 +1,4 @@
-"""Conjugate gradients through the stages: a pass over the examples an iteration.
+"""Solvers through the stages, conjugate gradients and descent: a pass an iteration.
 
     progress/NUMBER    the scalars of every query after an iteration: it is done when they are there
 
@@ -10,12 +10,14 @@ within this one with the last commit of its pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from raycurv.driver.iterates import Iteration, IterationGatherer, System, read_grams
+from raycurv.driver.corpus import Corpus
+from raycurv.driver.iterates import Descent, Iteration, IterationGatherer, System, read_grams
 from raycurv.driver.multiplier import Multiplier
 from raycurv.errors import UserError
 from raycurv.files.tensorfile import open_tensors, write_tensors
@@ -24,8 +26,8 @@ from raycurv.mathematics.exact.conjugate_gradients import (
     Progress,
     curvature_along,
     iteration,
-    squared_lengths,
 )
+from raycurv.mathematics.exact.preconditioned_descent import descent_step, largest_values
 from raycurv.mathematics.exact.product_sums import check_quadratic
 from raycurv.stages.passes import Pass
 
@@ -75,25 +77,26 @@ class LinearSolver:
         history = self._history()
         while not history or history[-1].running:
             number, before = len(history) + 1, history[-1] if history else None
-            current = Iteration.after(self.system, number, before)
+            current = self._iteration(number, before)
             work = replace(
                 self.work,
                 name=f"{self.work.name}-{number:04d}",
                 directions=current,
                 gatherers=(IterationGatherer.of(current),),
             )
-            quadratic = self.multiplier.multiply(work, label)
-            grams, lams = read_grams(self.system, number)
+            quadratic = self._over(number).multiply(work, label)
+            grams, lams = read_grams(current)
             together = grams.sum(dim=0) if self.coupled else grams
             if quadratic is not None:
                 # With λ: along a direction where C is zero both are no more than rounding.
-                squares = lams[:, None] * squared_lengths(grams)
+                one, product = current.multiplied
+                squares = lams[:, None] * grams[..., one, one]
                 with_lam = quadratic + (squares.sum(0) if self.coupled else squares.flatten())
-                bends = curvature_along(together, 0 * squared_lengths(together)).flatten()
+                bends = together[..., one, product].flatten()
                 check_quadratic(with_lam, bends, self.multiplier.workers.dtype)
             # Recurrences go on below what products of this dtype can tell.
             least = torch.finfo(self.multiplier.workers.dtype).eps
-            found = iteration(together, before, max(self.tolerance, least), self.steps)
+            found = self._next(together, history, least)
             told = torch.where(found.norm > 0, found.residual.clamp_min(least), found.residual)
             found = replace(found, residual=told)
             self._check(found, grams, before)
@@ -106,9 +109,20 @@ class LinearSolver:
         return history
 
     def answered(self, history: Sequence[Progress]) -> Iteration:
-        """What comes after the last iteration, whose ``iterate(curvature).x`` is a block's answer
+        """What comes after the last iteration; its ``answer(curvature)`` is a block's
         ``[Q, O, I]``."""
-        return Iteration.after(self.system, len(history) + 1, history[-1])
+        return self._iteration(len(history) + 1, history[-1])
+
+    def _iteration(self, number: int, before: Progress | None) -> Iteration:
+        return Iteration.after(self.system, number, before)
+
+    def _over(self, number: int) -> Multiplier:
+        """Of the examples that an iteration's products are of."""
+        return self.multiplier
+
+    def _next(self, gram: Tensor, history: Sequence[Progress], least: float) -> Progress:
+        before = history[-1] if history else None
+        return iteration(gram, before, max(self.tolerance, least), self.steps)
 
     def _history(self) -> list[Progress]:
         place, found = self.system.place, list[Progress]()
@@ -139,6 +153,61 @@ class LinearSolver:
             f"Give {safe if self.work.matrix == 'hessian' else '--dtype float64'}, or a larger "
             "--damping.",
         )
+
+
+# Steps of conjugate gradients that tell the rate, and λ_max times it.
+_TRIED, _RATE = 5, 0.5
+
+
+@dataclass(frozen=True)
+class DescentSolver(LinearSolver):
+    """Solves a system of the whole model by descent on minibatches, preconditioned.
+
+    Minibatches are dealt out anew in every pass over the examples, in an order of the seed alone.
+
+    Attributes:
+        corpus: of the examples.
+        size: examples of a minibatch at most.
+        seed: of their order.
+        rate: of every right-hand side, ``[Q]``; see :meth:`rated`.
+    """
+
+    corpus: Corpus = field(kw_only=True)
+    size: int = field(kw_only=True)
+    seed: int = field(kw_only=True)
+    rate: Tensor = field(kw_only=True)
+
+    def rated(self, label: str) -> DescentSolver:
+        """The same at half of 1 / λ_max of the first minibatch's system, of each right-hand side as
+        a few steps of conjugate gradients find it."""
+        system = replace(self.system, place=self.system.place.inside("rate"))
+        work = replace(self.work, name=f"{self.work.name}-rate")
+        found = LinearSolver(self._over(1), system, self.queries, work, True, _TRIED, 0.0)
+        largest = largest_values(found.solve(label))
+        return replace(self, rate=(_RATE / largest).nan_to_num(0.0))
+
+    def _iteration(self, number: int, before: Progress | None) -> Iteration:
+        step = Iteration.after(self.system, number, before).step
+        # Where no minibatch is missing anything, there is no spread to be averaged away.
+        whole = self.size >= len(self.corpus)
+        start = self.steps + 1 if whole else (self.steps + 1) // 2 + 1
+        directions = self.system.directions
+        return Descent(self.system, number, directions, step, rate=self.rate, start=start)
+
+    def _over(self, number: int) -> Multiplier:
+        count = len(self.corpus)
+        begun, part = divmod(number - 1, parts := -(-count // self.size))
+        order = np.random.default_rng([self.seed, begun]).permutation(count)
+        workers, feed = self.multiplier.workers, self.multiplier.feed
+        numbers = np.array_split(order, parts)[part]
+        plan = self.corpus.plan(workers.settings.batch_tokens, numbers)
+        return replace(self.multiplier, feed=replace(feed, plan=plan))
+
+    def _next(self, gram: Tensor, history: Sequence[Progress], least: float) -> Progress:
+        return descent_step(gram, history, self.rate, self.steps)
+
+    def _check(self, found: Progress, grams: Tensor, before: Progress | None) -> None:
+        """Nothing: a minibatch's curvature is never negative."""
 
 
 def _file(number: int) -> str:

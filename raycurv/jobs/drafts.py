@@ -197,6 +197,8 @@ class Scoring(Protocol):
     @property
     def steps(self) -> int | None: ...
     @property
+    def minibatch(self) -> int | None: ...
+    @property
     def coupling(self) -> str | None: ...
 
 
@@ -235,7 +237,11 @@ def recipe_of(fit: Mapping[str, Any], logits_chunk: int, scoring: Scoring | None
         ihvp=scoring.ihvp,
         solving=None
         if scoring.solver == "ekfac"
-        else Solving(scoring.steps or 1, scoring.coupling != "blocks"),
+        else Solving(
+            scoring.steps or 1,
+            scoring.coupling != "blocks",
+            None if scoring.solver == "cg" else scoring.minibatch or 32,
+        ),
     )
 
 

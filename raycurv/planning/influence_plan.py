@@ -137,11 +137,13 @@ def _products(
     of_pass = plan_products(replace(job, recipe=work), data)
     one = of_pass.phases[-1]
     steps = recipe.solving.steps * passes * -(-queries * blocks // directions)
-    flops, stored = steps * one.flops, steps * (one.stored + 3 * _VECTORS * vectors)
+    share = min(1.0, (recipe.solving.minibatch or data.examples) / max(1, data.examples))
+    flops = share * steps * one.flops
+    stored = steps * (share * one.stored + 3 * _VECTORS * vectors)
     phase = replace(
         one,
         disk=beside + one.disk,
-        moved=steps * one.moved,
+        moved=share * steps * one.moved,
         stored=stored,
         flops=flops,
         seconds=job.seconds(flops, 0.0, stored),

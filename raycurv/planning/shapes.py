@@ -107,10 +107,12 @@ class Solving:
     Attributes:
         steps: at most.
         coupled: whether all blocks are one system; otherwise each is a direction of its own.
+        minibatch: examples that a step multiplies; ``None`` for all.
     """
 
     steps: int
     coupled: bool
+    minibatch: int | None = None
 
 
 @dataclass(frozen=True)

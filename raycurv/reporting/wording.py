@@ -109,7 +109,8 @@ def solver(settings: Mapping[str, Any]) -> tuple[str, str]:
     """How IHVPs were made that are not of the fit's curvature alone."""
     matrices = {"ggn": "Gauss-Newton matrix", "hessian": "Hessian", "fisher": "Fisher"}
     of = "the whole model" if settings["coupling"] == "model" else "each block alone"
-    steps = f"at most {settings['steps']} steps of conjugate gradients"
+    way = "conjugate gradients" if settings["solver"] == "cg" else "descent on minibatches"
+    steps = f"at most {settings['steps']} steps of {way}"
     return settings["solver"], f"{steps} with the {matrices[settings['matrix']]} of {of}"
 
 

@@ -43,6 +43,13 @@ from raycurv.errors import UserError
 SOLVER_DEFAULTS: dict[str, Any] = {
     "steps": 10, "tolerance": 1e-3, "matrix": "ggn", "coupling": "model",
 }  # fmt: skip
+_DESCENT_DEFAULTS = {"steps": 100, "minibatch": 32, "matrix": "ggn", "coupling": "model"}
+# By --solver: what may be given, and what it is by default.
+_OF_SOLVER: dict[str, dict[str, Any]] = {
+    "ekfac": {},
+    "cg": SOLVER_DEFAULTS | {"product_examples": None},
+    "astra": _DESCENT_DEFAULTS | {"rate": None, "product_examples": None},
+}
 
 
 def _candidates(flag: str, text: str) -> None:
@@ -95,29 +102,35 @@ class InfluenceSettings(Execution, Reading, Capturing, Predicting):
     number for all as `abs:1e-6`. Or a word that chooses: `evidence` the number for all of the
     largest Laplace evidence of the fit's examples and the trained weights; `heldout` the factor
     whose scores foretell best what --removals did.
-    Default: 0.1, and 3 with --solver cg, whose answers fit retraining worse with less."""
+    Default: 0.1, and 3 with a solver, whose answers fit retraining worse with less."""
     removals: Annotated[str, INPUT, Checked(places)] = ""
     """What retraining did, for `--damping heldout`: a table with a row for each retraining, of the
     columns `removed` (ids of the training examples that it was without), `query_ids` and `measured`
     (what was then measured of each of these queries: the loss, where no --objective says
     otherwise)."""
-    solver: Identity[Literal["ekfac", "cg"]] = "ekfac"
+    solver: Identity[Literal["ekfac", "cg", "astra"]] = "ekfac"
     """How IHVPs are made: of the fit's curvature alone (`ekfac`, whatever the fit's --method), or
     by conjugate gradients with exact products of the fit's examples (`cg`), which that curvature
-    preconditions. Each step is a pass over these examples."""
+    preconditions: each step is a pass over these examples. Or by descent with products of
+    minibatches of them, preconditioned likewise (`astra`): each step is a pass over one."""
     steps: Identity[Count | None] = None
-    """With --solver cg: steps at most. Default: 10."""
+    """With --solver: steps at most. Default: 10 of cg, 100 of astra."""
+    minibatch: Identity[Count | None] = None
+    """With --solver astra: examples of a minibatch at most. Default: 32."""
+    rate: Identity[Positive | None] = None
+    """With --solver astra: the learning rate, which has no unit. Default: of each query half of
+    1 / λ_max of its preconditioned system, as 5 steps of cg on the first minibatch find it."""
     tolerance: Identity[Positive | None] = None
     """With --solver cg: a query stops at this relative residual. Default: 1e-3."""
     matrix: Identity[Literal["ggn", "hessian", "fisher"] | None] = None
-    """With --solver cg, what the products are of: the Gauss-Newton matrix, the Hessian of the loss,
-    which may have negative curvature (refused when it is met), or the Fisher of drawn labels.
-    Default: ggn."""
+    """With --solver, what the products are of: the Gauss-Newton matrix, the Hessian of the loss (cg
+    alone), which may have negative curvature (refused when it is met), or the Fisher of drawn
+    labels. Default: ggn."""
     coupling: Identity[Literal["model", "blocks"] | None] = None
     """With --solver cg, what is solved: one system of the whole `model`, or one of each block alone
     (`blocks`), for which a pass has a direction for each query and block. Default: model."""
     product_examples: Identity[Count | None] = None
-    """With --solver cg: products of a seeded sample of so many of the fit's examples. Default: all
+    """With --solver: products of a seeded sample of so many of the fit's examples. Default: all
     of them."""
     certify: FromZero = 0
     """Measure on so many queries (a seeded sample; 4 say much) how far their answers are from those
@@ -190,25 +203,43 @@ class InfluenceSettings(Execution, Reading, Capturing, Predicting):
             )  # fmt: skip
 
     def _check_solver(self) -> None:
+        for name in {name: None for of in _OF_SOLVER.values() for name in of}:
+            if getattr(self, name) is not None and name not in _OF_SOLVER[self.solver]:
+                other = next(one for one, of in _OF_SOLVER.items() if name in of)
+                raise UserError(
+                    flag_of(name), "a solver that iterates" if self.solver == "ekfac" else
+                    f"--solver {other}", f"--solver {self.solver}",
+                    f"Give --solver {other}, or leave it out.",
+                )  # fmt: skip
+        if self.solver == "astra":
+            self._check_descent()
         if self.solver == "ekfac":
-            for name in (*SOLVER_DEFAULTS, "product_examples"):
-                if getattr(self, name) is not None:
-                    raise UserError(
-                        flag_of(name), "a solver that iterates", "--solver ekfac",
-                        "Give --solver cg, or leave it out.",
-                    )  # fmt: skip
-        elif self.damping == "heldout":
+            return
+        if self.damping == "heldout":
             raise UserError(
                 "--damping heldout", "a damping that is chosen for the solver",
                 "one that is chosen by scores of --solver ekfac",
-                "Give a number (3 is the default of --solver cg).",
+                f"Give a number (3 is the default of --solver {self.solver}).",
             )  # fmt: skip
         elif self.self_influence:
             raise UserError(
-                "--self", "self-influence under the fit's own curvature", "--solver cg, which does "
-                "not solve for every training example",
+                "--self", "self-influence under the fit's own curvature",
+                f"--solver {self.solver}, which does not solve for every training example",
                 "Leave --self out, or score it by --solver ekfac into another directory.",
             )  # fmt: skip
+
+    def _check_descent(self) -> None:
+        for flag, given, expected, why in (
+            ("--coupling blocks", self.coupling == "blocks", "the system of the whole model", ""),
+            ("--matrix hessian", self.matrix == "hessian", "a matrix of no negative curvature",
+             ", which would not see it"),
+            ("--certify", self.certify > 0, "a run whose answers are of the fit's curvature, or of "
+             "conjugate gradients", ""),
+        ):  # fmt: skip
+            if given:
+                raise UserError(
+                    flag, expected, f"--solver astra{why}", "Give --solver cg, or leave it out."
+                )
 
     def _check_certificate(self) -> None:
         if not self.certify:
@@ -231,7 +262,7 @@ class InfluenceSettings(Execution, Reading, Capturing, Predicting):
     def resolved(self) -> InfluenceSettings:
         """With the defaults that depend on the solver."""
         solves = self.solver != "ekfac"
-        usual = {"damping": "3" if solves else "0.1"} | (SOLVER_DEFAULTS if solves else {})
+        usual = {"damping": "3" if solves else "0.1"} | _OF_SOLVER[self.solver]
         missing = {name: value for name, value in usual.items() if getattr(self, name) is None}
         return replace(super().resolved(), **missing)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ import torch
 
 from raycurv.driver.corpus import Corpus, stored_corpus
 from raycurv.driver.iterates import Iteration, System
-from raycurv.driver.linear_solver import LinearSolver
+from raycurv.driver.linear_solver import DescentSolver, LinearSolver
 from raycurv.driver.multiplier import Multiplier
 from raycurv.driver.settings import parse_bytes
 from raycurv.driver.workers import Workers, in_order
@@ -217,19 +217,31 @@ class Refinement:
         name = f"solver-{table.removeprefix(self.table).removesuffix('.parquet').strip('/')}"
         work = Pass(name, "product", self.draws, matrix=settings.matrix or "ggn")
         feed = self.workers.feed(self.examples)
-        solver = LinearSolver(
-            Multiplier(self.workers, self.manifest, feed, "products"),
-            system,
-            ids,
-            work,
-            self.coupled,
-            settings.steps or 0,
-            settings.tolerance or 0.0,
-        )
+        multiplier = Multiplier(self.workers, self.manifest, feed, "products")
+        steps, tolerance = settings.steps or 0, settings.tolerance or 0.0
+        solver = LinearSolver(multiplier, system, ids, work, self.coupled, steps, tolerance)
+        if settings.minibatch is not None:
+            rate = torch.full((count,), settings.rate or 0.0, dtype=torch.float64)
+            solver = DescentSolver(
+                *(getattr(solver, one.name) for one in fields(solver)),
+                corpus=self.examples, size=settings.minibatch, seed=settings.seed, rate=rate,
+            )  # fmt: skip
+            solver = solver if settings.rate else solver.rated(f"learning rate{label}")
+            self.workers.reporter.say(f"learning rate {_spread(solver.rate.tolist())}")
         history = solver.solve(f"products{label}", self._show)
         rows = _rows(history, ids, None if self.coupled else [b.name for b in blocks])
         notes = footer({"fit": self.curvature.store.root})
         write_table(self.workers.store, table, pa.table(rows, schema=SOLVER), notes)
+        ends = history[-1].outcomes
+        if "diverged" in ends:
+            query = ends.index("diverged")
+            raise UserError(
+                f"query {ids[query]!r}, step {len(history)} of descent",
+                "an energy below zero, that of no answer at all",
+                f"{float(history[-1].energy[query]):.3g}: it has diverged",
+                "Give a --rate well below the one that was said above, or a larger --minibatch or "
+                "--damping, to another --out.",
+            )  # fmt: skip
         needs = [Need(8 * 8 * count * b.d_out * b.d_in, 0.0, b.name) for b in blocks]
         last = solver.answered(history)
         rank, seed = settings.rank_number(), settings.seed
@@ -238,9 +250,12 @@ class Refinement:
 
     def _show(self, number: int, progress: Progress) -> None:
         residual, running = progress.residual.flatten(), progress.outcomes.count("running")
+        descends = self.settings.minibatch is not None
         said = f"step {number} of at most {self.settings.steps}: relative residual "
         said += _spread(residual.tolist())
-        if number > 1:
+        if descends:
+            said += f" and energy {_spread(progress.energy.tolist())} before it, on its minibatch"
+        elif number > 1:
             said += f", cosine to the step before {_spread(progress.cosine.flatten().tolist())}"
         self.workers.reporter.say(f"{said}; {running:,} of {len(residual):,} go on")
 
@@ -262,8 +277,12 @@ class Refinement:
         of = "the whole model" if self.coupled else "each block alone"
         lost = facts["outcomes"].get("negative curvature", 0)
         rounded = f"; {lost:,} stopped where rounding left no curvature" if lost else ""
+        way, size = "conjugate gradients", self.settings.minibatch
+        if size is not None:
+            way = f"descent on minibatches of at most {size:,}"
+            rounded = " before the last step, on its minibatch"
         return (
-            f"IHVPs by {facts['steps']} steps of conjugate gradients with {matrix} of {of} over "
+            f"IHVPs by {facts['steps']} steps of {way} with {matrix} of {of} over "
             f"{facts['examples']:,} examples, damping {self.damping}: relative residual "
             f"{facts['median_residual']:.2g} at the median, {facts['largest_residual']:.2g} at most"
             f"{rounded}"
@@ -319,7 +338,7 @@ def write_answers(
 ) -> None:
     """Write a block's IHVPs: its last iterate, truncated to a rank."""
     system = last.system
-    x = last.iterate(system.curvature.open_spectral(block, {})).x
+    x = last.answer(system.curvature.open_spectral(block, {}))
     v = read_products(system.right, block.name)[0].dense()
     squares = torch.linalg.vector_norm(v, dim=(1, 2), dtype=torch.float64).square()
     found = truncated_products(x, rank, seed, ids, block, squares=squares)

@@ -36,10 +36,12 @@ class PlanSettings(FitSettings):
     """Also score every training example against itself."""
     ihvp: bool = False
     """Also write the queries' IHVPs."""
-    solver: Literal["ekfac", "cg"] = "ekfac"
+    solver: Literal["ekfac", "cg", "astra"] = "ekfac"
     """How the scoring makes IHVPs, as --solver of influence, from all of the fit's examples."""
     steps: Count = 10
     """Steps of that solver."""
+    minibatch: Count | None = None
+    """Examples of a step's minibatch, as --minibatch of influence."""
     coupling: Literal["model", "blocks"] | None = None
     """What it solves, as --coupling of influence."""
     nodes: Count | None = None

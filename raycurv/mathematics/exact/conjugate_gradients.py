@@ -31,8 +31,8 @@ from raycurv.mathematics.exact.grams import gram
 from raycurv.mathematics.sums import is_finite
 
 # What became of a query; `running` asks for another iteration.
-OUTCOMES = ("running", "ok", "zero", "negative curvature", "stopped at steps")
-_RUNNING, _OK, _ZERO, _NEGATIVE, _STEPS = range(len(OUTCOMES))
+OUTCOMES = ("running", "ok", "zero", "negative curvature", "stopped at steps", "diverged")
+_RUNNING, _OK, _ZERO, _NEGATIVE, _STEPS, _ = range(len(OUTCOMES))
 # Where the vectors stand in a Gram matrix.
 _X, _P, _U, _R, _S, _W = range(6)
 
@@ -184,12 +184,6 @@ def curvature_along(gram: Tensor, beta: Tensor) -> Tensor:
     are the blocks' shares: the most negative one is that of the block along which A curves down.
     """
     return _dot(gram, _combined(beta, _U, _P), _combined(beta, _W, _S))
-
-
-def squared_lengths(gram: Tensor) -> Tensor:
-    """``uᵀu`` of the vectors that an iteration multiplies ``[...Q]``; its :func:`curvature_along`
-    without β is ``uᵀAu``."""
-    return gram[..., _U, _U]
 
 
 def ritz_values(alphas: Sequence[Tensor], betas: Sequence[Tensor]) -> Tensor:

@@ -13,12 +13,17 @@ Axis letters: Q queries, O outputs, I inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from raycurv.errors import NumericalError
+from raycurv.mathematics.exact.conjugate_gradients import OUTCOMES, Progress, ritz_values
 from raycurv.mathematics.exact.grams import gram
+from raycurv.mathematics.sums import is_finite
+
+_RUNNING, _STEPS, _DIVERGED = map(OUTCOMES.index, ("running", "stopped at steps", "diverged"))
 
 
 def descended(
@@ -56,3 +61,54 @@ def descent_measures(gram_Q33: Tensor) -> tuple[Tensor, Tensor]:
     vv, vw, ww = (gram_Q33[..., i, j] for i, j in ((1, 1), (1, 2), (2, 2)))
     residual = torch.where(vv > 0, ((vv - 2 * vw + ww).clamp(min=0) / vv).sqrt(), 0.0)
     return residual, gram_Q33[..., 0, 2] / 2 - gram_Q33[..., 0, 1]
+
+
+def largest_values(history: Sequence[Progress]) -> Tensor:
+    """λ_max of ``M⁻¹A`` as conjugate gradients have found it for each query alone, ``[Q]``; NaN of
+    one that took no step."""
+    alphas, betas = (torch.stack([getattr(p, k) for p in history]) for k in ("alpha", "beta"))
+    found = torch.full_like(alphas[0], torch.nan)
+    for q, ran in enumerate(history[-1].steps.tolist()):
+        if ran:
+            found[q] = ritz_values(list(alphas[:ran, q]), list(betas[:ran, q]))[-1]
+    return found
+
+
+def descent_step(
+    gram_Q33: Tensor, history: Sequence[Progress], rate: Tensor, most: int
+) -> Progress:
+    """The scalars of the next step; residual and energy are of the iterate before it, on the
+    step's minibatch, and ``curvature`` is ``xᵀA_Bx / xᵀx``.
+
+    Args:
+        gram_Q33: as for :func:`descent_measures`.
+        history: of the steps before.
+        rate: η of each query, ``[Q]``.
+        most: steps, after which a query stops with ``stopped at steps``.
+
+    Returns:
+        the scalars, ``alpha`` the rate; a query whose energy is as far above zero as it ever was
+        below has ``diverged``, and then no other goes on.
+
+    Raises:
+        NumericalError: a dot product is NaN or infinite.
+    """
+    if not is_finite(gram_Q33):
+        raise NumericalError(
+            "descent on minibatches", "finite dot products", "NaN or infinity",
+            "Give a smaller --rate, or run the model in a wider --dtype.",
+        )  # fmt: skip
+    before = history[-1] if history else Progress.none(gram_Q33[..., 1, 1].sqrt())
+    residual, energy = descent_measures(gram_Q33)
+    lowest = torch.stack([torch.zeros_like(energy), *(p.energy for p in history)]).amin(0)
+    outcome = before.outcome.clone()
+    running = outcome == _RUNNING
+    outcome[running & (energy > -lowest)] = _DIVERGED
+    moves = outcome == _RUNNING
+    steps = before.steps + moves
+    outcome[moves & ((steps >= most) | (outcome == _DIVERGED).any())] = _STEPS
+    nothing, unknown = torch.zeros_like(energy), torch.full_like(energy, torch.nan)
+    return Progress(
+        torch.where(moves, rate, 0.0), nothing, steps, outcome, before.norm, residual, energy,
+        cosine=unknown, curvature=gram_Q33[..., 0, 2] / gram_Q33[..., 0, 0],
+    )  # fmt: skip
