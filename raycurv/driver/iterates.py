@@ -176,7 +176,7 @@ class Descent(Iteration):
     """A step of descent on a minibatch, from x = 0, whose first step needs no product.
 
     Attributes:
-        rate: of the first step, ``[Q]``.
+        rate: ``[Q]``.
         start: the first iterate of those whose mean is the answer.
     """
 
@@ -188,12 +188,10 @@ class Descent(Iteration):
 
     def iterate(self, curvature: BlockCurvature, device: torch.device = _CPU) -> Vectors:
         v = self._right(curvature, device)
-        rate, x = self.rate, torch.zeros_like(v)
-        mean = w = x
+        x = mean = w = torch.zeros_like(v)
         if self.number > 1:
             x, mean, w = self._read(curvature, device, *self.keys, "w")
-            rate, _ = self.step[curvature.block.name]
-        x = descended(x, v, w, rate, lambda r: self.system.preconditioned(curvature, r))
+        x = descended(x, v, w, self.rate, lambda r: self.system.preconditioned(curvature, r))
         behind = self.number - self.start
         return {"x": x, "mean": averaged(mean, x, behind) if behind > 0 else x}
 

@@ -187,12 +187,10 @@ class DescentSolver(LinearSolver):
         return replace(self, rate=(_RATE / largest).nan_to_num(0.0))
 
     def _iteration(self, number: int, before: Progress | None) -> Iteration:
-        step = Iteration.after(self.system, number, before).step
         # Where no minibatch is missing anything, there is no spread to be averaged away.
         whole = self.size >= len(self.corpus)
         start = self.steps + 1 if whole else (self.steps + 1) // 2 + 1
-        directions = self.system.directions
-        return Descent(self.system, number, directions, step, rate=self.rate, start=start)
+        return Descent(self.system, number, self.system.directions, rate=self.rate, start=start)
 
     def _over(self, number: int) -> Multiplier:
         count = len(self.corpus)
