@@ -137,13 +137,14 @@ def _products(
     of_pass = plan_products(replace(job, recipe=work), data)
     one = of_pass.phases[-1]
     steps = recipe.solving.steps * passes * -(-queries * blocks // directions)
-    share = min(1.0, (recipe.solving.minibatch or data.examples) / max(1, data.examples))
-    flops = share * steps * one.flops
-    stored = steps * (share * one.stored + 3 * _VECTORS * vectors)
+    taken = min(recipe.solving.minibatch or data.examples, data.examples)
+    examples = max(1, data.examples)
+    flops = steps * one.flops * taken / examples
+    stored = steps * (one.stored * taken // examples + 3 * _VECTORS * vectors)
     phase = replace(
         one,
         disk=beside + one.disk,
-        moved=share * steps * one.moved,
+        moved=steps * one.moved * taken // examples,
         stored=stored,
         flops=flops,
         seconds=job.seconds(flops, 0.0, stored),
