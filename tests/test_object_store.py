@@ -581,7 +581,7 @@ def test_a_lost_lease_stops_a_fit(s3: Server, quick: None) -> None:
         if name.startswith("corrected/"):
             write(Store(store.uri), NAME, [b'{"lease": "another", "job": "fit.py"}'])
             # Several beats, of which a busy machine may miss some.
-            time.sleep(10 * QUICK.beat)
+            time.sleep(20 * QUICK.beat)
         write(self, name, chunks)
 
     with pytest.MonkeyPatch.context() as patch:
