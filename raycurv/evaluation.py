@@ -86,7 +86,7 @@ class Evaluation:
 
     @property
     def path(self) -> str:
-        """The directory."""
+        """The directory of the evaluation, as an absolute path or a URI."""
         return self._store.root
 
     def examples(self) -> pa.Table:

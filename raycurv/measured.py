@@ -75,7 +75,7 @@ class Spectrum:
 
     @property
     def path(self) -> str:
-        """The directory."""
+        """The directory of the spectrum, as an absolute path or a URI."""
         return self._store.root
 
     def traces(self) -> pa.Table:

@@ -36,7 +36,7 @@ class Pruned:
 
     @property
     def path(self) -> str:
-        """The directory."""
+        """The directory of the pruned checkpoint and its tables, as an absolute path or a URI."""
         return self._store.root
 
     @property

@@ -67,7 +67,7 @@ class Scores:
 
     @property
     def path(self) -> str:
-        """The directory."""
+        """The directory of the scores, as an absolute path or a URI."""
         return self._store.root
 
     def __fspath__(self) -> str:
@@ -484,7 +484,7 @@ class Products:
 
     @property
     def path(self) -> str:
-        """The directory."""
+        """The directory of the products, as an absolute path or a URI."""
         return self._store.root
 
     def __repr__(self) -> str:

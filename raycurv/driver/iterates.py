@@ -65,7 +65,7 @@ class System:
 
     @property
     def queries(self) -> int:
-        """Q."""
+        """Q: how many right-hand sides are solved for."""
         return len(next(iter(self.own.values())))
 
     def lam(self, curvature: BlockCurvature) -> float:

@@ -80,7 +80,7 @@ class Density:
         return cls(bins, counts, totals)
 
     def effective(self, lam: float) -> float:
-        """``γ = Σ Λ / (Λ + λ)``."""
+        """``γ = Σ Λ / (Λ + λ)``: how many parameters the data determine at a damping λ."""
         return float((self.totals / (self.totals / self.counts + lam)).sum())
 
     def shrinkage(self, lam: float) -> float:
@@ -114,7 +114,7 @@ class Evidence:
         return self.numbers / (2 * self.loss + self._norm(lam))
 
     def log_evidence(self, lam: float) -> float:
-        """In nats."""
+        """``log p(data | λ)`` in nats, up to what does not depend on the damping λ."""
         volume = 0.5 * self.density.shrinkage(lam)
         if self.numbers is None:
             return volume - self.loss - 0.5 * self._norm(lam)
@@ -145,7 +145,7 @@ class Evidence:
         return [best * 10 ** (_STEP * k) for k in range(-_REACH, _REACH + 1)]
 
     def _norm(self, lam: float) -> float:
-        """``N λ ‖θ‖²``."""
+        """``N λ ‖θ‖²``; half of it is what the prior takes from the evidence, in nats."""
         return self.examples * lam * self.squared_norm
 
     def _rises(self, log_lam: float) -> bool:

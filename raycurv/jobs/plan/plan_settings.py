@@ -39,7 +39,7 @@ class PlanSettings(FitSettings):
     solver: Literal["ekfac", "cg", "astra"] = "ekfac"
     """How the scoring makes IHVPs, as --solver of influence, from all of the fit's examples."""
     steps: Count = 10
-    """Steps of that solver."""
+    """Steps that `--solver` takes for every query at most, each a pass over the examples."""
     minibatch: Count | None = None
     """Examples of a step's minibatch, as --minibatch of influence."""
     coupling: Literal["model", "blocks"] | None = None

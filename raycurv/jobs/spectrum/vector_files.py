@@ -107,11 +107,11 @@ class Stored(Vectors):
         write_tensors(self.store, self.file(block), {"vectors": vectors.contiguous()}, notes)
 
     def there(self, blocks: Sequence[Block]) -> bool:
-        """Whether all parts are."""
+        """Whether the files of all these blocks' parts are there, and whole."""
         return all(is_complete(self.store, self.file(block.name)) for block in blocks)
 
     def delete(self) -> None:
-        """Delete the files."""
+        """Delete the vectors' files, of all blocks."""
         self.store.delete_directory(self.place)
 
 
@@ -237,12 +237,12 @@ class Products:
 
     @property
     def workers(self) -> Workers:
-        """Those of the job."""
+        """The workers of the job, whose stages multiply."""
         return self.multiplier.workers
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of vectors."""
+        """The number type that vectors are computed and stored in, see ``working_dtype``."""
         return working_dtype(self.workers.dtype)
 
     def of(self, name: str, vectors: Vectors, label: str) -> Joined:

@@ -114,7 +114,7 @@ class ProbeDots:
 
     @property
     def rank(self) -> int:
-        """R."""
+        """R: how many dimensions the low-rank part has."""
         return self.qq.shape[-1]
 
     @classmethod
